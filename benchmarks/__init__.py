@@ -1,0 +1,1 @@
+"""Benchmarks: scripts with their last results beside them."""

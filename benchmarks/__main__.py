@@ -1,0 +1,21 @@
+"""Run every benchmark but the family sweep (`make sweep`), each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+NAMES = ("overhead", "long_attention", "attention_questions", "quantize")
+
+
+def main() -> int:
+    """Run them; the exit code says whether all ran."""
+    codes = [
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode
+        for name in NAMES
+    ]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

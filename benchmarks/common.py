@@ -1,0 +1,92 @@
+"""What the benchmarks share: a model to time, medians, peak memory, results on disk."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+__all__ = ["PeakMemory", "llama_88m", "paired", "peak_memory", "save"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def llama_88m(positions: int = 4096) -> LlamaForCausalLM:
+    """An 88M-parameter Llama with random weights: 12 layers × 12 heads, width 768."""
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=4096,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def paired(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, run in turn so that the machine's drift hits all alike."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class PeakMemory:
+    """The highest resident memory seen, in bytes above the start."""
+
+    extra_bytes = 0
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Sample resident memory every two milliseconds while the block runs."""
+    gc.collect()
+    process = psutil.Process()
+    base = process.memory_info().rss
+    peak, stop = PeakMemory(), threading.Event()
+
+    def sample() -> None:
+        while not stop.is_set():
+            peak.extra_bytes = max(peak.extra_bytes, process.memory_info().rss - base)
+            stop.wait(0.002)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def save(name: str, figures: dict[str, Any]) -> None:
+    """Print the figures and keep them as the last result."""
+    record = {
+        **figures,
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({name: figures}, indent=1), flush=True)

@@ -1,0 +1,102 @@
+"""The family sweep: every causal-LM type of transformers, a tiny random model each.
+
+Each type is captured in full, captured without attention (and counted apart), or refused by a
+TrilensError that names the reason. Anything else is a failure of trilens.
+
+    python -m benchmarks.families [TYPE ...] [--write]
+
+`--write` renews the table that ships with the package (`trilens families`) and the last result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tinymodels import TYPES  # noqa: E402
+from tinymodels.checks import CheckError, sweep_one  # noqa: E402
+from trilens.families import FamilyRow, FamilyTable  # noqa: E402
+
+CHUNK = 12
+LAST = Path(__file__).parent / "results" / "families.json"
+SHIPPED = ROOT / "src" / "trilens" / "families.json"
+
+
+def sweep(types: list[str]) -> list[dict]:
+    """Sweep some types in this process."""
+    rows = []
+    for model_type in types:
+        try:
+            row, figures = sweep_one(model_type)
+            rows.append({"row": asdict(row), "figures": figures})
+        except CheckError as failure:
+            rows.append({"failed": model_type, "why": str(failure)})
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            rows.append({"failed": model_type, "why": why})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def sweep_in_children(types: list[str]) -> list[dict]:
+    """Sweep in child processes, so that one model's memory or crash is its own."""
+    rows = []
+    for start in range(0, len(types), CHUNK):
+        group = types[start : start + CHUNK]
+        command = [sys.executable, "-m", "benchmarks.families", "--child", *group]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        rows += found
+        seen = {item.get("failed") or item["row"]["model_type"] for item in found}
+        missing = [name for name in group if name not in seen]
+        tail = " ".join(done.stderr.split())[-300:]
+        rows += [{"failed": name, "why": f"the process ended: {tail}"} for name in missing]
+        print(f"{min(start + CHUNK, len(types))}/{len(types)}", file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> int:
+    """Run the sweep and say what it found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", metavar="TYPE")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    types = options.types or list(TYPES)
+    if options.child:
+        torch.set_num_threads(1)
+        sweep(types)
+        return 0
+    rows = sweep_in_children(types)
+    failed = [row for row in rows if "failed" in row]
+    found = [FamilyRow(**row["row"]) for row in rows if "row" in row]
+    table = FamilyTable(transformers.__version__, torch.__version__.split("+")[0], tuple(found))
+    print(json.dumps(table.count()))
+    for key in ("attention_vs_eager", "many_vs_one"):
+        worst = [row["figures"][key] for row in rows if row.get("figures", {}).get(key) is not None]
+        print(f"{key}: worst {max(worst, default=0.0):.2e} over {len(worst)} types")
+    for row in failed:
+        print(f"FAILED {row['failed']}: {row['why']}")
+    if options.write and not options.types:
+        LAST.parent.mkdir(exist_ok=True)
+        LAST.write_text(json.dumps({"table": table.to_dict(), "rows": rows}, indent=1) + "\n")
+        SHIPPED.write_text(json.dumps(table.to_dict(), indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Pure functions from captures to results."""
+
+__all__: list[str] = []

@@ -1,0 +1,206 @@
+"""One prompt, layer by layer: what `trilens inspect` and `trilens demo` show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trilens.caches.activation import FullActivationCache
+from trilens.capture import Capture
+from trilens.errors import CorruptFileError
+from trilens.gating import GatingAnalysis
+
+__all__ = ["Attended", "GateSummary", "Inspection", "LayerRow", "NextToken", "inspect_capture"]
+
+_FORMAT = "trilens.inspection"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """A key position that the last token attends to; weight is the mean over heads, in [0, 1]."""
+
+    position: int
+    token: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateSummary:
+    """One gate of one layer over the prompt.
+
+    Attributes:
+        mean: mean openness over units and tokens, in [0, 1].
+        dead: share of units whose mean openness is below the threshold.
+        saturated: share of units whose mean openness is above 1 − threshold.
+        capacity: share of units that are neither.
+    """
+
+    name: str
+    mean: float
+    dead: float
+    saturated: float
+    capacity: float
+    units: int
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer. `residual_norm` is ‖resid_post‖₂ of the last token."""
+
+    layer: int
+    residual_norm: float
+    attended: tuple[Attended, ...]
+    attention_entropy_nats: float | None
+    gates: tuple[GateSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """A candidate for the next token."""
+
+    token_id: int
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Everything the table shows, as plain numbers and words."""
+
+    model: str
+    model_class: str
+    n_layers: int
+    d_model: int
+    dtype: str
+    tokens: tuple[str, ...]
+    layers: tuple[LayerRow, ...]
+    next_tokens: tuple[NextToken, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict with format and version."""
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Inspection:
+        """Rebuild what `to_dict` gave.
+
+        Raises:
+            CorruptFileError: another format or version, or a field is missing.
+        """
+        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
+            raise CorruptFileError(
+                f"not {_FORMAT} version {_VERSION}: format {data.get('format')!r}, version "
+                f"{data.get('version')!r}"
+            )
+        try:
+            rows = tuple(
+                LayerRow(
+                    layer=row["layer"],
+                    residual_norm=row["residual_norm"],
+                    attended=tuple(Attended(**item) for item in row["attended"]),
+                    attention_entropy_nats=row["attention_entropy_nats"],
+                    gates=tuple(GateSummary(**item) for item in row["gates"]),
+                )
+                for row in data["layers"]
+            )
+            return cls(
+                model=data["model"],
+                model_class=data["model_class"],
+                n_layers=data["n_layers"],
+                d_model=data["d_model"],
+                dtype=data["dtype"],
+                tokens=tuple(data["tokens"]),
+                layers=rows,
+                next_tokens=tuple(NextToken(**item) for item in data["next_tokens"]),
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CorruptFileError(f"{_FORMAT} is not whole: {error}") from error
+
+
+def inspect_capture(
+    capture: Capture,
+    *,
+    name: str,
+    top_k: int,
+    token_text: Callable[[int], str],
+    notes: Sequence[str] = (),
+    threshold: float = 0.1,
+) -> Inspection:
+    """Summarise a capture layer by layer.
+
+    Args:
+        capture: with residual and logits; attention and gates where the model has them.
+        name: what to call the model.
+        top_k: attended tokens per layer, and next tokens.
+        token_text: token id → text, for the next tokens.
+        notes: what could not be shown, in words.
+        threshold: for dead and saturated units, in [0, 0.5].
+    """
+    residual = capture.residual
+    layers = () if residual is None else residual.layers
+    return Inspection(
+        model=name,
+        model_class=capture.model.model_class,
+        n_layers=capture.model.n_layers,
+        d_model=capture.model.d_model,
+        dtype=capture.model.dtype,
+        tokens=capture.tokens,
+        layers=tuple(_row(capture, layer, top_k, threshold) for layer in layers),
+        next_tokens=tuple(
+            NextToken(token, token_text(token), probability)
+            for token, probability in (
+                capture.top_tokens(top_k) if capture.logits is not None else ()
+            )
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow:
+    residual = capture.residual
+    tensor = None if residual is None else residual.get_layer(layer)
+    if isinstance(residual, FullActivationCache):
+        tensor = residual.get_position(layer, -1)
+    # PROMOTE: a norm in half precision overflows where the residual is large.
+    norm = float("nan") if tensor is None else float(tensor.float().norm())
+    attended: tuple[Attended, ...] = ()
+    entropy = None
+    attention = capture.attention
+    if attention is not None and layer in attention.layers:
+        last = len(capture.tokens) - 1
+        attended = tuple(
+            Attended(position, capture.tokens[position], weight)
+            for position, weight in attention.top_attended_positions(layer, last, top_k)
+        )
+        entropy = float(attention.entropy(layer)[:, last].mean())
+    gates = capture.gates
+    found = [] if gates is None else [name for name in gates.names if layer in gates.layers(name)]
+    return LayerRow(
+        layer=layer,
+        residual_norm=norm,
+        attended=attended,
+        attention_entropy_nats=entropy,
+        gates=tuple(
+            _summary(name, gates.analyse(name, layer, threshold), threshold)
+            for name in found
+            if gates is not None and gates.spec(name, layer).kind != "linear"
+        ),
+    )
+
+
+def _summary(name: str, analysis: GatingAnalysis, threshold: float) -> GateSummary:
+    units = len(analysis.avg_gate)
+    return GateSummary(
+        name=name,
+        mean=float(sum(analysis.avg_gate) / units),
+        dead=len(analysis.dead_gates) / units,
+        saturated=len(analysis.saturated_gates) / units,
+        capacity=float(analysis.effective_capacity()),
+        units=units,
+        threshold=threshold,
+    )

@@ -1,0 +1,353 @@
+"""AttentionCache: questions about who attends to whom, over any kind of pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trilens.caches.indices import check_index
+from trilens.caches.patterns import DensePattern, Device, Moved, Pattern
+from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.storage import distinct_bytes, spell_layers
+from trilens.errors import (
+    NotStoredError,
+    OutOfRangeError,
+    TooLargeError,
+    UsageError,
+    ValueRangeError,
+)
+
+__all__ = ["DENSE_LIMIT_BYTES", "AttentionCache", "rebuild_pattern"]
+
+#: Largest pattern that `get_layer` builds without being told to.
+DENSE_LIMIT_BYTES = 256 * 2**20
+
+Floats = NDArray[np.float32]
+
+_KINDS: Mapping[str, type[DensePattern | SoftmaxPattern]] = {
+    "dense": DensePattern,
+    "softmax": SoftmaxPattern,
+}
+
+
+def rebuild_pattern(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Pattern:
+    """The pattern that gave these `tensors()` and `params()`.
+
+    Raises:
+        UsageError: `params["kind"]` names no kind of pattern.
+    """
+    kind = params.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UsageError(f"pattern kind {kind!r} is unknown: the kinds are {', '.join(_KINDS)}")
+    return _KINDS[kind].rebuild(tensors, params)
+
+
+class AttentionCache:
+    """Attention patterns by layer, asked after the run.
+
+    Built by hand it starts empty and takes patterns with `push`, one layer after the other. Out of
+    a capture it is sealed, keyed by the model's own layer numbers, and holds q and k instead of
+    patterns; `AttentionCache.from_layers` makes such a cache.
+
+    Answers are float32 NumPy arrays. Weights keep their raw mass, and a masked weight is exactly
+    0; entropy and mean distance are those of the row renormalised over its keys. Query and key
+    positions count from 0, or from the end: −n … n − 1.
+    """
+
+    __slots__ = ("_capacity", "_layers", "_n_model_layers", "_reasons", "_sealed")
+
+    def __init__(self) -> None:
+        self._layers: dict[int, Pattern] = {}
+        self._sealed = False
+        self._capacity: int | None = None
+        self._n_model_layers: int | None = None
+        self._reasons: dict[int, str] = {}
+
+    @classmethod
+    def with_capacity(cls, n_layers: int) -> Self:
+        """An empty cache that expects n_layers patterns.
+
+        Patterns are kept by reference, so that there is nothing to reserve, and more may come.
+
+        Raises:
+            ValueRangeError: n_layers is not an integer of 0 or more.
+        """
+        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
+            raise ValueRangeError(
+                f"capacity {n_layers!r} is out of range: it has to be an integer of 0 or more"
+            )
+        cache = cls()
+        cache._capacity = n_layers
+        return cache
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Mapping[int, Pattern],
+        *,
+        n_model_layers: int,
+        reasons: Mapping[int, str] | None = None,
+    ) -> Self:
+        """A sealed cache of a model's layers.
+
+        Args:
+            layers: pattern by the model's layer number.
+            n_model_layers: blocks of the model.
+            reasons: why a layer without a pattern has none, such as "mixer is Mamba2".
+
+        Raises:
+            OutOfRangeError: a layer number outside 0 … n_model_layers − 1.
+        """
+        cache = cls()
+        cache._sealed = True
+        cache._n_model_layers = n_model_layers
+        for layer in sorted(layers):
+            check_index(layer, n_model_layers, "layer", "this model")
+            cache._layers[layer] = layers[layer]
+        cache._reasons = dict(reasons or {})
+        return cache
+
+    def push(self, pattern: Tensor) -> None:
+        """Add the next layer's pattern, kept by reference and detached.
+
+        Shapes
+            pattern [batch, heads, seq_q, seq_k]
+
+        Raises:
+            UsageError: the cache came out of a capture.
+            ShapeError, DtypeError: not a pattern.
+        """
+        if self._sealed:
+            raise UsageError(
+                "this cache came out of a capture and is sealed: push into an AttentionCache() "
+                "of your own"
+            )
+        self._layers[len(self._layers)] = DensePattern(pattern)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that have a pattern."""
+        return len(self._layers)
+
+    @property
+    def is_empty(self) -> bool:
+        """True without any pattern."""
+        return not self._layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have a pattern."""
+        return tuple(self._layers)
+
+    @property
+    def n_model_layers(self) -> int | None:
+        """Blocks of the model that the cache came from; None for a cache built by hand."""
+        return self._n_model_layers
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Why layers of the model have no pattern, where that is known."""
+        return dict(self._reasons)
+
+    @property
+    def patterns(self) -> tuple[Pattern | Tensor, ...]:
+        """What is stored, in layer order: tensors where pushed, else the lazy patterns."""
+        return tuple(
+            each.tensor if isinstance(each, DensePattern) and not self._sealed else each
+            for each in self._layers.values()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages that the cache keeps alive."""
+        return distinct_bytes(
+            tensor for pattern in self._layers.values() for tensor in pattern.tensors().values()
+        )
+
+    def pattern(self, layer: int) -> Pattern:
+        """The pattern of a layer, nothing computed yet.
+
+        Raises:
+            OutOfRangeError: the model has no such layer.
+            NotStoredError: the layer has no pattern here.
+        """
+        if self._n_model_layers is not None:
+            check_index(layer, self._n_model_layers, "layer", "this model")
+        elif self._layers:
+            check_index(layer, len(self._layers), "layer", "this cache")
+        else:
+            raise OutOfRangeError(f"layer {layer!r} is out of range: this cache is empty")
+        found = self._layers.get(int(layer))
+        if found is None:
+            why = f" ({self._reasons[layer]})" if layer in self._reasons else ""
+            raise NotStoredError(
+                f"layer {layer} has no attention pattern{why}: there are patterns of "
+                f"{spell_layers(self.layers)}"
+            )
+        return found
+
+    def get_layer(self, layer: int, *, allow_large: bool = False) -> Tensor | None:
+        """The whole pattern of a layer [batch, heads, seq_q, seq_k], or None where none is stored.
+
+        A pushed pattern comes back as it was pushed; a captured one is computed now.
+
+        Memory
+            Up to 256 MiB (`DENSE_LIMIT_BYTES`); with allow_large whatever the pattern takes,
+            4 bytes per weight.
+
+        Raises:
+            TooLargeError: the pattern would take more than 256 MiB and allow_large is False.
+            OutOfRangeError: layer is not an integer.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise OutOfRangeError(
+                f"layer {layer!r} is not an integer: this cache has {spell_layers(self.layers)}"
+            )
+        pattern = self._layers.get(layer)
+        if pattern is None:
+            return None
+        if isinstance(pattern, DensePattern):
+            return pattern.tensor
+        if pattern.dense_bytes > DENSE_LIMIT_BYTES and not allow_large:
+            shape = [pattern.batch, pattern.heads, pattern.seq_q, pattern.seq_k]
+            raise TooLargeError(
+                f"pattern of layer {layer} {shape} would take {pattern.dense_bytes / 2**20:,.0f} "
+                f"MiB: up to {DENSE_LIMIT_BYTES // 2**20} MiB are built without asking; ask for "
+                "rows, columns or statistics, or pass allow_large=True"
+            )
+        return pattern.dense()
+
+    def attention_from_position(
+        self, layer: int, position: int, head: int | None = None, batch: int = 0
+    ) -> Floats:
+        """How much a query position attends to every key: [seq_k], the mean over heads or one head.
+
+        Raises:
+            OutOfRangeError: a layer, position, head or batch that is not there.
+            NotStoredError: the layer has no pattern.
+        """
+        pattern, row, one = self._place(layer, head, batch)
+        query = check_index(
+            position, pattern.seq_q, "query position", f"layer {layer}", negative=True
+        )
+        return _floats(pattern.rows([query], one, row)[:, 0].mean(0))
+
+    def attention_to_position(
+        self, layer: int, position: int, head: int | None = None, batch: int = 0
+    ) -> Floats:
+        """How much every query attends to a key position: [seq_q], the mean over heads or one head.
+
+        Raises:
+            OutOfRangeError: a layer, position, head or batch that is not there.
+            NotStoredError: the layer has no pattern.
+        """
+        pattern, row, one = self._place(layer, head, batch)
+        key = check_index(position, pattern.seq_k, "key position", f"layer {layer}", negative=True)
+        return _floats(pattern.columns([key], one, row)[..., 0].mean(0))
+
+    def top_attended_positions(
+        self, layer: int, from_position: int, k: int, head: int | None = None, batch: int = 0
+    ) -> list[tuple[int, float]]:
+        """The k keys that a query position attends to most, as (key position, weight), descending.
+
+        Equal weights come in order of position. A k above the number of keys gives every key,
+        hidden ones with their weight of 0.
+
+        Raises:
+            ValueRangeError: k is not an integer of 1 or more.
+            OutOfRangeError: a layer, position, head or batch that is not there.
+            NotStoredError: the layer has no pattern.
+        """
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise ValueRangeError(f"k {k!r} is out of range: it has to be an integer of 1 or more")
+        weights = self.attention_from_position(layer, from_position, head, batch)
+        order = np.argsort(-weights, kind="stable")[:k]
+        return [(int(position), float(weights[position])) for position in order]
+
+    def entropy(self, layer: int, *, batch: int = 0) -> Floats:
+        """Entropy of every row in nats, renormalised over its keys: [heads, seq_q].
+
+        Raises:
+            OutOfRangeError: a layer or batch that is not there.
+            NotStoredError: the layer has no pattern.
+            UsageError: the pattern is signed.
+        """
+        pattern, row = self._unsigned(layer, batch, "entropy")
+        return _floats(pattern.entropy(row))
+
+    def mean_distance(self, layer: int, *, batch: int = 0) -> Floats:
+        """Mean distance in tokens from query to key, of the renormalised row: [heads, seq_q].
+
+        Raises:
+            OutOfRangeError: a layer or batch that is not there.
+            NotStoredError: the layer has no pattern.
+            UsageError: the pattern is signed.
+        """
+        pattern, row = self._unsigned(layer, batch, "mean_distance")
+        return _floats(pattern.mean_distance(row))
+
+    def received(self, layer: int, *, batch: int = 0) -> Floats:
+        """Mean raw weight that each key gets from the queries that may see it: [heads, seq_k].
+
+        Raises:
+            OutOfRangeError: a layer or batch that is not there.
+            NotStoredError: the layer has no pattern.
+            UsageError: the pattern is signed.
+        """
+        pattern, row = self._unsigned(layer, batch, "received")
+        return _floats(pattern.received(row))
+
+    def sink_mass(self, layer: int, *, batch: int = 0) -> Floats:
+        """Share of each row that no key got, because a sink took it: [heads, seq_q], in [0, 1].
+
+        Raises:
+            OutOfRangeError: a layer or batch that is not there.
+            NotStoredError: the layer has no pattern.
+            UsageError: the pattern is signed.
+        """
+        pattern, row = self._unsigned(layer, batch, "sink_mass")
+        return _floats(pattern.sink_mass(row))
+
+    def to(self, device: Device) -> Self:
+        """A cache with the same layers on another device; what layers shared they go on sharing."""
+        moved_so_far: Moved = {}
+        cache = type(self)()
+        cache._layers = {
+            layer: each.to(device, moved_so_far) for layer, each in self._layers.items()
+        }
+        cache._sealed = self._sealed
+        cache._capacity = self._capacity
+        cache._n_model_layers = self._n_model_layers
+        cache._reasons = dict(self._reasons)
+        return cache
+
+    def __repr__(self) -> str:
+        if self.is_empty:
+            return "AttentionCache(empty)"
+        return f"AttentionCache({spell_layers(self.layers)}, {self.nbytes / 2**20:,.1f} MiB)"
+
+    def _place(self, layer: int, head: int | None, batch: int) -> tuple[Pattern, int, int | None]:
+        pattern = self.pattern(layer)
+        owner = f"layer {layer}"
+        row = check_index(batch, pattern.batch, "batch row", owner)
+        one = None if head is None else check_index(head, pattern.heads, "head", owner)
+        return pattern, row, one
+
+    def _unsigned(self, layer: int, batch: int, question: str) -> tuple[Pattern, int]:
+        pattern, row, _ = self._place(layer, None, batch)
+        if pattern.signed:
+            raise UsageError(
+                f"layer {layer} has a signed pattern, whose {question} is not defined: ask its "
+                "view relu_l1 (negative weights dropped, rows scaled to sum 1)"
+            )
+        return pattern, row
+
+
+def _floats(tensor: Tensor) -> Floats:
+    array: Floats = tensor.to("cpu", torch.float32).numpy()
+    return array

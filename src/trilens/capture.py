@@ -1,0 +1,216 @@
+"""`Capture`: what one forward pass over one prompt left behind. Frozen; saved without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilens.caches.activation import ActivationCache, FullActivationCache
+from trilens.caches.attention import AttentionCache, rebuild_pattern
+from trilens.caches.gates import GateCache, GateSpec
+from trilens.errors import CorruptFileError, NotStoredError
+from trilens.storage import read_tensors, write_tensors
+
+__all__ = ["Capture", "ModelInfo"]
+
+_FORMAT = "trilens.capture"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model a capture came from."""
+
+    name: str
+    model_class: str
+    model_type: str
+    n_layers: int
+    d_model: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """One prompt, one forward pass, no padding anywhere.
+
+    Attributes:
+        tokens: the tokens as text.
+        token_ids: [seq], on the CPU.
+        logits: [seq, vocab], [1, vocab] for the last position alone, or None.
+        residual: residual stream after each block; None where it was not asked.
+        attention: per-layer attention patterns, lazy; None where not asked.
+        gates: per-layer gates; None where not asked.
+        model: which model it was.
+
+    Memory
+        `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
+        the forward pass.
+    """
+
+    tokens: tuple[str, ...]
+    token_ids: Tensor
+    logits: Tensor | None
+    residual: ActivationCache | FullActivationCache | None
+    attention: AttentionCache | None
+    gates: GateCache | None
+    model: ModelInfo
+
+    def __repr__(self) -> str:
+        held = [name for name in ("logits", "residual", "attention", "gates") if self._has(name)]
+        size = self.nbytes / 1e6
+        return (
+            f"Capture({len(self.tokens)} tokens of {self.model.model_class}: "
+            f"{', '.join(held) or 'nothing'}; {size:.1f} MB)"
+        )
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, each storage counted once."""
+        storages = {}
+        for _, tensor in self._tensors():
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
+        return sum(storages.values())
+
+    def top_tokens(self, k: int = 5, position: int = -1) -> list[tuple[int, float]]:
+        """The k most probable next tokens after a position: (token id, probability), descending.
+
+        Raises:
+            NotStoredError: the logits were not captured.
+        """
+        if self.logits is None:
+            raise NotStoredError("logits were not captured: capture with logits='all' or 'last'")
+        # PROMOTE: a softmax over a vocabulary loses its tail in half precision.
+        probabilities = self.logits[position].float().softmax(-1)
+        top = probabilities.topk(min(k, probabilities.shape[-1]))
+        return [
+            (int(i), float(p)) for i, p in zip(top.indices.cpu(), top.values.cpu(), strict=True)
+        ]
+
+    def to(self, device: str | torch.device) -> Capture:
+        """The same capture on another device."""
+        return replace(
+            self,
+            logits=None if self.logits is None else self.logits.to(device),
+            residual=None if self.residual is None else self.residual.to(device),
+            attention=None if self.attention is None else self.attention.to(device),
+            gates=None if self.gates is None else self.gates.to(device),
+        )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "token_ids", self.token_ids
+        if self.logits is not None:
+            yield "logits", self.logits
+        if self.residual is not None:
+            for layer in self.residual.layers:
+                tensor = self.residual.get_layer(layer)
+                if tensor is not None:
+                    yield f"residual.{layer}", tensor
+        if self.attention is not None:
+            for layer in self.attention.layers:
+                for name, tensor in self.attention.pattern(layer).tensors().items():
+                    yield f"attention.{layer}.{name}", tensor
+        if self.gates is not None:
+            for name in self.gates.names:
+                for layer in self.gates.layers(name):
+                    yield f"gates.{layer}.{name}", self.gates.pre(name, layer)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: the tensors, and the rest as JSON in its header.
+
+        Written beside its place and renamed when it is whole, so that no half file is left.
+
+        Returns:
+            The path.
+        """
+        manifest: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "tokens": list(self.tokens),
+            "model": asdict(self.model),
+            "residual": self._residual_kind(),
+            "attention": None,
+            "gates": None,
+        }
+        if self.attention is not None:
+            manifest["attention"] = {
+                str(layer): self.attention.pattern(layer).params()
+                for layer in self.attention.layers
+            }
+        if self.gates is not None:
+            manifest["gates"] = [
+                [name, layer, self.gates.spec(name, layer).to_dict()]
+                for name in self.gates.names
+                for layer in self.gates.layers(name)
+            ]
+        return write_tensors(Path(path), dict(self._tensors()), manifest)
+
+    def _residual_kind(self) -> str | None:
+        if self.residual is None:
+            return None
+        return "all" if isinstance(self.residual, FullActivationCache) else "last"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Capture:
+        """Read a capture that `save` wrote; nothing in the file is executed.
+
+        Raises:
+            CorruptFileError: not a capture, of another version, or damaged.
+            ModelNotFoundError: no such file.
+        """
+        tensors, manifest = read_tensors(Path(path), _FORMAT, _VERSION)
+        try:
+            return cls._rebuild(tensors, manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptFileError(
+                f"{path} is not a whole capture: {type(error).__name__}: {error}; capture again"
+            ) from error
+
+    @classmethod
+    def _rebuild(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Capture:
+        parts: dict[str, dict[int, dict[str, Tensor]]] = {"attention": {}, "gates": {}}
+        residual: dict[int, Tensor] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "residual":
+                residual[int(rest)] = tensor
+            elif kind in parts:
+                layer, _, part = rest.partition(".")
+                parts[kind].setdefault(int(layer), {})[part] = tensor
+        model = ModelInfo(**manifest["model"])
+        attention = None
+        if manifest["attention"] is not None:
+            patterns = {
+                int(layer): rebuild_pattern(parts["attention"][int(layer)], params)
+                for layer, params in manifest["attention"].items()
+            }
+            attention = AttentionCache.from_layers(patterns, n_model_layers=model.n_layers)
+        gates = None
+        if manifest["gates"] is not None:
+            specs = {
+                (name, layer): GateSpec.from_dict(spec) for name, layer, spec in manifest["gates"]
+            }
+            records = {(name, layer): parts["gates"][layer][name] for name, layer in specs}
+            gates = GateCache.from_records(records, specs)
+        kinds: dict[str, type[ActivationCache] | type[FullActivationCache]] = {
+            "last": ActivationCache,
+            "all": FullActivationCache,
+        }
+        kind = manifest["residual"]
+        return cls(
+            tokens=tuple(manifest["tokens"]),
+            token_ids=tensors["token_ids"],
+            logits=tensors.get("logits"),
+            residual=None if kind is None else kinds[kind].from_layers(residual),
+            attention=attention,
+            gates=gates,
+            model=model,
+        )

@@ -1,0 +1,200 @@
+"""The command line: parse, call, print, exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from trilens.analysis.inspection import Inspection, inspect_capture
+from trilens.capture import Capture
+from trilens.demo import DEMO_MODELS, demo_path
+from trilens.errors import AnatomyError, CaptureError, TrilensError, UsageError
+from trilens.families import load_families
+from trilens.lens import Lens
+from trilens.models.tokens import token_strings
+from trilens.report.families import print_families
+from trilens.report.text import print_inspection
+
+__all__ = ["app", "main"]
+
+DEMO_PROMPT = "def factorial(n):\n    if n == 0:\n        return 1\n    return n * factorial("
+
+app = typer.Typer(
+    name="trilens",
+    help="Open a language model: residual stream, attention and gates, one forward pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Format = Annotated[
+    Literal["table", "json"], typer.Option("--format", help="How to print the result.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+TopK = Annotated[
+    int, typer.Option("--top-k", help="Attended tokens per layer, and next tokens.", min=1)
+]
+
+
+@contextlib.contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """One line on stderr and the field's exit code instead of a traceback."""
+    try:
+        yield
+    except TrilensError as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split())
+        typer.echo(f"trilens: {line}", err=True)
+        failed = isinstance(error, AnatomyError | CaptureError)
+        raise typer.Exit(1 if failed else 2) from None
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _layers(text: str | None, n_layers: int) -> list[int] | None:
+    """`0,2-4` → [0, 2, 3, 4]."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"--layers {text!r} is not a list of layers: write for example 0,2-4")
+        end = int(last) if dash else int(first)
+        if end >= n_layers or int(first) > end:
+            raise UsageError(
+                f"--layers {part.strip()!r} is out of range: this model has layers 0–{n_layers - 1}"
+            )
+        found += range(int(first), end + 1)
+    return found
+
+
+def _prompt(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+def _capture(lens: Lens, prompt: str, layers: list[int] | None) -> tuple[Capture, list[str]]:
+    """Capture what this model has; what it has not is said in a note."""
+    anatomy = lens.anatomy
+    wanted = range(lens.n_layers) if layers is None else layers
+    notes = []
+    odd = [layer for layer in wanted if layer in anatomy.other_attention]
+    attention = not odd and any(layer in anatomy.attention for layer in wanted)
+    if odd:
+        notes.append(f"no attention patterns: layer {odd[0]}: {anatomy.other_attention[odd[0]]}")
+    elif not attention:
+        notes.append("no softmax attention in these layers")
+    gated = {layer for layers in lens.gate_layers.values() for layer in layers}
+    gates = any(layer in gated for layer in wanted)
+    if not gates:
+        notes.append("no gates are proven in these layers")
+    capture = lens.capture(prompt, attention=attention, gates=gates, layers=layers)
+    return capture, notes
+
+
+def _inspect(lens: Lens, name: str, prompt: str, layers: str | None, top_k: int) -> Inspection:
+    capture, notes = _capture(lens, prompt, _layers(layers, lens.n_layers))
+    return inspect_capture(
+        capture,
+        name=name,
+        top_k=top_k,
+        token_text=lambda token: token_strings([token], lens.tokenizer)[0],
+        notes=notes,
+    )
+
+
+def _print(inspection: Inspection, how: str) -> None:
+    if how == "json":
+        typer.echo(json.dumps(inspection.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        print_inspection(inspection, _console())
+
+
+def _console() -> Console:
+    # A pipe has no width: wide enough for one row per layer.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="Another prompt; - reads standard input.")
+    ] = DEMO_PROMPT,
+    top_k: TopK = 3,
+    output: Format = "table",
+    debug: Debug = False,
+) -> None:
+    """Inspect the small trained model that ships with trilens."""
+    with _errors(debug):
+        for name in DEMO_MODELS:
+            lens = Lens.from_pretrained(str(demo_path(name)))
+            _print(_inspect(lens, f"demo {name}", _prompt(prompt), None, top_k), output)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", metavar="MODEL")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text; - reads standard input.")],
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Layers, for example 0,2-4. [default: all]")
+    ] = None,
+    top_k: TopK = 3,
+    output: Format = "table",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
+    ] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option("--device-map", help="As in transformers: cpu, cuda, auto.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that ships with the checkpoint.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show, per layer, residual norm, attention from the last token and gates; and next tokens."""
+    with _errors(debug):
+        lens = Lens.from_pretrained(
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        name = Path(model).name if Path(model).is_dir() else model
+        _print(_inspect(lens, name, _prompt(prompt), layers, top_k), output)
+
+
+@app.command()
+def families(
+    output: Format = "table",
+    debug: Debug = False,
+) -> None:
+    """Show what is captured of every causal-LM family in transformers, as last swept."""
+    with _errors(debug):
+        table = load_families()
+        if output == "json":
+            typer.echo(json.dumps(table.to_dict(), ensure_ascii=False, indent=2))
+        else:
+            print_families(table, _console())
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point of the `trilens` command."""
+    return app(args=arguments, prog_name="trilens")

@@ -1,0 +1,41 @@
+"""Small trained models that ship with the package, and the code that trained them.
+
+The checkpoints are ordinary Hugging Face directories, made to be compressed and measured offline
+in seconds. They were trained from scratch on the Python standard library's own sources by
+``python -m trilens.demo.train``; ``python -m trilens.demo.evaluate`` recomputes a held-out loss.
+
+Importing this package imports nothing heavy (no torch).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trilens.errors import UsageError
+
+__all__ = ["DEMO_MODELS", "demo_path"]
+
+DEMO_MODELS: tuple[str, ...] = ("transformer",)
+"""Names of the checkpoints shipped inside the package."""
+
+
+def demo_path(name: str = "transformer") -> Path:
+    """Return the directory of a shipped checkpoint, ready for ``from_pretrained``.
+
+    Args:
+        name: one of :data:`DEMO_MODELS`.
+
+    Raises:
+        UsageError: the name is not a shipped model, or its files are missing from this install.
+    """
+    if name not in DEMO_MODELS:
+        known = ", ".join(repr(known_name) for known_name in DEMO_MODELS)
+        raise UsageError(f"unknown demo model {name!r}; the shipped ones are: {known}")
+    path = Path(__file__).resolve().parent / name
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            f"the demo model {name!r} is missing from this installation (no {name}/config.json "
+            "beside trilens.demo); reinstall the package, or train it again with "
+            "python -m trilens.demo.train"
+        )
+    return path

@@ -1,0 +1,172 @@
+"""Every error that a caller can cause, under one root.
+
+    TrilensError
+    ├── UsageError               an argument is wrong
+    │   ├── OutOfRangeError      a layer, position, head or index that is not there
+    │   ├── ShapeError           a tensor of the wrong rank or size
+    │   ├── DtypeError           a tensor of the wrong dtype
+    │   ├── ValueRangeError      a number outside its allowed range
+    │   ├── NonFiniteError       NaN or Inf where numbers are needed
+    │   ├── NotStoredError       asked for something that this capture or cache does not hold
+    │   └── TooLargeError        the answer would need more memory than allowed without saying so
+    ├── PromptError              a prompt that this model cannot read
+    │   ├── EmptyPromptError
+    │   ├── PromptTooLongError
+    │   ├── TokenIdError         token ids outside the vocabulary
+    │   └── NoTokenizerError     a text prompt for a model without a tokenizer
+    ├── LoadError                a model or file that cannot be loaded
+    │   ├── ModelNotFoundError   no such directory or hub id
+    │   ├── ConfigError          the configuration is missing, unreadable or of an unknown type
+    │   ├── UnsafeFormatError    only pickled weights (.bin, .pt)
+    │   ├── CorruptFileError     truncated or malformed
+    │   ├── OfflineError         the hub cannot be reached
+    │   └── MemoryShortError     the weights need more memory than is free
+    ├── AnatomyError             blocks, final norm or unembedding could not be proven
+    │   └── SeveralStreamsError  the residual has more than one stream
+    └── CaptureError             a forward pass that did not give what was asked
+        ├── SilentSiteError      a requested site that did not fire
+        ├── AttentionPathError   attention that goes through no supported path
+        └── ModifiedInPlaceError a captured tensor was overwritten by the model
+
+Messages say: the noun, the problem, the offending value, the allowed range, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AnatomyError",
+    "AttentionPathError",
+    "CaptureError",
+    "ConfigError",
+    "CorruptFileError",
+    "DtypeError",
+    "EmptyPromptError",
+    "LoadError",
+    "MemoryShortError",
+    "ModelNotFoundError",
+    "ModifiedInPlaceError",
+    "NoTokenizerError",
+    "NonFiniteError",
+    "NotStoredError",
+    "OfflineError",
+    "OutOfRangeError",
+    "PromptError",
+    "PromptTooLongError",
+    "SeveralStreamsError",
+    "ShapeError",
+    "SilentSiteError",
+    "TokenIdError",
+    "TooLargeError",
+    "TrilensError",
+    "UnsafeFormatError",
+    "UsageError",
+    "ValueRangeError",
+]
+
+
+class TrilensError(Exception):
+    """Root of every error that a caller of trilens can cause."""
+
+
+class UsageError(TrilensError):
+    """An argument is wrong."""
+
+
+class OutOfRangeError(UsageError, IndexError):
+    """A layer, position, head or index that is not there."""
+
+
+class ShapeError(UsageError):
+    """A tensor of the wrong rank or size."""
+
+
+class DtypeError(UsageError, TypeError):
+    """A tensor of the wrong dtype."""
+
+
+class ValueRangeError(UsageError, ValueError):
+    """A number outside its allowed range."""
+
+
+class NonFiniteError(UsageError, ValueError):
+    """NaN or Inf where numbers are needed."""
+
+
+class NotStoredError(UsageError, LookupError):
+    """Asked for something that this capture or cache does not hold."""
+
+
+class TooLargeError(UsageError):
+    """The answer would need more memory than is allowed without saying so."""
+
+
+class PromptError(TrilensError):
+    """A prompt that this model cannot read."""
+
+
+class EmptyPromptError(PromptError):
+    """A prompt without a single token."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt longer than the model's positions."""
+
+
+class TokenIdError(PromptError):
+    """Token ids outside the model's vocabulary."""
+
+
+class NoTokenizerError(PromptError):
+    """A text prompt for a model that came without a tokenizer."""
+
+
+class LoadError(TrilensError):
+    """A model or file that cannot be loaded."""
+
+
+class ModelNotFoundError(LoadError):
+    """No such directory, and no such hub id."""
+
+
+class ConfigError(LoadError):
+    """The model's configuration is missing, unreadable or of an unknown type."""
+
+
+class UnsafeFormatError(LoadError):
+    """Only pickled weights are there; trilens reads safetensors alone."""
+
+
+class CorruptFileError(LoadError):
+    """A file that is truncated or malformed."""
+
+
+class OfflineError(LoadError):
+    """The hub cannot be reached and the model is not in the local cache."""
+
+
+class MemoryShortError(LoadError):
+    """The weights need more memory than is free."""
+
+
+class AnatomyError(TrilensError):
+    """Blocks, final norm or unembedding could not be proven on this model."""
+
+
+class SeveralStreamsError(AnatomyError):
+    """The residual has more than one stream, so that "the residual after block i" is undefined."""
+
+
+class CaptureError(TrilensError):
+    """A forward pass that did not give what was asked."""
+
+
+class SilentSiteError(CaptureError):
+    """A requested site did not fire."""
+
+
+class AttentionPathError(CaptureError):
+    """Attention that goes through no path that can be captured."""
+
+
+class ModifiedInPlaceError(CaptureError):
+    """A captured tensor was overwritten by the model after it was captured."""

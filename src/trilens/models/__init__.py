@@ -1,0 +1,3 @@
+"""What is known about architectures."""
+
+__all__: list[str] = []

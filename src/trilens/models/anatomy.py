@@ -1,0 +1,373 @@
+"""Where the blocks, the final norm and the unembedding are: found by rule in any model's trace.
+
+The rules read what one probe did, never a family's name:
+
+- blocks: sibling modules called in a row, each one's output the next one's input, bit for bit;
+- final norm: what turned the last block's output into the model's last hidden state;
+- unembedding: the outermost module that takes the last hidden state and gives the logits, up to a
+  constant factor or a tanh cap that is measured on the probe.
+
+What they find is returned with the facts that prove it. What they can't prove is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.models.trace import ModuleCall, Trace, parent_path, same
+
+__all__ = ["Anatomy", "Block", "find_anatomy"]
+
+_LONGEST_WAY = 4
+_UNCAPPED = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer: the module that runs it, and where the residual stream is in what it returns.
+
+    A module that runs several times (ALBERT) stands in several blocks.
+    """
+
+    path: str
+    module: nn.Module
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """The parts of a model, proven on a probe.
+
+    Attributes:
+        blocks: one per layer, in the order in which they run.
+        d_model: width of the residual stream.
+        batch_first: whether the residual is [batch, seq, d_model] (else [seq, batch, d_model]).
+        final_norm: paths of the modules between the last block and the last hidden state; empty
+            where the last block's output is the last hidden state.
+        final_scale: factor on the last block's output before the final norm (1 nearly always).
+        unembedding: paths of the modules from the last hidden state to the logits; empty for a
+            bare encoder.
+        logit_scale: factor between the unembedding's output and the logits.
+        logit_softcap: c in c·tanh(x/c), or None.
+        vocab: width of the logits, or None.
+        attention: per layer, the module that calls the attention registry there.
+        other_attention: per layer, attention that goes another way, in words.
+        facts: what the probe proved, in words.
+    """
+
+    blocks: tuple[Block, ...]
+    d_model: int
+    batch_first: bool
+    final_norm: tuple[str, ...]
+    final_scale: float
+    unembedding: tuple[str, ...]
+    logit_scale: float
+    logit_softcap: float | None
+    vocab: int | None
+    attention: dict[int, str]
+    other_attention: dict[int, str]
+    facts: tuple[str, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    calls: tuple[ModuleCall, ...]
+    output_index: tuple[int, ...]
+
+    @property
+    def last(self) -> Tensor:
+        return self.calls[-1].outputs[self.output_index[-1]]
+
+
+def find_anatomy(
+    trace: Trace, *, softcaps: Sequence[float] = (), width: int | None = None
+) -> Anatomy:
+    """Apply the rules to a trace.
+
+    Args:
+        trace: what a probe of the model did.
+        softcaps: tanh caps to try on the logits (the numbers of the model's config).
+        width: the config's hidden size: a stream that is a multiple of it holds several.
+
+    Raises:
+        SeveralStreamsError: blocks pass on a residual of rank 4, or two residual streams.
+        AnatomyError: no chain of blocks, or its end is not the last hidden state.
+    """
+    chain, norm, hidden = _choose(trace)
+    last = chain.last
+    if width is not None and last.shape[-1] != width and last.shape[-1] % width == 0:
+        raise SeveralStreamsError(
+            f"the residual has several streams: {chain.calls[-1].path} passes on width "
+            f"{last.shape[-1]}, {last.shape[-1] // width} × the model's hidden size {width}; "
+            "a single residual stream [batch, seq, d_model] is needed"
+        )
+    facts = [
+        f"{len(chain.calls)} blocks in {parent_path(chain.calls[0].path) or 'the model'}: "
+        "each block's output is the next one's input, bit for bit",
+        f"last hidden state = {' → '.join(norm.path) if norm.path else 'the output'} of the last block",
+    ]
+    head = _unembedding(trace, hidden, softcaps)
+    if head.path:
+        facts.append(
+            f"logits = {' → '.join(head.path)} of the last hidden state"
+            + (f" × {head.scale:g}" if head.scale != 1.0 else "")
+            + (f", capped: {head.softcap:g}·tanh(x/{head.softcap:g})" if head.softcap else "")
+        )
+    attention, other = _attention_by_layer(trace, chain)
+    return Anatomy(
+        blocks=tuple(
+            Block(call.path, call.module, index)
+            for call, index in zip(chain.calls, chain.output_index, strict=True)
+        ),
+        d_model=last.shape[-1],
+        batch_first=last.shape[-2] == trace.seq,
+        final_norm=norm.path,
+        final_scale=norm.scale,
+        unembedding=head.path,
+        logit_scale=head.scale,
+        logit_softcap=head.softcap,
+        vocab=trace.logits.shape[-1] if trace.logits is not None else None,
+        attention=attention,
+        other_attention=other,
+        facts=tuple(facts),
+    )
+
+
+def _is_stream(tensor: Tensor, seq: int) -> bool:
+    return tensor.is_floating_point() and tensor.dim() == 3 and sorted(tensor.shape[:2]) == [1, seq]
+
+
+def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
+    """The outermost chain of sibling modules that ends in the last hidden state."""
+    chains = _chains(trace)
+    ends = []
+    for chain in chains:
+        for hidden in trace.last_hidden:
+            norm = _final_norm(trace, chain, hidden)
+            if norm is not None:
+                ends.append((chain, norm, hidden))
+                break
+    if not ends:
+        raise _why_not(trace, chains)
+    # Outermost first: a block's own inner chains are shorter pieces of the same way.
+    best = min(ends, key=lambda end: (end[0].calls[0].path.count("."), -len(end[0].calls)))
+    for chain in chains:
+        first, own = chain.calls[0], best[0].calls[0]
+        outside = not any(call.encloses(first) or first.encloses(call) for call in best[0].calls)
+        if outside and len(chain.calls) > 1 and parent_path(first.path) != parent_path(own.path):
+            raise AnatomyError(
+                f"the model runs two stacks of blocks, {parent_path(first.path)} and "
+                f"{parent_path(own.path)}: layer numbers would be ambiguous"
+            )
+    return best
+
+
+def _chains(trace: Trace) -> list[_Chain]:
+    """Runs of sibling modules in which every output is the next input."""
+    groups: dict[str, list[ModuleCall]] = {}
+    for call in trace.calls:
+        parent, _, name = call.path.rpartition(".")
+        if name.isdigit() and any(_is_stream(tensor, trace.seq) for tensor in call.outputs):
+            groups.setdefault(parent, []).append(call)
+    found = []
+    for calls in groups.values():
+        chain = _link(calls, trace.seq)
+        if chain is not None:
+            found.append(chain)
+    return found
+
+
+def _link(calls: list[ModuleCall], seq: int) -> _Chain | None:
+    index: list[int] = []
+    for call, following in pairwise(calls):
+        if following.start < call.end:
+            return None
+        streams = [(i, t) for i, t in enumerate(call.outputs) if _is_stream(t, seq)]
+        linked = next((i for i, tensor in streams if _carried(tensor, following) is not None), None)
+        if linked is None:
+            return None
+        index.append(linked)
+    fallback = next(i for i, t in enumerate(calls[-1].outputs) if _is_stream(t, seq))
+    index.append(index[-1] if index and index[-1] < len(calls[-1].outputs) else fallback)
+    return _Chain(tuple(calls), tuple(index))
+
+
+def _carried(tensor: Tensor, call: ModuleCall) -> float | None:
+    """The constant times which a call takes the tensor, or None.
+
+    RWKV-4 halves its residual stream every few blocks in inference; the blocks' weights make up
+    for it. The stream is still one chain.
+    """
+    if call.takes(tensor):
+        return 1.0
+    return next((c for item in call.inputs if (c := _factor(tensor, item)) is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """last hidden state = modules(scale · last block's output)."""
+
+    path: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
+    """The way from the last block's output to the last hidden state; None where there is none."""
+    if same(chain.last, hidden):
+        return _Norm()
+    after = chain.calls[-1].end
+    first = next((c for c in trace.calls if c.start > after and _carried(chain.last, c)), None)
+    if first is None:
+        return None
+    scale = _carried(chain.last, first)
+    start = chain.last if scale in (None, 1.0) else first.inputs[0]
+    for path, output in _way(trace, start, after):
+        if same(output, hidden) or _same_flat(output, hidden):
+            return _Norm(path, scale or 1.0)
+    return None
+
+
+def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Follow a tensor through modules that read nothing else, outermost modules first."""
+    path: tuple[str, ...] = ()
+    while len(path) < _LONGEST_WAY:
+        later = (call for call in trace.calls if call.start > after and call.outputs)
+        step = next((call for call in later if call.takes(tensor)), None)
+        if step is None or not _reads_only(step, tensor):
+            return
+        path = (*path, step.path)
+        tensor, after = step.outputs[0], step.end
+        yield path, tensor
+
+
+def _reads_only(call: ModuleCall, tensor: Tensor) -> bool:
+    return all(same(item, tensor) for item in call.inputs if item.is_floating_point())
+
+
+def _same_flat(a: Tensor, b: Tensor) -> bool:
+    if a.numel() != b.numel() or a.shape[-1:] != b.shape[-1:]:
+        return False
+    return same(a.reshape(-1), b.reshape(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """logits = cap(scale · modules(last hidden state))."""
+
+    path: tuple[str, ...] = ()
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def _unembedding(trace: Trace, hidden: Tensor, softcaps: Sequence[float]) -> _Head:
+    """The modules from the last hidden state to the logits."""
+    logits = trace.logits
+    if logits is None:
+        return _Head()
+    ways = list(_way(trace, hidden, 0))
+    # A head that reads a scaled hidden state: for a linear map the factor commutes.
+    for call in trace.calls:
+        if isinstance(call.module, nn.Linear) and call.module.bias is None and call.inputs:
+            factor = _factor(hidden, call.inputs[0])
+            if factor not in (None, 1.0):
+                ways.append(((call.path,), call.outputs[0] / factor))
+    for path, output in ways:
+        relation = _relate(output[..., : logits.shape[-1]], logits, softcaps)
+        if relation is not None:
+            return _Head(path, *relation)
+    raise AnatomyError(
+        "the logits could not be rebuilt: no modules lead from the last hidden state to the "
+        f"logits [{', '.join(map(str, logits.shape))}], up to a factor or a tanh cap"
+    )
+
+
+def _factor(a: Tensor, b: Tensor) -> float | None:
+    """The c in b = c·a, or None."""
+    if a.shape != b.shape or not b.is_floating_point() or not a.is_floating_point():
+        return None
+    relation = _relate(a, b, ())
+    return None if relation is None else relation[0]
+
+
+def _relate(
+    raw: Tensor, logits: Tensor, softcaps: Sequence[float]
+) -> tuple[float, float | None] | None:
+    if raw.shape != logits.shape:
+        return None
+    a, b = raw.double(), logits.double()
+    tolerance = float(b.abs().max()) * 16 * torch.finfo(logits.dtype).eps
+    if torch.equal(a, b):
+        return 1.0, None
+    for cap in (None, *softcaps):
+        # Undo the cap where the model is far from it; the factor is read off the largest value.
+        inner = b if cap is None else cap * torch.atanh((b / cap).clamp(-_UNCAPPED, _UNCAPPED))
+        at = int((a.abs() * (inner.abs() < _UNCAPPED * (cap or math.inf))).argmax())
+        if not float(a.reshape(-1)[at]):
+            continue
+        scale = _round_to(float(inner.reshape(-1)[at] / a.reshape(-1)[at]), logits.dtype)
+        rebuilt = a * scale if cap is None else cap * torch.tanh(a * scale / cap)
+        if bool(((rebuilt - b).abs() <= tolerance).all()):
+            return scale, cap
+    return None
+
+
+def _round_to(scale: float, dtype: torch.dtype) -> float:
+    """A measured factor, with the digits that its dtype can have measured."""
+    digits = max(2, int(-math.log10(torch.finfo(dtype).eps)) - 1)
+    return float(f"{scale:.{digits}g}")
+
+
+def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], dict[int, str]]:
+    sites: dict[int, str] = {}
+    other: dict[int, str] = {}
+    for layer, call in enumerate(chain.calls):
+        inside = [site for site in trace.attention if call.start < site.tick < call.end]
+        strays = {site.path for site in trace.softmax if call.start < site.tick < call.end}
+        if len({site.path for site in inside}) == 1:
+            sites[layer] = inside[0].path
+        elif inside:
+            paths = ", ".join(site.path for site in inside)
+            other[layer] = f"{len(inside)} attention calls in one block ({paths})"
+        elif strays:
+            other[layer] = f"{', '.join(sorted(strays))} computes attention outside the registry"
+    return sites, other
+
+
+def _why_not(trace: Trace, chains: list[_Chain]) -> AnatomyError:
+    many = [
+        call
+        for call in trace.calls
+        if call.path.rpartition(".")[2].isdigit()
+        and any(
+            t.is_floating_point() and t.dim() == 4 and trace.seq in t.shape[:3]
+            for t in call.outputs[:1]
+        )
+    ]
+    if many:
+        shape = ", ".join(map(str, many[0].outputs[0].shape))
+        return SeveralStreamsError(
+            f"the residual has several streams: {many[0].path} passes on a tensor [{shape}]; "
+            "a single residual stream [batch, seq, d_model] is needed"
+        )
+    if chains:
+        longest = max(chains, key=lambda chain: len(chain.calls))
+        return AnatomyError(
+            f"the last hidden state could not be rebuilt from {longest.calls[-1].path}'s output: "
+            "no modules that read it alone lead from one to the other"
+        )
+    return AnatomyError(
+        "no chain of blocks: there are no sibling modules whose outputs "
+        f"[1, {trace.seq} tokens, d_model] are each the next one's input"
+    )

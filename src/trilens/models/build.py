@@ -1,0 +1,310 @@
+"""From a checkpoint's directory to its configuration, the class that fits it, and a model whose
+every weight was read.
+
+The class follows config.json's `architectures`. What transformers would complete with random
+numbers, leave out or cast without a word is an error here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.models.auto import modeling_auto
+
+from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
+from trilens.models.weights import read_json
+from trilens.models.wording import clip, reason
+
+__all__ = ["build_model", "candidate_classes", "read_config"]
+
+# Classes whose output is logits over a vocabulary, in the order in which they are tried.
+_LANGUAGE_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+)
+_REMOTE_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel")
+
+# Buffers that a model computes from its configuration; old checkpoints store them, new ones do not.
+_COMPUTED_BUFFER = re.compile(r"(^|\.)(position_ids|inv_freq)$")
+
+
+def read_config(folder: Path, *, trusted: bool) -> tuple[Any, type | None]:
+    """Read config.json.
+
+    Args:
+        folder: the checkpoint's directory.
+        trusted: may code that comes with the checkpoint run?
+
+    Returns:
+        The configuration; the transformers auto class to load through when the model's code comes
+        with the checkpoint and is trusted, else None.
+
+    Raises:
+        ConfigError: config.json is missing, broken, of an unknown type, or needs code or packages
+            that are not there.
+    """
+    file = folder / "config.json"
+    raw = _read_raw(folder)
+    model_type, auto_map = raw.get("model_type"), raw.get("auto_map")
+    if auto_map is not None and not isinstance(auto_map, dict):
+        raise ConfigError(f"{file} has an auto_map that is not an object: {auto_map!r}")
+    if not isinstance(model_type, str) and not auto_map:
+        raise ConfigError(
+            f"{file} names no model_type: {model_type!r} is not a type that transformers has"
+        )
+    known = isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING
+    if not known and not (trusted and auto_map):
+        raise ConfigError(_unknown_type(file, model_type, has_code=bool(auto_map)))
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trusted, local_files_only=not _elsewhere(auto_map)
+        )
+    except ImportError as cause:
+        raise ConfigError(
+            f"{file} needs a package that is not installed: {reason(cause)}"
+        ) from cause
+    except Exception as cause:
+        raise ConfigError(
+            f"{file} is not a valid {model_type} configuration: {reason(cause)}"
+        ) from cause
+    remote = [name for name in _REMOTE_AUTO_CLASSES if name in (auto_map or {})]
+    if remote and trusted:
+        return config, getattr(transformers, remote[0])
+    if not candidate_classes(config):
+        raise ConfigError(_unknown_type(file, model_type, has_code=bool(remote)))
+    foreign = _foreign_architecture(config) if remote else None
+    if foreign is not None:
+        raise ConfigError(_unknown_type(file, foreign, has_code=True))
+    return config, None
+
+
+def _read_raw(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter:
+        raise ConfigError(
+            f"directory {folder} holds an adapter (adapter_config.json): merge it into its base "
+            "model, and give the merged model's directory"
+        )
+    if not file.is_file():
+        raise ConfigError(
+            f"directory {folder} has no config.json: give the directory of a transformers model"
+        )
+    return read_json(file, ConfigError)
+
+
+def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:
+    if has_code:
+        return (
+            f"{file} is of type {name!r}, whose code comes with the checkpoint: read that code, "
+            "then pass trust_remote_code=True to let it run"
+        )
+    return (
+        f"{file} is of type {name!r}, which transformers {transformers.__version__} does not know: "
+        "upgrade transformers, or pass trust_remote_code=True where the checkpoint brings its code"
+    )
+
+
+def _elsewhere(auto_map: Mapping[str, Any] | None) -> bool:
+    """Does the code lie in another repository of the hub ("owner/name--module.Class")?"""
+    return any("--" in str(value) for value in (auto_map or {}).values())
+
+
+def _architectures(config: Any) -> list[str]:
+    named = getattr(config, "architectures", None)
+    return [n for n in named if isinstance(n, str)] if isinstance(named, list | tuple) else []
+
+
+def _foreign_architecture(config: Any) -> str | None:
+    """The named class, when neither transformers nor anything registered with it has it."""
+    named = _architectures(config)
+    ours = {cls.__name__ for cls in candidate_classes(config)}
+    if not named or any(name in ours or hasattr(transformers, name) for name in named):
+        return None
+    return named[0]
+
+
+def _classes(mapping_name: str, config: Any) -> list[type]:
+    mapping = getattr(modeling_auto, mapping_name, None)
+    found = mapping.get(type(config), ()) if mapping is not None else ()
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def candidate_classes(config: Any) -> list[type]:
+    """The classes to load a checkpoint of `config` with, in the order in which to try them.
+
+    One class when `architectures` names it. The bare model when `architectures` names another head,
+    because that head's output is no vocabulary. Otherwise every class that the type has: masked
+    before causal for encoders that have both.
+    """
+    language = [cls for name in _LANGUAGE_MAPPINGS for cls in _classes(name, config)]
+    bare = _classes("MODEL_MAPPING", config)
+    named = _architectures(config)
+    for cls in language + bare:
+        if cls.__name__ in named:
+            return [cls]
+    masked = _classes("MODEL_FOR_MASKED_LM_MAPPING", config)
+    for name in named:
+        head: Any = getattr(transformers, name, None)
+        if inspect.isclass(head) and getattr(head, "config_class", None) is type(config):
+            pretraining = _classes("MODEL_FOR_PRETRAINING_MAPPING", config)
+            return [*masked, *bare[:1]] if head in pretraining else bare[:1]
+    if masked and not getattr(config, "is_decoder", False):
+        language = masked + [cls for cls in language if cls not in masked]
+    return list(dict.fromkeys(language + bare[:1]))
+
+
+def build_model(
+    folder: Path,
+    config: Any,
+    remote: type | None,
+    *,
+    stored_names: frozenset[str],
+    options: Mapping[str, Any],
+) -> tuple[Any, tuple[str, ...]]:
+    """Load the model in `folder` with the first class that its files complete.
+
+    Args:
+        folder: the checkpoint's directory, its headers already checked.
+        config: its configuration.
+        remote: the auto class of `read_config`, or None.
+        stored_names: names of the tensors in its files.
+        options: passed to `from_pretrained`.
+
+    Returns:
+        The model in eval mode, and the names of the tensors in the files that it has no place for.
+
+    Raises:
+        CorruptFileError: weights are missing, of another size or type than the model's, or
+            contradict its configuration.
+        ConfigError: transformers cannot build a model from the configuration.
+        MemoryShortError: memory ran out.
+    """
+    classes: list[Any] = [remote] if remote is not None else candidate_classes(config)
+    first: CorruptFileError | None = None
+    for cls in classes:
+        extra = dict(options)
+        if _wants_no_pooler(cls, stored_names):
+            extra["add_pooling_layer"] = False
+        if remote is not None:
+            extra["trust_remote_code"] = True
+        try:
+            return _build_one(folder, config, cls, extra)
+        except CorruptFileError as cause:
+            first = first or cause
+    raise first or LoadError(
+        f"{folder} has a configuration for which transformers has no model class"
+    )
+
+
+def _wants_no_pooler(cls: Any, stored_names: frozenset[str]) -> bool:
+    """A bare encoder's pooler stands after the residual stream; files without it are complete."""
+    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters and not any(
+        "pooler." in name for name in stored_names
+    )
+
+
+def _build_one(
+    folder: Path, config: Any, cls: Any, options: Mapping[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    name = cls.__name__
+    try:
+        model, report = cls.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            # Sizes that differ then come back by name, and are refused below.
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except TrilensError:
+        raise
+    except (SafetensorError, EOFError) as cause:
+        raise CorruptFileError(
+            f"{folder} has weights that cannot be read: {reason(cause)}"
+        ) from cause
+    except ImportError as cause:
+        raise ConfigError(
+            f"{folder} needs a package that is not installed to build {name}: {reason(cause)}"
+        ) from cause
+    except (MemoryError, torch.OutOfMemoryError) as cause:
+        raise MemoryShortError(f"memory ran out while loading {folder}: {reason(cause)}") from cause
+    except Exception as cause:
+        if "allocate memory" in str(cause):
+            raise MemoryShortError(
+                f"memory ran out while loading {folder}: {reason(cause)}"
+            ) from cause
+        raise ConfigError(
+            f"{folder} cannot be built as {name} by transformers {transformers.__version__}: "
+            f"{reason(cause)}"
+        ) from cause
+    _check_complete(folder, model, report)
+    return model.eval(), tuple(sorted(report["unexpected_keys"]))
+
+
+def _check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
+    where = f"{folder} does not match its config.json as {type(model).__name__}"
+    mismatched = sorted(report["mismatched_keys"], key=lambda item: item[0])
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        raise CorruptFileError(
+            f"{where}: {len(mismatched)} weights have another size, first {key}: "
+            f"{list(stored)} in the file, {list(wanted)} in the model"
+        )
+    missing = sorted(k for k in report["missing_keys"] if not _COMPUTED_BUFFER.search(k))
+    if missing:
+        raise CorruptFileError(
+            f"{where}: {len(missing)} weights are missing and would be random: {_few(missing)}"
+        )
+    contradicting = sorted(k for k in report["unexpected_keys"] if _contradicts(model, k))
+    if contradicting:
+        raise CorruptFileError(
+            f"{where}: {len(contradicting)} weights in the files have no place in the model: "
+            f"{_few(contradicting)}"
+        )
+    if getattr(model.config, "quantization_config", None) is None:
+        odd = sorted(n for n, p in model.named_parameters() if not p.is_floating_point())
+        if odd:
+            raise CorruptFileError(
+                f"{where}: {len(odd)} weights are not floating-point: {_few(odd)}"
+            )
+
+
+def _contradicts(model: Any, key: str) -> bool:
+    """Does the stored tensor `key`, for which the model has no place, change what it computes?
+
+    So for another parameter of a module that the model does have (a bias), and for a block beyond
+    the last one. A head or another module that the model has not at all may be left out.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name in (key, key.removeprefix(prefix), prefix + key):
+        module, parts = model, name.split(".")[:-1]
+        for part in parts:
+            children = dict(module.named_children())
+            if part not in children:
+                last_block = isinstance(module, torch.nn.ModuleList) and part.isdigit()
+                if last_block and len(children) > 0:
+                    return True
+                break
+            module = children[part]
+        else:
+            if parts and any(True for _ in module.parameters(recurse=False)):
+                return True
+    return False
+
+
+def _few(names: list[str]) -> str:
+    shown = [name if name.isprintable() and len(name) < 80 else clip(name) for name in names[:4]]
+    return ", ".join(shown) + (" …" if len(names) > 4 else "")

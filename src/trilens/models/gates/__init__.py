@@ -1,0 +1,3 @@
+"""Where gates are, one file per kind of gate."""
+
+__all__: list[str] = []

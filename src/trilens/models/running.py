@@ -1,0 +1,95 @@
+"""How to call any transformers language model: what its forward takes, and a probe for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["config_numbers", "device_of", "forward_arguments", "probe_ids", "text_config"]
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The config of the text part of the model (the config itself for a text model)."""
+    config = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """The device that takes the token ids: the input embedding's."""
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    return weight.device if isinstance(weight, Tensor) else model.device
+
+
+def forward_arguments(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, *, logits: bool = True
+) -> dict[str, Any]:
+    """Arguments for one plain pass over ids [batch, seq]; only what this forward knows.
+
+    Args:
+        model: the model to call.
+        ids: token ids [batch, seq].
+        mask: 1 for real tokens, 0 for padding [batch, seq], or None.
+        logits: False asks for the last position's logits only, where the model can.
+    """
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids}
+    if mask is not None and "attention_mask" in known:
+        arguments["attention_mask"] = mask
+    if "use_cache" in known:
+        arguments["use_cache"] = False
+    if "return_dict" in known:
+        arguments["return_dict"] = True
+    if not logits and "logits_to_keep" in known:
+        arguments["logits_to_keep"] = 1
+    return arguments
+
+
+def _special_ids(config: Any, depth: int = 2) -> Iterator[int]:
+    """Every id that the config names: pad, bos, eos, placeholders of images and audio."""
+    values = vars(config)
+    for name, value in values.items():
+        if name.endswith(("token_id", "token_index", "token_ids")):
+            items = value if isinstance(value, list | tuple) else [value]
+            yield from (item for item in items if isinstance(item, int))
+        elif depth and name.endswith("config") and hasattr(value, "__dict__"):
+            yield from _special_ids(value, depth - 1)
+
+
+def probe_ids(
+    model: PreTrainedModel, vocab: int, length: int, *, seed: int = 0, kinds: int | None = None
+) -> Tensor:
+    """Ordinary token ids [1, length] for a probe: none that the config gives a special meaning.
+
+    Args:
+        model: whose config names the special ids.
+        vocab: rows of the input embedding.
+        length: tokens.
+        seed: of the choice.
+        kinds: different tokens at most; fewer than length makes a text that repeats itself.
+    """
+    special = set(_special_ids(model.config))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(min(vocab, 4096), generator=generator).tolist()
+    plain = [token for token in order if token not in special] or order
+    few = plain[: kinds or length]
+    picks = torch.randint(len(few), (length,), generator=generator).tolist()
+    ids = [few[i] for i in picks] if kinds else [few[i % len(few)] for i in range(length)]
+    return torch.tensor([ids], device=device_of(model))
+
+
+def config_numbers(model: PreTrainedModel) -> tuple[float, ...]:
+    """The numbers above 1 in the model's config: what a measured constant may come from."""
+    configs = {id(config): config for config in (model.config, text_config(model))}
+    found = {
+        float(value)
+        for config in configs.values()
+        for value in vars(config).values()
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 1
+    }
+    return tuple(sorted(found))

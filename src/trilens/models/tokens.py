@@ -1,0 +1,361 @@
+"""From a caller's prompt to token ids, and from token ids to one readable string per token.
+
+How a token reads is asked of the tokenizer itself (what does it decode this id to?), not looked up
+by its class: a piece is taken for byte-level text only when decoding agrees, and "▁" for a space
+only when decoding removes it.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+
+from trilens.errors import (
+    DtypeError,
+    EmptyPromptError,
+    NoTokenizerError,
+    PromptError,
+    PromptTooLongError,
+    ShapeError,
+    TokenIdError,
+    UsageError,
+)
+from trilens.models.wording import clip
+
+__all__ = [
+    "Prompt",
+    "PromptLike",
+    "max_positions_of",
+    "pad_id_for",
+    "read_prompt",
+    "token_strings",
+    "vocab_size_of",
+]
+
+PromptLike = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
+"""What a caller may give as one prompt."""
+
+_ONE_ROW = "give one prompt, or read several with capture_many"
+_POSITION_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+)
+_METASPACE = "▁"
+_WORD_END = "</w>"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: printable ones as they are, the rest from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + n): byte for n, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTES = _byte_alphabet()
+
+
+# Compared by identity: a tensor has no truth value, so field-wise equality could not work.
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One prompt, as the model reads it.
+
+    Shapes:
+        ids: [seq] int64, on the CPU
+        strings: seq of them
+    """
+
+    ids: torch.Tensor
+    strings: tuple[str, ...]
+
+
+def read_prompt(
+    prompt: PromptLike,
+    *,
+    tokenizer: Any,
+    vocab_size: int,
+    max_positions: int | None,
+    add_special_tokens: bool = True,
+) -> Prompt:
+    """Read one prompt.
+
+    Args:
+        prompt: text, a sequence of ids, or an integer tensor or array [seq] or [1, seq]. Ids are
+            taken as they are, nothing is added to them.
+        tokenizer: of the model; None when there is none, then only ids can be read.
+        vocab_size: ids from 0 to below this are allowed.
+        max_positions: the most tokens a prompt may have; None for any number.
+        add_special_tokens: let the tokenizer put its special tokens around a text.
+
+    Raises:
+        EmptyPromptError: no text, or no token.
+        NoTokenizerError: a text, and no tokenizer.
+        DtypeError: ids that are not integers.
+        ShapeError: more than one row.
+        TokenIdError: ids outside the vocabulary.
+        PromptTooLongError: more tokens than positions.
+        PromptError: text that is no valid Unicode.
+        UsageError: something that is no prompt at all.
+    """
+    from_text = isinstance(prompt, str)
+    if isinstance(prompt, str):
+        ids = _encode(prompt, tokenizer, add_special_tokens)
+    elif isinstance(prompt, torch.Tensor | np.ndarray):
+        ids = _ids_of_array(prompt)
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
+        ids = _ids_of_sequence(prompt)
+    else:
+        raise UsageError(
+            f"prompt is a {type(prompt).__name__}: give text, a list of token ids, or an integer "
+            "tensor [seq] or [1, seq]"
+        )
+    if not ids:
+        raise EmptyPromptError("prompt is empty: give at least one token")
+    _check_range(ids, vocab_size, from_text=from_text)
+    if max_positions is not None and len(ids) > max_positions:
+        raise PromptTooLongError(
+            f"prompt has {len(ids)} tokens, this model has {max_positions} positions: "
+            f"shorten it to at most {max_positions} tokens"
+        )
+    return Prompt(torch.tensor(ids, dtype=torch.int64), token_strings(ids, tokenizer))
+
+
+def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
+    if tokenizer is None:
+        raise NoTokenizerError(
+            "prompt is text, and this model has no tokenizer: give token ids, or pass a tokenizer"
+        )
+    if not text:
+        raise EmptyPromptError("prompt is empty: give at least one character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        raise PromptError(
+            f"prompt is not valid Unicode: character {cause.start} is the lone surrogate "
+            f"U+{ord(text[cause.start]):04X}; replace it"
+        ) from cause
+    # Settings stored with a tokenizer (truncation, padding) would change the prompt without a word.
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        truncation=False,
+        padding=False,
+        verbose=False,
+    )
+    return [int(i) for i in encoded["input_ids"]]
+
+
+def _ids_of_array(prompt: torch.Tensor | np.ndarray[Any, Any]) -> list[int]:
+    dtype = str(prompt.dtype).removeprefix("torch.")
+    if re.fullmatch(r"u?int\d+", dtype) is None:
+        raise DtypeError(f"prompt has dtype {dtype}: token ids are integers (int64)")
+    shape = list(prompt.shape)
+    if len(shape) == 2 and shape[0] > 1:
+        raise ShapeError(f"prompt has {shape[0]} rows, shape {shape}: {_ONE_ROW}")
+    if len(shape) not in {1, 2}:
+        raise ShapeError(f"prompt has shape {shape}: allowed are [seq] and [1, seq]")
+    if isinstance(prompt, torch.Tensor):
+        if prompt.is_meta:
+            raise UsageError(
+                "prompt is a tensor on the meta device, which holds no ids: give real ids"
+            )
+        return [int(i) for i in prompt.detach().cpu().reshape(-1).tolist()]
+    return [int(i) for i in prompt.reshape(-1).tolist()]
+
+
+def _ids_of_sequence(prompt: Sequence[Any]) -> list[int]:
+    first = next((item for item in prompt if _is_row(item)), None)
+    if first is None:
+        return [_id_of(item, position) for position, item in enumerate(prompt)]
+    if len(prompt) > 1 or isinstance(first, str):
+        kind = "texts" if isinstance(first, str) else "rows"
+        raise ShapeError(f"prompt is a {type(prompt).__name__} of {len(prompt)} {kind}: {_ONE_ROW}")
+    if isinstance(first, torch.Tensor | np.ndarray):
+        return _ids_of_array(first)
+    return [_id_of(item, position) for position, item in enumerate(first)]
+
+
+def _is_row(item: Any) -> bool:
+    is_array = isinstance(item, torch.Tensor | np.ndarray)
+    return item.ndim > 0 if is_array else isinstance(item, str | list | tuple)
+
+
+def _id_of(item: Any, position: int) -> int:
+    is_tensor = isinstance(item, torch.Tensor | np.ndarray)
+    dtype = str(item.dtype).removeprefix("torch.") if is_tensor else type(item).__name__
+    if dtype in {"bool", "bool_"} or (is_tensor and "int" not in dtype):
+        raise DtypeError(_not_an_id(item, dtype, position))
+    try:
+        return operator.index(item)
+    except TypeError as cause:
+        raise DtypeError(_not_an_id(item, dtype, position)) from cause
+
+
+def _not_an_id(item: Any, dtype: str, position: int) -> str:
+    return f"prompt has a {dtype} at position {position} ({clip(item)}): token ids are integers"
+
+
+def _check_range(ids: Sequence[int], vocab_size: int, *, from_text: bool) -> None:
+    for position, token_id in enumerate(ids):
+        if not 0 <= token_id < vocab_size:
+            hint = ": the tokenizer knows more tokens than this model" if from_text else ""
+            raise TokenIdError(
+                f"token id {token_id} at position {position} is out of range: this model has ids "
+                f"0–{vocab_size - 1}{hint}"
+            )
+
+
+def token_strings(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
+    """One readable string per id.
+
+    Real text wherever the token is text, with the space that belongs to it: byte-level "Ġthe" and
+    SentencePiece "▁the" read " the". Bytes that are no whole character read "<0xE2>". WordPiece's
+    "##ing" and special tokens stay as they are. Without a tokenizer, and for ids that it does not
+    know, the id: "<17>".
+
+    Args:
+        ids: token ids.
+        tokenizer: the tokenizer, or None.
+    """
+    if tokenizer is None:
+        return tuple(f"<{token_id}>" for token_id in ids)
+    special = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
+    added = frozenset(getattr(tokenizer, "added_tokens_decoder", None) or ())
+    known = {i: _string_of(i, tokenizer, special=special, added=added) for i in set(ids)}
+    return tuple(known[token_id] for token_id in ids)
+
+
+def _string_of(
+    token_id: int, tokenizer: Any, *, special: frozenset[int], added: frozenset[int]
+) -> str:
+    try:
+        piece = tokenizer.convert_ids_to_tokens([token_id])[0]
+    except (IndexError, KeyError, ValueError, OverflowError):
+        piece = None
+    if piece is None:
+        return f"<{token_id}>"
+    if isinstance(piece, bytes):
+        return _show_bytes(piece)
+    piece = str(piece)
+    if token_id in special:
+        return piece
+    byte = _BYTE_PIECE.fullmatch(piece)
+    if byte is not None:
+        return _show_bytes(bytes([int(byte.group(1), 16)]))
+    decoded = str(
+        tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+    # Added tokens are stored as text, never in the byte alphabet.
+    if token_id not in added and all(char in _BYTES for char in piece):
+        raw = bytes(_BYTES[char] for char in piece)
+        if _agrees(raw, decoded):
+            return _show_bytes(raw)
+    if _METASPACE in piece and _METASPACE not in decoded:
+        piece = piece.replace(_METASPACE, " ")
+    if piece.endswith(_WORD_END) and _WORD_END not in decoded:
+        piece = piece.removesuffix(_WORD_END) + " "
+    return piece
+
+
+def _agrees(raw: bytes, decoded: str) -> bool:
+    """Did the tokenizer decode a piece as these bytes?"""
+    try:
+        return raw.decode("utf-8") == decoded
+    except UnicodeDecodeError:
+        # Decoders mark a broken character or drop it.
+        return "\ufffd" in decoded or decoded == raw.decode("utf-8", errors="ignore")
+
+
+def _show_bytes(raw: bytes) -> str:
+    """UTF-8 text, with every byte that is no part of a whole character as "<0xE2>"."""
+    text = raw.decode("utf-8", errors="surrogateescape")
+    return "".join(
+        f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text
+    )
+
+
+def vocab_size_of(model: Any) -> int:
+    """How many token ids the model reads: the rows of its input embedding.
+
+    Raises:
+        UsageError: the model has no input embedding of tokens.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    weight = getattr(embedding, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim == 2:
+        return int(weight.shape[0])
+    size = getattr(_text_config(getattr(model, "config", None)), "vocab_size", None)
+    if _is_count(size):
+        return size
+    raise UsageError(
+        f"model {type(model).__name__} has no input embedding and its configuration no vocab_size: "
+        "give a model that reads tokens"
+    )
+
+
+def max_positions_of(model: Any) -> int | None:
+    """The most tokens that a prompt may have, or None when nothing limits it.
+
+    It is the configuration's own number (of the text part, in a composite one). Where the model
+    looks positions up in an embedding that sets rows aside for padding (`padding_idx`), these and
+    the rows before them are no positions: 514 − 2 = 512 in RoBERTa.
+
+    Args:
+        model: the model; a configuration alone answers too, without that correction.
+    """
+    text = _text_config(getattr(model, "config", model))
+    found = [getattr(text, key, None) for key in _POSITION_KEYS]
+    limit = next((n for n in found if _is_count(n)), None)
+    if limit is None or not isinstance(model, torch.nn.Module):
+        return limit
+    for name, module in model.named_modules():
+        is_table = isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]
+        if is_table and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - int(module.padding_idx) - 1
+    return limit
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _text_config(config: Any) -> Any:
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):
+        return config
+
+
+def pad_id_for(tokenizer: Any, config: Any, vocab_size: int) -> int:
+    """An id to pad with: any id of the vocabulary will do, the model's own is preferred.
+
+    Models that count positions by skipping their padding id take it from the configuration, so that
+    comes first.
+    """
+    text = _text_config(config)
+    for source, key in (
+        (text, "pad_token_id"),
+        (tokenizer, "pad_token_id"),
+        (text, "eos_token_id"),
+        (tokenizer, "eos_token_id"),
+    ):
+        value = getattr(source, key, None)
+        value = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size:
+            return value
+    return 0

@@ -1,0 +1,75 @@
+"""The checks that a model must pass before anything of it is shown.
+
+One short probe is run under hooks on every module; the anatomy and the gates are read off it by
+rule, with the facts that prove them. The probe must leave the model as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from trilens.errors import AnatomyError, TrilensError
+from trilens.models.anatomy import Anatomy, find_anatomy
+from trilens.models.gates.glu import GateSite, find_glu_gates
+from trilens.models.running import (
+    config_numbers,
+    forward_arguments,
+    probe_ids,
+    text_config,
+)
+from trilens.taps.mode import evaluating, unchanged
+from trilens.taps.recorder import record
+
+__all__ = ["PROBE_TOKENS", "Proof", "prove"]
+
+PROBE_TOKENS = 11
+"""Tokens in the probe: odd and small, so that no other axis of a model is likely to equal it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a probe proved of a model."""
+
+    anatomy: Anatomy
+    gates: dict[tuple[str, int], GateSite]
+    unclaimed: dict[int, str]
+
+
+def prove(model: PreTrainedModel, vocab: int) -> Proof:
+    """Probe a model and prove its anatomy and gates.
+
+    Args:
+        model: any transformers language model.
+        vocab: rows of the input embedding.
+
+    Raises:
+        AnatomyError: what could not be proven, with the facts that failed.
+    """
+    axes = {value for value in config_numbers(model) if value == int(value)}
+    seq = next(n for n in (PROBE_TOKENS, 13, 17, 19, 23) if n not in axes or n == 23)
+    ids = probe_ids(model, vocab, seq)
+    with unchanged(model) as whole, evaluating(model):
+        try:
+            trace = record(model, seq, lambda: model(**forward_arguments(model, ids, None)))
+        except TrilensError:
+            raise
+        except Exception as error:
+            raise AnatomyError(
+                f"{type(model).__name__} does not run on a plain prompt of {seq} tokens: "
+                f"{type(error).__name__}: {_first_line(error)}"
+            ) from error
+        if not whole():
+            raise AnatomyError(
+                f"{type(model).__name__} rebuilds its own modules for a short prompt, so that two "
+                "prompts need not run the same model; load it with one fixed kind of attention"
+            )
+    width = getattr(text_config(model), "hidden_size", None)
+    anatomy = find_anatomy(trace, softcaps=config_numbers(model), width=width)
+    gates, unclaimed = find_glu_gates(trace, anatomy)
+    return Proof(anatomy, gates, unclaimed)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

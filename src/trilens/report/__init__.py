@@ -1,0 +1,3 @@
+"""Results as text."""
+
+__all__: list[str] = []

@@ -1,0 +1,38 @@
+"""The family sweep as text."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trilens.families import FamilyTable
+
+__all__ = ["print_families"]
+
+_MARKS = {"full": "full", "residual": "residual only", "refused": "refused"}
+
+
+def print_families(families: FamilyTable, console: Console) -> None:
+    """Draw one row per model type and the counts."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in ("type", "captured", "layers", "attention", "gates", "why not more"):
+        table.add_column(heading, overflow="fold")
+    for row in families.rows:
+        gates = ", ".join(f"{name} {count}" for name, count in row.gates.items())
+        cells = (
+            row.model_type,
+            _MARKS.get(row.outcome, row.outcome),
+            str(row.n_layers or "–"),
+            str(row.attention or "–"),
+            gates or "–",
+            row.reason,
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    counts = families.count()
+    parts = [f"{counts.get(key, 0)} {name}" for key, name in _MARKS.items()]
+    console.print(
+        f"\n{len(families.rows)} types of transformers {families.transformers}: {', '.join(parts)}"
+    )

@@ -1,0 +1,118 @@
+"""From one padded batch to one capture per prompt: no pad in any tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trilens.caches.activation import ActivationCache, FullActivationCache
+from trilens.caches.attention import AttentionCache
+from trilens.caches.gates import GateCache
+from trilens.caches.patterns import DensePattern, Pattern
+from trilens.caches.softmax_masks import SharedMasks
+from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.capture import Capture, ModelInfo
+from trilens.errors import SilentSiteError
+from trilens.models.anatomy import Anatomy
+from trilens.models.tokens import Prompt
+from trilens.taps.attention import pattern_of
+from trilens.taps.session import Recording, Wanted
+
+__all__ = ["split"]
+
+
+def split(
+    prompts: Sequence[Prompt],
+    recording: Recording,
+    wanted: Wanted,
+    *,
+    anatomy: Anatomy,
+    logits: Tensor | None,
+    last_logits: bool,
+    info: ModelInfo,
+) -> list[Capture]:
+    """One capture per row. A single row keeps references; rows of a batch are copied out of it."""
+    patterns = {layer: pattern_of(call) for layer, call in recording.attention.items()}
+    shared = SharedMasks()
+    return [
+        Capture(
+            tokens=prompt.strings,
+            token_ids=prompt.ids,
+            logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
+            residual=_residual(recording, wanted, row),
+            attention=_attention(patterns, wanted, anatomy, row, shared),
+            gates=_gates(recording, wanted, anatomy, row),
+            model=info,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _own(tensor: Tensor, batched: bool) -> Tensor:
+    # A row of a batch must not keep the whole batch alive.
+    return tensor.clone() if batched else tensor
+
+
+def _logits(
+    logits: Tensor | None, row: int, length: int, last: bool, batched: bool
+) -> Tensor | None:
+    if logits is None:
+        return None
+    real = logits.detach()[row, :length]
+    return real[-1:].clone() if last else _own(real, batched)
+
+
+def _residual(
+    recording: Recording, wanted: Wanted, row: int
+) -> ActivationCache | FullActivationCache | None:
+    if wanted.residual is None:
+        return None
+    batched, length = len(wanted.lengths) > 1, wanted.lengths[row]
+    if wanted.residual == "all":
+        return FullActivationCache.from_layers(
+            {i: _own(stream[row, :length], batched) for i, stream in recording.residual.items()}
+        )
+    return ActivationCache.from_layers(
+        {i: _own(last[row], batched) for i, last in recording.residual.items()}
+    )
+
+
+def _attention(
+    patterns: dict[int, Pattern],
+    wanted: Wanted,
+    anatomy: Anatomy,
+    row: int,
+    shared: SharedMasks,
+) -> AttentionCache | None:
+    if not wanted.attention:
+        return None
+    if len(wanted.lengths) > 1:
+        length = wanted.lengths[row]
+        patterns = {i: _unpad(pattern, row, length, shared) for i, pattern in patterns.items()}
+    return AttentionCache.from_layers(patterns, n_model_layers=anatomy.n_layers)
+
+
+def _unpad(pattern: Pattern, row: int, length: int, shared: SharedMasks) -> Pattern:
+    if isinstance(pattern, SoftmaxPattern):
+        return pattern.unpad(row, length, shared)
+    return DensePattern(pattern.dense()[row : row + 1, :, :length, :length].clone())
+
+
+def _gates(recording: Recording, wanted: Wanted, anatomy: Anatomy, row: int) -> GateCache | None:
+    if not wanted.gates:
+        return None
+    batch, length = len(wanted.lengths), wanted.lengths[row]
+    seq = max(wanted.lengths)
+    values = {}
+    for key, raw in recording.gates.items():
+        if raw.numel() != batch * seq * raw.shape[-1]:
+            raise SilentSiteError(
+                f"{key[0]} of layer {key[1]} gave {raw.numel() // raw.shape[-1]} rows for "
+                f"{batch} × {seq} tokens: its rows are not the tokens"
+            )
+        axes = (batch, seq) if anatomy.batch_first else (seq, batch)
+        rows = raw.reshape(*axes, raw.shape[-1])
+        rows = rows if anatomy.batch_first else rows.transpose(0, 1)
+        values[key] = _own(rows[row, :length], batch > 1)
+    return GateCache.from_records(values, {key: wanted.gates[key].spec for key in values})

@@ -1,0 +1,58 @@
+"""A model's mode and structure, put back when a block ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+__all__ = ["evaluating", "unchanged"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and every module back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        if training:
+            model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put every module of a model back in its place, with its plain attributes.
+
+    Some models rebuild themselves when a prompt is short (block-sparse attention that turns into
+    full attention for good). Weights are not copied.
+
+    Yields:
+        Says whether the model still has the modules that it began with.
+    """
+    before = {module: _state(module) for module in model.modules()}
+    structure = _structure(model)
+    try:
+        yield lambda: _structure(model) == structure
+    finally:
+        if _structure(model) != structure:
+            for module, (attributes, children) in before.items():
+                module.__dict__.update(attributes)
+                module._modules.clear()
+                module._modules.update(children)
+
+
+def _state(module: nn.Module) -> tuple[dict[str, object], dict[str, nn.Module | None]]:
+    plain: dict[str, object] = {
+        name: value
+        for name, value in module.__dict__.items()
+        if isinstance(value, str | int | float | bool | None)
+    }
+    return plain, dict(module._modules)
+
+
+def _structure(model: nn.Module) -> list[tuple[str, type]]:
+    return [(path, type(module)) for path, module in model.named_modules()]

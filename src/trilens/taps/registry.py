@@ -1,0 +1,181 @@
+"""The attention registry tap: transformers' own extension point, wrapped during a capture.
+
+Every attention module asks `ALL_ATTENTION_FUNCTIONS.get_interface(key, eager_function)` for its
+function. The tap overrides the model's CURRENT key in that mapping with a wrapper that calls the
+very function which would have run, and hands calls of watched modules to their watcher. The config
+is never touched: several models branch on the name of the key.
+
+The mapping is process-wide, so the wrapper dispatches on the module that calls: modules nobody
+watches pass straight through. The override is counted, and goes when the last watcher goes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from trilens.errors import AttentionPathError
+
+__all__ = ["REGISTRY", "AttentionCall", "AttentionRegistry", "attention_keys"]
+
+_REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
+_EAGER_SUFFIX = "eager_attention_forward"
+
+Interface = MutableMapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What one attention function was called with, and what it gave back.
+
+    Shapes
+        query [batch, heads, seq_q, d], key [batch, kv_heads, seq_k, d], after rotation;
+        weights [batch, heads, seq_q, seq_k] where the function returned them.
+    """
+
+    module: nn.Module
+    implementation: str
+    function: Callable[..., Any]
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    options: Mapping[str, Any]
+    weights: Tensor | None
+
+
+Watcher = Callable[[AttentionCall], None]
+
+
+@dataclass(slots=True)
+class _Override:
+    """One key of one interface while somebody watches."""
+
+    count: int = 0
+    had_local: bool = False
+    previous: Callable[..., Any] | None = None
+
+
+@dataclass(slots=True)
+class AttentionRegistry:
+    """All current watchers of this process and the overrides that serve them."""
+
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _watchers: dict[int, Watcher] = field(default_factory=dict)
+    _overrides: dict[tuple[int, str], _Override] = field(default_factory=dict)
+
+    @contextmanager
+    def watch(self, modules: Mapping[nn.Module, str], watcher: Watcher) -> Iterator[None]:
+        """Hand every attention call of the given modules to the watcher while the block runs.
+
+        Args:
+            modules: attention-calling modules with their current implementation key.
+            watcher: called after the function ran, in the thread that ran it.
+        """
+        targets = {
+            (id(interface), key): (interface, key)
+            for module, key in modules.items()
+            for interface in _interfaces(module)
+        }
+        with ExitStack() as stack:
+            for interface, key in targets.values():
+                stack.enter_context(self._override(interface, key))
+            mine = {id(module): watcher for module in modules}
+            with self._guard:
+                self._watchers.update(mine)
+            try:
+                yield
+            finally:
+                with self._guard:
+                    for key_id in mine:
+                        self._watchers.pop(key_id, None)
+
+    @contextmanager
+    def _override(self, interface: Interface, key: str) -> Iterator[None]:
+        with self._guard:
+            state = self._overrides.setdefault((id(interface), key), _Override())
+            if state.count == 0:
+                local = vars(interface).get("_local_mapping", {})
+                state.had_local = key in local
+                state.previous = interface.get(key)
+                interface[key] = self._wrapper(key, state.previous)
+            state.count += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                state.count -= 1
+                if state.count == 0:
+                    if state.had_local and state.previous is not None:
+                        interface[key] = state.previous
+                    else:
+                        del interface[key]
+                    del self._overrides[(id(interface), key)]
+
+    def _wrapper(self, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+        watchers = self._watchers
+
+        def attention(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            # "eager" is in no mapping: it stands for the calling file's own function.
+            function = previous if previous is not None else _eager_of(sys._getframe(1))
+            result = function(module, query, key, value, attention_mask, *args, **kwargs)
+            watcher = watchers.get(id(module))
+            if watcher is not None:
+                weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+                call = AttentionCall(
+                    module, name, function, query, key, attention_mask, kwargs, weights
+                )
+                watcher(call)
+            return result
+
+        return attention
+
+
+def _interfaces(module: nn.Module) -> Iterable[Interface]:
+    """The registry objects that the module's code asks: the global one, or its file's own."""
+    found: dict[int, Interface] = {}
+    for cls in type(module).__mro__:
+        interface = getattr(sys.modules.get(cls.__module__), _REGISTRY_NAME, None)
+        if interface is not None:
+            found[id(interface)] = interface
+    return found.values()
+
+
+def _eager_of(frame: Any) -> Callable[..., Any]:
+    """The eager function that the calling frame named as its default."""
+    names = [name for name in frame.f_code.co_names if name.endswith(_EAGER_SUFFIX)]
+    function = frame.f_globals.get(names[0]) if len(names) == 1 else None
+    if function is None:
+        raise AttentionPathError(
+            f"attention in {frame.f_globals.get('__name__')}.{frame.f_code.co_name} has no eager "
+            f"function that can be told (candidates: {names}); load the model with "
+            "attn_implementation='sdpa'"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def attention_keys(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module whose code asks the registry, with its config's current implementation key."""
+    keys: dict[nn.Module, str] = {}
+    fallback = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
+    for module in model.modules():
+        if any(True for _ in _interfaces(module)):
+            config = getattr(module, "config", None)
+            keys[module] = getattr(config, "_attn_implementation", None) or fallback
+    return keys
+
+
+REGISTRY = AttentionRegistry()

@@ -1,0 +1,32 @@
+"""Captures that share a model or a config object take turns; others run side by side."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """One re-entrant lock per owner object, alive as long as the owner is."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[int, threading.RLock] = {}
+
+    def _lock_of(self, owner: object) -> threading.RLock:
+        with self._guard:
+            key = id(owner)
+            if key not in self._locks:
+                self._locks[key] = threading.RLock()
+                weakref.finalize(owner, self._locks.pop, key, None)
+            return self._locks[key]
+
+    @contextmanager
+    def take(self, owner: object) -> Iterator[None]:
+        """Hold the owner's lock for the length of the block."""
+        with self._lock_of(owner):
+            yield

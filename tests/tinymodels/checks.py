@@ -1,0 +1,175 @@
+"""The checks that a capture of a tiny model must pass; one place for the sweep and the tests."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinymodels import build, forward_kwargs, prompt_ids
+from trilens.capture import Capture
+from trilens.errors import TrilensError
+from trilens.families import FamilyRow
+from trilens.lens import Lens
+
+__all__ = ["CheckError", "attention_vs_eager", "check_capture", "sweep_one"]
+
+TOKENS = 40
+SHORT = (40, 23, 31)
+TOLERANCE = 1e-5
+
+
+class CheckError(AssertionError):
+    """A captured value differs from its independent reference."""
+
+
+def need(condition: bool, what: str) -> None:
+    if not condition:
+        raise CheckError(what)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a, b))
+
+
+@torch.no_grad()
+def hooked_run(model: Any, paths: list[str], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """A plain run with one plain hook per block, in call order: the independent path."""
+    seen: list[Tensor] = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        seen.append((first if isinstance(first, Tensor) else output.hidden_states).clone())
+
+    unique = {id(modules[path]): modules[path] for path in paths}
+    handles = [module.register_forward_hook(hook) for module in unique.values()]
+    try:
+        return model(**kwargs), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_capture(lens: Lens, plain: Tensor, capture: Capture, kwargs: dict[str, Any]) -> None:
+    """Logits and residuals of a capture with residual="all" against a plain hooked run."""
+    need(
+        capture.logits is not None and equal(capture.logits, plain[0]),
+        "logits differ from the plain run",
+    )
+    _, seen = hooked_run(lens.model, [block.path for block in lens.anatomy.blocks], kwargs)
+    need(len(seen) == lens.n_layers, f"{len(seen)} hooked blocks, {lens.n_layers} layers")
+    for layer, stream in enumerate(seen):
+        ours = capture.residual.get_layer(layer)
+        rows = stream[0] if lens.anatomy.batch_first else stream[:, 0]
+        need(equal(ours, rows), f"residual of layer {layer} differs from an independent hook")
+
+
+@torch.no_grad()
+def attention_vs_eager(lens: Lens, capture: Capture, kwargs: dict[str, Any]) -> float | None:
+    """Largest |Δ| between our patterns and eager `output_attentions`; None where not offered."""
+    model = copy.deepcopy(lens.model)
+    try:
+        model.set_attn_implementation("eager")
+        output = model(**kwargs, output_attentions=True)
+    except (ValueError, TypeError, NotImplementedError, AttributeError):
+        return None
+    weights = getattr(output, "attentions", None)
+    layers = capture.attention.layers
+    weights = [w for w in weights or () if isinstance(w, Tensor) and w.dim() == 4]
+    if len(weights) != len(layers):
+        return None
+    worst = 0.0
+    for layer, theirs in zip(layers, weights, strict=True):
+        ours = capture.attention.get_layer(layer)
+        need(ours.shape == theirs.shape, f"attention of layer {layer}: {ours.shape} {theirs.shape}")
+        worst = max(worst, float((ours - theirs).abs().max()))
+    return worst
+
+
+def unembed_vs_logits(lens: Lens, capture: Capture) -> float:
+    """Largest relative |Δ| between norm and head of the last residual, and the logits."""
+    last = capture.residual.get_layer(lens.n_layers - 1)
+    ours = lens.unembed(last)
+    return float((ours - capture.logits).abs().max() / capture.logits.abs().max())
+
+
+def many_vs_one(lens: Lens, model_type: str, *, attention: bool, gates: bool) -> float:
+    """Largest relative |Δ| between `capture_many` and `capture` over all that is held."""
+    prompts = [prompt_ids(model_type, length, seed=length)[0].tolist() for length in SHORT]
+    options = {"residual": "all", "attention": attention, "gates": gates}
+    worst = 0.0
+    for prompt, many in zip(
+        prompts, lens.capture_many(prompts, batch_size=3, **options), strict=True
+    ):
+        one = lens.capture(prompt, **options)
+        need(many.token_ids.tolist() == prompt, "token ids of capture_many differ")
+        worst = max(worst, difference(many, one))
+    return worst
+
+
+def difference(a: Capture, b: Capture) -> float:
+    pairs = [(a.logits, b.logits)]
+    pairs += [(a.residual.get_layer(i), b.residual.get_layer(i)) for i in b.residual.layers]
+    if b.attention is not None:
+        pairs += [(a.attention.get_layer(i), b.attention.get_layer(i)) for i in b.attention.layers]
+    if b.gates is not None:
+        pairs += [
+            (a.gates.get(name, i), b.gates.get(name, i))
+            for name in b.gates.names
+            for i in b.gates.layers(name)
+        ]
+    worst = 0.0
+    for left, right in pairs:
+        need(left.shape == right.shape, f"shapes differ: {left.shape} {right.shape}")
+        scale = max(1.0, float(right.abs().max()))
+        worst = max(worst, float((left - right).abs().max()) / scale)
+    return worst
+
+
+def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
+    """Capture one type every way, against its references.
+
+    Returns:
+        The row for the table, and the measured differences.
+    """
+    model = build(model_type)
+    ids = prompt_ids(model_type, TOKENS)
+    kwargs = {**forward_kwargs(model_type, ids), "use_cache": False}
+    with torch.no_grad():
+        plain = model(**kwargs).logits
+    name = type(model).__name__
+    try:
+        lens = Lens(model)
+    except TrilensError as error:
+        return FamilyRow(model_type, name, "refused", 0, 0, {}, str(error)), {}
+    anatomy = lens.anatomy
+    attention = bool(anatomy.attention) and not anatomy.other_attention
+    gates = bool(lens.gate_layers)
+    capture = lens.capture(ids, residual="all", attention=attention, gates=gates)
+    check_capture(lens, plain, capture, kwargs)
+    figures: dict[str, Any] = {"attention_vs_eager": None}
+    figures["unembed"] = unembed_vs_logits(lens, capture)
+    need(figures["unembed"] <= TOLERANCE, f"norm and head differ by {figures['unembed']}")
+    if attention:
+        figures["attention_vs_eager"] = attention_vs_eager(lens, capture, kwargs)
+        need(
+            (figures["attention_vs_eager"] or 0.0) <= TOLERANCE,
+            f"attention differs from eager by {figures['attention_vs_eager']}",
+        )
+    figures["many_vs_one"] = many_vs_one(lens, model_type, attention=attention, gates=gates)
+    need(figures["many_vs_one"] <= TOLERANCE, f"capture_many differs by {figures['many_vs_one']}")
+    figures["batches"] = lens.batches_safely(TOKENS)
+    with torch.no_grad():
+        need(equal(model(**kwargs).logits, plain), "the plain run changed after the captures")
+    reason = ""
+    if not attention:
+        reason = next(iter(anatomy.other_attention.values()), "no softmax attention layers")
+    counts = {gate: len(layers) for gate, layers in lens.gate_layers.items()}
+    outcome = "full" if attention else "residual"
+    row = FamilyRow(
+        model_type, name, outcome, lens.n_layers, len(anatomy.attention), counts, reason
+    )
+    return row, figures
