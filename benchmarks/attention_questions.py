@@ -9,53 +9,28 @@ Random q and k of 12 layers × 12 heads × 4,096 tokens (width 64, float32). In 
     entropy     entropy of every head of every layer
     all three   row, column, top-k and entropy, from nothing
     moments     mean_distance and received of every layer (log-sum-exp included)
-    masked      entropy under a sliding-window mask, every layer
+    masked      entropy under a sliding-window mask of 512 tokens, every layer
+    idle mask   entropy under a boolean mask that is plainly causal, every layer
 
-Ratios are medians over the rounds. `--forward` adds one forward pass of an 88M-parameter Llama.
+Ratios are medians over the rounds, run in turn. `--forward` adds one forward pass of an
+88M-parameter Llama. `python -m benchmarks.attention_questions --json` keeps the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.common import llama_88m, peak_memory, save
 from trilens.caches.attention import AttentionCache
 from trilens.caches.softmax_pattern import SoftmaxPattern
-
-SAMPLE_SECONDS = 0.002
-
-
-class PeakMemory:
-    """Resident bytes above those at entry, sampled by a thread."""
-
-    def __enter__(self) -> PeakMemory:
-        self._process = psutil.Process()
-        self._start = self._process.memory_info().rss
-        self.extra_bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._done.is_set():
-            now = self._process.memory_info().rss - self._start
-            self.extra_bytes = max(self.extra_bytes, now)
-            self._done.wait(SAMPLE_SECONDS)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
 
 
 def caches(layers: list[tuple[Tensor, Tensor]], **options: Any) -> AttentionCache:
@@ -100,26 +75,9 @@ def subjects(layers: list[tuple[Tensor, Tensor]], seq: int) -> dict[str, Callabl
         "moments": lambda: each(
             caches(layers, causal=True), AttentionCache.mean_distance, AttentionCache.received
         ),
+        "idle mask": lambda: each(caches(layers, mask=j[None, None] <= i), AttentionCache.entropy),
         "masked": lambda: each(caches(layers, mask=window), AttentionCache.entropy),
     }
-
-
-def llama_forward(seq: int) -> Callable[[], object]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        max_position_embeddings=seq,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, 4096, (1, seq))
-    return lambda: model(ids, use_cache=False)
 
 
 def measure(todo: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
@@ -127,14 +85,15 @@ def measure(todo: dict[str, Callable[[], object]], rounds: int) -> dict[str, dic
     extra: dict[str, int] = dict.fromkeys(todo, 0)
     for turn in range(rounds + 1):
         for name, run in todo.items():
-            with PeakMemory() as memory:
+            with peak_memory() as memory:
                 start = time.perf_counter()
                 run()
                 took = time.perf_counter() - start
-            # The first turn warms allocator and thread pool up.
+            # The first turn warms allocator and thread pool up; memory that the allocator keeps
+            # afterwards is seen in it alone.
+            extra[name] = max(extra[name], memory.extra_bytes)
             if turn:
                 seconds[name].append(took)
-                extra[name] = max(extra[name], memory.extra_bytes)
     base = seconds["attention"]
     return {
         name: {
@@ -150,7 +109,7 @@ def measure(todo: dict[str, Callable[[], object]], rounds: int) -> dict[str, dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON, and keep it")
     parser.add_argument("--forward", action="store_true", help="add a Llama forward pass")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=12)
@@ -164,12 +123,13 @@ def main() -> None:
     with torch.no_grad():
         todo = subjects(layers, options.tokens)
         if options.forward:
-            todo["llama forward"] = llama_forward(options.tokens)
+            model = llama_88m(options.tokens)
+            ids = torch.randint(0, 4096, (1, options.tokens))
+            todo["llama forward"] = lambda: model(ids, use_cache=False)
         results = measure(todo, options.rounds)
     if options.json:
         setting = {name: getattr(options, name) for name in ("tokens", "layers", "rounds")}
-        setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        print(json.dumps({"setting": setting, "results": results}, indent=2))
+        save("attention_questions", {"setting": setting, "results": results})
         return
     print(f"{'':14}{'seconds':>10}{'ratio':>8}{'extra MiB':>11}")
     for name, result in results.items():

@@ -20,6 +20,8 @@ FLOORS = {
     "storage": 0,
     "caches": 1,
     "gating": 1,
+    "exact_sums": 1,
+    "gate_values": 1,
     "metrics": 1,
     "ternary": 1,
     "models": 2,

@@ -1,5 +1,35 @@
-"""trilens opens a language model: the residual stream, the attention, the gates."""
+"""trilens opens a language model: the residual stream, the attention, the gates.
 
-__all__ = ["__version__"]
+    import trilens
+
+    lens = trilens.Lens.from_pretrained("path/or/hub-id")
+    cap = lens.capture("The capital of France is", attention=True, gates=True)
+    cap.attention.top_attended_positions(layer=3, from_position=-1, k=5)
+"""
+
+from __future__ import annotations
+
+from trilens.caches.activation import ActivationCache, FullActivationCache
+from trilens.caches.attention import AttentionCache
+from trilens.caches.gates import GateCache, GateSpec
+from trilens.capture import Capture
+from trilens.errors import TrilensError
+from trilens.gating import GatingAnalysis
+from trilens.lens import Lens
+from trilens.ternary.quantize import PerLayerQuant
+
+__all__ = [
+    "ActivationCache",
+    "AttentionCache",
+    "Capture",
+    "FullActivationCache",
+    "GateCache",
+    "GateSpec",
+    "GatingAnalysis",
+    "Lens",
+    "PerLayerQuant",
+    "TrilensError",
+    "__version__",
+]
 
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ from trilens.models.tokens import token_strings
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
 
-__all__ = ["app", "main"]
+__all__ = ["app", "demo", "families", "inspect", "main"]
 
 DEMO_PROMPT = "def factorial(n):\n    if n == 0:\n        return 1\n    return n * factorial("
 
@@ -198,3 +198,7 @@ def families(
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the `trilens` command."""
     return app(args=arguments, prog_name="trilens")
+
+
+if __name__ == "__main__":
+    main()

@@ -119,6 +119,12 @@ def test_equal_weights_come_in_order_of_position() -> None:
     assert [position for position, _ in cache.top_attended_positions(0, 2, 2)] == [1, 3]
 
 
+def test_many_equal_weights_come_in_order_of_position() -> None:
+    row = (torch.arange(300) % 3).float()
+    top = _pushed(row.expand(1, 1, 1, 300)).top_attended_positions(0, 0, 150)
+    assert [position for position, _ in top] == [*range(2, 300, 3), *range(1, 150, 3)]
+
+
 def test_more_than_all_keys_are_all_keys() -> None:
     top = _sealed().top_attended_positions(1, 3, 500)
     assert sorted(position for position, _ in top) == list(range(20))
@@ -127,7 +133,7 @@ def test_more_than_all_keys_are_all_keys() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, True, 2.0, None])
 def test_a_k_that_is_no_count_is_refused(k: Any) -> None:
-    with pytest.raises(ValueRangeError, match="k .* is out of range: .* 1 or more"):
+    with pytest.raises(ValueRangeError, match=r"k .* is out of range: .* 1 or more"):
         _sealed().top_attended_positions(1, 3, k)
 
 
@@ -193,7 +199,7 @@ def test_every_question_refuses_a_layer_or_batch_that_is_not_there(question: str
 @pytest.mark.parametrize("position", [20, -21, 1.5, True, None])
 def test_a_position_that_is_not_there_is_named(question: str, position: Any) -> None:
     more = QUESTIONS[question][1:]
-    with pytest.raises(OutOfRangeError, match="layer 2 has (query|key) positions −20–19"):
+    with pytest.raises(OutOfRangeError, match=r"layer 2 has (query|key) positions −20–19"):
         getattr(_sealed(), question)(2, position, *more)
     with pytest.raises(OutOfRangeError, match="head 4 is out of range: layer 2 has heads 0–3"):
         getattr(_sealed(), question)(2, 0, *more, head=4)

@@ -166,6 +166,17 @@ def test_nan_is_not_hidden_by_openness(function: str) -> None:
         cache.analyse(NAME, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh", "quick_gelu"])
+def test_openness_of_a_narrow_dtype_is_computed_in_float32(function: str, dtype) -> None:
+    x = torch.tensor([[-7.5, -3.25, 0.125, 2.5, 4.5]]).to(dtype)  # exact in both dtypes
+    _, openness = REFERENCE[function]
+    got = cache_of(x, function).openness(NAME, 0)
+    # float32 in the tail: 2·z²·2⁻²⁴ relative at z = 7.5/√2; bfloat16 would be off by 4e-3
+    np.testing.assert_allclose(got[0], [openness(v) for v in x[0].tolist()], rtol=1e-5)
+    assert float(got.max()) < 1.0  # nearly open is not open
+
+
 def test_openness_of_a_sigmoid_is_the_value_the_model_used() -> None:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     cache = cache_of(x, "sigmoid")

@@ -186,9 +186,19 @@ def test_outputs_as_transformers_has_them(model, ids):
     assert model(ids, use_cache=False).past_key_values is None
 
 
-def test_half_precision_stays_near(model, ids):
+def test_half_precision_stays_near(model, ids, monkeypatch):
     half = copy.deepcopy(model).bfloat16()
+    calls = []
+
+    def watch(*args):
+        calls.append(args)
+        return rwkv7_attention(*args)
+
+    monkeypatch.setattr(rwkv7_layers, "rwkv7_attention", watch)
     out = half(ids)
+    _, log_w, _, _, removal, _, _, _ = calls[0]
+    assert log_w.dtype == torch.float32
+    torch.testing.assert_close(removal.norm(dim=-1), torch.ones_like(removal[..., 0]))
     assert out.logits.dtype == torch.bfloat16
     assert all(layer.recurrent.dtype == torch.float32 for layer in out.past_key_values.layers)
     # bf16 rounds at 4e-3 in every one of some 60 operations on the way.
@@ -423,6 +433,9 @@ def test_gradient_checkpointing_changes_no_gradient(ids):
         one(ids, labels=ids).loss.backward()
     for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+    assert saving(ids, use_cache=True).past_key_values is None
+    with pytest.raises(UsageError, match="cannot continue from past_key_values"):
+        saving(ids, past_key_values=RWKV7State(3))
 
 
 # --- refusals -------------------------------------------------------------------------------------

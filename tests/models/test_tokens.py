@@ -449,7 +449,9 @@ def test_pad_id_prefers_the_models_own(word_piece, byte_level):
         st.binary(max_size=5),
         st.none(),
         st.floats(),
-        st.lists(st.one_of(st.integers(-5, 120), st.floats(), st.booleans(), st.text()), max_size=5),
+        st.lists(
+            st.one_of(st.integers(-5, 120), st.floats(), st.booleans(), st.text()), max_size=5
+        ),
         st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
         st.recursive(st.integers(), lambda inner: st.lists(inner, max_size=3), max_leaves=6),
     )

@@ -41,7 +41,7 @@ class GateFunction:
 
 def _wide(x: Tensor) -> Tensor:
     """At least float32."""
-    # PROMOTE: σ and Φ saturate at 1 for x > 6 in bfloat16, so that open and nearly open mix.
+    # PROMOTE: in bfloat16 σ rounds to 1 from 6.24 and Φ from 2.89 on: nearly open becomes open.
     return x if x.dtype == torch.float64 else x.float()
 
 

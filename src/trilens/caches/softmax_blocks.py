@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trilens.caches.patterns import BLOCK_BYTES
+from trilens.caches.softmax_masks import implied_causality, visible
 
 __all__ = [
     "HeadGroup",
@@ -28,8 +29,9 @@ __all__ = [
     "row_blocks",
     "row_weights",
     "shift",
+    "spans",
     "summarise_block",
-    "visible",
+    "without_idle_mask",
 ]
 
 # Score bytes of one block. At most four tensors of that size are alive at once; on the CPU, what
@@ -134,6 +136,20 @@ class Summary:
     entropy: Tensor
 
 
+def without_idle_mask(inputs: SoftmaxInputs) -> SoftmaxInputs:
+    """The same inputs, without a mask that says no more than causality: that is much faster."""
+    if inputs.mask is None:
+        return inputs
+    causal = implied_causality(
+        inputs.mask,
+        seq_q=inputs.seq_q,
+        seq_k=inputs.seq_k,
+        causal=inputs.causal,
+        query_offset=inputs.query_offset,
+    )
+    return inputs if causal is None else replace(inputs, mask=None, causal=causal)
+
+
 def shift(inputs: SoftmaxInputs) -> Tensor:
     """What centring took off every score of a row: [heads, seq_q]."""
     out = torch.zeros(inputs.heads, inputs.seq_q, dtype=inputs.dtype, device=inputs.q.device)
@@ -172,9 +188,19 @@ def row_blocks(inputs: SoftmaxInputs) -> tuple[int, Iterator[HeadGroup]]:
     return step, head_groups(inputs, per_head)
 
 
-def visible(term: Tensor) -> Tensor:
-    """Where a mask or bias lets a query see a key: bool, of the term's shape."""
-    return term if term.dtype == torch.bool else term > torch.finfo(term.dtype).min / 2
+def spans(inputs: SoftmaxInputs, step: int) -> list[tuple[slice, slice]]:
+    """Blocks of `step` query positions, each with its keys from the first to the last visible."""
+    found = []
+    for start in range(0, inputs.seq_q, step):
+        rows = slice(start, min(start + step, inputs.seq_q))
+        low, high = 0, inputs.seq_k
+        if inputs.causal:
+            high = min(high, rows.stop + inputs.query_offset)
+        if inputs.mask is not None:
+            seen = visible(_rows_of(inputs.mask, rows)[..., :high]).flatten(0, 1).any(0).nonzero()
+            low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+        found.append((rows, slice(low, high)))
+    return found
 
 
 def row_weights(group: HeadGroup, rows: Index) -> Tensor:
@@ -220,14 +246,14 @@ def column_weights(inputs: SoftmaxInputs, lse: Tensor, positions: Tensor) -> Ten
     return out
 
 
-def summarise_block(group: HeadGroup, start: int, stop: int) -> Summary:
-    """The summary of query positions start … stop − 1, from their scores themselves."""
+def summarise_block(group: HeadGroup, rows: slice, columns: slice) -> Summary:
+    """The summary of some query positions, from their scores against the keys of their span."""
     inputs = group.inputs
-    low, high = _span(inputs, start, stop)
-    if high <= low:
-        empty = torch.zeros(inputs.heads, stop - start, dtype=inputs.dtype, device=inputs.q.device)
+    if columns.stop <= columns.start:
+        shape = (inputs.heads, rows.stop - rows.start)
+        empty = torch.zeros(shape, dtype=inputs.dtype, device=inputs.q.device)
         return Summary(torch.full_like(empty, -torch.inf), empty)
-    scores = _scores(inputs, group.keys[:, low:high], slice(start, stop), slice(low, high))
+    scores = _scores(inputs, group.keys[:, columns], rows, columns)
     top = _finite(scores.amax(-1, keepdim=True))
     weights = scores.sub_(top).exp()
     total = weights.sum(-1)
@@ -257,19 +283,18 @@ def moments(inputs: SoftmaxInputs, lse: Tensor) -> tuple[Tensor, Tensor]:
     ones = ones.expand(inputs.heads, -1, -1)
     kept = None if inputs.sinks is None else _kept(lse + shift(inputs), inputs.sinks)
     step, groups = row_blocks(inputs)
+    walk = spans(inputs, step)
     for group in groups:
         own = group.heads
-        for start in range(0, inputs.seq_q, step):
-            rows = slice(start, min(start + step, inputs.seq_q))
-            low, high = _span(group.inputs, rows.start, rows.stop)
-            if high <= low:
+        for rows, columns in walk:
+            if columns.stop <= columns.start:
                 continue
-            weights = _scores(group.inputs, group.keys[:, low:high], rows, slice(low, high))
+            weights = _scores(group.inputs, group.keys[:, columns], rows, columns)
             weights.sub_(_finite(lse[own, rows])[..., None]).exp_()
             mass = ones[own, :, rows] if kept is None else kept[own, None, rows]
-            received[own, low:high] += torch.bmm(mass, weights)[:, 0]
+            received[own, columns] += torch.bmm(mass, weights)[:, 0]
             queries = _positions(rows, device) + inputs.query_offset
-            distance[own, rows] = _distances(weights, queries, positions[low:high], inputs.causal)
+            distance[own, rows] = _distances(weights, queries, positions[columns], inputs.causal)
     return distance, received.div_(_seen_by(inputs).clamp_(min=1))
 
 
@@ -313,20 +338,6 @@ def _seen_by(inputs: SoftmaxInputs) -> Tensor:
     return counts
 
 
-def _span(inputs: SoftmaxInputs, start: int, stop: int) -> tuple[int, int]:
-    """Keys from the first to past the last that any of these queries may see."""
-    low, high = 0, inputs.seq_k
-    if inputs.causal:
-        high = min(high, stop + inputs.query_offset)
-    if inputs.mask is not None and high > 0:
-        seen = visible(_rows_of(inputs.mask, slice(start, stop))[..., :high]).flatten(0, 1).any(0)
-        where = seen.nonzero()
-        if len(where) == 0:
-            return 0, 0
-        low, high = int(where[0]), int(where[-1]) + 1
-    return low, high
-
-
 def _scores(inputs: SoftmaxInputs, keys: Tensor, rows: Index, columns: Index) -> Tensor:
     """Scores before the softmax, −inf where masked: [heads, n queries, n keys].
 
@@ -346,9 +357,11 @@ def _scores(inputs: SoftmaxInputs, keys: Tensor, rows: Index, columns: Index) ->
         if term is None:
             continue
         part = _rows_of(term, rows)[..., columns]
-        if part.dtype != torch.bool:
+        if part.dtype == torch.bool:
+            scores.masked_fill_(~part, -torch.inf)
+        else:
             scores += part.to(scores.dtype)
-        scores.masked_fill_(~visible(part), -torch.inf)
+            scores.masked_fill_(part <= torch.finfo(part.dtype).min / 2, -torch.inf)
     if inputs.causal:
         _hide_future(scores, inputs, rows, columns)
     return scores

@@ -20,6 +20,7 @@ from trilens.caches.softmax_blocks import (
     Summary,
     head_groups,
     row_blocks,
+    spans,
     summarise_block,
 )
 
@@ -59,12 +60,12 @@ def summarise_blocks(inputs: SoftmaxInputs, wanted: Tensor | None = None) -> Sum
     """
     out = _empty(inputs)
     step, groups = row_blocks(inputs)
+    walk = spans(inputs, step)
     for group in groups:
-        for start in range(0, inputs.seq_q, step):
-            rows = slice(start, min(start + step, inputs.seq_q))
+        for rows, columns in walk:
             if wanted is not None and not wanted[group.heads, rows].any():
                 continue
-            block = summarise_block(group, rows.start, rows.stop)
+            block = summarise_block(group, rows, columns)
             out.lse[group.heads, rows] = block.lse
             out.entropy[group.heads, rows] = block.entropy
     return out

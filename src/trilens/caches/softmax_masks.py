@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["SharedMasks", "plain_mask", "tensor_identity"]
+__all__ = ["SharedMasks", "implied_causality", "plain_mask", "tensor_identity", "visible"]
+
+# Mask bytes looked at in one go.
+_SCAN_BYTES = 4 * 2**20
 
 
 def tensor_identity(tensor: Tensor) -> tuple[object, ...]:
@@ -24,6 +27,50 @@ def tensor_identity(tensor: Tensor) -> tuple[object, ...]:
     )
 
 
+def visible(term: Tensor) -> Tensor:
+    """Where a mask or bias lets a query see a key: bool, of the term's shape."""
+    return term if term.dtype == torch.bool else term > torch.finfo(term.dtype).min / 2
+
+
+def implied_causality(
+    mask: Tensor, *, seq_q: int, seq_k: int, causal: bool, query_offset: int = 0
+) -> bool | None:
+    """The value of `causal` that alone says everything the mask and `causal` say, if there is one.
+
+    Looked up in blocks of rows, and given up at the first that says more.
+
+    Args:
+        mask: [.., 1 or seq_q, seq_k], bool or additive.
+        seq_q: query positions.
+        seq_k: key positions.
+        causal: whether causality holds besides the mask.
+        query_offset: keys before the first query.
+
+    Returns:
+        False: nothing is hidden; True: what comes later is hidden and nothing else; None: the mask
+        has to stay.
+    """
+    if mask.shape[-2] == 1 and bool(_open(mask).all()):
+        return causal
+    rows = mask.expand(*mask.shape[:-2], seq_q, seq_k).flatten(0, -3)
+    keys = torch.arange(seq_k, device=mask.device)
+    hides_nothing, hides_later = not causal, True
+    step = max(1, _SCAN_BYTES // (rows.shape[0] * seq_k * mask.element_size()))
+    for start in range(0, seq_q, step):
+        block = rows[:, start : start + step]
+        free = _open(block)
+        queries = torch.arange(start, start + block.shape[1], device=mask.device) + query_offset
+        past = keys <= queries[:, None]
+        if causal:
+            hides_later = bool((free | ~past).all())
+        else:
+            hides_nothing = hides_nothing and bool(free.all())
+            hides_later = hides_later and bool(((free == past) & (visible(block) == past)).all())
+        if not (hides_nothing or hides_later):
+            return None
+    return not hides_nothing
+
+
 def plain_mask(
     mask: Tensor | None, *, seq_q: int, seq_k: int, causal: bool, query_offset: int = 0
 ) -> tuple[Tensor | None, bool]:
@@ -33,7 +80,7 @@ def plain_mask(
     nothing, or nothing more than causality does, goes away.
 
     Args:
-        mask: [1 or heads, 1 or seq_q, seq_k] or with a batch axis before it.
+        mask: [.., 1 or seq_q, seq_k], bool or additive.
         seq_q: query positions.
         seq_k: key positions.
         causal: whether causality holds besides the mask.
@@ -44,18 +91,19 @@ def plain_mask(
     """
     if mask is None:
         return None, causal
-    if mask.dtype != torch.bool:
-        open_ = mask > torch.finfo(mask.dtype).min / 2
-        if bool((mask[open_] != 0).any()):
-            return mask, causal
-        mask = open_
-    if bool(mask.all()):
-        return None, causal
-    past = torch.ones(seq_q, seq_k, dtype=torch.bool, device=mask.device).tril_(query_offset)
-    seen = mask & past if causal else mask
-    if bool((seen == past).all()):
-        return None, True
-    return mask, causal
+    enough = implied_causality(
+        mask, seq_q=seq_q, seq_k=seq_k, causal=causal, query_offset=query_offset
+    )
+    if enough is not None:
+        return None, enough
+    seen = visible(mask)
+    weighs = mask.dtype != torch.bool and bool((seen & (mask != 0)).any())
+    return (mask if weighs else seen), causal
+
+
+def _open(mask: Tensor) -> Tensor:
+    """Where the mask changes nothing."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 @dataclass(slots=True)

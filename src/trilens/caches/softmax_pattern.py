@@ -19,6 +19,7 @@ from trilens.caches.softmax_blocks import (
     row_blocks,
     row_weights,
     shift,
+    without_idle_mask,
 )
 from trilens.caches.softmax_checks import check_number, check_q_k, check_sinks, check_term
 from trilens.caches.softmax_fused import summarise
@@ -349,13 +350,14 @@ class SoftmaxPattern:
     def _summary(self, batch: int) -> Summary:
         row = self._row(batch)
         if row not in self._summaries:
-            self._summaries[row] = summarise(self._inputs(row))
+            self._summaries[row] = summarise(without_idle_mask(self._inputs(row)))
         return self._summaries[row]
 
     def _moments_of(self, batch: int) -> tuple[Tensor, Tensor]:
         row = self._row(batch)
         if row not in self._moments:
-            self._moments[row] = moments(self._inputs(row), self._summary(row).lse)
+            inputs = without_idle_mask(self._inputs(row))
+            self._moments[row] = moments(inputs, self._summary(row).lse)
         return self._moments[row]
 
 

@@ -118,7 +118,7 @@ def find_anatomy(
         "each block's output is the next one's input, bit for bit",
         f"last hidden state = {' → '.join(norm.path) if norm.path else 'the output'} of the last block",
     ]
-    head = _unembedding(trace, hidden, softcaps)
+    head = _unembedding(trace, hidden, norm.end, softcaps)
     if head.path:
         facts.append(
             f"logits = {' → '.join(head.path)} of the last hidden state"
@@ -219,28 +219,33 @@ def _carried(tensor: Tensor, call: ModuleCall) -> float | None:
 class _Norm:
     """last hidden state = modules(scale · last block's output)."""
 
+    end: int
     path: tuple[str, ...] = ()
     scale: float = 1.0
 
 
 def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
     """The way from the last block's output to the last hidden state; None where there is none."""
-    if same(chain.last, hidden):
-        return _Norm()
     after = chain.calls[-1].end
+    if same(chain.last, hidden):
+        return _Norm(after)
     first = next((c for c in trace.calls if c.start > after and _carried(chain.last, c)), None)
     if first is None:
         return None
     scale = _carried(chain.last, first)
     start = chain.last if scale in (None, 1.0) else first.inputs[0]
-    for path, output in _way(trace, start, after):
+    for path, output, end in _way(trace, start, after):
         if same(output, hidden) or _same_flat(output, hidden):
-            return _Norm(path, scale or 1.0)
+            return _Norm(end, path, scale or 1.0)
     return None
 
 
-def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Follow a tensor through modules that read nothing else, outermost modules first."""
+def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
+    """Follow a tensor through modules that read nothing else, outermost modules first.
+
+    Yields:
+        The paths so far, what the last of them gave, and the tick at which it ended.
+    """
     path: tuple[str, ...] = ()
     while len(path) < _LONGEST_WAY:
         later = (call for call in trace.calls if call.start > after and call.outputs)
@@ -249,7 +254,7 @@ def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, 
             return
         path = (*path, step.path)
         tensor, after = step.outputs[0], step.end
-        yield path, tensor
+        yield path, tensor, after
 
 
 def _reads_only(call: ModuleCall, tensor: Tensor) -> bool:
@@ -271,14 +276,14 @@ class _Head:
     softcap: float | None = None
 
 
-def _unembedding(trace: Trace, hidden: Tensor, softcaps: Sequence[float]) -> _Head:
+def _unembedding(trace: Trace, hidden: Tensor, after: int, softcaps: Sequence[float]) -> _Head:
     """The modules from the last hidden state to the logits."""
     logits = trace.logits
     if logits is None:
         return _Head()
-    ways = list(_way(trace, hidden, 0))
+    ways = [(path, output) for path, output, _ in _way(trace, hidden, after)]
     # A head that reads a scaled hidden state: for a linear map the factor commutes.
-    for call in trace.calls:
+    for call in (call for call in trace.calls if call.start > after):
         if isinstance(call.module, nn.Linear) and call.module.bias is None and call.inputs:
             factor = _factor(hidden, call.inputs[0])
             if factor not in (None, 1.0):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
-from trilens.models.weights import read_json
+from trilens.models.weights import TensorHeader, read_json
 from trilens.models.wording import clip, reason
 
 __all__ = ["build_model", "candidate_classes", "read_config"]
@@ -69,6 +69,8 @@ def read_config(folder: Path, *, trusted: bool) -> tuple[Any, type | None]:
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=trusted, local_files_only=not _elsewhere(auto_map)
         )
+    except TrilensError:
+        raise
     except ImportError as cause:
         raise ConfigError(
             f"{file} needs a package that is not installed: {reason(cause)}"
@@ -169,16 +171,16 @@ def build_model(
     config: Any,
     remote: type | None,
     *,
-    stored_names: frozenset[str],
+    headers: Mapping[str, TensorHeader],
     options: Mapping[str, Any],
 ) -> tuple[Any, tuple[str, ...]]:
     """Load the model in `folder` with the first class that its files complete.
 
     Args:
-        folder: the checkpoint's directory, its headers already checked.
+        folder: the checkpoint's directory.
         config: its configuration.
         remote: the auto class of `read_config`, or None.
-        stored_names: names of the tensors in its files.
+        headers: the headers of its files, by name.
         options: passed to `from_pretrained`.
 
     Returns:
@@ -194,12 +196,15 @@ def build_model(
     first: CorruptFileError | None = None
     for cls in classes:
         extra = dict(options)
-        if _wants_no_pooler(cls, stored_names):
+        if _wants_no_pooler(cls, headers):
             extra["add_pooling_layer"] = False
         if remote is not None:
             extra["trust_remote_code"] = True
         try:
-            return _build_one(folder, config, cls, extra)
+            model, report = _build_one(folder, config, cls, extra)
+            _check_complete(folder, model, report)
+            _check_floating(folder, model, headers)
+            return model.eval(), tuple(sorted(report["unexpected_keys"]))
         except CorruptFileError as cause:
             first = first or cause
     raise first or LoadError(
@@ -207,16 +212,16 @@ def build_model(
     )
 
 
-def _wants_no_pooler(cls: Any, stored_names: frozenset[str]) -> bool:
+def _wants_no_pooler(cls: Any, headers: Mapping[str, TensorHeader]) -> bool:
     """A bare encoder's pooler stands after the residual stream; files without it are complete."""
     return "add_pooling_layer" in inspect.signature(cls.__init__).parameters and not any(
-        "pooler." in name for name in stored_names
+        "pooler." in name for name in headers
     )
 
 
 def _build_one(
     folder: Path, config: Any, cls: Any, options: Mapping[str, Any]
-) -> tuple[Any, tuple[str, ...]]:
+) -> tuple[Any, Mapping[str, Any]]:
     name = cls.__name__
     try:
         model, report = cls.from_pretrained(
@@ -250,8 +255,7 @@ def _build_one(
             f"{folder} cannot be built as {name} by transformers {transformers.__version__}: "
             f"{reason(cause)}"
         ) from cause
-    _check_complete(folder, model, report)
-    return model.eval(), tuple(sorted(report["unexpected_keys"]))
+    return model, report
 
 
 def _check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
@@ -274,12 +278,29 @@ def _check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None
             f"{where}: {len(contradicting)} weights in the files have no place in the model: "
             f"{_few(contradicting)}"
         )
-    if getattr(model.config, "quantization_config", None) is None:
-        odd = sorted(n for n, p in model.named_parameters() if not p.is_floating_point())
-        if odd:
-            raise CorruptFileError(
-                f"{where}: {len(odd)} weights are not floating-point: {_few(odd)}"
-            )
+
+
+def _check_floating(folder: Path, model: Any, headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse integers stored in place of weights: transformers would cast them without a word."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    floating = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    odd = sorted(
+        name
+        for name, header in headers.items()
+        if not header.dtype.startswith(("F", "BF")) and floating & set(_spellings(model, name))
+    )
+    if odd:
+        raise CorruptFileError(
+            f"{folder} stores {len(odd)} weights as integers, without a quantization_config that "
+            f"says what they mean: {_few(odd)} ({headers[odd[0]].dtype})"
+        )
+
+
+def _spellings(model: Any, name: str) -> tuple[str, str, str]:
+    """The names that a stored tensor can have in the model: with and without the base's prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def _contradicts(model: Any, key: str) -> bool:
@@ -288,8 +309,7 @@ def _contradicts(model: Any, key: str) -> bool:
     So for another parameter of a module that the model does have (a bias), and for a block beyond
     the last one. A head or another module that the model has not at all may be left out.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for name in (key, key.removeprefix(prefix), prefix + key):
+    for name in _spellings(model, key):
         module, parts = model, name.split(".")[:-1]
         for part in parts:
             children = dict(module.named_children())

@@ -37,7 +37,7 @@ from trilens.models.weights import (
     shard_names,
     weight_files,
 )
-from trilens.models.wording import reason
+from trilens.models.wording import clip, reason
 
 __all__ = ["local_folder"]
 
@@ -78,14 +78,18 @@ def local_folder(
     if not isinstance(text, str):
         raise UsageError(f"path_or_hub_id is {text!r}: give text, not bytes")
     if "\0" in text:
-        raise ModelNotFoundError(f"path {text!r} holds a zero byte: no file system has such a path")
+        raise ModelNotFoundError(
+            f"path {clip(text, 300)} holds a zero byte: no file system has such a path"
+        )
     if revision is not None and not (isinstance(revision, str) and revision):
         raise UsageError(f"revision is {revision!r}: give a branch, tag or commit, or None")
     try:
         path = Path(text).expanduser()
         found_directory, found_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as cause:
-        raise ModelNotFoundError(f"path {text!r} cannot be read: {reason(cause)}") from cause
+        raise ModelNotFoundError(
+            f"path {clip(text, 300)} cannot be read: {reason(cause)}"
+        ) from cause
     if found_directory:
         if revision is not None:
             raise UsageError(
@@ -96,7 +100,8 @@ def local_folder(
         raise _file_refusal(path)
     if not isinstance(path_or_hub_id, str) or not _is_hub_id(text):
         raise ModelNotFoundError(
-            f"directory {text!r} does not exist: give a directory with config.json, or a hub id"
+            f"directory {clip(text, 300)} does not exist: give a directory with config.json, or a "
+            "hub id"
         )
     return _from_hub(text, revision=revision, code=code), text
 

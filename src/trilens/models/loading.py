@@ -152,7 +152,7 @@ def _load(
             folder,
             config,
             remote,
-            stored_names=frozenset(headers),
+            headers=headers,
             options={"dtype": target, "device_map": placement},
         )
         tokenizer = _load_tokenizer(folder, trusted=trust_remote_code)
@@ -230,7 +230,7 @@ def _load_tokenizer(folder: Path, *, trusted: bool) -> Any:
     if not found:
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trusted, local_files_only=True
         )
     except ImportError as cause:
@@ -238,9 +238,23 @@ def _load_tokenizer(folder: Path, *, trusted: bool) -> Any:
             f"the tokenizer of {folder} needs a package that is not installed: {reason(cause)}"
         ) from cause
     except Exception as cause:
+        if not trusted and "trust_remote_code" in str(cause):
+            raise ConfigError(
+                f"the tokenizer of {folder} comes with code: read that code, "
+                "then pass trust_remote_code=True to let it run"
+            ) from cause
         raise CorruptFileError(
             f"the tokenizer of {folder} cannot be read from {', '.join(found)}: {reason(cause)}"
         ) from cause
+    # Without its vocabulary's file, transformers makes a tokenizer that knows nothing.
+    needed = sorted({str(name) for name in (tokenizer.vocab_files_names or {}).values()})
+    own_format = any(name == "tekken.json" or name.endswith(".tiktoken") for name in found)
+    if needed and not own_format and not any((folder / name).is_file() for name in needed):
+        raise CorruptFileError(
+            f"the tokenizer of {folder} has settings ({', '.join(found)}) but no vocabulary: "
+            f"{' or '.join(needed)} is missing"
+        )
+    return tokenizer
 
 
 @contextmanager

@@ -130,7 +130,8 @@ class RWKV7Model(RWKV7PreTrainedModel):
             **kwargs: ignored; transformers passes some to every model.
 
         Raises:
-            UsageError: not exactly one input, a state of another kind, or attention weights asked.
+            UsageError: not exactly one input, a state of another kind or during activation
+                checkpointing, or attention weights asked.
             ShapeError: an input without tokens, or a mask or state that does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -143,7 +144,12 @@ class RWKV7Model(RWKV7PreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
-            use_cache = False  # a recomputed block would write its state twice
+            if past_key_values is not None:
+                raise UsageError(
+                    "training with activation checkpointing cannot continue from past_key_values: "
+                    "a recomputed block would write its state twice"
+                )
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = RWKV7State(self.config.num_hidden_layers)
         self._check(embeds, past_key_values)

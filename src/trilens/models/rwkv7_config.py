@@ -73,7 +73,7 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
             field that asks for a variant of the architecture which is not RWKV-7 as published.
 
     Source:
-        arXiv 2503.14456, section 4 and appendix D.
+        arXiv 2503.14456.
     """
 
     model_type = "rwkv7"

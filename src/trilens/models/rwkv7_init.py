@@ -2,7 +2,7 @@
 
 Every function goes through `transformers.initialization`, which leaves loaded tensors alone.
 
-Source: arXiv 2503.14456, appendix E, and the training code published with it.
+Source: arXiv 2503.14456 and the training code published with it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ removal key. Rows of S are key channels, columns value channels.
 Within a chunk the vectors u_t = S_{t−1}ᵀ a_t solve a unit lower triangular system, so a whole chunk
 becomes a few matrix products. Only the state at the chunk's start is passed on one by one.
 
-Source: arXiv 2503.14456, equations 16–17; the chunked form of delta rules is arXiv 2406.06484.
+Source: arXiv 2503.14456; the chunked form of delta rules is arXiv 2406.06484.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ with r, log w, k, v, a = −κ and b = κ ⊙ a, as S_t = (diag(w_t) + b_t a_t�
 The residual stream: block 0 begins with the norm `pre_norm`, as published, so the stream starts at
 that norm's output and not at the embedding.
 
-Source: arXiv 2503.14456, section 4.
+Source: arXiv 2503.14456.
 """
 
 from __future__ import annotations

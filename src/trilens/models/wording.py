@@ -12,7 +12,7 @@ def reason(cause: BaseException) -> str:
     return f"{type(cause).__name__}: {short}" if short else type(cause).__name__
 
 
-def clip(value: object) -> str:
+def clip(value: object, limit: int = 80) -> str:
     """A value of a file as Python writes it: one line, not longer than a message can bear."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

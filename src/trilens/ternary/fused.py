@@ -1,0 +1,86 @@
+"""absmean straight to two-bit codes: two passes over the weights, and no trit in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilens.ternary.engine import ScaleDtype, code_units, round_scales
+from trilens.ternary.kernels import Backend, kernels_for, parallel_map
+from trilens.ternary.packing import TwoBit
+from trilens.ternary.rules import absmean
+from trilens.ternary.scan import UnitScan, inner_cuts
+from trilens.ternary.source import BLOCK, WeightsLike, view_weights
+from trilens.ternary.units import resolve_units
+
+__all__ = ["PackedQuant", "pack_absmean"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedQuant:
+    """A weight tensor as two-bit codes and one scale.
+
+    Attributes:
+        name: What the caller calls the tensor.
+        shape: Its shape.
+        codes: uint8 [ceil(size / 4)], in the layout of `packing.TwoBit`.
+        scale: As `PerLayerQuant.scale`.
+        was_ternary: The weights were −c, 0 or +c already.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codes: NDArray[np.uint8]
+    scale: float
+    was_ternary: bool
+
+
+def pack_absmean(
+    weights: WeightsLike,
+    name: str,
+    shape: Sequence[int] | None = None,
+    *,
+    scale_dtype: ScaleDtype | None = None,
+    backend: Backend = "auto",
+) -> PackedQuant:
+    """The codes and scale of `PerLayerQuant.quantize(…, rule="absmean")`, packed.
+
+    Args:
+        weights: As for `PerLayerQuant.quantize`.
+        name: The tensor's name, which errors repeat.
+        shape: The shape of flat weights; None takes theirs.
+        scale_dtype: Round the scale to this dtype.
+        backend: Which kernels; they give the same bits.
+
+    Raises: as `PerLayerQuant.quantize`.
+
+    Memory: a quarter of a byte per weight, plus up to 50 MB per thread.
+    """
+    view = view_weights(weights, name, shape)
+    bounds = [(a, min(a + BLOCK, view.size)) for a in range(0, view.size, BLOCK)]
+    kernels = kernels_for(view.size, backend)
+    scan = UnitScan(1, view.size, len(bounds), lambda i: view.read(*bounds[i])[None], kernels)
+    if scan.ternary_magnitudes()[0] >= 0:
+        coded = code_units(
+            view, resolve_units(view.rows, view.cols), absmean, scale_dtype=scale_dtype
+        )
+        codes = TwoBit().encode(coded.trits[0])
+        return PackedQuant(name, view.shape, codes, float(coded.scales[0, 0]), was_ternary=True)
+    abs_sums = scan.abs_sums()
+    if not np.isfinite(abs_sums[0]):
+        raise view.sum_error()
+    fit = absmean(scan, abs_sums)
+    scale = float(round_scales(fit.scales, scale_dtype, name, np.zeros(1, dtype=np.int64))[0, 0])
+    cut = inner_cuts(fit.cuts, view.dtype)[0, 1]
+    codes = np.empty(-(-view.size // 4), dtype=np.uint8)
+
+    def pack(i: int) -> None:
+        start, stop = bounds[i]
+        kernels.two_bit(view.read(start, stop), cut, codes[start // 4 : -(-stop // 4)])
+
+    # Backwards: what the first pass read last is still in the cache.
+    parallel_map(pack, range(len(bounds) - 1, -1, -1))
+    return PackedQuant(name, view.shape, codes, scale, was_ternary=False)

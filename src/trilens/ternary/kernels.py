@@ -1,0 +1,176 @@
+"""The hot loops: compiled by numba where it is installed and the work pays for it, else NumPy.
+
+Both give the same bits (`plain` fixes the order of every sum), so which one ran never shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trilens.errors import UsageError
+from trilens.ternary import loops, plain
+from trilens.ternary.source import FloatArray
+
+__all__ = ["Backend", "Kernels", "kernels_for", "numba_is_here", "parallel_map"]
+
+Backend: TypeAlias = Literal["auto", "plain", "compiled"]
+
+_WORTH_COMPILING = 1 << 20  # weights: below, NumPy is done before the compiled code is loaded
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Kernels(Protocol):
+    """One implementation of the hot loops; `plain` documents each."""
+
+    def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
+        """Σ|w| of each unit."""
+
+    def codes(self, x: FloatArray, cuts: FloatArray) -> NDArray[np.int8]:
+        """The cell of each weight, counted from the middle one."""
+
+    def cells(
+        self, x: FloatArray, cuts: FloatArray
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Count and sum of the weights in each cell."""
+
+    def histogram(
+        self, x: FloatArray, base: int, shift: int, n_bins: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Count and sum of the magnitudes in each bin of float32 bit patterns."""
+
+    def best_prefix(self, ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The k that maximises (Σ of the k largest)²/k, and that Σ, per unit."""
+
+    def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
+        """Two-bit codes of a flat block, four to a byte."""
+
+
+class _Plain:
+    abs_sums = staticmethod(plain.abs_sums)
+    codes = staticmethod(plain.codes)
+    cells = staticmethod(plain.cells)
+    histogram = staticmethod(plain.histogram)
+    best_prefix = staticmethod(plain.best_prefix)
+    two_bit = staticmethod(plain.two_bit)
+
+
+class _Compiled:
+    """Allocates what the compiled loops fill."""
+
+    __slots__ = ("_abs_sums", "_best_prefix", "_cells", "_codes", "_histogram", "_two_bit")
+
+    def __init__(self, numba: ModuleType) -> None:
+        self._abs_sums = _compile(numba, loops.abs_sums)
+        self._codes = _compile(numba, loops.codes)
+        self._cells = _compile(numba, loops.cells)
+        self._histogram = _compile(numba, loops.histogram)
+        self._best_prefix = _compile(numba, loops.best_prefix)
+        self._two_bit = _compile(numba, loops.two_bit)
+
+    def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
+        out = np.empty(x.shape[0])
+        self._abs_sums(_read_only(x), out)
+        return out
+
+    def codes(self, x: FloatArray, cuts: FloatArray) -> NDArray[np.int8]:
+        out = np.empty(x.shape, dtype=np.int8)
+        self._codes(_read_only(x), _read_only(cuts), out)
+        return out
+
+    def cells(
+        self, x: FloatArray, cuts: FloatArray
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        shape = (x.shape[0], cuts.shape[1] + 1)
+        counts, sums = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+        self._cells(_read_only(x), _read_only(cuts), counts, sums)
+        return counts, sums
+
+    def histogram(
+        self, x: FloatArray, base: int, shift: int, n_bins: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        counts, sums = np.zeros(n_bins, dtype=np.int64), np.zeros(n_bins)
+        with np.errstate(over="ignore", under="ignore"):
+            bits = x.astype(np.float32, copy=False).view(np.int32)
+        self._histogram(_read_only(bits), _read_only(x), base, shift, counts, sums)
+        return counts, sums
+
+    def best_prefix(self, ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        best, total = np.empty(len(ascending), dtype=np.int64), np.empty(len(ascending))
+        self._best_prefix(_read_only(ascending), best, total)
+        return best, total
+
+    def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
+        self._two_bit(_read_only(x), cut, out)
+
+
+def numba_is_here() -> bool:
+    """Whether the compiled kernels can be had."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def kernels_for(n_weights: int, backend: Backend = "auto") -> Kernels:
+    """The implementation to use for so many weights.
+
+    Args:
+        n_weights: Small tensors do not wait for the compiler.
+        backend: "auto", or one of them for comparison.
+
+    Raises:
+        UsageError: "compiled" without numba, or an unknown backend.
+    """
+    if backend not in {"auto", "plain", "compiled"}:
+        raise UsageError(f"backend {backend!r} is unknown: pass 'auto', 'plain' or 'compiled'")
+    if backend == "compiled" and not numba_is_here():
+        raise UsageError(
+            "backend 'compiled' needs numba, which is not installed: pip install numba"
+        )
+    if backend == "plain" or (backend == "auto" and n_weights < _WORTH_COMPILING):
+        return _Plain()
+    return _compiled() if numba_is_here() else _Plain()
+
+
+def parallel_map(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, parallel: bool = True
+) -> list[_Result]:
+    """`function` of every item, in order, on as many threads as torch may use.
+
+    The threads live for this call only: numba's own would abort the process when two callers
+    meet, or after a fork.
+    """
+    waiting = list(items)
+    n_threads = min(torch.get_num_threads(), len(waiting)) if parallel else 1
+    if n_threads < 2:
+        return [function(item) for item in waiting]
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(function, waiting))
+
+
+@cache
+def _compiled() -> _Compiled:
+    return _Compiled(importlib.import_module("numba"))
+
+
+def _compile(numba: ModuleType, loop: Callable[..., None]) -> Any:
+    try:
+        return numba.njit(loop, nogil=True, cache=True)
+    except RuntimeError:  # numba finds no directory that it may write its cache to
+        return numba.njit(loop, nogil=True)
+
+
+def _read_only(x: FloatArray) -> FloatArray:
+    """The same memory flagged read-only: numba compiles once more for the other flag."""
+    view = x.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,117 @@
+"""The hot loops as plain functions that numba compiles; `plain` says what each one computes.
+
+They run without the interpreter lock and without numba's own threads: callers split the work.
+Nothing here may be compiled with `fastmath`: the order of every sum is part of the contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["abs_sums", "best_prefix", "cells", "codes", "histogram", "two_bit"]
+
+LANES = 64
+_STEP = 256
+
+
+def abs_sums(x: Any, out: Any) -> None:
+    """See `plain.abs_sums`."""
+    lanes = np.empty(LANES, dtype=np.float64)
+    length = x.shape[1]
+    whole = length // LANES * LANES
+    for unit in range(x.shape[0]):
+        row = x[unit]
+        lanes[:] = 0.0
+        for i in range(0, whole, LANES):
+            step = row[i : i + LANES]  # a slice of known length is what LLVM vectorizes
+            for j in range(LANES):
+                lanes[j] += abs(np.float64(step[j]))
+        for j in range(length - whole):
+            lanes[j] += abs(np.float64(row[whole + j]))
+        half = LANES // 2
+        while half > 0:
+            for j in range(half):
+                lanes[j] += lanes[j + half]
+            half //= 2
+        out[unit] = lanes[0]
+
+
+def codes(x: Any, cuts: Any, out: Any) -> None:
+    """See `plain.codes`."""
+    half = cuts.shape[1] // 2
+    for unit in range(x.shape[0]):
+        row, codes_row = x[unit], out[unit]
+        low, high = cuts[unit, half - 1], cuts[unit, half]
+        for i in range(x.shape[1]):
+            codes_row[i] = np.int8(row[i] > high) - np.int8(row[i] < low)
+        for j in range(half - 1):
+            low, high = cuts[unit, j], cuts[unit, half + 1 + j]
+            for i in range(x.shape[1]):
+                codes_row[i] += np.int8(row[i] > high) - np.int8(row[i] < low)
+
+
+def cells(x: Any, cuts: Any, counts: Any, sums: Any) -> None:
+    """See `plain.cells`; counts and sums come in as zeros."""
+    half = cuts.shape[1] // 2
+    for unit in range(x.shape[0]):
+        row = x[unit]
+        for i in range(x.shape[1]):
+            value = row[i]
+            cell = half
+            for j in range(half):
+                cell += int(value > cuts[unit, half + j]) - int(value < cuts[unit, j])
+            counts[unit, cell] += 1
+            sums[unit, cell] += value
+
+
+def histogram(bits: Any, x: Any, base: int, shift: int, counts: Any, sums: Any) -> None:
+    """See `plain.histogram`; bits are |x|'s float32 bits, counts and sums come in as zeros."""
+    last = counts.shape[0] - 1
+    for i in range(x.shape[0]):
+        index = min(max((np.int64(bits[i] & 0x7FFFFFFF) >> shift) - base, 0), last)
+        counts[index] += 1
+        sums[index] += np.float64(abs(x[i]))
+
+
+def best_prefix(ascending: Any, best: Any, best_sum: Any) -> None:
+    """See `plain.best_prefix`."""
+    length = ascending.shape[1]
+    for unit in range(ascending.shape[0]):
+        row = ascending[unit]
+        total, top, k, top_sum = 0.0, -1.0, 0, 0.0
+        for i in range(length):
+            total += np.float64(row[length - 1 - i])
+            gain = total * total / (i + 1)
+            if gain > top:
+                top, k, top_sum = gain, i + 1, total
+        while k < length and row[length - 1 - k] == row[length - k]:
+            top_sum += np.float64(row[length - 1 - k])
+            k += 1
+        best[unit], best_sum[unit] = k, top_sum
+
+
+def two_bit(x: Any, cut: Any, out: Any) -> None:
+    """See `plain.two_bit`."""
+    code = np.empty(_STEP, dtype=np.uint8)
+    words = code.view(np.uint32)
+    below = -cut
+    whole = x.shape[0] // _STEP
+    for k in range(whole):
+        step = x[k * _STEP : (k + 1) * _STEP]
+        packed = out[k * _STEP // 4 : (k + 1) * _STEP // 4]
+        for i in range(_STEP):
+            code[i] = np.uint8(step[i] > cut) - np.uint8(step[i] < below) + np.uint8(1)
+        for i in range(_STEP // 4):
+            word = words[i]
+            word = word | word >> np.uint32(6) | word >> np.uint32(12) | word >> np.uint32(18)
+            packed[i] = np.uint8(word & np.uint32(255))
+    for i in range(whole * _STEP // 4, out.shape[0]):
+        byte = 0
+        for j in range(4):
+            trit = 0
+            if 4 * i + j < x.shape[0]:
+                trit = int(x[4 * i + j] > cut) - int(x[4 * i + j] < below)
+            byte |= (1 + trit) << (2 * j)
+        out[i] = byte

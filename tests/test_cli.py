@@ -1,0 +1,156 @@
+"""The command line as a user sees it: output, exit codes, one line per error, no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from trilens.analysis.inspection import Inspection
+from trilens.cli import DEMO_PROMPT, app
+from trilens.demo import demo_path
+from trilens.lens import Lens
+
+DEMO = str(demo_path("transformer"))
+
+
+def run(*arguments: str, stdin: str | None = None):
+    return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def test_demo_shows_every_layer() -> None:
+    result = run("demo")
+    assert result.exit_code == 0, result.stderr
+    assert "4 layers" in result.stdout
+    assert "mlp.gate open" in result.stdout
+    assert "last token attends to" in result.stdout
+    assert "next:" in result.stdout
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row for row in rows if row in "0123"] == ["0", "1", "2", "3"]
+
+
+def test_inspect_json_rebuilds_the_table() -> None:
+    table = run("inspect", DEMO, "-p", DEMO_PROMPT)
+    as_json = run("inspect", DEMO, "-p", DEMO_PROMPT, "--format", "json")
+    assert table.exit_code == as_json.exit_code == 0
+    inspection = Inspection.from_dict(json.loads(as_json.stdout))
+    from io import StringIO
+
+    from rich.console import Console
+
+    from trilens.report.text import print_inspection
+
+    out = StringIO()
+    print_inspection(inspection, Console(file=out, width=120, highlight=False))
+    assert out.getvalue() == table.stdout
+
+
+def test_inspect_numbers_are_the_librarys() -> None:
+    result = run("inspect", DEMO, "-p", "import os", "--format", "json", "--top-k", "2")
+    data = json.loads(result.stdout)
+    lens = Lens.from_pretrained(DEMO)
+    cap = lens.capture("import os", attention=True, gates=True)
+    assert data["version"] == 1
+    assert data["tokens"] == list(cap.tokens)
+    for row in data["layers"]:
+        layer = row["layer"]
+        assert row["residual_norm"] == pytest.approx(float(cap.residual.get_layer(layer).float().norm()))
+        top = cap.attention.top_attended_positions(layer, len(cap.tokens) - 1, 2)
+        assert [(a["position"], a["weight"]) for a in row["attended"]] == top
+        gate = row["gates"][0]
+        analysis = cap.gates.analyse("mlp.gate", layer)
+        assert gate["capacity"] == analysis.effective_capacity()
+        assert gate["dead"] == len(analysis.dead_gates) / gate["units"]
+    assert len(data["next_tokens"]) == 2
+
+
+def test_layers_and_stdin() -> None:
+    result = run("inspect", DEMO, "-p", "-", "--layers", "0,2-3", "--format", "json", stdin="x = 1")
+    assert [row["layer"] for row in json.loads(result.stdout)["layers"]] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("layers", ["4", "0-4", "a", "-1", "2-1", "", "1,,2"])
+def test_bad_layers(layers: str) -> None:
+    result = run("inspect", DEMO, "-p", "x", f"--layers={layers}")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "layers" in result.stderr
+
+
+BROKEN = {
+    "unknown directory": ("./no-such-dir", "no-such-dir"),
+    "empty directory": ("empty", "config.json"),
+    "only pickled weights": ("pickled", "safetensors"),
+    "truncated weights": ("truncated", "truncated"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    source = Path(DEMO)
+    for name in ("empty", "pickled", "truncated"):
+        (root / name).mkdir()
+    for name in ("pickled", "truncated"):
+        (root / name / "config.json").write_bytes((source / "config.json").read_bytes())
+    (root / "pickled" / "pytorch_model.bin").write_bytes(b"not opened")
+    whole = (source / "model.safetensors").read_bytes()
+    (root / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_models(case: str, folders: Path) -> None:
+    name, words = BROKEN[case]
+    model = name if name.startswith("./") else str(folders / name)
+    result = run("inspect", model, "-p", "x")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("", "empty"), ("x = 1\n" * 2000, "positions"), ("\udc80", "prompt")]
+)
+def test_bad_prompts(prompt: str, words: str) -> None:
+    result = run("inspect", DEMO, "-p", prompt)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_usage_errors() -> None:
+    assert run("inspect", DEMO).exit_code == 2
+    assert run("inspect", DEMO, "-p", "x", "--format", "xml").exit_code == 2
+    assert run("inspect", DEMO, "-p", "x", "--top-k", "0").exit_code == 2
+    assert run("inspect", DEMO, "-p", "x", "--dtype", "float7").exit_code == 2
+    assert run("nothing").exit_code == 2
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("inspect", "./no-such-dir", "-p", "x", "--debug")
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "ModelNotFoundError"
+
+
+def test_families_table() -> None:
+    result = run("families")
+    assert result.exit_code == 0
+    assert "189 types" in result.stdout
+    data = json.loads(run("families", "--format", "json").stdout)
+    assert len(data["rows"]) == 189
+
+
+def test_closed_pipe_and_help() -> None:
+    command = f"{sys.executable} -m trilens.cli inspect {DEMO} -p 'x = 1' --format json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "{"
+    assert "Traceback" not in done.stderr
+    for command in ("demo", "inspect", "families"):
+        assert run(command, "--help").exit_code == 0

@@ -1,0 +1,91 @@
+"""A quick subset of the family sweep; `make sweep` runs all causal-LM types."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from tinymodels import TYPES, build
+from tinymodels.checks import sweep_one
+
+from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.families import load_families
+from trilens.lens import Lens
+
+# One of each mechanism: rotary and grouped queries, sinks, softcaps, sliding and chunked masks,
+# sparse top-k, latent attention, local registry, shared blocks, two calls, post-norm, MoE, hybrids.
+FULL = (
+    "llama",
+    "gpt2",
+    "opt",
+    "bert",
+    "gpt_oss",
+    "granite_swa",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "llama4_text",
+    "deepseek_v3",
+    "deepseek_v32",
+    "doge",
+    "diffllama",
+    "inkling_text",
+    "phi3",
+    "mixtral",
+    "qwen3_next",
+    "zamba2",
+    "recurrent_gemma",
+    "cohere2",
+    "minicpm3",
+    "electra",
+    "whisper",
+)
+RESIDUAL = ("mamba", "rwkv", "xlstm", "bloom", "gptj", "xlnet", "longcat_flash")
+REFUSED = {
+    "deepseek_v4": SeveralStreamsError,
+    "gemma3n_text": SeveralStreamsError,
+    "qwen4_exp_text": SeveralStreamsError,
+    "reformer": AnatomyError,
+    "big_bird": AnatomyError,
+    "blt": AnatomyError,
+    "xlm": AnatomyError,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """The families' own deprecation warnings are not ours to answer for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("model_type", FULL)
+def test_captured_in_full(model_type: str) -> None:
+    row, figures = sweep_one(model_type)
+    assert row.outcome == "full", row.reason
+    assert row.attention > 0
+    assert figures["attention_vs_eager"] is not None, "eager offers its weights here"
+
+
+@pytest.mark.parametrize("model_type", RESIDUAL)
+def test_captured_without_attention(model_type: str) -> None:
+    row, _ = sweep_one(model_type)
+    assert row.outcome == "residual"
+    assert row.reason
+
+
+@pytest.mark.parametrize(("model_type", "error"), REFUSED.items())
+def test_refused_by_name(model_type: str, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        Lens(build(model_type))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_table_covers_every_type() -> None:
+    table = load_families()
+    assert [row.model_type for row in table.rows] == list(TYPES)
+    counts = table.count()
+    assert counts["full"] >= 130
+    assert sum(counts.values()) == len(TYPES)
+    assert all(row.reason for row in table.rows if row.outcome != "full")
