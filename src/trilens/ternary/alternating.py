@@ -2,23 +2,83 @@
 
 The levels of a unit are a linear code book: level = Σ scale · entry over the columns of the book.
 Each turn can only lower the squared error, and needs only how many weights fell in each cell and
-their sum.
+their sum: short units are sorted once, and each turn then looks up where the cuts fall.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trilens.ternary.fits import Fit
+from trilens.ternary.kernels import Kernels
 from trilens.ternary.scan import UnitScan
+from trilens.ternary.source import FloatArray
 
-__all__ = ["Turns", "alternate", "cuts_between"]
+__all__ = ["CellCounts", "Turns", "alternate", "cell_counts", "cuts_between"]
 
 _MAX_TURNS = 25
 _SETTLED = 1e-6  # largest relative change of a unit's explained energy in the last turn
+
+
+class CellCounts(Protocol):
+    """Units whose cells can be counted."""
+
+    @property
+    def n_units(self) -> int:
+        """How many units."""
+
+    def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Count and sum of the weights between cuts; see `plain.cells`."""
+
+    def only(self, which: NDArray[np.bool_]) -> CellCounts:
+        """These units alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LongUnit:
+    scan: UnitScan
+    n_units: int = 1
+
+    def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        return self.scan.cells(cuts)
+
+    def only(self, which: NDArray[np.bool_]) -> CellCounts:
+        del which  # there is one unit, and nobody asks when it has settled
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _SortedUnits:
+    ascending: FloatArray  # [units, length]
+    prefix: NDArray[np.float64]  # [units, length + 1]
+    kernels: Kernels
+
+    @property
+    def n_units(self) -> int:
+        return len(self.ascending)
+
+    def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        return self.kernels.sorted_cells(self.ascending, self.prefix, cuts)
+
+    def only(self, which: NDArray[np.bool_]) -> CellCounts:
+        return _SortedUnits(self.ascending[which], self.prefix[which], self.kernels)
+
+
+def cell_counts(scan: UnitScan) -> CellCounts:
+    """The units, ready for many turns.
+
+    Memory: short units take 12 to 16 bytes per weight.
+    """
+    if scan.n_pieces > 1:
+        return _LongUnit(scan)
+    ascending = np.sort(scan.load(0), axis=1)
+    prefix = np.zeros((len(ascending), ascending.shape[1] + 1))
+    np.cumsum(ascending, axis=1, dtype=np.float64, out=prefix[:, 1:])
+    return _SortedUnits(ascending, prefix, scan.kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +97,25 @@ class Turns:
     scales: NDArray[np.float64]
     explained: NDArray[np.float64]
 
-    def or_better(self, other: Turns) -> Turns:
-        """For each unit the one of the two that explains more, this one if they are equal."""
-        other_is = other.explained > self.explained
-        return Turns(
-            np.where(other_is[:, None], other.cuts, self.cuts),
-            np.where(other_is[:, None, None], other.book, self.book),
-            np.where(other_is[:, None], other.scales, self.scales),
-            np.where(other_is, other.explained, self.explained),
+    def only(self, which: NDArray[np.bool_]) -> Turns:
+        """These units alone."""
+        return Turns(self.cuts[which], self.book[which], self.scales[which], self.explained[which])
+
+    def with_better(self, units: NDArray[np.int64], other: Turns) -> Turns:
+        """The same, but of the units numbered `units` whatever explains more.
+
+        Shapes: units [some], other of these
+        """
+        better = other.explained > self.explained[units]
+        changed = Turns(
+            self.cuts.copy(), self.book.copy(), self.scales.copy(), self.explained.copy()
         )
+        where = units[better]
+        changed.cuts[where] = other.cuts[better]
+        changed.book[where] = other.book[better]
+        changed.scales[where] = other.scales[better]
+        changed.explained[where] = other.explained[better]
+        return changed
 
     def fit(self, *, offset: bool) -> Fit:
         """As a fit whose scales are not negative and descend; `offset`: the last column is none.
@@ -65,30 +135,33 @@ class Turns:
         )
 
 
-def alternate(scan: UnitScan, book: NDArray[np.float64], start: NDArray[np.float64]) -> Turns:
+def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.float64]) -> Turns:
     """Take turns from the scales `start` until they settle; at most 25 times.
 
     Shapes: book [n_cells, 2], n_cells odd; start [units, 2]
     """
-    best = _turn(scan, book, start)
-    latest = best
+    latest = _turn(counts, book, start)
+    best = latest
+    moving = np.arange(counts.n_units)
     for _ in range(_MAX_TURNS - 1):
-        latest = _turn(scan, book, latest.scales)
-        gained = latest.explained - best.explained
-        best = best.or_better(latest)
-        if np.all(gained <= _SETTLED * best.explained):
+        latest = _turn(counts, book, latest.scales)
+        gained = latest.explained - best.explained[moving]
+        best = best.with_better(moving, latest)
+        still = gained > _SETTLED * latest.explained
+        if not still.any():
             break
+        if not still.all():
+            moving, counts, latest = moving[still], counts.only(still), latest.only(still)
     return best
 
 
-def _turn(scan: UnitScan, book: NDArray[np.float64], scales: NDArray[np.float64]) -> Turns:
+def _turn(counts: CellCounts, book: NDArray[np.float64], scales: NDArray[np.float64]) -> Turns:
     # PROMOTE: levels by sums of products, not BLAS, whose order depends on the machine
     levels = scales[:, :1] * book[:, 0] + scales[:, 1:] * book[:, 1]
     order = np.argsort(levels, axis=1, kind="stable")
     cuts = cuts_between(np.take_along_axis(levels, order, axis=1))
     ordered = book[order]
-    counts, sums = scan.cells(cuts)
-    return Turns(cuts, ordered, *_least_squares(ordered, counts, sums, scales))
+    return Turns(cuts, ordered, *_least_squares(ordered, *counts.cells(cuts), scales))
 
 
 def cuts_between(levels: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -110,10 +183,10 @@ def _least_squares(
     Where the cells leave a scale open (no weight in a cell that uses it), it keeps its value.
     """
     first, second = book[..., 0], book[..., 1]
-    g11 = np.sum(counts * first * first, axis=1)
-    g12 = np.sum(counts * first * second, axis=1)
-    g22 = np.sum(counts * second * second, axis=1)
-    b1, b2 = np.sum(sums * first, axis=1), np.sum(sums * second, axis=1)
+    g11 = _over_cells(counts * first * first)
+    g12 = _over_cells(counts * first * second)
+    g22 = _over_cells(counts * second * second)
+    b1, b2 = _over_cells(sums * first), _over_cells(sums * second)
     det = g11 * g22 - g12 * g12
     solvable = det > 1e-9 * g11 * g22
     safe = np.where(solvable, det, 1.0)
@@ -122,3 +195,11 @@ def _least_squares(
     # ‖W‖² − ‖W − Ŵ‖² for any scales: 2 b·s − s·G·s
     explained = 2 * (b1 * s1 + b2 * s2) - (g11 * s1 * s1 + 2 * g12 * s1 * s2 + g22 * s2 * s2)
     return np.stack([s1, s2], axis=1), explained
+
+
+def _over_cells(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum over the last axis, which is too short for NumPy to be fast along it."""
+    total: NDArray[np.float64] = values[:, 0].copy()
+    for cell in range(1, values.shape[1]):
+        total += values[:, cell]
+    return total

@@ -53,6 +53,11 @@ class Kernels(Protocol):
     def best_prefix(self, ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The k that maximises (Σ of the k largest)²/k, and that Σ, per unit."""
 
+    def sorted_cells(
+        self, ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What `cells` gives, from sorted units."""
+
     def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
         """Two-bit codes of a flat block, four to a byte."""
 
@@ -63,13 +68,22 @@ class _Plain:
     cells = staticmethod(plain.cells)
     histogram = staticmethod(plain.histogram)
     best_prefix = staticmethod(plain.best_prefix)
+    sorted_cells = staticmethod(plain.sorted_cells)
     two_bit = staticmethod(plain.two_bit)
 
 
 class _Compiled:
     """Allocates what the compiled loops fill."""
 
-    __slots__ = ("_abs_sums", "_best_prefix", "_cells", "_codes", "_histogram", "_two_bit")
+    __slots__ = (
+        "_abs_sums",
+        "_best_prefix",
+        "_cells",
+        "_codes",
+        "_histogram",
+        "_sorted_cells",
+        "_two_bit",
+    )
 
     def __init__(self, numba: ModuleType) -> None:
         self._abs_sums = _compile(numba, loops.abs_sums)
@@ -77,6 +91,7 @@ class _Compiled:
         self._cells = _compile(numba, loops.cells)
         self._histogram = _compile(numba, loops.histogram)
         self._best_prefix = _compile(numba, loops.best_prefix)
+        self._sorted_cells = _compile(numba, loops.sorted_cells)
         self._two_bit = _compile(numba, loops.two_bit)
 
     def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
@@ -110,6 +125,14 @@ class _Compiled:
         best, total = np.empty(len(ascending), dtype=np.int64), np.empty(len(ascending))
         self._best_prefix(_read_only(ascending), best, total)
         return best, total
+
+    def sorted_cells(
+        self, ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        shape = (cuts.shape[0], cuts.shape[1] + 1)
+        counts, sums = np.empty(shape, dtype=np.int64), np.empty(shape)
+        self._sorted_cells(_read_only(ascending), prefix, _read_only(cuts), counts, sums)
+        return counts, sums
 
     def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
         self._two_bit(_read_only(x), cut, out)

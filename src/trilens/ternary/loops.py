@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["abs_sums", "best_prefix", "cells", "codes", "histogram", "two_bit"]
+__all__ = ["abs_sums", "best_prefix", "cells", "codes", "histogram", "sorted_cells", "two_bit"]
 
 LANES = 64
 _STEP = 256
@@ -90,6 +90,29 @@ def best_prefix(ascending: Any, best: Any, best_sum: Any) -> None:
             top_sum += np.float64(row[length - 1 - k])
             k += 1
         best[unit], best_sum[unit] = k, top_sum
+
+
+def sorted_cells(ascending: Any, prefix: Any, cuts: Any, counts: Any, sums: Any) -> None:
+    """See `plain.sorted_cells`."""
+    length, n_cuts = ascending.shape[1], cuts.shape[1]
+    for unit in range(ascending.shape[0]):
+        row = ascending[unit]
+        last = 0
+        for j in range(n_cuts):
+            cut = cuts[unit, j]
+            low, high = last, length
+            while low < high:
+                middle = (low + high) // 2
+                left = row[middle] < cut if j < n_cuts // 2 else row[middle] <= cut
+                if left:
+                    low = middle + 1
+                else:
+                    high = middle
+            counts[unit, j] = low - last
+            sums[unit, j] = prefix[unit, low] - prefix[unit, last]
+            last = low
+        counts[unit, n_cuts] = length - last
+        sums[unit, n_cuts] = prefix[unit, length] - prefix[unit, last]
 
 
 def two_bit(x: Any, cut: Any, out: Any) -> None:

@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 
 from trilens.ternary.source import FloatArray
 
-__all__ = ["LANES", "abs_sums", "best_prefix", "bins", "cells", "codes", "histogram", "two_bit"]
+__all__ = [
+    "LANES",
+    "abs_sums",
+    "best_prefix",
+    "bins",
+    "cells",
+    "codes",
+    "histogram",
+    "sorted_cells",
+    "two_bit",
+]
 
 LANES = 64
 
@@ -99,6 +109,26 @@ def best_prefix(ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.fl
         ):
             best[unit] += 1
     return best + 1, sums[np.arange(n_units), best]
+
+
+def sorted_cells(
+    ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What `cells` gives, from sorted units and float64 cuts.
+
+    Shapes: ascending [units, length], prefix [units, length + 1] with prefix[:, i] the sum of the
+    i smallest, cuts [units, n_cuts] → two of [units, n_cuts + 1]
+    """
+    n_units, length = ascending.shape
+    half = cuts.shape[1] // 2
+    below = np.empty((n_units, cuts.shape[1] + 2), dtype=np.int64)  # weights left of each cut
+    below[:, 0], below[:, -1] = 0, length
+    for j in range(2 * half):
+        cut = cuts[:, j : j + 1]
+        left = ascending < cut if j < half else ascending <= cut
+        below[:, j + 1] = np.count_nonzero(left, axis=1)
+    sums = np.take_along_axis(prefix, below, axis=1)
+    return below[:, 1:] - below[:, :-1], sums[:, 1:] - sums[:, :-1]
 
 
 def two_bit(x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import UsageError
-from trilens.ternary.alternating import alternate
+from trilens.ternary.alternating import CellCounts, alternate, cell_counts
 from trilens.ternary.exact import best_survivors
 from trilens.ternary.fits import Fit, one_plane
 from trilens.ternary.scan import UnitScan
@@ -87,10 +87,11 @@ def asymmetric(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
     Source: PT²-LLM, arXiv 2510.03267.
     """
     start = exact(scan, abs_sums).scales
-    best = alternate(scan, _ASYMMETRIC_BOOK, np.append(start, np.zeros_like(start), axis=1))
-    centre, spread = _centre(scan)
-    other = alternate(scan, _ASYMMETRIC_BOOK, np.stack([1.5 * spread, centre], axis=1))
-    return best.or_better(other).fit(offset=True)
+    counts = cell_counts(scan)
+    best = alternate(counts, _ASYMMETRIC_BOOK, np.append(start, np.zeros_like(start), axis=1))
+    centre, spread = _centre(counts, scan.length)
+    other = alternate(counts, _ASYMMETRIC_BOOK, np.stack([1.5 * spread, centre], axis=1))
+    return best.with_better(np.arange(scan.n_units), other).fit(offset=True)
 
 
 def planes(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
@@ -101,10 +102,11 @@ def planes(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
     Source: PTQTP, arXiv 2509.16989.
     """
     start = exact(scan, abs_sums).scales
-    best = alternate(scan, _PLANES_BOOK, np.append(start, np.zeros_like(start), axis=1))
+    counts = cell_counts(scan)
+    best = alternate(counts, _PLANES_BOOK, np.append(start, np.zeros_like(start), axis=1))
     step = 0.65 * abs_sums / scan.length  # 0.52σ for a Gaussian
-    other = alternate(scan, _PLANES_BOOK, np.stack([3 * step, step], axis=1))
-    return best.or_better(other).fit(offset=False)
+    other = alternate(counts, _PLANES_BOOK, np.stack([3 * step, step], axis=1))
+    return best.with_better(np.arange(scan.n_units), other).fit(offset=False)
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -134,10 +136,10 @@ def _mean(counts: NDArray[np.int64], sums: NDArray[np.float64]) -> NDArray[np.fl
     return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0)
 
 
-def _centre(scan: UnitScan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _centre(units: CellCounts, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The units' mean, and their mean distance from it."""
-    _, sums = scan.cells(np.zeros((scan.n_units, 2)))
-    centre = np.sum(sums, axis=1) / scan.length
-    counts, sums = scan.cells(np.stack([centre, centre], axis=1))
+    _, sums = units.cells(np.zeros((units.n_units, 2)))
+    centre = np.sum(sums, axis=1) / length
+    counts, sums = units.cells(np.stack([centre, centre], axis=1))
     distance = (sums[:, 2] - counts[:, 2] * centre) - (sums[:, 0] - counts[:, 0] * centre)
-    return centre, distance / scan.length
+    return centre, distance / length

@@ -1,0 +1,105 @@
+"""What a probe saw of a model's gating: the functions called, what they multiply, the kernels.
+
+Plain data, written by `trilens.taps.recorder` and read by the rules that find gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["GATING_FUNCTIONS", "FunctionCall", "GateEvents", "KernelCall", "ProductCall", "TopkCall"]
+
+GATING_FUNCTIONS: Mapping[str, str] = {
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+    "logsigmoid": "logsigmoid",
+    "silu": "silu",
+    "gelu": "gelu",
+    "softplus": "softplus",
+    "exp": "exp",
+    "exp_": "exp",
+    "softmax": "softmax",
+}
+"""Name of a torch function → the gating function that it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """One call of a gating function: y = function(x).
+
+    Attributes:
+        function: a value of `GATING_FUNCTIONS`.
+        options: keyword arguments that are plain values (`approximate`, `dim`).
+        path: the innermost module that was running.
+        class_name: that module's class.
+        tick: when, on the clock of the trace.
+        x: what went in; `y`: what came out.
+        kernel: the kernel function inside which it ran, innermost, or "".
+    """
+
+    function: str
+    options: Mapping[str, Any]
+    path: str
+    class_name: str
+    tick: int
+    x: Tensor
+    y: Tensor
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProductCall:
+    """One product of two tensors.
+
+    Attributes:
+        factor: index of the gating call whose output is one operand, or None.
+        other: index of the gating call whose output is the other operand, or None.
+        left: the operands, kept outside kernels only; `right` likewise.
+    """
+
+    path: str
+    tick: int
+    factor: int | None
+    other: int | None
+    left: Tensor | None
+    right: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TopkCall:
+    """One top-k choice over the last axis of x, with the values it gave."""
+
+    path: str
+    tick: int
+    x: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """One call of a kernel function by its module-global name.
+
+    Attributes:
+        path: the module that called it.
+        arguments: what it was called with, by parameter name.
+    """
+
+    function: str
+    path: str
+    start: int
+    end: int
+    arguments: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class GateEvents:
+    """All gating events of one probe, in the order in which they happened."""
+
+    functions: list[FunctionCall] = field(default_factory=list)
+    products: list[ProductCall] = field(default_factory=list)
+    topk: list[TopkCall] = field(default_factory=list)
+    kernels: list[KernelCall] = field(default_factory=list)
