@@ -43,6 +43,7 @@ def caches(layers: list[tuple[Tensor, Tensor]], **options: Any) -> AttentionCach
 
 def subjects(layers: list[tuple[Tensor, Tensor]], seq: int) -> dict[str, Callable[[], object]]:
     i, j = torch.arange(seq)[:, None], torch.arange(seq)[None]
+    idle = (j <= i)[None, None]
     window = ((j <= i) & (j > i - 512))[None, None]
 
     def attention() -> None:
@@ -75,7 +76,7 @@ def subjects(layers: list[tuple[Tensor, Tensor]], seq: int) -> dict[str, Callabl
         "moments": lambda: each(
             caches(layers, causal=True), AttentionCache.mean_distance, AttentionCache.received
         ),
-        "idle mask": lambda: each(caches(layers, mask=j[None, None] <= i), AttentionCache.entropy),
+        "idle mask": lambda: each(caches(layers, mask=idle), AttentionCache.entropy),
         "masked": lambda: each(caches(layers, mask=window), AttentionCache.entropy),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import resource
 import statistics
 import threading
 import time
@@ -18,7 +19,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["PeakMemory", "llama_88m", "paired", "peak_memory", "save"]
+__all__ = ["PeakMemory", "llama_88m", "paired", "peak_bytes", "peak_memory", "ratios", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,6 +38,35 @@ def llama_88m(positions: int = 4096) -> LlamaForCausalLM:
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
+
+
+def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Run all in turn, round by round, and compare each with the first of its own round.
+
+    Returns:
+        Per name the median seconds, and median, lowest and highest ratio to the first of the runs.
+        A ratio within one round is free of the machine's drift.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
+    found = {}
+    for name, values in seconds.items():
+        ratios = sorted(a / b for a, b in zip(values, first, strict=True))
+        found[name] = {
+            "seconds": round(statistics.median(values), 4),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_min": round(ratios[0], 3),
+            "ratio_max": round(ratios[-1], 3),
+        }
+    return found
 
 
 def paired(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -78,6 +108,11 @@ def peak_memory() -> Iterator[PeakMemory]:
     finally:
         stop.set()
         thread.join()
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def save(name: str, figures: dict[str, Any]) -> None:

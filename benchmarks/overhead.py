@@ -12,9 +12,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
-from benchmarks.common import llama_88m, paired, save
+from benchmarks.common import llama_88m, ratios, save
 from trilens import Lens
+from trilens.demo import demo_path
 
 TOKENS = 512
 ROUNDS = 15
@@ -23,40 +25,46 @@ ROUNDS = 15
 def peers(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """The same question put to the peers that are installed."""
     found: dict[str, Callable[[], Any]] = {}
+    tokenizer = AutoTokenizer.from_pretrained(demo_path())
     if find_spec("nnsight"):
         from nnsight import LanguageModel
 
-        wrapped = LanguageModel(copy.deepcopy(model), tokenizer=_NoTokenizer())
+        wrapped = LanguageModel(copy.deepcopy(model), tokenizer=tokenizer)
 
-        def nnsight_run() -> Any:
-            saved = []
+        def nnsight_residual() -> Any:
             with torch.no_grad(), wrapped.trace({"input_ids": ids}):
+                saved = list().save()  # noqa: C408 - the tracer follows this very call
                 for layer in wrapped.model.layers:
-                    saved.append(layer.output.save())
+                    saved.append(layer.output)
             return saved
 
-        found["nnsight, residual"] = nnsight_run
+        found["nnsight, residual"] = nnsight_residual
     if find_spec("transformer_lens"):
         from transformer_lens.model_bridge import TransformerBridge
 
-        bridge = TransformerBridge.boot_transformers(hf_model=copy.deepcopy(model))
-        found["TransformerLens, residual and patterns"] = lambda: bridge.run_with_cache(
-            ids, names_filter=lambda n: n.endswith(("resid_post", "hook_pattern", "hook_out"))
+        bridge = TransformerBridge.boot_transformers(
+            "random/llama", hf_model=copy.deepcopy(model), tokenizer=tokenizer
+        )
+
+        def cached(*endings: str) -> Callable[[], Any]:
+            def run() -> Any:
+                with torch.no_grad():
+                    return bridge.run_with_cache(ids, names_filter=lambda n: n.endswith(endings))
+
+            return run
+
+        found["TransformerLens, residual"] = cached("hook_resid_post")
+        found["TransformerLens, residual and patterns"] = cached("hook_resid_post", "hook_pattern")
+        found["TransformerLens, residual, patterns and MLP gates"] = cached(
+            "hook_resid_post", "hook_pattern", "mlp.gate.hook_out"
         )
     return found
-
-
-class _NoTokenizer:
-    """nnsight wants one even for token ids."""
-
-    pad_token = eos_token = "<eos>"
-    pad_token_id = eos_token_id = 0
 
 
 def main() -> None:
     """Measure and keep."""
     model = llama_88m()
-    ids = torch.randint(0, 4096, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     lens = Lens(model)
 
     def plain() -> Any:
@@ -75,17 +83,8 @@ def main() -> None:
             runs[name] = run
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    medians = paired(runs, ROUNDS)
-    ratios = {name: round(value / medians["plain"], 3) for name, value in medians.items()}
-    save(
-        "overhead",
-        {
-            "tokens": TOKENS,
-            "ratio_to_plain": ratios,
-            "plain_seconds": medians["plain"],
-            "did_not_run": missing,
-        },
-    )
+    figures = {"tokens": TOKENS, "rounds": ROUNDS, "runs": ratios(runs, ROUNDS)}
+    save("overhead", {**figures, "did_not_run": missing})
 
 
 if __name__ == "__main__":

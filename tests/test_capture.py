@@ -42,9 +42,10 @@ def test_save_and_load(model_type: str, residual: str, tmp_path: Path) -> None:
         assert np.allclose(ours, theirs, rtol=0, atol=1e-5)
     if gates:
         assert back.gates.names == cap.gates.names
-        for layer in cap.gates.layers("mlp.gate"):
-            assert torch.equal(back.gates.get("mlp.gate", layer), cap.gates.get("mlp.gate", layer))
-            assert back.gates.spec("mlp.gate", layer) == cap.gates.spec("mlp.gate", layer)
+        for name in cap.gates.names:
+            for layer in cap.gates.layers(name):
+                assert torch.equal(back.gates.get(name, layer), cap.gates.get(name, layer))
+                assert back.gates.spec(name, layer) == cap.gates.spec(name, layer)
 
 
 def test_a_mask_shared_by_all_layers_is_stored_once(tmp_path: Path) -> None:

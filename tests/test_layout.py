@@ -36,6 +36,8 @@ FLOORS = {
     "report": 5,
     "families": 5,
     "demo": 7,
+    "console": 7,
+    "commands_ternary": 7,
     "cli": 7,
     "__main__": 7,
     "": 8,

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
+from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo import DEMO_MODELS, demo_path
-from trilens.errors import AnatomyError, CaptureError, TrilensError, UsageError
+from trilens.errors import UsageError
 from trilens.families import load_families
 from trilens.lens import Lens
+from trilens.models.rwkv7_convert import convert as convert_rwkv7
 from trilens.models.tokens import token_strings
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
 
-__all__ = ["app", "demo", "families", "inspect", "main"]
+__all__ = ["app", "convert", "demo", "families", "inspect", "main"]
 
 DEMO_PROMPT = "def factorial(n):\n    if n == 0:\n        return 1\n    return n * factorial("
 
@@ -36,33 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Format = Annotated[
-    Literal["table", "json"], typer.Option("--format", help="How to print the result.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TopK = Annotated[
     int, typer.Option("--top-k", help="Attended tokens per layer, and next tokens.", min=1)
 ]
-
-
-@contextlib.contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """One line on stderr and the field's exit code instead of a traceback."""
-    try:
-        yield
-    except TrilensError as error:
-        if debug:
-            raise
-        line = " ".join(str(error).split())
-        typer.echo(f"trilens: {line}", err=True)
-        failed = isinstance(error, AnatomyError | CaptureError)
-        raise typer.Exit(1 if failed else 2) from None
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def _layers(text: str | None, n_layers: int) -> list[int] | None:
@@ -121,12 +95,7 @@ def _print(inspection: Inspection, how: str) -> None:
     if how == "json":
         typer.echo(json.dumps(inspection.to_dict(), ensure_ascii=False, indent=2))
     else:
-        print_inspection(inspection, _console())
-
-
-def _console() -> Console:
-    # A pipe has no width: wide enough for one row per layer.
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        print_inspection(inspection, console())
 
 
 @app.command()
@@ -135,11 +104,11 @@ def demo(
         str, typer.Option("-p", "--prompt", help="Another prompt; - reads standard input.")
     ] = DEMO_PROMPT,
     top_k: TopK = 3,
-    output: Format = "table",
-    debug: Debug = False,
+    output: FormatOption = "table",
+    debug: DebugOption = False,
 ) -> None:
     """Inspect the small trained model that ships with trilens."""
-    with _errors(debug):
+    with one_line_errors(debug):
         for name in DEMO_MODELS:
             lens = Lens.from_pretrained(str(demo_path(name)))
             _print(_inspect(lens, f"demo {name}", _prompt(prompt), None, top_k), output)
@@ -153,7 +122,7 @@ def inspect(
         str | None, typer.Option("--layers", help="Layers, for example 0,2-4. [default: all]")
     ] = None,
     top_k: TopK = 3,
-    output: Format = "table",
+    output: FormatOption = "table",
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
     ] = "auto",
@@ -166,10 +135,10 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that ships with the checkpoint.")
     ] = False,
-    debug: Debug = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show, per layer, residual norm, attention from the last token and gates; and next tokens."""
-    with _errors(debug):
+    with one_line_errors(debug):
         lens = Lens.from_pretrained(
             model,
             dtype=dtype,
@@ -182,17 +151,34 @@ def inspect(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Published RWKV-7 weights: .pth or safetensors.", metavar="SRC")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--output", help="New checkpoint directory.")],
+    debug: DebugOption = False,
+) -> None:
+    """Turn published RWKV-7 weights into a transformers checkpoint directory."""
+    with one_line_errors(debug):
+        done = convert_rwkv7(source, out)
+        layers = done.config["num_hidden_layers"]
+        typer.echo(
+            f"{done.path}: {layers} layers, {done.n_tensors} tensors, {done.size_bytes} bytes"
+        )
+
+
+@app.command()
 def families(
-    output: Format = "table",
-    debug: Debug = False,
+    output: FormatOption = "table",
+    debug: DebugOption = False,
 ) -> None:
     """Show what is captured of every causal-LM family in transformers, as last swept."""
-    with _errors(debug):
+    with one_line_errors(debug):
         table = load_families()
         if output == "json":
             typer.echo(json.dumps(table.to_dict(), ensure_ascii=False, indent=2))
         else:
-            print_families(table, _console())
+            print_families(table, console())
 
 
 def main(arguments: list[str] | None = None) -> Any:

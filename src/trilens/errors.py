@@ -23,10 +23,12 @@
     │   └── MemoryShortError     the weights need more memory than is free
     ├── AnatomyError             blocks, final norm or unembedding could not be proven
     │   └── SeveralStreamsError  the residual has more than one stream
+    ├── WriteError               a file that could not be written
     └── CaptureError             a forward pass that did not give what was asked
         ├── SilentSiteError      a requested site that did not fire
         ├── AttentionPathError   attention that goes through no supported path
-        └── ModifiedInPlaceError a captured tensor was overwritten by the model
+        ├── ModifiedInPlaceError a captured tensor was overwritten by the model
+        └── UnclaimedGateError   a layer gates in a way that no rule knows
 
 Messages say: the noun, the problem, the offending value, the allowed range, what to do.
 """
@@ -58,9 +60,11 @@ __all__ = [
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
+    "UnclaimedGateError",
     "UnsafeFormatError",
     "UsageError",
     "ValueRangeError",
+    "WriteError",
 ]
 
 
@@ -156,6 +160,10 @@ class SeveralStreamsError(AnatomyError):
     """The residual has more than one stream, so that "the residual after block i" is undefined."""
 
 
+class WriteError(TrilensError):
+    """A file that could not be written: no space, no permission, or it is in use."""
+
+
 class CaptureError(TrilensError):
     """A forward pass that did not give what was asked."""
 
@@ -170,3 +178,7 @@ class AttentionPathError(CaptureError):
 
 class ModifiedInPlaceError(CaptureError):
     """A captured tensor was overwritten by the model after it was captured."""
+
+
+class UnclaimedGateError(CaptureError):
+    """A layer calls a gating function that is neither a known gate nor known to be none."""

@@ -14,7 +14,6 @@ from trilens.errors import (
     AttentionPathError,
     OutOfRangeError,
     ShapeError,
-    SilentSiteError,
     UsageError,
 )
 from trilens.models.anatomy import Anatomy
@@ -126,7 +125,7 @@ class Lens:
     def gate_layers(self) -> dict[str, tuple[int, ...]]:
         """Per gate name, the layers where it is proven."""
         found: dict[str, list[int]] = {}
-        for name, layer in self._proof.gates:
+        for name, layer in self._proof.gates.gates:
             found.setdefault(name, []).append(layer)
         return {name: tuple(layers) for name, layers in found.items()}
 
@@ -151,7 +150,7 @@ class Lens:
             prompt: text, a list of token ids, or a tensor [seq] or [1, seq].
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys.
-            gates: keep each proven gate's input.
+            gates: keep each proven gate: what it is computed from, or its value.
             layers: layer numbers; all where not given.
             logits: of all positions, of the last, or none.
             add_special_tokens: for a text prompt, as the tokenizer does.
@@ -165,6 +164,7 @@ class Lens:
             OutOfRangeError: a layer that is not there.
             AttentionPathError: attention was asked of a layer that has none to give.
             SilentSiteError: a site did not fire, or gates were asked where none is proven.
+            UnclaimedGateError: gates were asked of a layer that also gates in an unknown way.
         """
         read = self._read(prompt, add_special_tokens)
         wanted = self._wanted([read], residual, attention, gates, layers)
@@ -299,7 +299,7 @@ class Lens:
             residual=residual,
             lengths=tuple(len(prompt.ids) for prompt in prompts),
             attention=self._attention(chosen, explicit=layers is not None) if attention else (),
-            gates=self._gates(chosen) if gates else {},
+            gates=self._proof.gates.within(chosen, type(self.model).__name__) if gates else {},
             copy=self._copies,
         )
 
@@ -333,17 +333,6 @@ class Lens:
             raise AttentionPathError(
                 f"{which} of {type(self.model).__name__} has no softmax attention (layers that "
                 f"have it: {have}); capture without attention=True"
-            )
-        return found
-
-    def _gates(self, layers: tuple[int, ...]) -> dict[tuple[str, int], Any]:
-        found = {key: site for key, site in self._proof.gates.items() if key[1] in layers}
-        if not found:
-            layer = layers[0]
-            reason = self._proof.unclaimed.get(layer, "none is known")
-            raise SilentSiteError(
-                f"no gate is proven in the layers asked of {type(self.model).__name__} "
-                f"(layer {layer}: {reason}); capture without gates=True"
             )
         return found
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from trilens.errors import AnatomyError, TrilensError
 from trilens.models.anatomy import Anatomy, find_anatomy
-from trilens.models.gates.glu import GateSite, find_glu_gates
+from trilens.models.gates.claims import GateClaims, find_gates
 from trilens.models.running import (
     config_numbers,
     forward_arguments,
@@ -33,8 +34,7 @@ class Proof:
     """What a probe proved of a model."""
 
     anatomy: Anatomy
-    gates: dict[tuple[str, int], GateSite]
-    unclaimed: dict[int, str]
+    gates: GateClaims
 
 
 def prove(model: PreTrainedModel, vocab: int) -> Proof:
@@ -52,7 +52,7 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     ids = probe_ids(model, vocab, seq)
     with unchanged(model) as whole, evaluating(model):
         try:
-            trace = record(model, seq, lambda: model(**forward_arguments(model, ids, None)))
+            trace, events = record(model, seq, lambda: model(**forward_arguments(model, ids, None)))
         except TrilensError:
             raise
         except Exception as error:
@@ -67,8 +67,8 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
             )
     width = getattr(text_config(model), "hidden_size", None)
     anatomy = find_anatomy(trace, softcaps=config_numbers(model), width=width)
-    gates, unclaimed = find_glu_gates(trace, anatomy)
-    return Proof(anatomy, gates, unclaimed)
+    with torch.no_grad():
+        return Proof(anatomy, find_gates(trace, events, anatomy))
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
@@ -13,8 +14,8 @@ from trilens.caches.patterns import DensePattern, Pattern
 from trilens.caches.softmax_masks import SharedMasks
 from trilens.caches.softmax_pattern import SoftmaxPattern
 from trilens.capture import Capture, ModelInfo
-from trilens.errors import SilentSiteError
 from trilens.models.anatomy import Anatomy
+from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
 from trilens.taps.session import Recording, Wanted
@@ -42,7 +43,7 @@ def split(
             logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
             residual=_residual(recording, wanted, row),
             attention=_attention(patterns, wanted, anatomy, row, shared),
-            gates=_gates(recording, wanted, anatomy, row),
+            gates=_gates(recording, wanted, row),
             model=info,
         )
         for row, prompt in enumerate(prompts)
@@ -99,20 +100,17 @@ def _unpad(pattern: Pattern, row: int, length: int, shared: SharedMasks) -> Patt
     return DensePattern(pattern.dense()[row : row + 1, :, :length, :length].clone())
 
 
-def _gates(recording: Recording, wanted: Wanted, anatomy: Anatomy, row: int) -> GateCache | None:
+def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:
     if not wanted.gates:
         return None
     batch, length = len(wanted.lengths), wanted.lengths[row]
     seq = max(wanted.lengths)
     values = {}
-    for key, raw in recording.gates.items():
-        if raw.numel() != batch * seq * raw.shape[-1]:
-            raise SilentSiteError(
-                f"{key[0]} of layer {key[1]} gave {raw.numel() // raw.shape[-1]} rows for "
-                f"{batch} × {seq} tokens: its rows are not the tokens"
-            )
-        axes = (batch, seq) if anatomy.batch_first else (seq, batch)
-        rows = raw.reshape(*axes, raw.shape[-1])
-        rows = rows if anatomy.batch_first else rows.transpose(0, 1)
-        values[key] = _own(rows[row, :length], batch > 1)
+    for key, calls in recording.gates.items():
+        site = wanted.gates[key]
+        what = f"{key[0]} of layer {key[1]}"
+        parts = [rows_of(raw, site.layout, batch, seq, what) for raw in calls]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        mine = rows[0] if site.spec.static else rows[row, :length]
+        values[key] = _own(mine, batch > 1)
     return GateCache.from_records(values, {key: wanted.gates[key].spec for key in values})

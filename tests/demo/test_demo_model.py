@@ -25,17 +25,19 @@ from trilens.demo.checkpoint import total_bytes
 from trilens.demo.corpus import (
     HeldOutRecord,
     check_heldout,
+    heldout_documents,
     load_heldout_record,
-    read_document,
     stdlib_root,
     training_documents,
 )
 from trilens.demo.heads import HeadScores, induction_scores, previous_token_scores
 from trilens.demo.losses import heldout_loss
+from trilens.demo.optimizers import make_optimizers, orthogonalise
 from trilens.errors import UsageError
 
-# Varied and short: together about 16 thousand tokens.
-_SUBSET = ("textwrap.py", "heapq.py", "graphlib.py", "zipapp.py")
+# Every so many windows of ALL the held-out text: a sample that is an estimate of the recorded
+# loss by construction, where a choice of files would be a choice of their difficulty.
+_WINDOW_STRIDE = 6
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,10 @@ def model(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def windows(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
-    root = stdlib_root()
-    documents = [read_document(root, name) for name in _SUBSET if (root / name).is_file()]
-    return heldout_windows(encode_documents(tokenizer, documents), tokenizer.model_max_length)
+    documents = heldout_documents(stdlib_root(), load_heldout_record())
+    encoded = encode_documents(tokenizer, documents)
+    inputs, labels = heldout_windows(encoded, tokenizer.model_max_length)
+    return inputs[::_WINDOW_STRIDE], labels[::_WINDOW_STRIDE]
 
 
 def test_checkpoint_is_at_most_six_megabytes(folder: Path) -> None:
@@ -113,17 +116,23 @@ def test_recorded_figures_satisfy_the_bar(recorded: dict[str, Any]) -> None:
     assert recorded["steps"] > 0
     assert recorded["training_seconds"] > 0
     assert set(recorded["versions"]) == {"python", "torch", "transformers"}
-    assert max(_stand_out(recorded, kind) for kind in ("previous_token", "induction")) >= 5
+    for kind in ("previous_token", "induction"):
+        best = recorded[f"best_{kind}_head"]
+        assert best["score"] >= max(0.25, 3 * best["median_of_all_heads"])
 
 
 def test_heldout_loss_recomputed(
-    model: PreTrainedModel, windows: tuple[torch.Tensor, torch.Tensor]
+    model: PreTrainedModel,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    recorded: dict[str, Any],
 ) -> None:
-    same = set(check_heldout(stdlib_root(), load_heldout_record()).same)
-    bar = 3.0 if same.issuperset(_SUBSET) else 3.5
     loss = heldout_loss(model, *windows)
-    assert loss.tokens > 5_000
-    assert loss.loss_nats <= bar
+    assert loss.tokens > 20_000
+    if check_heldout(stdlib_root(), load_heldout_record()).comparable:
+        assert loss.loss_nats <= 3.0
+        assert loss.loss_nats == pytest.approx(recorded["heldout_loss_nats"], abs=0.15)
+    else:
+        assert loss.loss_nats <= 3.5
 
 
 def test_recorded_previous_token_head_stands_out(
@@ -183,18 +192,28 @@ def test_unknown_demo_model_is_a_usage_error() -> None:
     assert DEMO_MODELS == ("transformer",)
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_none_of_the_training() -> None:
     code = (
-        "import sys, trilens.demo\n"
-        "print(sorted({'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules)))"
+        "import sys, trilens; before = set(sys.modules); import trilens.demo\n"
+        "print(sorted(name for name in sys.modules if name.startswith('trilens.demo.')))\n"
+        "print(sorted({'torch', 'transformers', 'tokenizers'} & (set(sys.modules) - before)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["[]", "[]"]
 
 
-def _stand_out(recorded: dict[str, Any], kind: str) -> float:
-    best = recorded[f"best_{kind}_head"]
-    return float(best["score"] / best["median_of_all_heads"])
+def test_muon_takes_hidden_linears_only(model: PreTrainedModel) -> None:
+    muon, adamw = make_optimizers(model, matrix_rate=0.1, other_rate=0.1, weight_decay=0.0)
+    # Seven linears a layer; the tied embedding and the nine gains are AdamW's.
+    assert len(muon.param_groups[0]["params"]) == 28
+    assert len(adamw.param_groups[0]["params"]) == 10
+
+
+def test_orthogonalise_brings_singular_values_near_one() -> None:
+    matrices = torch.randn(2, 48, 16, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
 
 
 def _assert_stands_out(scores: HeadScores, recorded: dict[str, Any]) -> None:

@@ -10,8 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
 from trilens.caches.indices import check_index
 from trilens.caches.patterns import DensePattern, Device, Moved, Pattern
+from trilens.caches.recurrent_pattern import RecurrentPattern
+from trilens.caches.relu_l1 import ReluL1Pattern
 from trilens.caches.softmax_pattern import SoftmaxPattern
 from trilens.caches.storage import distinct_bytes, spell_layers
 from trilens.errors import (
@@ -29,9 +32,15 @@ DENSE_LIMIT_BYTES = 256 * 2**20
 
 Floats = NDArray[np.float32]
 
-_KINDS: Mapping[str, type[DensePattern | SoftmaxPattern]] = {
+_KINDS: Mapping[
+    str,
+    type[DensePattern | SoftmaxPattern | RecurrentPattern | ChannelPattern | DecayedSoftmaxPattern],
+] = {
     "dense": DensePattern,
     "softmax": SoftmaxPattern,
+    "recurrent": RecurrentPattern,
+    "channel": ChannelPattern,
+    "decayed_softmax": DecayedSoftmaxPattern,
 }
 
 
@@ -42,6 +51,8 @@ def rebuild_pattern(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) ->
         UsageError: `params["kind"]` names no kind of pattern.
     """
     kind = params.get("kind")
+    if kind == "relu_l1":
+        return ReluL1Pattern(rebuild_pattern(tensors, params["base"]), causal=params["causal"])
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UsageError(f"pattern kind {kind!r} is unknown: the kinds are {', '.join(_KINDS)}")
     return _KINDS[kind].rebuild(tensors, params)
@@ -313,13 +324,24 @@ class AttentionCache:
         pattern, row = self._unsigned(layer, batch, "sink_mass")
         return _floats(pattern.sink_mass(row))
 
+    def relu_l1(self) -> Self:
+        """A cache that answers of signed patterns through their unsigned view.
+
+        In a signed pattern, such as the effective attention of a recurrence, negative weights are
+        dropped and every row is divided by what is left. Patterns without signs stay as they are.
+        """
+        return self._with({layer: _unsigned_view(each) for layer, each in self._layers.items()})
+
     def to(self, device: Device) -> Self:
         """A cache with the same layers on another device; what layers shared they go on sharing."""
         moved_so_far: Moved = {}
+        return self._with(
+            {layer: each.to(device, moved_so_far) for layer, each in self._layers.items()}
+        )
+
+    def _with(self, layers: dict[int, Pattern]) -> Self:
         cache = type(self)()
-        cache._layers = {
-            layer: each.to(device, moved_so_far) for layer, each in self._layers.items()
-        }
+        cache._layers = layers
         cache._sealed = self._sealed
         cache._capacity = self._capacity
         cache._n_model_layers = self._n_model_layers
@@ -343,9 +365,16 @@ class AttentionCache:
         if pattern.signed:
             raise UsageError(
                 f"layer {layer} has a signed pattern, whose {question} is not defined: ask its "
-                "view relu_l1 (negative weights dropped, rows scaled to sum 1)"
+                "view relu_l1() (negative weights dropped, rows scaled to sum 1)"
             )
         return pattern, row
+
+
+def _unsigned_view(pattern: Pattern) -> Pattern:
+    if not pattern.signed:
+        return pattern
+    # A stored pattern does not say what is hidden; a recurrence is causal.
+    return ReluL1Pattern(pattern, causal=not isinstance(pattern, DensePattern))
 
 
 def _floats(tensor: Tensor) -> Floats:

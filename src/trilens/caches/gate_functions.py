@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["GATE_FUNCTIONS", "GateFunction"]
+__all__ = ["GATE_FUNCTIONS", "INNER_FUNCTIONS", "RATED_FUNCTIONS", "GateFunction", "RatedFunction"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +116,83 @@ GATE_FUNCTIONS: Mapping[str, GateFunction] = MappingProxyType(
     }
 )
 """Function name → what it does."""
+
+
+def _unit(x: Tensor) -> Tensor:
+    return _wide(x).float().clamp(0.0, 1.0)
+
+
+def _half(x: Tensor) -> Tensor:
+    return (_wide(x) / 2).float().clamp(0.0, 1.0)
+
+
+def _decay(x: Tensor) -> Tensor:
+    return torch.exp(_wide(x)).float()
+
+
+def _softmax(x: Tensor) -> Tensor:
+    # PROMOTE: every router of transformers takes its softmax in float32.
+    return F.softmax(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+INNER_FUNCTIONS: Mapping[str, GateFunction] = MappingProxyType(
+    {
+        "unit": GateFunction(_identity, _unit, (0.0, 1.0)),
+        "doubled": GateFunction(_identity, _half, (0.0, 2.0)),
+        "log_decay": GateFunction(torch.exp, _decay, (0.0, 1.0)),
+        "softmax": GateFunction(_softmax, _softmax, (0.0, 1.0)),
+        "exp": GateFunction(torch.exp, None, (0.0, _INF)),
+        "softplus": GateFunction(F.softplus, None, (0.0, _INF)),
+    }
+)
+"""Functions of what recurrences and routers hold: a value in [0, 1] or a doubled one, kept as it
+is; the log of a decay; a router's logits, over all experts; an unbounded exp or softplus."""
+
+
+@dataclass(frozen=True, slots=True)
+class RatedFunction:
+    """A function of a step size dt and of a static rate A ≤ 0 with one or more states per channel.
+
+    Attributes:
+        value: (dt, rate) → the value.
+        openness: (dt, rate) → float32 in [0, 1], of the value's shape.
+        per_state: whether there is one value per state (else one per channel).
+
+    Shapes:
+        dt [seq, channels], rate [1, channels · states], row-major.
+    """
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    openness: Callable[[Tensor, Tensor], Tensor]
+    per_state: bool
+
+
+def _exponent(dt: Tensor, rate: Tensor) -> Tensor:
+    """dt · A [seq, channels, states]."""
+    return dt[:, :, None] * rate.reshape(dt.shape[1], -1)
+
+
+def _state_decay(dt: Tensor, rate: Tensor) -> Tensor:
+    return torch.exp(_exponent(dt, rate)).flatten(1)
+
+
+def _state_openness(dt: Tensor, rate: Tensor) -> Tensor:
+    return torch.exp(_exponent(_wide(dt), _wide(rate))).flatten(1).float()
+
+
+def _step_value(dt: Tensor, _rate: Tensor) -> Tensor:
+    return dt
+
+
+def _step_openness(dt: Tensor, rate: Tensor) -> Tensor:
+    # −expm1 keeps small steps, which 1 − exp would round to 0.
+    return -torch.expm1(_exponent(_wide(dt), _wide(rate))).mean(-1).float()
+
+
+RATED_FUNCTIONS: Mapping[str, RatedFunction] = MappingProxyType(
+    {
+        "step": RatedFunction(_step_value, _step_openness, per_state=False),
+        "step_decay": RatedFunction(_state_decay, _state_openness, per_state=True),
+    }
+)
+"""dt itself, open where it takes the new token and forgets the old; and the decay exp(dt·A)."""

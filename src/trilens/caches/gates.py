@@ -4,112 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self, get_args
+from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from trilens.axes import GATE_SITES
-from trilens.caches.gate_functions import GATE_FUNCTIONS, GateFunction
+from trilens.caches.gate_functions import GATE_FUNCTIONS, RATED_FUNCTIONS
+from trilens.caches.gate_spec import UNARY_FUNCTIONS, GateKind, GateSpec
 from trilens.caches.storage import distinct_bytes, moved, spell_layers, whole_number
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError, ValueRangeError
 from trilens.gating import GatingAnalysis
 
 __all__ = ["GateCache", "GateKind", "GateSpec"]
-
-GateKind = Literal["sigmoid", "activation", "decay", "step", "linear", "router"]
-"""What a gate is: a sigmoid, another activation, a recurrence's decay or step size dt, a product
-without a function, or a router of experts."""
-
-
-@dataclass(frozen=True, slots=True)
-class GateSpec:
-    """What one gate is, and where it was found.
-
-    Attributes:
-        name: Site, a key of `axes.GATE_SITES`.
-        kind: What the gate is.
-        formula: The value in terms of the pre-activation, for people: `silu(x)`.
-        function: Key of `GATE_FUNCTIONS`: how the stored pre-activation becomes the value.
-        range: Lowest and highest attainable value, infinite where there is none.
-        shape: A gate's axes per token before they were flattened to units, in row-major order.
-        where: Path of the module whose input or output is the pre-activation.
-        static: Whether the gate is a parameter, the same for every token: its seq is 1.
-
-    Raises:
-        ValueRangeError: an unknown name, kind or function; a range that is no range; an empty axis.
-    """
-
-    name: str
-    kind: GateKind
-    formula: str
-    function: str
-    range: tuple[float, float]
-    shape: tuple[int, ...]
-    where: str
-    static: bool = False
-
-    def __post_init__(self) -> None:
-        _one_of(self.name, "gate", GATE_SITES)
-        _one_of(self.kind, "gate kind", get_args(GateKind))
-        _one_of(self.function, "gate function", GATE_FUNCTIONS)
-        low, high = self.range
-        if not low <= high:
-            raise ValueRangeError(
-                f"range of the gate {self.name!r} is {low}…{high}: the lowest value comes first"
-            )
-        if not self.shape or min(self.shape) < 1:
-            raise ValueRangeError(
-                f"shape of the gate {self.name!r} is {list(self.shape)}: it has one axis or more, "
-                "none of them empty"
-            )
-
-    @property
-    def units(self) -> int:
-        """How many units a token has: the product of `shape`."""
-        return math.prod(self.shape)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON can hold it: an infinite bound becomes None."""
-        low, high = self.range
-        plain = asdict(self)
-        plain["range"] = [_bound_to_json(low), _bound_to_json(high)]
-        plain["shape"] = list(self.shape)
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """The spec that `to_dict` wrote.
-
-        Raises:
-            UsageError: an entry is missing, unknown or of the wrong type.
-            ValueRangeError: an entry names what does not exist here.
-        """
-        wanted = {field.name for field in fields(cls)}
-        if set(plain) != wanted:
-            raise UsageError(
-                f"gate spec has the entries {sorted(plain)}: it needs exactly {sorted(wanted)}"
-            )
-        texts = [plain[name] for name in ("name", "kind", "formula", "function", "where")]
-        if not all(isinstance(text, str) for text in texts) or type(plain["static"]) is not bool:
-            raise UsageError(
-                f"gate spec is malformed: {texts} have to be strings, static {plain['static']!r} "
-                "true or false"
-            )
-        try:
-            low, high = plain["range"]
-            bounds = (
-                -math.inf if low is None else float(low),
-                math.inf if high is None else float(high),
-            )
-            shape = tuple(whole_number(size, "axis") for size in plain["shape"])
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"gate spec is malformed: range {plain['range']!r} has to be two numbers or null, "
-                f"shape {plain['shape']!r} a list of whole numbers"
-            ) from error
-        return cls(**{**plain, "range": bounds, "shape": shape})
 
 
 class GateCache:
@@ -170,7 +77,21 @@ class GateCache:
                     )
             cache._records[key] = tensor.detach()
             cache._specs[key] = spec
+        for (name, layer), spec in cache._specs.items():
+            if spec.rate and not cache._has_rate(spec, layer):
+                raise UsageError(
+                    f"gate {name!r} of layer {layer} needs the static gate {spec.rate!r} of the "
+                    f"same layer, a multiple of {spec.stored_units} units: it is not among the "
+                    "records"
+                )
         return cache
+
+    def _has_rate(self, spec: GateSpec, layer: int) -> bool:
+        rate = self._specs.get((spec.rate, layer))
+        if rate is None or not rate.static:
+            return False
+        wanted = spec.units if spec.stored_units != spec.units else 0
+        return rate.units % spec.stored_units == 0 and wanted in (0, rate.units)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -225,14 +146,19 @@ class GateCache:
             UsageError: the layer is not a whole number.
         """
         key = self._key(name, layer)
-        return _function_of(self._specs[key]).value(self._records[key])
+        spec, x = self._specs[key], self._records[key]
+        if spec.rate:
+            return RATED_FUNCTIONS[spec.function].value(x, self._records[spec.rate, key[1]])
+        return UNARY_FUNCTIONS[spec.function].value(x)
 
     def openness(self, name: str, layer: int) -> Tensor:
         """How open the gate was, from 0 (closed) to 1 (open).
 
         A sigmoid's openness is its value; of silu(x) it is σ(x), of every gelu(x) the exact Φ(x),
         also where the model uses the tanh approximation; of quick_gelu(x) σ(1.702·x); of relu and
-        its square whether x > 0.
+        its square whether x > 0. A router's is the probability, a doubled sigmoid's half its value.
+        A decay's is its place in its attainable range: 1 remembers all. A step's is
+        1 − mean over states of exp(dt·A): 1 takes the new token and forgets the old.
 
         Shapes:
             returns float32 [seq, units] in [0, 1].
@@ -243,14 +169,66 @@ class GateCache:
         """
         key = self._key(name, layer)
         spec = self._specs[key]
-        openness = _function_of(spec).openness
+        if spec.rate:
+            rate = self._records[spec.rate, key[1]]
+            return RATED_FUNCTIONS[spec.function].openness(self._records[key], rate)
+        openness = UNARY_FUNCTIONS[spec.function].openness
         if openness is None:
             having = ", ".join(k for k, entry in GATE_FUNCTIONS.items() if entry.openness)
             raise UsageError(
                 f"gate {name!r} of layer {layer} has no openness: it is {spec.formula}, kind "
                 f"{spec.kind!r}; gates by {having} have one; use get() for its values"
             )
-        return openness(self._records[key])
+        opened = openness(self._records[key])
+        if spec.kind == "decay" and spec.range != (0.0, 1.0):
+            low, high = spec.range
+            opened = ((opened - low) / (high - low)).clamp(0.0, 1.0)
+        return opened
+
+    def horizon_tokens(self, name: str, layer: int) -> Tensor:
+        """How far back a decay remembers: 1/(1−a) tokens, the sum of all weights 1, a, a² …
+
+        Shapes:
+            returns float64 [seq, units], from 1 to infinity.
+
+        Raises:
+            UsageError: the gate is no decay.
+            NotStoredError: the gate, or its layer, is not stored.
+        """
+        # PROMOTE: 1 − a has no digits left for a near 1; −expm1(ln a) has all of them.
+        return 1.0 / -torch.expm1(self._log_decay(name, layer))
+
+    def half_life_tokens(self, name: str, layer: int) -> Tensor:
+        """After how many tokens at this decay half is left: ln 2 / −ln a.
+
+        Shapes:
+            returns float64 [seq, units], from 0 to infinity.
+
+        Raises:
+            UsageError: the gate is no decay.
+            NotStoredError: the gate, or its layer, is not stored.
+
+        Source:
+            time constants of recurrences, arXiv 1804.11188.
+        """
+        return math.log(2.0) / -self._log_decay(name, layer)
+
+    def _log_decay(self, name: str, layer: int) -> Tensor:
+        key = self._key(name, layer)
+        spec, x = self._specs[key], self._records[key].double()
+        if spec.kind != "decay":
+            raise UsageError(
+                f"gate {name!r} of layer {layer} is of kind {spec.kind!r}: only a decay has a "
+                "memory horizon and a half-life"
+            )
+        if spec.rate:
+            rate = self._records[spec.rate, key[1]].double()
+            return (x[:, :, None] * rate.reshape(x.shape[1], -1)).flatten(1)
+        if spec.function == "log_decay":
+            return x
+        if spec.function == "sigmoid":
+            return torch.nn.functional.logsigmoid(x)
+        return torch.log(UNARY_FUNCTIONS[spec.function].value(x))
 
     def analyse(self, name: str, layer: int, threshold: float = 0.1) -> GatingAnalysis:
         """Which units of the gate are dead, which saturated: statistics of its openness.
@@ -321,19 +299,6 @@ class GateCache:
         return name, number
 
 
-def _function_of(spec: GateSpec) -> GateFunction:
-    return GATE_FUNCTIONS[spec.function]
-
-
-def _one_of(value: str, noun: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueRangeError(f"{noun} {value!r} is unknown: known are {', '.join(allowed)}")
-
-
-def _bound_to_json(bound: float) -> float | None:
-    return None if math.isinf(bound) else bound
-
-
 def _check_record(key: tuple[str, int], tensor: object, spec: GateSpec) -> None:
     name, layer = key
     what = f"gate {name!r} of layer {layer}"
@@ -345,9 +310,10 @@ def _check_record(key: tuple[str, int], tensor: object, spec: GateSpec) -> None:
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise DtypeError(f"{what} is {kind}: a gate is a floating-point torch.Tensor")
     shape = list(tensor.shape)
-    if len(shape) != 2 or shape[1] != spec.units or shape[0] < 1:
+    if len(shape) != 2 or shape[1] != spec.stored_units or shape[0] < 1:
         raise ShapeError(
-            f"{what} has shape {shape}: its spec {list(spec.shape)} needs [seq, {spec.units}]"
+            f"{what} has shape {shape}: its spec {list(spec.shape)} needs "
+            f"[seq, {spec.stored_units}]"
         )
     if spec.static and shape[0] != 1:
         raise ShapeError(f"{what} has shape {shape}: a static gate has seq = 1")

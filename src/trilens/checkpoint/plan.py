@@ -50,7 +50,8 @@ class TernaryPlan:
         units = resolve_units(1, 1, self.per, self.group_size)
         if self.scale_dtype not in get_args(ScaleDtype):
             raise UsageError(
-                f"scale dtype {self.scale_dtype!r} is unknown: pass {', '.join(get_args(ScaleDtype))}"
+                f"scale dtype {self.scale_dtype!r} is unknown: "
+                f"pass {', '.join(get_args(ScaleDtype))}"
             )
         object.__setattr__(self, "per", units.per)
         object.__setattr__(self, "group_size", units.group_size)
@@ -74,7 +75,9 @@ class TernaryPlan:
         matrices, everything = list(names), list(all_names)
         for expression in self.keep:
             if not any(re.search(expression, name) for name in everything):
-                raise UsageError(f"keep expression {expression!r} matches no tensor name: {_hint(everything)}")
+                raise UsageError(
+                    f"keep expression {expression!r} matches no tensor name: {_hint(everything)}"
+                )
         for expression in self.only:
             if not any(re.search(expression, name) for name in matrices):
                 raise UsageError(

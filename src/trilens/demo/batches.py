@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trilens.demo.corpus import Document
 
-__all__ = ["encode_documents", "heldout_windows", "pack", "training_batches"]
+__all__ = ["IGNORED_LABEL", "encode_documents", "heldout_windows", "pack", "training_batches"]
 
 IGNORED_LABEL = -100
 """The label that :func:`torch.nn.functional.cross_entropy` leaves out of its mean."""

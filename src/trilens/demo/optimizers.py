@@ -1,8 +1,9 @@
 """The optimizers: Muon for the hidden matrices, AdamW for everything else.
 
 AdamW alone was tried first; at the few thousand steps a CPU affords it learns far less from the
-same tokens (after 200 steps, held-out 5.5 nats per token against 4.5). Torch's own Muon computes
-in bf16, which CPUs without bf16 arithmetic emulate slowly, hence this fp32 one.
+same tokens: in a probe of 200 steps of 2048 tokens the held-out loss was 5.5 nats per token, where
+Muon's was 4.7 at the same rates (3e-3) and 4.5 at its own. Torch's own Muon computes in bf16, which
+CPUs without bf16 arithmetic emulate slowly, hence this fp32 one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 __all__ = ["Muon", "make_optimizers", "orthogonalise"]
 
@@ -77,24 +79,24 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    model: nn.Module, matrix_rate: float, other_rate: float, weight_decay: float
+    model: PreTrainedModel, matrix_rate: float, other_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Split the parameters: weights of linears to Muon, embeddings, gains and the rest to AdamW.
+    """Split the parameters: hidden linears' weights to Muon, everything else to AdamW.
+
+    Everything else is the embedding and the unembedding (tied or not), gains, biases, and whatever
+    is not a linear's weight (convolutions, decays): orthogonalising those means nothing.
 
     Args:
-        model: parameters shared by an embedding (tied ones) count as the embedding's.
+        model: any causal language model.
         matrix_rate: peak learning rate of Muon.
         other_rate: peak learning rate of AdamW.
-        weight_decay: of the matrices; the rest is not decayed.
+        weight_decay: of the hidden matrices; the rest is not decayed.
     """
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    matrices = [
-        weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in embeddings
-    ]
-    chosen = {id(weight) for weight in matrices}
-    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    hidden = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    hidden -= ends
+    matrices = [weight for weight in model.parameters() if id(weight) in hidden]
+    others = [weight for weight in model.parameters() if id(weight) not in hidden]
     return [
         Muon(matrices, lr=matrix_rate, weight_decay=weight_decay),
         torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),

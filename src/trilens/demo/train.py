@@ -80,6 +80,8 @@ def train(options: TrainOptions) -> str:
         arch=options.arch,
         seed=options.seed,
         threads=options.threads,
+        batch=options.batch,
+        context=options.context,
         loop=options.loop,
         result=result,
         evaluation=evaluation,

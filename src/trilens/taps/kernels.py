@@ -20,7 +20,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["KERNELS", "KernelTap", "KernelWatcher", "kernel_places"]
+from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
+
+__all__ = [
+    "KERNELS",
+    "KernelRecord",
+    "KernelTap",
+    "KernelWatcher",
+    "kernel_calls",
+    "kernel_places",
+]
 
 Namespace = dict[str, Any]
 
@@ -36,6 +45,22 @@ class KernelWatcher:
 
     enter: Callable[[str], None]
     leave: Callable[[str, Mapping[str, Any], Any], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelRecord:
+    """One call of a kernel function.
+
+    Attributes:
+        function: its name.
+        arguments: what it was called with, by parameter name, defaults included: references to the
+            model's own tensors.
+        result: what it gave back.
+    """
+
+    function: str
+    arguments: Mapping[str, Any]
+    result: Any
 
 
 @dataclass(slots=True)
@@ -134,3 +159,28 @@ def kernel_places(model: nn.Module, names: Iterable[str]) -> list[tuple[Namespac
 
 
 KERNELS = KernelTap()
+
+
+@contextmanager
+def kernel_calls(
+    model: nn.Module, names: Iterable[str] | None = None
+) -> Iterator[list[KernelRecord]]:
+    """The inner values of recurrences, prefill and decoding, while the block runs.
+
+    Args:
+        model: whose files hold the functions.
+        names: kernel functions; all that are known unless given.
+
+    Yields:
+        The calls that this thread makes, in order; the functions are put back when the block ends,
+        also after an exception.
+    """
+    calls: list[KernelRecord] = []
+
+    def leave(name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        calls.append(KernelRecord(name, arguments, result))
+
+    known = (*KERNEL_GATES, *DECODE_KERNELS.values())
+    places = kernel_places(model, known if names is None else names)
+    with KERNELS.watch(places, KernelWatcher(lambda _name: None, leave)):
+        yield calls

@@ -1,4 +1,4 @@
-"""Record one short probe of a model: every module call, attention call and stray softmax."""
+"""Record one short probe of a model: modules, attention, kernels and gating functions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from trilens.models.gates.events import (
+    GATING_FUNCTIONS,
+    FunctionCall,
+    GateEvents,
+    KernelCall,
+    ProductCall,
+    TopkCall,
+    WeightedCall,
+)
+from trilens.models.gates.kernels import CONVOLUTIONS, KERNEL_GATES
 from trilens.models.trace import (
     AttentionSite,
     ModuleCall,
@@ -19,20 +29,28 @@ from trilens.models.trace import (
     same,
     tensors_in,
 )
+from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
 __all__ = ["record"]
 
 _SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
+_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+_SUMS = {"add", "__add__", "__radd__"}
+_COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone",
+           "reshape", "flatten", "_to_copy"}  # fmt: skip
+"""Functions that may give the same values in a new storage."""
+_LARGEST = 1 << 22
+"""Values of one call inside a kernel that are worth keeping: a [token, token, channel] mask of a
+large model is not, and nothing is proven by it that its cumulative sums do not prove."""
 
 
-class _SoftmaxWatch(TorchFunctionMode):
-    """Notes every softmax over [.., seq, seq] and every fused attention over seq tokens."""
+class _FunctionWatch(TorchFunctionMode):
+    """Shows every call of a torch function to the recorder, after it ran."""
 
-    def __init__(self, seq: int, note: Callable[[str], None]) -> None:
+    def __init__(self, seen: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
         super().__init__()
-        self._seq = seq
-        self._note = note
+        self._seen = seen
 
     def __torch_function__(
         self,
@@ -41,25 +59,28 @@ class _SoftmaxWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _SOFTMAX:
-            first = args[0] if args else None
-            shape = tuple(first.shape) if isinstance(first, Tensor) else ()
-            fused = name == "scaled_dot_product_attention"
-            if len(shape) >= 2 and shape[-2] == self._seq and (fused or shape[-1] == self._seq):
-                self._note(name)
-        return func(*args, **(kwargs or {}))
+        options = dict(kwargs or {})
+        result = func(*args, **options)
+        self._seen(getattr(func, "__name__", ""), args, options, result)
+        return result
 
 
 class _Recorder:
     def __init__(self, model: nn.Module, seq: int) -> None:
         self.tick = 0
         self.seq = seq
-        self.paths = {module: path for path, module in model.named_modules()}
+        self.paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
+        self.weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.open: list[tuple[nn.Module, int, tuple[Tensor, ...]]] = []
         self.calls: list[ModuleCall] = []
         self.attention: list[AttentionSite] = []
         self.softmax: list[SoftmaxSite] = []
+        self.events = GateEvents()
+        self.kernels: list[tuple[str, int]] = []
+        # Storage of a gating call's output, and of its copies → the call's number. The tensors
+        # are kept, so that no later tensor can stand at the same address.
+        self.factors: dict[int, int] = {}
+        self.kept: list[Tensor] = []
 
     def clock(self) -> int:
         self.tick += 1
@@ -84,12 +105,97 @@ class _Recorder:
         )
         self.attention.append(site)
 
-    def softmaxed(self, function: str) -> None:
-        path = self.paths[self.open[-1][0]] if self.open else ""
-        self.softmax.append(SoftmaxSite(path, self.clock(), function))
+    def function(
+        self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any
+    ) -> None:
+        """Notes softmaxes over [.., seq, seq], gating calls, products with them, and top-k."""
+        if name in _SOFTMAX:
+            self._softmaxed(name, args)
+        if not self.open or not args:
+            return
+        x = args[0]
+        if name in GATING_FUNCTIONS:
+            self._gating(GATING_FUNCTIONS[name], x, options, result)
+        elif name in _PRODUCTS and len(args) > 1:
+            self._multiplied(x, args[1], result)
+        elif name in _SUMS and len(args) > 1:
+            self._weighted(torch.add, x, args[1], result)
+        elif name in _COPIES and isinstance(x, Tensor) and isinstance(result, Tensor):
+            number = self.factors.get(_storage(x))
+            if number is not None and _storage(result) != _storage(x):
+                self._factor(result, number)
+        elif name == "topk" and isinstance(x, Tensor):
+            self.events.topk.append(TopkCall(self._path(), self.clock(), x, result[0]))
+
+    def _softmaxed(self, name: str, args: tuple[Any, ...]) -> None:
+        first = args[0] if args else None
+        shape = tuple(first.shape) if isinstance(first, Tensor) else ()
+        fused = name == "scaled_dot_product_attention"
+        if len(shape) >= 2 and shape[-2] == self.seq and (fused or shape[-1] == self.seq):
+            path = self.paths[self.open[-1][0]] if self.open else ""
+            self.softmax.append(SoftmaxSite(path, self.clock(), name))
+
+    def _gating(self, function: str, x: Any, options: dict[str, Any], y: Any) -> None:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.is_floating_point():
+            return
+        if x.numel() <= 1 or x.is_meta or (self.kernels and y.numel() > _LARGEST):
+            return
+        plain = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
+        module = self.open[-1][0]
+        kernel = self.kernels[-1][0] if self.kernels else ""
+        call = FunctionCall(
+            function, plain, self._path(), type(module).__name__, self.clock(), x, y, kernel
+        )
+        self._factor(y, len(self.events.functions))
+        self.events.functions.append(call)
+
+    def _multiplied(self, a: Any, b: Any, result: Any) -> None:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 1:
+            return
+        if self._weighted(torch.mul, a, b, result):
+            return
+        left, right = (self.factors.get(_storage(tensor)) for tensor in (a, b))
+        # Operands are needed outside kernels only, where linear gates are looked for.
+        keep = not self.kernels and a.dim() > 1 and a.shape == b.shape
+        if keep or left is not None or right is not None:
+            product = ProductCall(
+                self._path(), self.clock(), left, right, a if keep else None, b if keep else None
+            )
+            self.events.products.append(product)
+
+    def _weighted(self, operation: Callable[..., Tensor], a: Any, b: Any, result: Any) -> bool:
+        """Notes a sum or product with a weight of the model; says whether it was one."""
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return False
+        if _storage(a) not in self.weights and _storage(b) not in self.weights:
+            return False
+        x, weight = (b, a) if _storage(a) in self.weights else (a, b)
+        if not self.kernels and x.dim() > 1:
+            call = WeightedCall(self._path(), self.clock(), operation, x, weight, result)
+            self.events.weighted.append(call)
+        return True
+
+    def _factor(self, tensor: Tensor, number: int) -> None:
+        self.factors[_storage(tensor)] = number
+        self.kept.append(tensor)
+
+    def _path(self) -> str:
+        return self.paths[self.open[-1][0]]
+
+    def enter_kernel(self, name: str) -> None:
+        self.kernels.append((name, self.clock()))
+
+    def leave_kernel(self, name: str, arguments: Mapping[str, Any], _result: Any) -> None:
+        _, start = self.kernels.pop()
+        path = self._path() if self.open else ""
+        self.events.kernels.append(KernelCall(name, path, start, self.clock(), arguments))
 
 
-def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> Trace:
+def _storage(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, GateEvents]:
     """Run the model once under hooks on every module and say what happened.
 
     Args:
@@ -98,7 +204,8 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> Trace:
         run: calls the model on the probe and returns its output.
 
     Returns:
-        The trace; hooks and registry are restored, also after an exception.
+        The trace and its gating events; hooks, registry and kernels are restored, also after an
+        exception.
     """
     recorder = _Recorder(model, seq)
     with ExitStack() as stack:
@@ -109,13 +216,16 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> Trace:
             ):
                 stack.callback(handle.remove)
         stack.enter_context(REGISTRY.watch(attention_keys(model), recorder.attended))
-        stack.enter_context(_SoftmaxWatch(seq, recorder.softmaxed))
+        places = kernel_places(model, (*KERNEL_GATES, *CONVOLUTIONS))
+        watcher = KernelWatcher(recorder.enter_kernel, recorder.leave_kernel)
+        stack.enter_context(KERNELS.watch(places, watcher))
+        stack.enter_context(_FunctionWatch(recorder.function))
         stack.enter_context(torch.no_grad())
         output = run()
     logits = getattr(output, "logits", None)
     hidden = _last_hidden(recorder.calls, output, logits)
     calls = tuple(sorted(recorder.calls, key=lambda call: call.start))
-    return Trace(
+    trace = Trace(
         seq=seq,
         calls=calls,
         attention=tuple(recorder.attention),
@@ -123,6 +233,7 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> Trace:
         logits=logits if isinstance(logits, Tensor) else None,
         last_hidden=hidden,
     )
+    return trace, recorder.events
 
 
 def _last_hidden(calls: list[ModuleCall], output: Any, logits: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""One capture's hooks: residual streams, attention calls and gate inputs of a single forward pass.
+"""One capture's hooks: residual streams, attention calls and gates of a single forward pass.
 
 Everything is undone when the block ends, also after an exception. Only the thread that opened the
 session is recorded: another thread may run the same model beside it.
@@ -7,7 +7,7 @@ session is recorded: another thread may run the same model beside it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,17 @@ from torch import Tensor, nn
 
 from trilens.errors import AttentionPathError, CaptureError, SilentSiteError
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.glu import GateSite
+from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.site import GateSite, Source
 from trilens.models.trace import same, tensors_in
+from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
 __all__ = ["Recording", "Wanted", "listening"]
+
+TapKey = tuple[str, nn.Module | None, str]
+"""Event, module, kernel function: what one hook stands for."""
+Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Wanted:
         lengths: real tokens of each row of the batch, on the CPU.
         attention: layers whose attention is wanted.
         gates: gate sites that are wanted, by (name, layer).
+        kernels: layers whose calls of recurrence kernels are wanted, with all arguments.
         copy: copy what is kept, for a model that overwrites its own tensors.
     """
 
@@ -43,6 +50,7 @@ class Wanted:
     attention: tuple[int, ...]
     gates: Mapping[tuple[str, int], GateSite]
     copy: bool = False
+    kernels: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,12 +58,14 @@ class Recording:
     """What a pass left behind, still batched and padded.
 
     Shapes
-        residual [batch, seq, d_model], or [batch, d_model] for the last tokens.
+        residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
+        gates one tensor per call, with the axes of their source.
     """
 
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
-    gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
     overwritten: bool = False
 
 
@@ -68,6 +78,8 @@ class _Session:
         self.layer: int | None = None
         self.done = 0
         self.kept: list[tuple[Tensor, int]] = []
+        self.taps = _by_tap(wanted.gates)
+        self.counts: dict[tuple[int, TapKey], int] = {}
 
     def mine(self) -> bool:
         return threading.get_ident() == self.thread
@@ -126,10 +138,49 @@ class _Session:
             call.weights,
         )
 
-    def gate(self, name: str, layers: Mapping[int, None], args: tuple[Any, ...]) -> None:
+    def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
+        """One call of a tapped module or kernel: keep what the gates that read it ask for."""
         layer = self.layer
-        if self.mine() and layer is not None and layer in layers:
-            self.recording.gates[name, layer] = self.keep(args[0])
+        if layer is None or layer not in self.taps[key]:
+            return
+        # dt and the decay that it makes are one tensor: read once, kept once.
+        read: dict[object, Tensor] = {}
+        number = self.counts.get((layer, key), 0)
+        self.counts[layer, key] = number + 1
+        for name, site in self.taps[key][layer]:
+            if key[0] != "kernel" and site.source.order != number:
+                continue
+            if site.read is None:
+                kept = self.keep(calls["tensors"][site.source.index])
+            else:
+                # A value computed here is this capture's own.
+                if site.read not in read:
+                    value = site.read(calls).detach()
+                    read[site.read] = self.keep(value) if _is_input(value, calls) else value
+                kept = read[site.read]
+            self.recording.gates.setdefault((name, layer), []).append(kept)
+
+    def module_hook(self, key: TapKey) -> Callable[..., None]:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.mine():
+                tensors = (*tensors_in(args), *tensors_in(kwargs))
+                self.tapped(key, {"tensors": tensors, "x": tensors[0] if tensors else None})
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self.mine():
+                tensors = tuple(tensors_in(output))
+                self.tapped(key, {"tensors": tensors, "x": tensors[0] if tensors else None})
+
+        return before if key[0] == "input" else after
+
+    def kernel_left(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        if self.layer is not None and self.layer in self.wanted.kernels:
+            held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+            calls = self.recording.kernels.setdefault(self.layer, [])
+            calls.append(KernelRecord(name, held, result))
+        key = _key(Source("kernel", kernel=name))
+        if key in self.taps:
+            self.tapped(key, arguments)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A detached reference (or copy), with its version to see whether it is overwritten."""
@@ -148,6 +199,7 @@ class _Session:
             silent += [f"resid_post of layer {i}" for i in wanted.layers if i not in got.residual]
         silent += [f"attention of layer {i}" for i in wanted.attention if i not in got.attention]
         silent += [f"{name} of layer {i}" for name, i in wanted.gates if (name, i) not in got.gates]
+        silent += [f"recurrence of layer {i}" for i in wanted.kernels if i not in got.kernels]
         if silent:
             raise SilentSiteError(
                 f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
@@ -173,9 +225,17 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
         for module in {id(block.module): block.module for block in anatomy.blocks}.values():
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
             stack.callback(module.register_forward_hook(session.leave_block).remove)
-        for (name, module), layers in _by_module(wanted.gates).items():
-            hook = _gate_hook(session, name, layers)
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+        kernels = {key[2] for key in session.taps if key[0] == "kernel"}
+        kernels |= set(KERNEL_GATES) if wanted.kernels else set()
+        for key in session.taps:
+            tapped, hook = key[1], session.module_hook(key)
+            if tapped is not None and key[0] == "input":
+                stack.callback(tapped.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            elif tapped is not None:
+                stack.callback(tapped.register_forward_hook(hook).remove)
+        if kernels:
+            watcher = KernelWatcher(_nothing, session.kernel_left)
+            stack.enter_context(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         if wanted.attention:
             keys = attention_keys(model)
             attending = {modules[anatomy.attention[layer]] for layer in wanted.attention}
@@ -185,17 +245,27 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
     session.finish()
 
 
-def _by_module(
-    gates: Mapping[tuple[str, int], GateSite],
-) -> dict[tuple[str, nn.Module], dict[int, None]]:
-    grouped: dict[tuple[str, nn.Module], dict[int, None]] = {}
+def _key(source: Source) -> TapKey:
+    return source.event, source.module, source.kernel
+
+
+def _by_tap(gates: Mapping[tuple[str, int], GateSite]) -> Taps:
+    grouped: Taps = {}
     for (name, layer), site in gates.items():
-        grouped.setdefault((name, site.module), {})[layer] = None
+        grouped.setdefault(_key(site.source), {}).setdefault(layer, []).append((name, site))
     return grouped
 
 
-def _gate_hook(session: _Session, name: str, layers: Mapping[int, None]) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        session.gate(name, layers, args)
+def _nothing(_name: str) -> None:
+    """Before a kernel there is nothing to do."""
 
-    return hook
+
+def _is_input(tensor: Tensor, calls: Mapping[str, Any]) -> bool:
+    """Whether a reader handed on one of the model's own tensors."""
+    return any(value is tensor or _shares(value, tensor) for value in calls.values())
+
+
+def _shares(value: Any, tensor: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta:
+        return False
+    return value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

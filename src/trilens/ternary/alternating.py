@@ -23,6 +23,8 @@ __all__ = ["CellCounts", "Turns", "alternate", "cell_counts", "cuts_between"]
 _MAX_TURNS = 25
 _SETTLED = 1e-6  # largest relative change of a unit's explained energy in the last turn
 
+_WORTH_PARTING = 0.75  # settled units are left behind once they are more than a quarter
+
 
 class CellCounts(Protocol):
     """Units whose cells can be counted."""
@@ -150,7 +152,7 @@ def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.f
         still = gained > _SETTLED * latest.explained
         if not still.any():
             break
-        if not still.all():
+        if np.count_nonzero(still) < _WORTH_PARTING * len(still):
             moving, counts, latest = moving[still], counts.only(still), latest.only(still)
     return best
 

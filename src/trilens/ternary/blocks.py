@@ -127,7 +127,7 @@ class _Blocks:
             ) from error
         with np.errstate(over="ignore", under="ignore"):
             halves = full.astype("<f2")
-        wrong = np.argwhere(halves != full)
+        wrong = np.argwhere((halves != full) | ~np.isfinite(full))
         if wrong.size:
             row, block = (int(i) for i in wrong[0])
             raise ValueRangeError(

@@ -17,7 +17,7 @@ from trilens.ternary.scan import UnitScan, inner_cuts
 from trilens.ternary.source import BLOCK, FloatArray, WeightsView
 from trilens.ternary.units import Span, Units
 
-__all__ = ["Coded", "ScaleDtype", "code_units", "round_scales"]
+__all__ = ["Coded", "ScaleDtype", "code_units", "lost_scales_error", "round_scales"]
 
 ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
 
@@ -86,7 +86,7 @@ def code_units(
         UsageError: an unknown `scale_dtype`.
 
     Memory: the trits (1 byte per weight and plane), and per thread a block of 2²⁰ weights with at
-    most 50 bytes each; the rules that look for the exact optimum need more for units beyond 2¹⁸
+    most 50 bytes each; the rules that look for the exact optimum need more for units beyond 2²⁰
     weights, see `exact.best_survivors`.
     """
     if scale_dtype is not None and scale_dtype not in get_args(ScaleDtype):
@@ -109,10 +109,7 @@ def code_units(
         found = parallel_map(lambda span: _code_span(job, span), spans)
     zeroed = sum(span_zeroed for _, span_zeroed in found)
     if zeroed and not job.scales.any():
-        raise ValueRangeError(
-            f"scales of weights {view.name!r} are all below the smallest {scale_dtype or 'float32'}"
-            ": nothing would be left of the weights; take a wider scale dtype or scale them up"
-        )
+        raise lost_scales_error(view.name, scale_dtype)
     return Coded(job.trits, job.scales, job.offsets, all(kept for kept, _ in found), zeroed)
 
 
@@ -210,6 +207,14 @@ def _write(job: _Job, fit: Fit, x: FloatArray, out: NDArray[np.int8]) -> None:
             out[plane] = cells
         else:
             out[plane] = np.take_along_axis(table, cells.astype(np.intp) + middle, axis=1)
+
+
+def lost_scales_error(name: str, dtype: ScaleDtype | None) -> ValueRangeError:
+    """The error for weights of which nothing is left in the scales' dtype."""
+    return ValueRangeError(
+        f"scales of weights {name!r} are all below the smallest {dtype or 'float32'}: nothing "
+        "would be left of the weights; take a wider scale dtype or scale them up"
+    )
 
 
 def round_scales(

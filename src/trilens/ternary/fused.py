@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from trilens.ternary.engine import ScaleDtype, code_units, round_scales
+from trilens.ternary.engine import ScaleDtype, code_units, lost_scales_error, round_scales
 from trilens.ternary.kernels import Backend, kernels_for, parallel_map
 from trilens.ternary.packing import TwoBit
 from trilens.ternary.rules import absmean
 from trilens.ternary.scan import UnitScan, inner_cuts
-from trilens.ternary.source import BLOCK, WeightsLike, view_weights
+from trilens.ternary.source import BLOCK, WeightsLike, WeightsView, view_weights
 from trilens.ternary.units import resolve_units
 
 __all__ = ["PackedQuant", "pack_absmean"]
@@ -60,27 +61,44 @@ def pack_absmean(
     Memory: a quarter of a byte per weight, plus up to 50 MB per thread.
     """
     view = view_weights(weights, name, shape)
-    bounds = [(a, min(a + BLOCK, view.size)) for a in range(0, view.size, BLOCK)]
     kernels = kernels_for(view.size, backend)
+    bounds = [(a, min(a + BLOCK, view.size)) for a in range(0, view.size, BLOCK)]
     scan = UnitScan(1, view.size, len(bounds), lambda i: view.read(*bounds[i])[None], kernels)
     if scan.ternary_magnitudes()[0] >= 0:
-        coded = code_units(
-            view, resolve_units(view.rows, view.cols), absmean, scale_dtype=scale_dtype
-        )
+        units = resolve_units(view.rows, view.cols)
+        coded = code_units(view, units, absmean, scale_dtype=scale_dtype, backend=backend)
         codes = TwoBit().encode(coded.trits[0])
         return PackedQuant(name, view.shape, codes, float(coded.scales[0, 0]), was_ternary=True)
-    abs_sums = scan.abs_sums()
-    if not np.isfinite(abs_sums[0]):
+    runs = _runs(view)
+
+    def sums_of_blocks(run: tuple[int, int]) -> NDArray[np.float64]:
+        x = view.read(*run)
+        whole = x.size // BLOCK * BLOCK
+        parts = [x[:whole].reshape(-1, BLOCK), x[whole:][None]]
+        return np.concatenate([kernels.abs_sums(part) for part in parts if part.size])
+
+    # The blocks' sums are added one by one, as `UnitScan` does: the scale has the same bits.
+    abs_sum = np.cumsum(np.concatenate(parallel_map(sums_of_blocks, runs)))[-1:]
+    if not np.isfinite(abs_sum[0]):
         raise view.sum_error()
-    fit = absmean(scan, abs_sums)
-    scale = float(round_scales(fit.scales, scale_dtype, name, np.zeros(1, dtype=np.int64))[0, 0])
+    fit = absmean(scan, abs_sum)
+    scale = round_scales(fit.scales, scale_dtype, name, np.zeros(1, dtype=np.int64))[0, 0]
+    if np.float32(scale) == 0:
+        raise lost_scales_error(name, scale_dtype)
     cut = inner_cuts(fit.cuts, view.dtype)[0, 1]
     codes = np.empty(-(-view.size // 4), dtype=np.uint8)
 
-    def pack(i: int) -> None:
-        start, stop = bounds[i]
-        kernels.two_bit(view.read(start, stop), cut, codes[start // 4 : -(-stop // 4)])
+    def pack(run: tuple[int, int]) -> None:
+        kernels.two_bit(view.read(*run), cut, codes[run[0] // 4 : -(-run[1] // 4)])
 
     # Backwards: what the first pass read last is still in the cache.
-    parallel_map(pack, range(len(bounds) - 1, -1, -1))
-    return PackedQuant(name, view.shape, codes, scale, was_ternary=False)
+    parallel_map(pack, runs[::-1])
+    return PackedQuant(name, view.shape, codes, float(scale), was_ternary=False)
+
+
+def _runs(view: WeightsView) -> list[tuple[int, int]]:
+    """Whole blocks for one call of a kernel: several, where reading them copies nothing."""
+    n_blocks = -(-view.size // BLOCK)
+    n_tasks = 4 * torch.get_num_threads() if view.reads_in_place else n_blocks
+    step = -(-n_blocks // n_tasks) * BLOCK
+    return [(a, min(a + step, view.size)) for a in range(0, view.size, step)]

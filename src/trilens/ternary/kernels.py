@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Thread
 from types import ModuleType
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ class _Compiled:
 
 
 def numba_is_here() -> bool:
-    """Whether the compiled kernels can be had."""
+    """Whether numba is installed."""
     return importlib.util.find_spec("numba") is not None
 
 
@@ -155,13 +156,12 @@ def kernels_for(n_weights: int, backend: Backend = "auto") -> Kernels:
     """
     if backend not in {"auto", "plain", "compiled"}:
         raise UsageError(f"backend {backend!r} is unknown: pass 'auto', 'plain' or 'compiled'")
-    if backend == "compiled" and not numba_is_here():
-        raise UsageError(
-            "backend 'compiled' needs numba, which is not installed: pip install numba"
-        )
     if backend == "plain" or (backend == "auto" and n_weights < _WORTH_COMPILING):
         return _Plain()
-    return _compiled() if numba_is_here() else _Plain()
+    compiled = _compiled() if numba_is_here() else None
+    if compiled is None and backend == "compiled":
+        raise UsageError("backend 'compiled' needs numba, which cannot be used: pip install numba")
+    return compiled or _Plain()
 
 
 def parallel_map(
@@ -169,20 +169,47 @@ def parallel_map(
 ) -> list[_Result]:
     """`function` of every item, in order, on as many threads as torch may use.
 
-    The threads live for this call only: numba's own would abort the process when two callers
-    meet, or after a fork.
+    The caller's thread works too, and the others live for this call only: numba's own would abort
+    the process when two callers meet, or after a fork.
+
+    Raises: what `function` raised for the first item that failed.
     """
     waiting = list(items)
     n_threads = min(torch.get_num_threads(), len(waiting)) if parallel else 1
     if n_threads < 2:
         return [function(item) for item in waiting]
-    with ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(function, waiting))
+    results: list[_Result | None] = [None] * len(waiting)
+    failures: dict[int, BaseException] = {}
+    numbers = deque(range(len(waiting)))
+
+    def work() -> None:
+        while not failures:
+            try:
+                number = numbers.popleft()
+            except IndexError:
+                return
+            try:
+                results[number] = function(waiting[number])
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                failures[number] = error
+
+    others = [Thread(target=work, name="trilens-ternary") for _ in range(n_threads - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[min(failures)]
+    return cast("list[_Result]", results)
 
 
 @cache
-def _compiled() -> _Compiled:
-    return _Compiled(importlib.import_module("numba"))
+def _compiled() -> _Compiled | None:
+    try:
+        return _Compiled(importlib.import_module("numba"))
+    except ImportError:  # there, but not for this NumPy or Python
+        return None
 
 
 def _compile(numba: ModuleType, loop: Callable[..., None]) -> Any:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trilens.errors import CorruptFileError, DtypeError, ShapeError
+from trilens.errors import CorruptFileError, ShapeError
+from trilens.ternary.packing import TwoBit
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["PARTS", "Packed", "TernaryLinear", "holds_code_3", "pack_rows", "unpack_rows"]
@@ -27,6 +28,9 @@ PARTS = ("codes", "scale", "offset", "second_codes", "second_scale")
 """The tensors of a packed matrix; the last three only for the rules that make them."""
 
 _CODE_3 = 0b01010101
+_FOUR_TRITS = torch.tensor(
+    [[(byte >> shift & 3) - 1 for shift in (0, 2, 4, 6)] for byte in range(256)]
+)  # of each byte: one look-up for four trits
 
 
 def pack_rows(trits: Tensor) -> Tensor:
@@ -35,19 +39,12 @@ def pack_rows(trits: Tensor) -> Tensor:
     Shapes: trits int8 [..., cols] → uint8 [..., ceil(cols / 4)]
 
     Raises:
-        DtypeError: trits that are not int8.
+        DtypeError, ShapeError, ValueRangeError: no trits; see `packing.as_trits`.
     """
-    if trits.dtype != torch.int8:
-        raise DtypeError(f"trits are {trits.dtype}: pass int8")
-    digits = (trits + 1).view(torch.uint8)
-    missing = -digits.shape[-1] % 4
-    if missing:
-        digits = functional.pad(digits, (0, missing), value=1)
-    fours = digits.unflatten(-1, (-1, 4))
-    packed = fours[..., 3] << 2
-    for place in (2, 1):
-        packed = (packed | fours[..., place]) << 2
-    return packed | fours[..., 0]
+    missing = -trits.shape[-1] % 4 if trits.ndim else 0
+    whole = functional.pad(trits, (0, missing)) if missing else trits
+    codes = torch.from_numpy(TwoBit().encode(whole))
+    return codes.reshape(*trits.shape[:-1], -1)
 
 
 def unpack_rows(codes: Tensor, cols: int, dtype: torch.dtype = torch.int8) -> Tensor:
@@ -55,10 +52,8 @@ def unpack_rows(codes: Tensor, cols: int, dtype: torch.dtype = torch.int8) -> Te
 
     Shapes: codes uint8 [..., ceil(cols / 4)] → [..., cols] of `dtype`
     """
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
-    digits = (codes.unsqueeze(-1) >> shifts) & 3
-    trits = digits.flatten(-2)[..., :cols].to(dtype)
-    return trits.sub_(1)
+    table = _FOUR_TRITS.to(device=codes.device, dtype=dtype)
+    return functional.embedding(codes.int(), table).flatten(-2)[..., :cols]
 
 
 def holds_code_3(codes: Tensor) -> bool:
@@ -175,7 +170,7 @@ class _Multiply(torch.autograd.Function):
         to_x, to_bias, _ = ctx.needs_input_grad
         # Under autocast the gradient comes in another dtype than the input had.
         by_x = (grad @ ctx.packed.dense(grad.dtype)).to(ctx.dtype) if to_x else None
-        by_bias = grad.flatten(0, -2).sum(0) if to_bias else None
+        by_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None
         return by_x, by_bias, None
 
 
@@ -205,6 +200,7 @@ class TernaryLinear(nn.Module):
     second_codes: nn.Parameter | None
     second_scale: nn.Parameter | None
     bias: nn.Parameter | None
+    _like: Tensor
 
     def __init__(
         self,

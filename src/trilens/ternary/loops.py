@@ -18,24 +18,31 @@ _STEP = 256
 
 def abs_sums(x: Any, out: Any) -> None:
     """See `plain.abs_sums`."""
-    lanes = np.empty(LANES, dtype=np.float64)
+    first = np.empty(LANES, dtype=np.float64)
+    second = np.empty(LANES, dtype=np.float64)
     length = x.shape[1]
-    whole = length // LANES * LANES
+    half = length // (2 * LANES) * LANES
     for unit in range(x.shape[0]):
         row = x[unit]
-        lanes[:] = 0.0
-        for i in range(0, whole, LANES):
+        first[:] = 0.0
+        second[:] = 0.0
+        for i in range(0, half, LANES):  # two streams: one alone does not saturate the memory
             step = row[i : i + LANES]  # a slice of known length is what LLVM vectorizes
+            far = row[half + i : half + i + LANES]
             for j in range(LANES):
-                lanes[j] += abs(np.float64(step[j]))
-        for j in range(length - whole):
-            lanes[j] += abs(np.float64(row[whole + j]))
-        half = LANES // 2
-        while half > 0:
-            for j in range(half):
-                lanes[j] += lanes[j + half]
-            half //= 2
-        out[unit] = lanes[0]
+                first[j] += abs(np.float64(step[j]))
+            for j in range(LANES):
+                second[j] += abs(np.float64(far[j]))
+        for j in range(LANES):
+            first[j] += second[j]
+        for i in range(2 * half, length):
+            first[(i - 2 * half) % LANES] += abs(np.float64(row[i]))
+        width = LANES // 2
+        while width > 0:
+            for j in range(width):
+                first[j] += first[j + width]
+            width //= 2
+        out[unit] = first[0]
 
 
 def codes(x: Any, cuts: Any, out: Any) -> None:
@@ -120,17 +127,18 @@ def two_bit(x: Any, cut: Any, out: Any) -> None:
     code = np.empty(_STEP, dtype=np.uint8)
     words = code.view(np.uint32)
     below = -cut
-    whole = x.shape[0] // _STEP
-    for k in range(whole):
-        step = x[k * _STEP : (k + 1) * _STEP]
-        packed = out[k * _STEP // 4 : (k + 1) * _STEP // 4]
+    half = x.shape[0] // (2 * _STEP)
+    for k in range(2 * half):
+        at = (k // 2 + k % 2 * half) * _STEP  # two streams, as in `abs_sums`
+        step = x[at : at + _STEP]
+        packed = out[at // 4 : (at + _STEP) // 4]
         for i in range(_STEP):
             code[i] = np.uint8(step[i] > cut) - np.uint8(step[i] < below) + np.uint8(1)
         for i in range(_STEP // 4):
             word = words[i]
             word = word | word >> np.uint32(6) | word >> np.uint32(12) | word >> np.uint32(18)
             packed[i] = np.uint8(word & np.uint32(255))
-    for i in range(whole * _STEP // 4, out.shape[0]):
+    for i in range(half * _STEP // 2, out.shape[0]):
         byte = 0
         for j in range(4):
             trit = 0

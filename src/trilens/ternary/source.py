@@ -9,6 +9,7 @@ is rounded on the way.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -68,6 +69,12 @@ class WeightsView:
     def rows(self) -> int:
         """How many rows: the product of all dimensions but the last."""
         return self.size // self.cols
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether `read` gives the caller's own memory, however much is asked for."""
+        rows = self._rows
+        return isinstance(rows, np.ndarray) and rows.dtype == self.dtype and rows.flags.c_contiguous
 
     def read(self, start: int, stop: int) -> FloatArray:
         """The weights start … stop − 1 in row-major order, contiguous, not to be written to."""
@@ -131,7 +138,7 @@ def view_weights(
     Raises:
         DtypeError: no floating-point numbers.
         ShapeError: empty, 0-D, ragged, or a `shape` that does not hold them.
-        UsageError: a meta or sparse tensor, which has no values to read.
+        UsageError: a meta or sparse tensor, or a `shape` that is none.
     """
     array = (
         _readable_tensor(weights, name) if isinstance(weights, Tensor) else _array(weights, name)
@@ -195,7 +202,12 @@ def _target_shape(
         raise ShapeError(f"weights {name!r} are empty (shape {given}): there is nothing to code")
     if wanted is None:
         return given
-    target = tuple(int(n) for n in wanted)
+    try:
+        target = tuple(operator.index(n) for n in wanted)
+    except TypeError as error:
+        raise UsageError(
+            f"shape {wanted!r} of weights {name!r} is no sequence of whole numbers"
+        ) from error
     if target == given:
         return target
     if len(given) > 1:

@@ -5,18 +5,27 @@ Plain data, written by `trilens.taps.recorder` and read by the rules that find g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["GATING_FUNCTIONS", "FunctionCall", "GateEvents", "KernelCall", "ProductCall", "TopkCall"]
+__all__ = [
+    "GATING_FUNCTIONS",
+    "FunctionCall",
+    "GateEvents",
+    "KernelCall",
+    "ProductCall",
+    "TopkCall",
+    "WeightedCall",
+]
 
 GATING_FUNCTIONS: Mapping[str, str] = {
     "sigmoid": "sigmoid",
     "sigmoid_": "sigmoid",
     "logsigmoid": "logsigmoid",
+    "log_sigmoid": "logsigmoid",
     "silu": "silu",
     "gelu": "gelu",
     "softplus": "softplus",
@@ -27,7 +36,7 @@ GATING_FUNCTIONS: Mapping[str, str] = {
 """Name of a torch function → the gating function that it is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FunctionCall:
     """One call of a gating function: y = function(x).
 
@@ -51,9 +60,9 @@ class FunctionCall:
     kernel: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ProductCall:
-    """One product of two tensors.
+    """One product of two tensors, neither of them a weight or buffer of the model.
 
     Attributes:
         factor: index of the gating call whose output is one operand, or None.
@@ -69,7 +78,23 @@ class ProductCall:
     right: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightedCall:
+    """One sum or product of a tensor with a weight or buffer of the model.
+
+    Attributes:
+        operation: torch.add or torch.mul: result = operation(x, weight).
+    """
+
+    path: str
+    tick: int
+    operation: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    weight: Tensor
+    result: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TopkCall:
     """One top-k choice over the last axis of x, with the values it gave."""
 
@@ -79,7 +104,7 @@ class TopkCall:
     values: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KernelCall:
     """One call of a kernel function by its module-global name.
 
@@ -101,5 +126,6 @@ class GateEvents:
 
     functions: list[FunctionCall] = field(default_factory=list)
     products: list[ProductCall] = field(default_factory=list)
+    weighted: list[WeightedCall] = field(default_factory=list)
     topk: list[TopkCall] = field(default_factory=list)
     kernels: list[KernelCall] = field(default_factory=list)

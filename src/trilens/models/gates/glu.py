@@ -8,7 +8,6 @@ capture keeps: a silu's output does not give σ(x) back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,12 @@ from torch import Tensor, nn
 from trilens.caches.gate_functions import GATE_FUNCTIONS
 from trilens.caches.gates import GateSpec
 from trilens.models.anatomy import Anatomy
+from trilens.models.gates.site import GateSite, Source, layout_of
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
-__all__ = ["GateSite", "find_glu_gates"]
+__all__ = ["find_glu_gates"]
 
 _NAME = "mlp.gate"
-
-
-@dataclass(frozen=True, slots=True)
-class GateSite:
-    """Where a gate is read: the input of one module's call inside its block."""
-
-    module: nn.Module
-    spec: GateSpec
 
 
 def find_glu_gates(
@@ -116,7 +108,10 @@ def _claim(call: ModuleCall, inside: list[ModuleCall], seq: int) -> GateSite | N
                     where=call.path,
                     static=False,
                 )
-                return GateSite(call.module, spec)
+                layout = layout_of(call.inputs[0], seq)
+                if layout is None:
+                    return None
+                return GateSite(spec, Source("input", call.module), layout)
     return None
 
 

@@ -1,0 +1,140 @@
+"""What a ternary checkpoint costs to write, to check, to load and to run.
+
+One block of a Llama of 8B's widths (4096 and 14336), random bfloat16 weights; the largest tensor
+has 58.7M weights (117 MB). Memory is anonymous memory (`RssAnon`): the mapped source is not in it,
+nor the compiled kernels, which are loaded before.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import paired, save
+from trilens.checkpoint import TernaryPlan, ternarize, validate
+from trilens.ternary.linear import TernaryLinear
+from trilens.ternary.quantize import PerLayerQuant
+
+PLANS = {
+    "absmean": TernaryPlan(),
+    "absmean per row": TernaryPlan(per="row"),
+    "exact, groups of 128": TernaryPlan("exact", group_size=128),
+}
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process (Linux)."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[list[int]]:
+    """The highest increase seen while the block runs, in bytes."""
+    base, peak, stop = anonymous_bytes(), [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.is_set():
+            peak[0] = max(peak[0], anonymous_bytes() - base)
+            stop.wait(0.002)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return run(), time.perf_counter() - start
+
+
+def make(folder: Path) -> None:
+    """One block of random bfloat16 weights."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=1024,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    model.save_pretrained(folder)
+
+
+def pipeline(source: Path, root: Path) -> dict[str, Any]:
+    """Write, check and load, with each plan."""
+    figures: dict[str, Any] = {}
+    for plan in PLANS.values():  # load the compiled kernels
+        PerLayerQuant.quantize(
+            torch.randn(1024, 2048), "w", rule=plan.rule, group_size=plan.group_size, per=plan.per
+        )
+    for name, plan in PLANS.items():
+        out = root / name.replace(" ", "_")
+        with anonymous_peak() as peak:
+            report, seconds = timed(lambda plan=plan, out=out: ternarize(source, out, plan=plan))
+        largest = max(tensor.size_bytes_before for tensor in report.tensors)
+        _, check_seconds = timed(lambda out=out: validate(out))
+        figures[name] = {
+            "seconds": round(seconds, 2),
+            "source_megabytes_per_second": round(report.size_bytes_before / seconds / 1e6),
+            "extra_memory_over_largest_tensor": round(peak[0] / largest, 2),
+            "validate_seconds": round(check_seconds, 2),
+            "size_ratio": round(report.size_bytes / report.size_bytes_before, 4),
+        }
+    _, load_seconds = timed(lambda: AutoModelForCausalLM.from_pretrained(root / "absmean"))
+    figures["load_seconds"] = round(load_seconds, 2)
+    return figures
+
+
+def layer() -> dict[str, Any]:
+    """One 4096 × 4096 layer against `nn.Linear`."""
+    torch.manual_seed(0)
+    quant = PerLayerQuant.quantize(torch.randn(4096, 4096), "w")
+    packed = TernaryLinear.from_quant(quant)
+    figures: dict[str, Any] = {"packed_bits_per_weight": packed.bits_per_weight}
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = nn.Linear(4096, 4096, bias=False, dtype=dtype)
+        dense.weight.data.copy_(quant.reconstruct())
+        for tokens in (1, 256):
+            x = torch.randn(tokens, 4096).to(dtype)
+            with torch.no_grad():
+                assert torch.equal(packed(x), dense(x))
+                medians = paired({"packed": partial(packed, x), "dense": partial(dense, x)}, 5)
+            figures[f"{dtype}, {tokens} tokens, ms"] = {
+                name: round(1000 * value, 2) for name, value in medians.items()
+            }
+    return figures
+
+
+def main() -> None:
+    """Measure and keep."""
+    with tempfile.TemporaryDirectory() as root:
+        make(Path(root) / "source")
+        figures = pipeline(Path(root) / "source", Path(root))
+    save("checkpoint", {**figures, "layer 4096 x 4096": layer()})
+
+
+if __name__ == "__main__":
+    main()

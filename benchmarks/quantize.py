@@ -1,0 +1,193 @@
+"""Speed, accuracy and error of the ternary rules that need no data.
+
+    python -m benchmarks.quantize            speed ratios and the ladder of errors (1 GB)
+    python -m benchmarks.quantize --large    also 2·10⁸ weights and 2³¹ (3 GB, minutes)
+
+Speeds are ratios within one run, of the best and of the median over rounds in which everything runs
+once, so that what else the machine does falls on all alike. The floor is twice the time of
+`tensor.sum()`: a scale that needs all weights and codes that need the scale cannot do with fewer
+than two readings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from trilens.ternary.blocks import CODECS
+from trilens.ternary.fused import pack_absmean
+from trilens.ternary.packing import TwoBit
+from trilens.ternary.quantize import PerLayerQuant
+
+ROWS, COLS = 4096, 11008
+LADDER = [
+    ("absmean", {}),
+    ("absmean", {"per": "row"}),
+    ("absmean_refit", {}),
+    ("twn", {}),
+    ("exact", {}),
+    ("exact", {"per": "row"}),
+    ("exact", {"group_size": 128}),
+    ("asymmetric", {"group_size": 128}),
+    ("planes", {}),
+    ("planes", {"group_size": 128}),
+]
+
+
+def torch_expression(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """absmean and two-bit packing as one writes it in PyTorch."""
+    alpha = weights.abs().mean()
+    trits = (weights > 0.5 * alpha).to(torch.int8) - (weights < -0.5 * alpha).to(torch.int8)
+    digits = (trits + 1).to(torch.uint8).reshape(-1, 4)
+    packed = digits[:, 0] | digits[:, 1] << 2 | digits[:, 2] << 4 | digits[:, 3] << 6
+    return alpha, packed
+
+
+def times_of(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Best and median milliseconds over some rounds, in each of which everything runs once."""
+    for function in work.values():
+        function()  # compile, touch the memory
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            begin = time.perf_counter()
+            function()
+            found[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: np.array([min(ms), np.median(ms)]) for name, ms in found.items()}
+
+
+def speed() -> None:
+    """Ratios on one 4096 × 11008 float32 matrix in memory."""
+    weights = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(0))
+    array = weights.numpy()
+    work: dict[str, Callable[[], object]] = {
+        "sum": weights.sum,
+        "pack": lambda: pack_absmean(weights, "w"),
+        "absmean": lambda: PerLayerQuant.quantize(weights, "w"),
+        "absmean row": lambda: PerLayerQuant.quantize(weights, "w", per="row"),
+        "exact": lambda: PerLayerQuant.quantize(weights, "w", rule="exact"),
+        "exact row": lambda: PerLayerQuant.quantize(weights, "w", rule="exact", per="row"),
+        "torch": lambda: torch_expression(weights),
+    }
+    try:
+        import gguf
+    except ImportError:
+        print("gguf is not installed: its quantizer is left out")
+    else:
+        kind = gguf.GGMLQuantizationType.TQ2_0
+        work["gguf"] = lambda: gguf.quants.quantize(array, kind)
+    ms = times_of(work, 9)
+    print(f"{ROWS} × {COLS} float32, {torch.get_num_threads()} threads: best and median")
+    for name, (best, median) in ms.items():
+        print(f"  {name:32} {best:8.1f} {median:8.1f} ms")
+    ratios = [
+        ("two-pass floor / pack", 2 * ms["sum"] / ms["pack"], "at least 0.7"),
+        ("PyTorch expression / pack", ms["torch"] / ms["pack"], "at least 10"),
+        ("gguf's TQ2_0 / pack", ms.get("gguf", np.full(2, np.nan)) / ms["pack"], "at least 10"),
+        ("exact per row / absmean per row", ms["exact row"] / ms["absmean row"], "at most 20"),
+        ("exact per row / pack", ms["exact row"] / ms["pack"], "at most 20"),
+    ]
+    for what, (best, median), wanted in ratios:
+        print(f"  {what:32} {best:8.2f} {median:8.2f}    ({wanted})")
+    alpha, packed = torch_expression(weights)
+    ours = pack_absmean(weights, "w")
+    differing = int(np.count_nonzero(packed.numpy() != ours.codes))
+    print(f"  scale {ours.scale!r}, PyTorch's {float(alpha)!r}; {differing} bytes differ")
+
+
+def codecs() -> None:
+    """Milliseconds for a million trits, there and back."""
+    trits = torch.randint(-1, 2, (1024, 1024), dtype=torch.int8)
+    for name, codec in CODECS.items():
+        scales = None if codec.scale_block is None else 0.5
+        data = codec.encode(trits, scales)
+        times = times_of(
+            {
+                "there": lambda c=codec, s=scales: c.encode(trits, s),
+                "back": lambda c=codec, d=data: c.decode(d, (1024, 1024)),
+            },
+            3,
+        )
+        there, back = times["there"][0], times["back"][0]
+        print(f"  {name:8} {codec.bits_per_weight:7.4f} bits {there:8.2f} ms {back:8.2f} ms")
+
+
+def ladder() -> None:
+    """Relative errors and times on 4 million synthetic weights."""
+    rng = np.random.default_rng(0)
+    kinds = {
+        "Gaussian": rng.standard_normal((1024, 4096)).astype(np.float32),
+        "Laplace": rng.laplace(size=(1024, 4096)).astype(np.float32),
+    }
+    print("rule            per           Gaussian  Laplace   ms")
+    for rule, options in LADDER:
+        per = f"group {options['group_size']}" if "group_size" in options else options.get("per")
+        begin = time.perf_counter()
+        errors = [
+            PerLayerQuant.quantize(w, "w", rule=rule, **options).relative_error(w)
+            for w in kinds.values()
+        ]
+        ms = 500 * (time.perf_counter() - begin)
+        print(
+            f"{rule:15} {per or 'tensor':12}" + "".join(f"{e:9.4f}" for e in errors), f"{ms:6.0f}"
+        )
+
+
+def large() -> None:
+    """α and mse at 2·10⁸ weights against sums in extended precision, chunk by chunk."""
+    n, chunk = 200_000_000, 1_000_000
+    rng = np.random.default_rng(0)
+    weights = np.empty(n, dtype=np.float32)
+    for start in range(0, n, chunk):
+        weights[start : start + chunk] = 0.02 * rng.standard_normal(chunk, dtype=np.float32) + 0.01
+    quant = PerLayerQuant.quantize(weights, "w")
+    sums, squares = [], []
+    for start in range(0, n, chunk):
+        part = weights[start : start + chunk].astype(np.longdouble)
+        sums.append(float(np.abs(part).sum()))
+    alpha = math.fsum(sums) / n
+    for start in range(0, n, chunk):
+        part = weights[start : start + chunk].astype(np.longdouble)
+        trits = (part > 0.5 * alpha).astype(np.int8) - (part < -0.5 * alpha)
+        squares.append(float(((part - np.longdouble(np.float32(alpha)) * trits) ** 2).sum()))
+    mse = math.fsum(squares) / n
+    print(f"{n} weights: α off by {abs(quant.scale / alpha - 1):.1e}", end=", ")
+    print(f"mse off by {abs(quant.mse(weights) / mse - 1):.1e} (at most 1e-6)")
+    packed = pack_absmean(weights, "w")
+    same = packed.scale == quant.scale and np.array_equal(
+        packed.codes, TwoBit().encode(quant.trits)
+    )
+    print(f"  packed at once: {'the same' if same else 'DIFFERENT'}")
+
+
+def huge() -> None:
+    """More than 2³¹ weights: one row seen 65 537 times, which takes no memory."""
+    row = torch.randn(1, 1 << 15, generator=torch.Generator().manual_seed(0)).half()
+    weights = row.expand((1 << 16) + 1, -1)
+    one, all_rows = PerLayerQuant.quantize(row, "row"), PerLayerQuant.quantize(weights, "w")
+    same = torch.equal(one.trits[0], all_rows.trits[-1])
+    off = abs(all_rows.scale / one.scale - 1)
+    print(
+        f"{weights.numel()} weights: α off by {off:.1e}, last row {'the same' if same else 'WRONG'}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--large", action="store_true", help="also 2·10⁸ and 2³¹ weights")
+    arguments = parser.parse_args()
+    speed()
+    codecs()
+    ladder()
+    if arguments.large:
+        large()
+        huge()
+
+
+if __name__ == "__main__":
+    main()

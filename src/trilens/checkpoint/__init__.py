@@ -1,0 +1,16 @@
+"""Ternary checkpoints: made, checked, and read by transformers once this package is imported."""
+
+from trilens.checkpoint.integration import TrilensConfig
+from trilens.checkpoint.pipeline import ternarize
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.validation import validate
+
+__all__ = [
+    "TensorReport",
+    "TernaryPlan",
+    "TernaryReport",
+    "TrilensConfig",
+    "ternarize",
+    "validate",
+]

@@ -1,0 +1,262 @@
+"""Teaching transformers to load a ternary checkpoint, through its own extension points.
+
+Importing this module registers the quantization method "trilens". `from_pretrained` then builds the
+model on the meta device, puts a `TernaryLinear` where the checkpoint says so, and reads codes and
+scales straight into it. What transformers merges, splits or keeps in one tensor for many experts is
+unpacked on the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, part_name
+from trilens.checkpoint.skeleton import module_at
+from trilens.errors import ConfigError, CorruptFileError
+from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3
+
+__all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The section `quantization_config` of a ternary checkpoint's config.json.
+
+    Args:
+        format_version: of the layout of codes and scales.
+        rule: the rule that made the trits.
+        per: what one scale covers.
+        group_size: weights that share a scale along a row, or None.
+        layers: paths of the layers that are packed in memory.
+        merged: whether there are packed tensors that transformers merges or splits.
+        experts: last names of the parameters that hold a matrix for each of many experts.
+
+    Raises:
+        ConfigError: a version or an option that this trilens does not know.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        rule: str = "absmean",
+        per: str = "tensor",
+        group_size: int | None = None,
+        layers: Sequence[str] = (),
+        merged: bool = False,
+        experts: Sequence[str] = (),
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"quantization_config has format version {format_version!r}: this trilens reads "
+                f"version {FORMAT_VERSION}"
+            )
+        if unknown:
+            raise ConfigError(
+                f"quantization_config has an option {min(unknown)!r}: this trilens does not know it"
+            )
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.rule = rule
+        self.per = per
+        self.group_size = group_size
+        self.layers = list(layers)
+        self.merged = merged
+        self.experts = list(experts)
+
+
+class Unpack(ConversionOps):  # type: ignore[misc]
+    """Packed parts to dense tensors, before transformers merges or splits them.
+
+    What comes in plain, as from a model that was saved again, goes through as it is.
+
+    Args:
+        config: how codes and scales are laid out.
+        whole: the parts make up a whole parameter, that of many experts.
+    """
+
+    supports_many_to_many = True
+
+    def __init__(self, config: TrilensConfig, *, whole: bool = False) -> None:
+        self.config = config
+        self.whole = whole
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str | None = None,
+        model: Any = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """One dense tensor for each set of parts, under the name of the plain tensor."""
+        name = full_layer_name or ""
+        held = model.get_parameter_or_buffer(name)
+        if self.whole:
+            prefix = next(iter(input_dict)).removesuffix("second_codes").removesuffix("codes")
+            (parts,) = _collect(input_dict, prefix)
+            module = module_at(model, name.rpartition(".")[0])
+            turned = bool(getattr(module, "is_transposed", False))
+            dense = self._dense(parts, name, held.dtype, held.shape[-2 if turned else -1])
+            return {name: dense.transpose(-1, -2).contiguous() if turned else dense}
+        found: dict[str, Any] = {}
+        for key, value in input_dict.items():
+            stem, _dot, part = key.rpartition(".")
+            if part not in PARTS:
+                found[key] = value
+            elif part == "codes":
+                # Only rows of a multiple of 4 are stored this way.
+                found[f"{stem}.weight"] = [
+                    self._dense(parts, key, held.dtype, 4 * parts["codes"].shape[-1])
+                    for parts in _collect(input_dict, f"{stem}.")
+                ]
+        return found
+
+    def _dense(self, parts: dict[str, Tensor], name: str, dtype: torch.dtype, cols: int) -> Tensor:
+        for part, tensor in parts.items():
+            if part.endswith("codes") and holds_code_3(tensor):
+                raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
+        return Packed(**parts, cols=cols, group_size=self.config.group_size).dense(dtype)
+
+
+def _collect(input_dict: dict[str, Any], prefix: str) -> list[dict[str, Tensor]]:
+    """The parts of each tensor that was collected under one pattern."""
+    there = {part: input_dict[prefix + part] for part in PARTS if prefix + part in input_dict}
+    lists = {part: v if isinstance(v, list) else [v] for part, v in there.items()}
+    count = len(lists["codes"])
+    if "scale" not in lists or any(len(tensors) != count for tensors in lists.values()):
+        raise CorruptFileError(f"{prefix}codes and its scales are not equally many")
+    return [{part: tensors[i] for part, tensors in lists.items()} for i in range(count)]
+
+
+@register_quantizer(QUANT_METHOD)
+class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads a ternary checkpoint."""
+
+    requires_calibration = True  # only checkpoints that are ternary already can be loaded
+    serialized_names = {"weight": ["weight", *PARTS]}  # noqa: RUF012
+    quantization_config: TrilensConfig
+
+    def __init__(self, quantization_config: TrilensConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._changed: list[tuple[WeightConverter, WeightConverter | None]] = []
+
+    def is_serializable(self) -> bool:
+        """Codes and scales are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The packed weights have no gradient."""
+        return False
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """Unpacks what transformers' own converters take."""
+        if not self.quantization_config.merged:
+            return {}
+        return {"dequantize": lambda quantizer: Unpack(quantizer.quantization_config)}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Adds the packed names to transformers' converters, and one for expert tensors."""
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        before = set(map(id, weight_conversions))
+        # A converter was replaced in its place; those added stand at the end.
+        self._changed = [
+            (new, old)
+            for new, old in zip(updated, weight_conversions, strict=False)
+            if id(new) not in before
+        ]
+        for ending in self.quantization_config.experts:
+            sources = [part_name(ending, part) for part in PARTS]
+            own = WeightConverter(sources, ending, [Unpack(self.quantization_config, whole=True)])
+            self._changed.append((own, None))
+            updated.append(own)
+        return updated
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        config = self.quantization_config
+        for path in config.layers:
+            found = _path_in(model, path)
+            if found is None:
+                continue  # a bare model has no place for what only the full one has
+            parent, _dot, name = found.rpartition(".")
+            setattr(model.get_submodule(parent), name, _packed_like(model, found, config))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for path, module in model.named_modules():
+            if isinstance(module, TernaryLinear):
+                for parameter in module.packed.parts.values():
+                    parameter.requires_grad_(False)
+                if module.codes.device.type != "meta":
+                    module.check(path)
+        # Saving turns the conversions around: it must find transformers' own.
+        originals = {id(new): old for new, old in self._changed}
+        used = [originals.get(id(c), c) for c in model._weight_conversions]
+        model._weight_conversions = [c for c in used if c is not None]
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # A model that was saved has the name of its dtype in its config.
+        target: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for path, module in list(model.named_modules()):
+            if isinstance(module, TernaryLinear):
+                parent, _dot, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, _dense_like(module, target))
+        return model
+
+
+def _path_in(model: Any, path: str) -> str | None:
+    """A path of the checkpoint's own class in the class that is loaded: bare or with a head."""
+    prefix = f"{model.base_model_prefix}."
+    for spelling in (path, path.removeprefix(prefix), prefix + path):
+        if isinstance(module_at(model, spelling), nn.Linear | Conv1D):
+            return spelling
+    return None
+
+
+def _packed_like(model: Any, path: str, config: TrilensConfig) -> TernaryLinear:
+    old = model.get_submodule(path)
+    transposed = isinstance(old, Conv1D)
+    first, second = old.weight.shape
+    new = TernaryLinear(
+        first if transposed else second,
+        second if transposed else first,
+        bias=old.bias is not None,
+        per_row=config.per != "tensor",
+        group_size=config.group_size,
+        has_offset=config.rule == "asymmetric",
+        has_second=config.rule == "planes",
+        transposed=transposed,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    new.train(old.training)
+    return new
+
+
+def _dense_like(layer: TernaryLinear, dtype: torch.dtype | None) -> nn.Module:
+    """The layer that a packed one stands in for, with a dense weight."""
+    weight = layer.weight if dtype is None else layer.reconstruct().to(dtype)
+    new: nn.Module
+    with torch.device("meta"):
+        if layer.transposed:
+            new = Conv1D(layer.out_features, layer.in_features)
+        else:
+            new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    names: Iterable[tuple[str, Tensor | None]] = (("weight", weight), ("bias", layer.bias))
+    for name, tensor in names:
+        if tensor is not None:
+            value = tensor.detach().to(weight.dtype).contiguous()
+            new.register_parameter(name, nn.Parameter(value))
+    return new.train(layer.training)

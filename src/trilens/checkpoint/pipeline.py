@@ -1,0 +1,312 @@
+"""From a checkpoint to a ternary checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trilens.checkpoint.card import model_card
+from trilens.checkpoint.coding import code_tensor, entries, planned
+from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
+from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
+from trilens.checkpoint.names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    QUANT_METHOD,
+)
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.validation import validate
+from trilens.errors import ConfigError, UsageError, WriteError
+from trilens.models import rwkv7
+from trilens.models.build import read_config
+from trilens.models.hub import local_folder
+from trilens.models.weights import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorHeader,
+    explicit_name,
+    read_headers,
+    read_json,
+    weight_files,
+)
+from trilens.models.wording import reason
+
+__all__ = ["Format", "ternarize"]
+
+Format = Literal["trilens"]
+
+_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
+_SIDE_SUFFIXES = frozenset(
+    {".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
+)
+_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A source that was read, and what is to become of it."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+    headers: dict[str, TensorHeader]
+    choices: tuple[Choice, ...]
+    plan: TernaryPlan
+    side_files: tuple[Path, ...]
+
+    def of_file(self, file: Path) -> list[tuple[Choice, TensorHeader]]:
+        """The tensors of one source file, in the order of their bytes."""
+        return [
+            (c, self.headers[c.name]) for c in self.choices if self.headers[c.name].file == file
+        ]
+
+
+def ternarize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    plan: TernaryPlan | None = None,
+    format: Format = "trilens",
+    dry_run: bool = False,
+    revision: str | None = None,
+    progress: Callable[[TensorReport], None] | None = None,
+) -> TernaryReport:
+    """Write a ternary copy of a checkpoint.
+
+    The output is complete: weights, configuration, tokenizer files, model card, manifest. A run
+    that was killed is taken up by the same call, and ends in the same bytes. One run at a time
+    may write to a directory.
+
+    Post-training ternary weights usually ruin a model that was not trained for them: see
+    `TernaryReport.verdict`, and measure before use.
+
+    Args:
+        src: directory with config.json and safetensors, or a hub id.
+        dst: directory for the output: new, empty, or of the same unfinished run.
+        plan: what becomes ternary, and how; `TernaryPlan()` where not given.
+        format: "trilens": packed two-bit codes and float32 scales in safetensors.
+        dry_run: read headers only, and report what would be stored.
+        revision: of a hub id.
+        progress: called with each tensor's report.
+
+    Raises:
+        UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
+            source is quantized already, or `dst` holds something else or another order's output.
+        LoadError: the source cannot be read; see `trilens.errors`.
+        NonFiniteError: NaN or Inf among the weights of a matrix.
+        ValueRangeError: a scale that its dtype cannot hold.
+        WriteError: the output cannot be written.
+
+    Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
+    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`).
+    """
+    if format != "trilens":
+        raise UsageError(f"format {format!r} is unknown: there is 'trilens'")
+    job = _read(src, plan or TernaryPlan(), revision)
+    if dry_run:
+        tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
+        return TernaryReport(job.plan, tuple(tensors), dry_run=True)
+    out = _folder(Path(dst), job.folder)
+    order = Order.of([*job.files, job.folder / CONFIG_NAME, *job.side_files], job.plan)
+    if (out / MANIFEST_NAME).is_file():
+        order.check_same(read_manifest(out), out / MANIFEST_NAME)
+        (out / JOURNAL_NAME).unlink(missing_ok=True)
+        return validate(out)
+    _check_space(out, job)
+    journal = Journal(out, order)
+    tensors, digests = _write_shards(out, job, journal, progress)
+    report = TernaryReport(job.plan, tuple(tensors))
+    digests |= _write_side_files(out, job, report)
+    files = {
+        name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
+        for name, digest in sorted(digests.items())
+    }
+    write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
+    journal.remove()
+    return report
+
+
+def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> _Job:
+    rwkv7.register()
+    folder, source = local_folder(src, revision=revision, code=False)
+    raw = read_json(folder / CONFIG_NAME, ConfigError)
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"]
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise UsageError(
+            f"{source} is quantized already ({name!r}): give the checkpoint with plain weights"
+        )
+    config, _ = read_config(folder, trusted=False)
+    headers = read_headers(folder)
+    choices = _follow(plan, choose(build_skeleton(config, headers), headers))
+    names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
+    if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
+        raise UsageError(f"{source} has tensors named like packed parts: they would collide")
+    return _Job(
+        folder,
+        raw,
+        weight_files(folder),
+        headers,
+        choices,
+        plan,
+        _side_files(folder),
+    )
+
+
+def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """What the plan's expressions leave of what is possible."""
+    possible = [choice.name for choice in choices if choice.storage != "kept"]
+    kept = plan.chosen(possible, [choice.name for choice in choices])
+    if len(kept) == len(possible):
+        raise UsageError(
+            "nothing is left to make ternary: the checkpoint has no linear layer of a block that "
+            "the plan does not keep"
+        )
+    return tuple(
+        replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice
+        for choice in choices
+    )
+
+
+def _side_files(folder: Path) -> tuple[Path, ...]:
+    """Tokenizer, generation settings and the like: small files that belong to the checkpoint."""
+    return tuple(
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix in _SIDE_SUFFIXES
+        and not path.name.endswith(_WEIGHT_SUFFIXES)
+        and not path.name.startswith(".")
+        and path.name not in _NOT_COPIED
+    )
+
+
+def _folder(out: Path, source: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in out.iterdir()}
+        same = out.resolve() == source.resolve()
+    except OSError as cause:
+        raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
+    if same:
+        raise UsageError(f"{out} is the source itself: give another directory")
+    left_over = {name for name in names if name.startswith(".") and name.endswith(".partial")}
+    if names - left_over and not names & {MANIFEST_NAME, JOURNAL_NAME}:
+        raise UsageError(f"directory {out} is not empty: give a new one")
+    return out
+
+
+def _check_space(out: Path, job: _Job) -> None:
+    needed = sum(
+        size_bytes
+        for choice in job.choices
+        for *_, size_bytes in entries(choice, job.headers[choice.name], job.plan)
+    )
+    there = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    free = shutil.disk_usage(out).free
+    if needed - there > free:
+        raise WriteError(
+            f"directory {out} has {free} bytes of free space: the output needs {needed - there}"
+        )
+
+
+def _write_shards(
+    out: Path,
+    job: _Job,
+    journal: Journal,
+    progress: Callable[[TensorReport], None] | None,
+) -> tuple[list[TensorReport], dict[str, str]]:
+    tensors: list[TensorReport] = []
+    digests: dict[str, str] = {}
+    for file in job.files:
+        shard = out / file.name
+        done = journal.finished(shard)
+        if done is None:
+            done = _write_shard(shard, file, job, progress)
+            journal.add(shard.name, *done)
+        digests[shard.name] = done[0]
+        tensors += done[1]
+    return tensors, digests
+
+
+def _write_shard(
+    shard: Path, file: Path, job: _Job, progress: Callable[[TensorReport], None] | None
+) -> tuple[str, list[TensorReport]]:
+    mapped = MappedFile(file)
+    todo = job.of_file(file)
+    reports = []
+    with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
+        for choice, header in todo:
+            reports.append(code_tensor(choice, header, job.plan, mapped, writer))
+            if progress is not None:
+                progress(reports[-1])
+        return writer.commit(), reports
+
+
+def _write_side_files(out: Path, job: _Job, report: TernaryReport) -> dict[str, str]:
+    index = _index(job)
+    if index is not None:
+        name, content = index
+        write_whole(out / name, json_bytes(content))
+    for path in job.side_files:
+        write_whole(out / path.name, path.read_bytes())
+    write_whole(out / CARD_NAME, model_card(report).encode())
+    write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
+    names = [path.name for path in job.side_files] + [CARD_NAME, CONFIG_NAME]
+    return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
+
+
+def _index(job: _Job) -> tuple[str, dict[str, Any]] | None:
+    explicit = explicit_name(job.folder)
+    if [file.name for file in job.files] in ([SINGLE_NAME], [explicit]):
+        return None
+    weight_map = {}
+    total = 0
+    for file in job.files:
+        for choice, header in job.of_file(file):
+            for name, _, _, size_bytes in entries(choice, header, job.plan):
+                weight_map[name] = file.name
+                total += size_bytes
+    return explicit or INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _config(job: _Job) -> dict[str, Any]:
+    config = dict(job.config)
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        # Without it transformers takes the first floating-point tensor's: a scale's.
+        sizes: dict[str, int] = {}
+        for header in job.headers.values():
+            if header.dtype in _DTYPE_NAMES:
+                sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
+        config["dtype"] = _DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "rule": job.plan.rule,
+        "per": job.plan.per,
+        "group_size": job.plan.group_size,
+        "layers": [
+            choice.target.removesuffix(".weight")
+            for choice in job.choices
+            if choice.storage == "layer"
+        ],
+        "merged": any(choice.storage == "merged" for choice in job.choices),
+        "experts": sorted({_ending(c.target) for c in job.choices if c.storage == "experts"}),
+    }
+    return config
+
+
+def _ending(target: str) -> str:
+    """The last names of an expert tensor's parameter, the same in every layer."""
+    parts = target.split(".")
+    return ".".join(parts[-3:] if parts[-1] == "weight" else parts[-2:])

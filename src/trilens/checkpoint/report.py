@@ -1,0 +1,154 @@
+"""What became of each tensor: a frozen report, its table and its JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, TypeAlias
+
+from trilens.checkpoint.plan import TernaryPlan
+
+__all__ = ["Outcome", "TensorReport", "TernaryReport"]
+
+Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One stored tensor.
+
+    Attributes:
+        name: As the source names it.
+        packed_as: The name from which those of its packed parts are made.
+        shape: Its shape in the source.
+        outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
+            exactly; "planned": a dry run; "kept": the source's own bytes.
+        reason: Why it is kept; for an unpacked one, what happens when it is loaded.
+        is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
+            that is a fallback.
+        size_bytes_before: In the source.
+        size_bytes: In the output: codes, scales, offsets.
+        relative_error: ‖W−Ŵ‖²/‖W‖²; None where nothing was coded. 0 for exact.
+        sparsity: Share of zeros among the trits; None where nothing was coded.
+        decoded_exactly: What the file holds was decoded and compared bit for bit.
+    """
+
+    name: str
+    packed_as: str
+    shape: tuple[int, ...]
+    outcome: Outcome
+    reason: str
+    is_matrix: bool
+    size_bytes_before: int
+    size_bytes: int
+    relative_error: float | None = None
+    sparsity: float | None = None
+    decoded_exactly: bool = False
+
+    @property
+    def n_weights(self) -> int:
+        """How many numbers the tensor has."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the tensor, in bits for each weight."""
+        return 8 * self.size_bytes / self.n_weights if self.n_weights else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TernaryReport:
+    """What `ternarize` did, or in a dry run would do.
+
+    Attributes:
+        plan: The plan that was followed.
+        tensors: Every tensor of the checkpoint.
+        dry_run: Nothing was written.
+    """
+
+    plan: TernaryPlan
+    tensors: tuple[TensorReport, ...]
+    dry_run: bool = False
+
+    @property
+    def matrices(self) -> tuple[TensorReport, ...]:
+        """Linear layers inside blocks, coded or not."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_matrix)
+
+    @property
+    def coded(self) -> tuple[TensorReport, ...]:
+        """Matrices that are stored as trits."""
+        return tuple(tensor for tensor in self.matrices if tensor.outcome != "kept")
+
+    @property
+    def fallbacks(self) -> tuple[TensorReport, ...]:
+        """Matrices that are kept, each with its reason."""
+        return tuple(tensor for tensor in self.matrices if tensor.outcome == "kept")
+
+    @property
+    def size_bytes_before(self) -> int:
+        """All tensors in the source."""
+        return sum(tensor.size_bytes_before for tensor in self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """All tensors in the output."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all tensors, the kept ones at their own dtype."""
+        n_weights = sum(tensor.n_weights for tensor in self.tensors)
+        return 8 * self.size_bytes / n_weights if n_weights else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """What the weight errors allow to say about the model: never that it is fine."""
+        if self.dry_run:
+            return "A dry run: nothing was written, no error was measured."
+        if all(tensor.outcome == "already ternary" for tensor in self.coded):
+            return (
+                "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
+                "model computes what it computed before."
+            )
+        worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
+        return (
+            f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
+            "that was not trained for ternary weights is usually unusable after this. Weight "
+            "errors do not measure the damage: compare perplexity and outputs before any use."
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each matrix, coded ones and fallbacks."""
+        return [
+            {
+                "name": tensor.name,
+                "shape": "×".join(map(str, tensor.shape)),
+                "bits_per_weight": round(tensor.bits_per_weight, 3),
+                "relative_error": tensor.relative_error,
+                "sparsity": tensor.sparsity,
+                "outcome": tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
+            }
+            for tensor in self.matrices
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "plan": self.plan.to_dict(),
+            "dry_run": self.dry_run,
+            "size_bytes_before": self.size_bytes_before,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "verdict": self.verdict,
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report that `to_dict` gave these values."""
+        tensors = (
+            TensorReport(**{**tensor, "shape": tuple(tensor["shape"])})
+            for tensor in values["tensors"]
+        )
+        return cls(TernaryPlan.from_dict(values["plan"]), tuple(tensors), values["dry_run"])

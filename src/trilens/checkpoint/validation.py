@@ -1,0 +1,189 @@
+"""Reading a ternary checkpoint back, every byte, and proving what it claims."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from trilens.checkpoint.files import MappedFile, sha256_of
+from trilens.checkpoint.manifest import read_manifest
+from trilens.checkpoint.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.report import Outcome, TensorReport, TernaryReport
+from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
+from trilens.models.weights import TensorHeader, read_headers, read_json
+from trilens.models.wording import clip
+from trilens.ternary.linear import holds_code_3, unpack_rows
+
+__all__ = ["validate"]
+
+_CHUNK_BYTES = 1 << 22
+
+
+def validate(path: str | os.PathLike[str]) -> TernaryReport:
+    """Check a ternary checkpoint against its manifest, down to the last code.
+
+    In this order: the manifest's own hash; names, sizes and hashes of all files; the headers of
+    the weight files; of each coded matrix the shapes, the codes (none is 3, what fills up a row
+    is zero), the scales (finite) and the share of zeros that was reported.
+
+    Args:
+        path: the directory that `ternarize` wrote.
+
+    Returns:
+        The report of the run that wrote it.
+
+    Raises:
+        ModelNotFoundError: no such directory.
+        CorruptFileError: says which file or tensor is damaged, and how.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"directory {folder} does not exist")
+    manifest = read_manifest(folder)
+    try:
+        report = TernaryReport.from_dict(manifest["report"])
+        files = dict(manifest["files"])
+        for tensor in report.tensors:
+            _check_types(tensor)
+    except (TrilensError, KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise CorruptFileError(
+            f"{folder} has a manifest without a valid report: {cause}"
+        ) from cause
+    for name, claim in files.items():
+        _check_file(folder, name, claim)
+    config = read_json(folder / CONFIG_NAME, ConfigError).get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
+        raise CorruptFileError(f"{folder} has a {CONFIG_NAME} without its quantization_config")
+    headers = read_headers(folder)
+    foreign = sorted({header.file.name for header in headers.values()} - set(files))
+    if foreign:
+        raise CorruptFileError(
+            f"{folder} reads weights from {foreign[0]}, which its manifest lacks"
+        )
+    _check_tensors(report, headers)
+    return report
+
+
+def _check_types(tensor: TensorReport) -> None:
+    """Raises: TypeError."""
+    sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
+    shares = (tensor.relative_error, tensor.sparsity)
+    right = (
+        all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
+        and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+        and all(share is None or isinstance(share, int | float) for share in shares)
+        and tensor.outcome in get_args(Outcome)
+        and (tensor.outcome == "kept" or len(tensor.shape) in {2, 3})
+    )
+    if not right:
+        raise TypeError(f"the entry of tensor {clip(tensor.name)} has values of the wrong kind")
+
+
+def _check_file(folder: Path, name: Any, claim: Any) -> None:
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+    if not plain or name in {"", ".", ".."}:
+        raise CorruptFileError(
+            f"{folder} has a manifest that names the file {clip(name)}: only plain names in its "
+            "own directory are allowed"
+        )
+    file = folder / name
+    if not file.is_file():
+        raise CorruptFileError(f"{file} is missing: the manifest lists it")
+    size_bytes = file.stat().st_size
+    if not isinstance(claim, dict) or size_bytes != claim.get("size_bytes"):
+        expected = claim.get("size_bytes") if isinstance(claim, dict) else claim
+        problem = "truncated or of another size"
+        raise CorruptFileError(f"{file} is {problem}: {size_bytes} bytes, not {clip(expected)}")
+    if sha256_of(file) != claim.get("sha256"):
+        raise CorruptFileError(f"{file} is damaged: its content does not fit the manifest's hash")
+
+
+def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> None:
+    unclaimed = set(headers)
+    mapped: dict[Path, MappedFile] = {}
+    for tensor in report.tensors:
+        names = {"": tensor.name}
+        if tensor.outcome != "kept":
+            names = find_parts(tensor.packed_as, headers)
+        missing = [name for name in names.values() if name not in headers]
+        if missing or (tensor.outcome != "kept" and "codes" not in names):
+            raise CorruptFileError(f"tensor {tensor.name} is missing from the weight files")
+        unclaimed -= set(names.values())
+        found = {part: headers[name] for part, name in names.items()}
+        size_bytes = sum(header.size_bytes for header in found.values())
+        if size_bytes != tensor.size_bytes:
+            raise CorruptFileError(
+                f"tensor {tensor.name} takes {size_bytes} bytes, not "
+                f"{tensor.size_bytes} as reported"
+            )
+        if tensor.outcome == "kept":
+            if found[""].shape != tensor.shape:
+                raise CorruptFileError(f"tensor {tensor.name} has shape {found[''].shape}")
+            continue
+        for header in found.values():
+            mapped.setdefault(header.file, MappedFile(header.file))
+        _check_coded(tensor, report.plan, found, mapped)
+    if unclaimed:
+        raise CorruptFileError(f"tensor {min(unclaimed)} is in the files, but not in the report")
+
+
+def _check_coded(
+    tensor: TensorReport,
+    plan: TernaryPlan,
+    found: dict[str, TensorHeader],
+    mapped: dict[Path, MappedFile],
+) -> None:
+    wanted = {"codes", "scale"}
+    wanted |= {"offset"} if plan.rule == "asymmetric" else set()
+    wanted |= {"second_codes", "second_scale"} if plan.rule == "planes" else set()
+    if set(found) != wanted:
+        raise CorruptFileError(f"tensor {tensor.name} has parts {', '.join(sorted(found))}")
+    zeros = n_codes = 0
+    for part, header in found.items():
+        file = mapped[header.file]
+        if part.endswith("codes"):
+            part_zeros, part_codes = _count_codes(tensor, header, file)
+            zeros, n_codes = zeros + part_zeros, n_codes + part_codes
+        elif header.dtype != "F32":
+            raise CorruptFileError(f"{header.name} is stored as {header.dtype}, not as F32")
+        else:
+            values = np.frombuffer(file.bytes(header.begin, header.end).tobytes(), dtype="<f4")
+            if not np.all(np.isfinite(values)):
+                raise CorruptFileError(f"{header.name} holds NaN or Inf: scales are finite")
+    if tensor.sparsity is None or abs(zeros / n_codes - tensor.sparsity) > 1e-9:
+        raise CorruptFileError(
+            f"tensor {tensor.name} has {zeros} zeros of {n_codes} trits, not the share reported"
+        )
+
+
+def _count_codes(tensor: TensorReport, header: TensorHeader, file: MappedFile) -> tuple[int, int]:
+    """Zeros and trits of one tensor of codes, which are legal."""
+    if header.dtype != "U8" or len(header.shape) != len(tensor.shape):
+        raise CorruptFileError(
+            f"{header.name} is no tensor of codes: {header.dtype} {header.shape}"
+        )
+    *lead, rows, row_bytes = header.shape
+    cols = next((n for n in tensor.shape[-2:][::-1] if math.ceil(n / 4) == row_bytes
+                 and rows * n == math.prod(tensor.shape[-2:])), None)  # fmt: skip
+    if cols is None or tuple(lead) != tensor.shape[:-2]:
+        raise CorruptFileError(
+            f"{header.name} has shape {header.shape}, which does not hold {tensor.shape}"
+        )
+    zeros = 0
+    step = max(1, _CHUNK_BYTES // row_bytes) * row_bytes
+    for begin in range(header.begin, header.end, step):
+        raw = file.bytes(begin, min(begin + step, header.end))
+        codes = torch.from_numpy(raw).reshape(-1, row_bytes)
+        if holds_code_3(codes):
+            raise CorruptFileError(f"{header.name} holds the code 3: codes are 0, 1 or 2")
+        trits = unpack_rows(codes, 4 * row_bytes)
+        if trits[:, cols:].any():
+            raise CorruptFileError(f"{header.name} holds trits past the end of its rows")
+        zeros += trits[:, :cols].numel() - int(torch.count_nonzero(trits[:, :cols]))
+    return zeros, math.prod(tensor.shape)

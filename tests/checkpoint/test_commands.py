@@ -1,0 +1,89 @@
+"""`trilens ternarize` and `trilens validate` as a user sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from checkpoint_cases import saved
+from trilens.checkpoint.report import TernaryReport
+from trilens.checkpoint.validation import validate
+from trilens.commands_ternary import register
+
+APP = typer.Typer()
+register(APP)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("llama", tmp_path_factory.mktemp("cli") / "src")
+
+
+def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("ternarize", source, out, "--rule", "exact", "--keep", "o_proj", "--per", "row")
+    assert result.exit_code == 0, result.stderr
+    report = validate(out)
+    assert report.plan.rule == "exact"
+    for tensor in report.matrices:
+        line = next(line for line in result.stdout.splitlines() if line.startswith(tensor.name))
+        if tensor.relative_error is not None:
+            assert f"{tensor.relative_error:.4f}" in line
+    assert "the plan keeps 'o_proj'" in result.stdout
+    assert "usually unusable" in result.stdout
+    assert "fine" not in result.stdout.lower()
+    checked = run("validate", out)
+    assert checked.exit_code == 0
+    assert "undamaged" in checked.stdout
+    assert "usually unusable" in checked.stdout
+
+
+def test_json_is_the_report(source: Path, tmp_path: Path) -> None:
+    result = run("ternarize", source, tmp_path / "out", "--format", "json")
+    report = TernaryReport.from_dict(json.loads(result.stdout))
+    assert report == validate(tmp_path / "out")
+    again = run("validate", tmp_path / "out", "--format", "json")
+    assert again.stdout == result.stdout
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    result = run("ternarize", source, tmp_path / "out", "--dry-run", "--group-size", "32")
+    assert result.exit_code == 0
+    assert "planned" in result.stdout
+    assert "3.000" in result.stdout
+    assert "nothing was written" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_exit_codes(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("ternarize", source, out).exit_code == 0
+    path = out / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    cases = [
+        (("validate", out), 1, "truncated"),
+        (("validate", tmp_path / "nowhere"), 2, "nowhere"),
+        (("ternarize", source, tmp_path / "x", "--keep", "nothing"), 2, "matches no tensor"),
+        (("ternarize", source, tmp_path / "x", "--rule", "magic"), 2, "magic"),
+        (("ternarize", tmp_path / "nowhere", tmp_path / "x"), 2, "nowhere"),
+        (("ternarize", source, file), 3, "cannot be written"),
+    ]
+    for arguments, code, words in cases:
+        result = run(*arguments)
+        assert result.exit_code == code, arguments
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+    result = run("validate", tmp_path / "nowhere", "--debug")
+    assert type(result.exception).__name__ == "ModelNotFoundError"
