@@ -2,7 +2,7 @@
 
 One block of a Llama of 8B's widths (4096 and 14336), random bfloat16 weights; the largest tensor
 has 58.7M weights (117 MB). Memory is anonymous memory (`RssAnon`): the mapped source is not in it,
-nor the compiled kernels, which are loaded before.
+nor the code that is loaded before (compiled kernels, the model's classes).
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def pipeline(source: Path, root: Path) -> dict[str, Any]:
         PerLayerQuant.quantize(
             torch.randn(1024, 2048), "w", rule=plan.rule, group_size=plan.group_size, per=plan.per
         )
+    ternarize(source, root / "nothing", dry_run=True)
     for name, plan in PLANS.items():
         out = root / name.replace(" ", "_")
         with anonymous_peak() as peak:

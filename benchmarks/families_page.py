@@ -1,6 +1,6 @@
 """Write docs/families.md from the table that ships with the package.
 
-    python -m benchmarks.families_page
+python -m benchmarks.families_page
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def page() -> str:
     lines = [
         "# Families",
         "",
-        f"All {len(table.rows)} causal-LM types of transformers {table.transformers}, a tiny random "
-        "model each, prompts longer",
-        "than its sliding window, attention chunk and sparse top-k (`make sweep`; `trilens families`",
-        "prints the table). Captured means: logits bit-identical to the plain run, every residual",
+        f"All {len(table.rows)} causal-LM types of transformers {table.transformers}, a tiny random"
+        " model each, prompts longer",
+        "than its sliding window, attention chunk and sparse top-k (`make sweep`; the table is",
+        "`trilens families`). Captured means: logits bit-identical to the plain run, every residual",
         "bit-identical to an independent hook, attention within 1e-5 of eager `output_attentions`",
         "where the family offers it, and `capture_many` within 1e-5 of `capture`.",
         "",

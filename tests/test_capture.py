@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tinymodels import build, prompt_ids
 
+from tinymodels import build, prompt_ids
 from trilens.capture import Capture
 from trilens.errors import CorruptFileError, NotStoredError
 from trilens.lens import Lens

@@ -58,7 +58,9 @@ def test_inspect_numbers_are_the_librarys() -> None:
     assert data["tokens"] == list(cap.tokens)
     for row in data["layers"]:
         layer = row["layer"]
-        assert row["residual_norm"] == pytest.approx(float(cap.residual.get_layer(layer).float().norm()))
+        assert row["residual_norm"] == pytest.approx(
+            float(cap.residual.get_layer(layer).float().norm())
+        )
         top = cap.attention.top_attended_positions(layer, len(cap.tokens) - 1, 2)
         assert [(a["position"], a["weight"]) for a in row["attended"]] == top
         gate = row["gates"][0]

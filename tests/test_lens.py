@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tinymodels import build, prompt_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tinymodels import build, prompt_ids
 from trilens.errors import (
     AttentionPathError,
     EmptyPromptError,
@@ -153,7 +153,9 @@ def test_attention_of_a_model_without_it() -> None:
 
 def test_attention_outside_the_registry_is_said() -> None:
     lens = Lens(build("bloom"))
-    with pytest.raises(AttentionPathError, match=r"h\.0\.self_attention computes attention outside"):
+    with pytest.raises(
+        AttentionPathError, match=r"h\.0\.self_attention computes attention outside"
+    ):
         lens.capture(prompt_ids("bloom"), attention=True)
     assert lens.capture(prompt_ids("bloom")).residual.n_layers == 4
 
@@ -273,8 +275,12 @@ def _overwrite(_module, args, _output) -> None:
 def test_a_model_that_overwrites_its_tensors_is_copied() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
     )
     model = _InPlace(config).eval()
     lens = Lens(model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 import pytest
+
 from tinymodels import TYPES, build
 from tinymodels.checks import sweep_one
-
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.families import load_families
 from trilens.lens import Lens

@@ -1,10 +1,10 @@
 """trilens opens a language model: the residual stream, the attention, the gates.
 
-    import trilens
+import trilens
 
-    lens = trilens.Lens.from_pretrained("path/or/hub-id")
-    cap = lens.capture("The capital of France is", attention=True, gates=True)
-    cap.attention.top_attended_positions(layer=3, from_position=-1, k=5)
+lens = trilens.Lens.from_pretrained("path/or/hub-id")
+cap = lens.capture("The capital of France is", attention=True, gates=True)
+cap.attention.top_attended_positions(layer=3, from_position=-1, k=5)
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache, GateSpec
 from trilens.capture import Capture
+from trilens.checkpoint import TernaryPlan, ternarize, validate
 from trilens.errors import TrilensError
-from trilens.gating import GatingAnalysis
+from trilens.gating import GatingAccumulator, GatingAnalysis
 from trilens.lens import Lens
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -25,11 +26,15 @@ __all__ = [
     "FullActivationCache",
     "GateCache",
     "GateSpec",
+    "GatingAccumulator",
     "GatingAnalysis",
     "Lens",
     "PerLayerQuant",
+    "TernaryPlan",
     "TrilensError",
     "__version__",
+    "ternarize",
+    "validate",
 ]
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ import typer
 
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
+from trilens.commands_ternary import register
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo import DEMO_MODELS, demo_path
 from trilens.errors import UsageError
@@ -179,6 +180,9 @@ def families(
             typer.echo(json.dumps(table.to_dict(), ensure_ascii=False, indent=2))
         else:
             print_families(table, console())
+
+
+register(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

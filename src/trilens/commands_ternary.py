@@ -1,34 +1,26 @@
 """The commands `ternarize` and `validate`.
 
-Exit codes: 0 done; 1 `validate` found damage; 2 an argument is wrong, or the source cannot be used;
-3 the output cannot be written.
+Exit codes: 0 done; 1 `validate` found damage, or the output can't be written; 2 an argument is
+wrong, or the source can't be used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.validation import validate
-from trilens.errors import CorruptFileError, TrilensError, WriteError
+from trilens.console import DebugOption, FormatOption, console, one_line_errors
+from trilens.errors import CorruptFileError
 
 __all__ = ["register"]
-
-_Format = Annotated[
-    Literal["table", "json"], typer.Option("--format", help="How to print the report.")
-]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def _ternarize(
     source: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", metavar="SRC")],
-    out: Annotated[Path, typer.Argument(help="New directory for the output.", metavar="OUT")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="New directory for the output.")],
     rule: Annotated[
         str,
         typer.Option("--rule", help="absmean, absmean_refit, twn, exact, asymmetric or planes."),
@@ -67,11 +59,11 @@ def _ternarize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes, read headers only, write nothing.")
     ] = False,
-    output: _Format = "table",
-    debug: _Debug = False,
+    output: FormatOption = "table",
+    debug: DebugOption = False,
 ) -> None:
     """Write a ternary copy of a checkpoint, and print each matrix's weight error."""
-    with _errors(debug, damaged=2):
+    with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
         options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
         plan = TernaryPlan(
             **options, group_size=group_size, keep=tuple(keep or ()), only=tuple(only or ())
@@ -82,11 +74,11 @@ def _ternarize(
 
 def _validate(
     path: Annotated[Path, typer.Argument(help="Directory that ternarize wrote.", metavar="OUT")],
-    output: _Format = "table",
-    debug: _Debug = False,
+    output: FormatOption = "table",
+    debug: DebugOption = False,
 ) -> None:
     """Read a ternary checkpoint back, every byte, and check what it claims."""
-    with _errors(debug, damaged=1):
+    with one_line_errors(debug, failures=(CorruptFileError,)):
         report = validate(path)
         if output == "json":
             typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
@@ -109,8 +101,7 @@ def _print(report: TernaryReport, output: str) -> None:
     table.add_column("outcome", overflow="fold")
     for tensor in report.matrices:
         table.add_row(*_cells(tensor))
-    # A pipe has no width: wide enough for one row per matrix.
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
+    console(pipe_width=140).print(table)
     kept = len(report.tensors) - len(report.coded)
     typer.echo(
         f"{len(report.coded)} matrices coded, {kept} tensors kept ({len(report.fallbacks)} of them "
@@ -130,19 +121,3 @@ def _cells(tensor: TensorReport) -> tuple[str, ...]:
         "–" if zeros is None else f"{zeros:.1%}",
         tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
     )
-
-
-@contextlib.contextmanager
-def _errors(debug: bool, *, damaged: int) -> Iterator[None]:
-    """One line on stderr and an exit code instead of a traceback."""
-    try:
-        yield
-    except TrilensError as error:
-        if debug:
-            raise
-        typer.echo(f"trilens: {' '.join(str(error).split())}", err=True)
-        code = 3 if isinstance(error, WriteError) else 2
-        raise typer.Exit(damaged if isinstance(error, CorruptFileError) else code) from None
-    except KeyboardInterrupt:
-        typer.echo("trilens: stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -266,8 +267,11 @@ class Lens:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         values = residual.reshape(1, -1, self.d_model) * self.anatomy.final_scale
         with _TURNS.take(self.model.config), evaluating(self.model):
-            for path in (*self.anatomy.final_norm, *self.anatomy.unembedding):
+            for path in self.anatomy.final_norm:
                 values = next(tensors_in(modules[path](values)))
+            for path in self.anatomy.unembedding:
+                weight = next(modules[path].parameters(), values)
+                values = next(tensors_in(modules[path](values.to(weight.dtype))))
         values = values[..., : self.anatomy.vocab] * self.anatomy.logit_scale
         cap = self.anatomy.logit_softcap
         if cap is not None:
@@ -347,7 +351,7 @@ class Lens:
         if recording.overwritten:
             # This model writes into tensors it has handed on: from now on keep copies.
             self._copies = True
-            wanted = self._recopied(wanted)
+            wanted = replace(wanted, copy=True)
             recording, output = self._forward(ids, mask, wanted, logits is not None)
         values = getattr(output, "logits", None) if logits is not None else None
         return split(
@@ -358,17 +362,6 @@ class Lens:
             logits=values if isinstance(values, Tensor) else None,
             last_logits=logits == "last",
             info=self._info(),
-        )
-
-    @staticmethod
-    def _recopied(wanted: Wanted) -> Wanted:
-        return Wanted(
-            wanted.layers,
-            wanted.residual,
-            wanted.lengths,
-            wanted.attention,
-            wanted.gates,
-            copy=True,
         )
 
     def _forward(

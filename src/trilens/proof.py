@@ -66,7 +66,7 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
                 "prompts need not run the same model; load it with one fixed kind of attention"
             )
     width = getattr(text_config(model), "hidden_size", None)
-    anatomy = find_anatomy(trace, softcaps=config_numbers(model), width=width)
+    anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
     with torch.no_grad():
         return Proof(anatomy, find_gates(trace, events, anatomy))
 

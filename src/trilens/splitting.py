@@ -10,9 +10,8 @@ from torch import Tensor
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
-from trilens.caches.patterns import DensePattern, Pattern
+from trilens.caches.patterns import Pattern
 from trilens.caches.softmax_masks import SharedMasks
-from trilens.caches.softmax_pattern import SoftmaxPattern
 from trilens.capture import Capture, ModelInfo
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.site import rows_of
@@ -90,14 +89,8 @@ def _attention(
         return None
     if len(wanted.lengths) > 1:
         length = wanted.lengths[row]
-        patterns = {i: _unpad(pattern, row, length, shared) for i, pattern in patterns.items()}
+        patterns = {i: pattern.unpad(row, length, shared) for i, pattern in patterns.items()}
     return AttentionCache.from_layers(patterns, n_model_layers=anatomy.n_layers)
-
-
-def _unpad(pattern: Pattern, row: int, length: int, shared: SharedMasks) -> Pattern:
-    if isinstance(pattern, SoftmaxPattern):
-        return pattern.unpad(row, length, shared)
-    return DensePattern(pattern.dense()[row : row + 1, :, :length, :length].clone())
 
 
 def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:

@@ -29,7 +29,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("ternarize", source, out, "--rule", "exact", "--keep", "o_proj", "--per", "row")
+    result = run(
+        "ternarize", source, "-o", out, "--rule", "exact", "--keep", "o_proj", "--per", "row"
+    )
     assert result.exit_code == 0, result.stderr
     report = validate(out)
     assert report.plan.rule == "exact"
@@ -47,7 +49,7 @@ def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Pat
 
 
 def test_json_is_the_report(source: Path, tmp_path: Path) -> None:
-    result = run("ternarize", source, tmp_path / "out", "--format", "json")
+    result = run("ternarize", source, "-o", tmp_path / "out", "--format", "json")
     report = TernaryReport.from_dict(json.loads(result.stdout))
     assert report == validate(tmp_path / "out")
     again = run("validate", tmp_path / "out", "--format", "json")
@@ -55,7 +57,7 @@ def test_json_is_the_report(source: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
-    result = run("ternarize", source, tmp_path / "out", "--dry-run", "--group-size", "32")
+    result = run("ternarize", source, "-o", tmp_path / "out", "--dry-run", "--group-size", "32")
     assert result.exit_code == 0
     assert "planned" in result.stdout
     assert "3.000" in result.stdout
@@ -65,7 +67,7 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
 
 def test_exit_codes(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("ternarize", source, out).exit_code == 0
+    assert run("ternarize", source, "-o", out).exit_code == 0
     path = out / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     file = tmp_path / "file"
@@ -73,10 +75,10 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
     cases = [
         (("validate", out), 1, "truncated"),
         (("validate", tmp_path / "nowhere"), 2, "nowhere"),
-        (("ternarize", source, tmp_path / "x", "--keep", "nothing"), 2, "matches no tensor"),
-        (("ternarize", source, tmp_path / "x", "--rule", "magic"), 2, "magic"),
-        (("ternarize", tmp_path / "nowhere", tmp_path / "x"), 2, "nowhere"),
-        (("ternarize", source, file), 3, "cannot be written"),
+        (("ternarize", source, "-o", tmp_path / "x", "--keep", "nothing"), 2, "matches no tensor"),
+        (("ternarize", source, "-o", tmp_path / "x", "--rule", "magic"), 2, "magic"),
+        (("ternarize", tmp_path / "nowhere", "-o", tmp_path / "x"), 2, "nowhere"),
+        (("ternarize", source, "-o", file), 1, "cannot be written"),
     ]
     for arguments, code, words in cases:
         result = run(*arguments)

@@ -126,7 +126,7 @@ def test_the_lens_sees_the_dequantized_model(model_type: str, tmp_path: Path) ->
     source = saved(model_type, tmp_path / "src")
     (source / "tokenizer_config.json").unlink()
     ternarize(source, tmp_path / "out", plan=TernaryPlan("exact", group_size=32))
-    lens = Lens.from_pretrained(str(tmp_path / "out"))
+    lens = Lens.from_pretrained(str(tmp_path / "out"), device_map="cpu")
     assert layers(lens.model)
     dense = Lens(load(tmp_path / "out").dequantize())
     assert lens.gate_layers == dense.gate_layers

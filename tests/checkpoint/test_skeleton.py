@@ -86,6 +86,13 @@ def test_convolutions_and_states_are_kept(tmp_path: Path) -> None:
     assert reasons == {"conv1d": "weight of a Conv1d"}
 
 
+def test_vectors_of_rank_3_are_no_experts(tmp_path: Path) -> None:
+    found = choices("rwkv", tmp_path)
+    mixes = [c for c in found.values() if "time_mix" in c.name]
+    assert mixes
+    assert not any(c.is_matrix for c in mixes)
+
+
 def test_blocks_that_share_weights_fall_back(tmp_path: Path) -> None:
     found = choices("zamba", tmp_path)
     tied = [c for c in found.values() if c.reason == "tied to another tensor"]

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tinymodels import build, prompt_ids
+from trilens.errors import SilentSiteError
 from trilens.lens import Lens
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.taps.kernels import KERNELS, kernel_calls, kernel_places
+from trilens.taps.session import Wanted, listening
 
 NAMES = (*KERNEL_GATES, *DECODE_KERNELS.values())
 
@@ -108,3 +110,28 @@ def test_places_are_the_files_of_the_models_own_classes() -> None:
     files = {space["__name__"] for space, _ in places}
     assert files == {sys.modules[type(build("jamba")).__module__].__name__}
     assert not kernel_places(build("llama"), NAMES)
+
+
+def test_a_session_gives_the_arguments_by_layer() -> None:
+    model, ids = build("jamba"), prompt_ids("jamba", 6)
+    lens = Lens(model)
+    layers = lens.gate_layers["mixer.dt"]
+    wanted = Wanted(layers, None, (6,), (), {}, kernels=layers)
+    with torch.no_grad(), listening(model, lens.anatomy, wanted) as recording:
+        model(input_ids=ids, use_cache=False)
+    with torch.no_grad(), kernel_calls(model) as calls:
+        model(input_ids=ids, use_cache=False)
+    assert tuple(recording.kernels) == layers
+    for layer, plain in zip(layers, calls, strict=True):
+        [ours] = recording.kernels[layer]
+        assert ours.function == plain.function == "mamba_selective_scan"
+        assert torch.equal(ours.arguments["B"], plain.arguments["B"])
+        assert torch.equal(ours.result, plain.result)
+    without = next(i for i in range(lens.n_layers) if i not in layers)
+    missing = Wanted((without,), None, (6,), (), {}, kernels=(without,))
+    with (
+        pytest.raises(SilentSiteError, match=f"recurrence of layer {without}"),
+        torch.no_grad(),
+        listening(model, lens.anatomy, missing),
+    ):
+        model(input_ids=ids, use_cache=False)

@@ -6,22 +6,22 @@ import threading
 
 import pytest
 import torch
-from tinymodels import build, prompt_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tinymodels import build, prompt_ids
 from trilens.lens import Lens
 from trilens.taps.registry import REGISTRY, attention_keys
 
 
 def registry_state() -> dict:
-    return dict(ALL_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    return dict(ALL_ATTENTION_FUNCTIONS._local_mapping), dict(
+        ALL_ATTENTION_FUNCTIONS._global_mapping
+    )
 
 
 def hook_count(model: torch.nn.Module) -> int:
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
-    )
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -102,8 +102,12 @@ def test_two_threads_on_two_lenses() -> None:
             for layer in reference.residual.layers:
                 ours, theirs = cap.residual.get_layer(layer), reference.residual.get_layer(layer)
                 same &= torch.equal(ours, theirs)
-                same &= torch.equal(cap.attention.get_layer(layer), reference.attention.get_layer(layer))
-                same &= torch.equal(cap.gates.pre("mlp.gate", layer), reference.gates.pre("mlp.gate", layer))
+                same &= torch.equal(
+                    cap.attention.get_layer(layer), reference.attention.get_layer(layer)
+                )
+                same &= torch.equal(
+                    cap.gates.pre("mlp.gate", layer), reference.gates.pre("mlp.gate", layer)
+                )
             if not same:
                 wrong.append("differs")
 

@@ -80,6 +80,16 @@ def test_draws(seed: int) -> None:
     check(rng.laplace(size=4000))
 
 
+def test_optimum_among_outliers_that_no_edge_shows() -> None:
+    # Keeping all gives S²/k = 42 327 and the three outliers 40 833; the largest alone is better.
+    weights = np.full(N, 1.02)
+    weights[:3] = 210.0, 70.0, -70.0
+    scan = in_pieces(weights, 3)
+    _, k, total = best_survivors(scan, scan.abs_sums())
+    assert (k[0], total[0]) == (1, 210.0)
+    check(weights.astype(np.float32))
+
+
 @pytest.mark.parametrize("size", [1e-44, 1e-42, 1e-40, 1e-39, 1e-37, 1e30, 3e37])
 def test_sizes_at_the_ends_of_float32(size: float) -> None:
     check((draw("gaussian") * size).astype(np.float32))

@@ -221,6 +221,18 @@ class TestUnits:
         assert quant.last_group == 40
         assert torch.equal(quant.reconstruct(), rows.reconstruct())
 
+    @pytest.mark.parametrize("rule", ["absmean", "exact", "asymmetric"])
+    def test_groups_longer_than_a_block(self, rule: str) -> None:
+        weights = gaussian(1, 2_200_000)
+        quant = PerLayerQuant.quantize(weights, "w", rule=rule, group_size=1_100_000)
+        assert quant.last_group == 1_100_000
+        uneven = PerLayerQuant.quantize(weights, "w", rule=rule, group_size=1_300_000)
+        assert uneven.last_group == 900_000
+        for result, start in ((quant, 1_100_000), (uneven, 1_300_000)):
+            alone = PerLayerQuant.quantize(weights[0, start:], "w", rule=rule)
+            assert torch.equal(result.trits[0, start:], alone.trits)
+            assert torch.equal(result.reconstruct()[0, start:], alone.reconstruct())
+
     def test_groups_of_128_by_default(self) -> None:
         assert PerLayerQuant.quantize(gaussian(3, 256), "w", per="group").group_size == 128
 

@@ -130,6 +130,7 @@ def code_tensor(
             energy += _energy(stored_matrix)
         zeros += quant.sparsity
         was_ternary = was_ternary and quant.was_ternary
+        del quant  # before the next one is made
     return _report(
         choice,
         header,
@@ -202,8 +203,8 @@ def _write_codes(writer: ShardWriter, name: str, trits: Tensor, index: int) -> N
         offset = begin + first * row_bytes
         writer.put(offset, pack_rows(part).numpy())
         found = writer.get(offset, (last - first) * row_bytes)
-        trits = TwoBit().decode(found, (last - first, 4 * row_bytes)).trits
-        if not np.array_equal(trits[:, :cols], part.numpy()):
+        decoded = TwoBit().decode(found, (last - first, 4 * row_bytes)).trits
+        if not np.array_equal(decoded[:, :cols], part.numpy()):
             raise WriteError(f"{name} decodes to other trits than were coded: check the disk")
 
 

@@ -127,10 +127,13 @@ class Journal:
     def finished(self, shard: Path) -> tuple[str, list[TensorReport]] | None:
         """Hash and reports of a shard that is whole and still as it was written, else None."""
         entry = self._shards.get(shard.name)
-        if entry is None or not shard.is_file() or sha256_of(shard) != entry["sha256"]:
+        if not isinstance(entry, dict) or not shard.is_file():
             return None
-        reports = [TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in entry["tensors"]]
-        return entry["sha256"], reports
+        try:
+            reports = [TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in entry["tensors"]]
+        except (KeyError, TypeError):  # somebody wrote in it: the shard is made again
+            return None
+        return (entry["sha256"], reports) if sha256_of(shard) == entry.get("sha256") else None
 
     def add(self, shard: str, digest: str, reports: list[TensorReport]) -> None:
         """Note that a shard is whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,7 +48,13 @@ Format = Literal["trilens"]
 _DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
 _SIDE_SUFFIXES = frozenset(
-    {".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
+    {".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
+)
+# Other JSON files may say of the source what is not true of the output (how well it was trained).
+_SIDE_FILE = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|chat_template"
+    r"|tekken|normalizer|(\w+_)?(pre)?processor_config).*\.json|(LICENSE|NOTICE|USE_POLICY).*",
+    re.IGNORECASE,
 )
 _NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
 
@@ -179,12 +186,12 @@ def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...
 
 
 def _side_files(folder: Path) -> tuple[Path, ...]:
-    """Tokenizer, generation settings and the like: small files that belong to the checkpoint."""
+    """Tokenizer, generation settings, licence: small files that belong to the checkpoint."""
     return tuple(
         path
         for path in sorted(folder.iterdir())
         if path.is_file()
-        and path.suffix in _SIDE_SUFFIXES
+        and (path.suffix in _SIDE_SUFFIXES or _SIDE_FILE.fullmatch(path.name))
         and not path.name.endswith(_WEIGHT_SUFFIXES)
         and not path.name.startswith(".")
         and path.name not in _NOT_COPIED

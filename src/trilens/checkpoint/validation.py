@@ -127,7 +127,8 @@ def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> N
                 raise CorruptFileError(f"tensor {tensor.name} has shape {found[''].shape}")
             continue
         for header in found.values():
-            mapped.setdefault(header.file, MappedFile(header.file))
+            if header.file not in mapped:
+                mapped[header.file] = MappedFile(header.file)
         _check_coded(tensor, report.plan, found, mapped)
     if unclaimed:
         raise CorruptFileError(f"tensor {min(unclaimed)} is in the files, but not in the report")

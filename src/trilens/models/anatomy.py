@@ -12,21 +12,19 @@ What they find is returned with the facts that prove it. What they can't prove i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.models.relation import relate
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
 __all__ = ["Anatomy", "Block", "find_anatomy"]
 
 _LONGEST_WAY = 4
-_UNCAPPED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +90,13 @@ class _Chain:
 
 
 def find_anatomy(
-    trace: Trace, *, softcaps: Sequence[float] = (), width: int | None = None
+    trace: Trace, *, constants: Sequence[float] = (), width: int | None = None
 ) -> Anatomy:
     """Apply the rules to a trace.
 
     Args:
         trace: what a probe of the model did.
-        softcaps: tanh caps to try on the logits (the numbers of the model's config).
+        constants: the numbers of the model's config: what a factor or a tanh cap may be.
         width: the config's hidden size: a stream that is a multiple of it holds several.
 
     Raises:
@@ -116,9 +114,9 @@ def find_anatomy(
     facts = [
         f"{len(chain.calls)} blocks in {parent_path(chain.calls[0].path) or 'the model'}: "
         "each block's output is the next one's input, bit for bit",
-        f"last hidden state = {' → '.join(norm.path) if norm.path else 'the output'} of the last block",
+        f"last hidden state = {' → '.join(norm.path) or 'the output'} of the last block",
     ]
-    head = _unembedding(trace, hidden, norm.end, softcaps)
+    head = _unembedding(trace, hidden, norm.end, constants)
     if head.path:
         facts.append(
             f"logits = {' → '.join(head.path)} of the last hidden state"
@@ -212,7 +210,7 @@ def _carried(tensor: Tensor, call: ModuleCall) -> float | None:
     """
     if call.takes(tensor):
         return 1.0
-    return next((c for item in call.inputs if (c := _factor(tensor, item)) is not None), None)
+    return next((c.scale for item in call.inputs if (c := relate(tensor, item)) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +247,7 @@ def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, 
     path: tuple[str, ...] = ()
     while len(path) < _LONGEST_WAY:
         later = (call for call in trace.calls if call.start > after and call.outputs)
-        step = next((call for call in later if call.takes(tensor)), None)
+        step = next((call for call in later if _reads(call, tensor)), None)
         if step is None or not _reads_only(step, tensor):
             return
         path = (*path, step.path)
@@ -257,8 +255,18 @@ def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, 
         yield path, tensor, after
 
 
+def _reads(call: ModuleCall, tensor: Tensor) -> bool:
+    return any(_is_read_as(item, tensor) for item in call.inputs)
+
+
 def _reads_only(call: ModuleCall, tensor: Tensor) -> bool:
-    return all(same(item, tensor) for item in call.inputs if item.is_floating_point())
+    return all(_is_read_as(item, tensor) for item in call.inputs if item.is_floating_point())
+
+
+def _is_read_as(item: Tensor, tensor: Tensor) -> bool:
+    """The tensor itself, or cast: Mamba keeps a float32 stream under half-precision weights."""
+    cast = tensor if item.dtype == tensor.dtype else tensor.to(item.dtype)
+    return item.is_floating_point() and same(item, cast)
 
 
 def _same_flat(a: Tensor, b: Tensor) -> bool:
@@ -276,7 +284,7 @@ class _Head:
     softcap: float | None = None
 
 
-def _unembedding(trace: Trace, hidden: Tensor, after: int, softcaps: Sequence[float]) -> _Head:
+def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[float]) -> _Head:
     """The modules from the last hidden state to the logits."""
     logits = trace.logits
     if logits is None:
@@ -284,54 +292,19 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, softcaps: Sequence[fl
     ways = [(path, output) for path, output, _ in _way(trace, hidden, after)]
     # A head that reads a scaled hidden state: for a linear map the factor commutes.
     for call in (call for call in trace.calls if call.start > after):
-        if isinstance(call.module, nn.Linear) and call.module.bias is None and call.inputs:
-            factor = _factor(hidden, call.inputs[0])
-            if factor not in (None, 1.0):
-                ways.append(((call.path,), call.outputs[0] / factor))
+        plain = isinstance(call.module, nn.Linear) and getattr(call.module, "bias", None) is None
+        if plain and call.inputs:
+            factor = relate(hidden, call.inputs[0])
+            if factor is not None and factor.scale != 1.0:
+                ways.append(((call.path,), call.outputs[0] / factor.scale))
     for path, output in ways:
-        relation = _relate(output[..., : logits.shape[-1]], logits, softcaps)
+        relation = relate(output[..., : logits.shape[-1]], logits, constants)
         if relation is not None:
-            return _Head(path, *relation)
+            return _Head(path, relation.scale, relation.softcap)
     raise AnatomyError(
         "the logits could not be rebuilt: no modules lead from the last hidden state to the "
         f"logits [{', '.join(map(str, logits.shape))}], up to a factor or a tanh cap"
     )
-
-
-def _factor(a: Tensor, b: Tensor) -> float | None:
-    """The c in b = c·a, or None."""
-    if a.shape != b.shape or not b.is_floating_point() or not a.is_floating_point():
-        return None
-    relation = _relate(a, b, ())
-    return None if relation is None else relation[0]
-
-
-def _relate(
-    raw: Tensor, logits: Tensor, softcaps: Sequence[float]
-) -> tuple[float, float | None] | None:
-    if raw.shape != logits.shape:
-        return None
-    a, b = raw.double(), logits.double()
-    tolerance = float(b.abs().max()) * 16 * torch.finfo(logits.dtype).eps
-    if torch.equal(a, b):
-        return 1.0, None
-    for cap in (None, *softcaps):
-        # Undo the cap where the model is far from it; the factor is read off the largest value.
-        inner = b if cap is None else cap * torch.atanh((b / cap).clamp(-_UNCAPPED, _UNCAPPED))
-        at = int((a.abs() * (inner.abs() < _UNCAPPED * (cap or math.inf))).argmax())
-        if not float(a.reshape(-1)[at]):
-            continue
-        scale = _round_to(float(inner.reshape(-1)[at] / a.reshape(-1)[at]), logits.dtype)
-        rebuilt = a * scale if cap is None else cap * torch.tanh(a * scale / cap)
-        if bool(((rebuilt - b).abs() <= tolerance).all()):
-            return scale, cap
-    return None
-
-
-def _round_to(scale: float, dtype: torch.dtype) -> float:
-    """A measured factor, with the digits that its dtype can have measured."""
-    digits = max(2, int(-math.log10(torch.finfo(dtype).eps)) - 1)
-    return float(f"{scale:.{digits}g}")
 
 
 def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], dict[int, str]]:

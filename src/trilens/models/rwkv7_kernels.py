@@ -29,7 +29,7 @@ __all__ = ["rwkv7_attention", "rwkv7_recurrent"]
 _LOG_SPAN = 20.0
 
 
-def rwkv7_attention(  # noqa: PLR0917  the recurrence has six inputs
+def rwkv7_attention(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
@@ -83,7 +83,7 @@ def rwkv7_attention(  # noqa: PLR0917  the recurrence has six inputs
     return y.transpose(1, 2).to(r.dtype), end
 
 
-def rwkv7_recurrent(  # noqa: PLR0917  as above
+def rwkv7_recurrent(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,

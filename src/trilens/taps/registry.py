@@ -167,11 +167,18 @@ def _eager_of(frame: Any) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def attention_keys(model: nn.Module) -> dict[nn.Module, str]:
-    """Every module whose code asks the registry, with its config's current implementation key."""
+def attention_keys(
+    model: nn.Module, modules: Iterable[nn.Module] | None = None
+) -> dict[nn.Module, str]:
+    """The modules whose code asks the registry, with their config's current implementation key.
+
+    Args:
+        model: whose config counts for a module without one.
+        modules: which modules to look at; all of the model's where not given.
+    """
     keys: dict[nn.Module, str] = {}
     fallback = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
-    for module in model.modules():
+    for module in model.modules() if modules is None else modules:
         if any(True for _ in _interfaces(module)):
             config = getattr(module, "config", None)
             keys[module] = getattr(config, "_attn_implementation", None) or fallback

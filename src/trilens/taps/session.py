@@ -220,7 +220,6 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
         CaptureError: the blocks did not run in the proven order.
     """
     session = _Session(anatomy, wanted)
-    modules = dict(model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         for module in {id(block.module): block.module for block in anatomy.blocks}.values():
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
@@ -237,9 +236,9 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
             watcher = KernelWatcher(_nothing, session.kernel_left)
             stack.enter_context(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         if wanted.attention:
-            keys = attention_keys(model)
-            attending = {modules[anatomy.attention[layer]] for layer in wanted.attention}
-            watched = {module: keys[module] for module in attending}
+            paths = {anatomy.attention[layer] for layer in wanted.attention}
+            attending = [model.get_submodule(path) for path in paths]
+            watched = attention_keys(model, attending)
             stack.enter_context(REGISTRY.watch(watched, session.attend))
         yield session.recording
     session.finish()

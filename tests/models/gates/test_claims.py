@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinymodels import build, prompt_ids
 from trilens.errors import SilentSiteError, UnclaimedGateError
 from trilens.lens import Lens
+from trilens.models.gates.kernels import KERNEL_GATES, is_recorded
+from trilens.taps.kernels import kernel_calls
 
 
 def llama(mlp_class: type[nn.Module], layers: tuple[int, ...] = (1,)) -> LlamaForCausalLM:
@@ -133,3 +136,43 @@ def test_multipliers_of_the_projection_are_in_the_gate() -> None:
     scaled = (seen[-1] * mixer.mup_vector.reshape(1, -1))[:, :units]
     assert torch.equal(gates.pre("mixer.z", 0), scaled)
     assert not torch.equal(gates.pre("mixer.z", 0), seen[-1][:, :units])
+
+
+def test_the_proof_notices_a_wrong_value() -> None:
+    given = [torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    values = torch.cat(given)[[4, 0, 2], 5:9]
+    assert is_recorded(values, given)
+    assert is_recorded(values + 5e-7, given)
+    assert not is_recorded(torch.cat([values.flatten(), torch.tensor([1.5])]), given)
+    assert not is_recorded(values + 1e-4, given)
+    assert not is_recorded(values, [])
+    assert not is_recorded(values[:0], given)
+
+
+@pytest.mark.parametrize("name", ["delta_bias", "delta_softplus"])
+def test_a_step_read_wrongly_is_not_claimed(name: str) -> None:
+    """Without its bias or its softplus dt is not what the model computed: no gate of it."""
+    rate, step, decay = KERNEL_GATES["mamba_selective_scan"]
+    model, ids = build("mamba"), prompt_ids("mamba", 6)
+    outputs: dict[str, list[torch.Tensor]] = {"softplus": [], "exp": []}
+    with _Outputs(outputs), torch.no_grad(), kernel_calls(model) as calls:
+        model(input_ids=ids, use_cache=False)
+    right = dict(calls[0].arguments)
+    assert step.function(right, outputs) == "step"
+    assert decay.function(right, outputs) == "step_decay"
+    wrong = {**right, name: None}
+    assert step.function(wrong, outputs) == ""
+    assert decay.function(wrong, outputs) == ""
+    assert rate.read(right).shape == (right["dt"].shape[1], right["B"].shape[1])
+
+
+class _Outputs(TorchFunctionMode):
+    def __init__(self, outputs: dict[str, list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__ in self.outputs:
+            self.outputs[func.__name__].append(result)
+        return result

@@ -25,6 +25,7 @@ _FORMULAS = {
     "sigmoid": "σ(x)",
     "chosen": "σ(x); the model takes it of the chosen experts",
     "cut": "softmax(x); the model renormalises over the chosen experts",
+    "masked": "softmax(x); the model leaves out experts far below the best one",
     "unit": "probability of each expert",
 }
 _TOLERANCE = 1e-6
@@ -52,7 +53,25 @@ def find_routers(view: BlockView) -> list[GateSite]:
             else:
                 found.append(site)
             break
-    return found
+    return found or _masked_router(view)
+
+
+def _masked_router(view: BlockView) -> list[GateSite]:
+    """A router without a top-k: it masks experts far below the best, and takes the maximum."""
+    calls = [call for call in view.open_calls() if call.function == "softmax"]
+    calls = [c for c in calls if c.x.dim() == 2 and c.x.shape[0] == view.seq != c.x.shape[1]]
+    for call in calls:
+        left_out = torch.isneginf(call.x)
+        for module in view.calls:
+            for logits in module.outputs:
+                if logits.shape != call.x.shape or module.start > call.tick:
+                    continue
+                if not bool(((logits == call.x) | left_out).all()):
+                    continue
+                view.settle(calls)
+                site = _site(call, logits, "masked", view)
+                return [] if site is None else [site]
+    return []
 
 
 def _together(call: FunctionCall, topk: TopkCall) -> bool:
@@ -89,7 +108,7 @@ def _before_cut(call: FunctionCall, topk: TopkCall, view: BlockView) -> tuple[Te
 
 
 def _site(call: FunctionCall, pre: Tensor, how: str, view: BlockView) -> GateSite | None:
-    function = {"cut": "softmax", "chosen": "sigmoid"}.get(how, how)
+    function = {"cut": "softmax", "masked": "softmax", "chosen": "sigmoid"}.get(how, how)
     if how == "softmax":
         value = INNER_FUNCTIONS["softmax"].value(call.x)
         if float((value - call.y).abs().max()) > _TOLERANCE:

@@ -1,0 +1,72 @@
+"""What the README shows is what the commands print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import trilens
+from trilens.cli import app
+from trilens.demo import demo_path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```\n(.*?)\n```", README, re.DOTALL)
+
+
+def words(text: str) -> list[str]:
+    """The text without its numbers: bf16 rounds differently from processor to processor."""
+    return re.sub(r"\d+(\.\d+)?%?", "#", text).split()
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<![\w.])\d+\.\d+", text)]
+
+
+def check(shown: str, printed: str) -> None:
+    head, table = shown.split("\n\n")[:2]
+    assert head in printed
+    assert words(table.splitlines()[0]) == words(printed.split("\n\n")[1].splitlines()[0])
+    ours, theirs = numbers(shown), numbers(printed)
+    assert len(ours) == len(theirs)
+    # Two decimals of bf16 arithmetic (8 bits): a few units in the third digit.
+    assert ours == pytest.approx(theirs, rel=0.05, abs=0.05)
+
+
+def test_demo_output() -> None:
+    shown = next(block for block in BLOCKS if block.startswith("demo transformer"))
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 0
+    check(shown, result.stdout.rstrip())
+
+
+def test_inspect_output() -> None:
+    block = next(block for block in BLOCKS if block.startswith("$ trilens inspect"))
+    command, _, shown = block.partition("\n")
+    assert command.endswith("--layers 1-2 --top-k 2")
+    prompt = "import os\nimport sys\nimport "
+    arguments = ["inspect", str(demo_path()), "-p", prompt, "--layers", "1-2", "--top-k", "2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    check(shown, result.stdout.rstrip())
+
+
+def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.findall(r"```python\n(.*?)\n```", README, re.DOTALL)[0]
+    exec(code.replace("path/or/hub-id", str(demo_path())), {})
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_make_targets_and_version() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    assert f'version = "{trilens.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
