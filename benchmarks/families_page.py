@@ -32,7 +32,7 @@ def page() -> str:
         f"All {len(table.rows)} causal-LM types of transformers {table.transformers}, a tiny random"
         " model each, prompts longer",
         "than its sliding window, attention chunk and sparse top-k (`make sweep`; the table is",
-        "`trilens families`). Captured means: logits bit-identical to the plain run, every residual",
+        "`trilens families`). Captured means: logits bit-identical to a plain run, every residual",
         "bit-identical to an independent hook, attention within 1e-5 of eager `output_attentions`",
         "where the family offers it, and `capture_many` within 1e-5 of `capture`.",
         "",
