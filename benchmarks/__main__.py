@@ -5,13 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("overhead", "long_attention", "attention_questions", "quantize")
+NAMES = (
+    "overhead",
+    "long_attention",
+    "attention_questions --json",
+    "effective_attention --json",
+    "quantize",
+    "checkpoint",
+)
 
 
 def main() -> int:
     """Run them; the exit code says whether all ran."""
     codes = [
-        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode
+        subprocess.run(
+            [sys.executable, "-m", *f"benchmarks.{name}".split()], check=False
+        ).returncode
         for name in NAMES
     ]
     return int(any(codes))
