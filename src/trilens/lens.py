@@ -30,6 +30,7 @@ from trilens.models.tokens import (
 from trilens.models.trace import tensors_in
 from trilens.proof import Proof, prove
 from trilens.splitting import split
+from trilens.taps.effective import effective_patterns
 from trilens.taps.mode import evaluating
 from trilens.taps.session import Recording, Wanted, listening
 from trilens.taps.turns import Turns
@@ -71,6 +72,7 @@ class Lens:
             self._proof: Proof = prove(model, self._vocab)
         self._max_positions = max_positions_of(model)
         self._copies = False
+        self._effective_proven: set[int] = set()
         self._batches = True
         self._batches_checked = 0
 
@@ -123,6 +125,11 @@ class Lens:
         return tuple(self.anatomy.attention)
 
     @property
+    def effective_layers(self) -> tuple[int, ...]:
+        """Recurrent layers whose effective attention can be captured."""
+        return self._proof.gates.effective_layers
+
+    @property
     def gate_layers(self) -> dict[str, tuple[int, ...]]:
         """Per gate name, the layers where it is proven."""
         found: dict[str, list[int]] = {}
@@ -141,6 +148,7 @@ class Lens:
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
+        effective: bool = False,
         layers: Iterable[int] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
@@ -152,6 +160,8 @@ class Lens:
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys.
             gates: keep each proven gate: what it is computed from, or its value.
+            effective: keep the effective attention of recurrent layers, as signed patterns beside
+                the softmax layers' in `attention`; proven when a layer is first captured.
             layers: layer numbers; all where not given.
             logits: of all positions, of the last, or none.
             add_special_tokens: for a text prompt, as the tokenizer does.
@@ -163,12 +173,14 @@ class Lens:
         Raises:
             PromptError: empty, too long, out of vocabulary, or text without a tokenizer.
             OutOfRangeError: a layer that is not there.
-            AttentionPathError: attention was asked of a layer that has none to give.
+            AttentionPathError: attention was asked of a layer that has none to give, or both kinds
+                of a layer that has both.
+            CaptureError: an effective attention that the kernel's output does not prove.
             SilentSiteError: a site did not fire, or gates were asked where none is proven.
             UnclaimedGateError: gates were asked of a layer that also gates in an unknown way.
         """
         read = self._read(prompt, add_special_tokens)
-        wanted = self._wanted([read], residual, attention, gates, layers)
+        wanted = self._wanted([read], residual, attention, gates, effective, layers)
         return self._run([read], wanted, logits)[0]
 
     def capture_many(
@@ -179,6 +191,7 @@ class Lens:
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
+        effective: bool = False,
         layers: Iterable[int] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
@@ -212,7 +225,7 @@ class Lens:
             lengths = {len(prompt.ids) for prompt in group}
             together = len(lengths) == 1 or self.batches_safely(max(lengths))
             for part in [group] if together else [[prompt] for prompt in group]:
-                wanted = self._wanted(part, residual, attention, gates, chosen)
+                wanted = self._wanted(part, residual, attention, gates, effective, chosen)
                 yield from self._run(part, wanted, logits)
 
         return batches()
@@ -236,7 +249,9 @@ class Lens:
             probes = [Prompt(row[0].cpu(), tuple(map(str, row[0].tolist()))) for row in rows]
 
             def residuals(group: list[Prompt]) -> list[Capture]:
-                return self._run(group, self._wanted(group, "all", False, False, None), "all")
+                return self._run(
+                    group, self._wanted(group, "all", False, False, False, None), "all"
+                )
 
             alone = [residuals([probe])[0] for probe in probes]
             pairs = zip(residuals(probes), alone, strict=True)
@@ -293,18 +308,22 @@ class Lens:
         residual: Which | None,
         attention: bool,
         gates: bool,
+        effective: bool,
         layers: Iterable[int] | None,
     ) -> Wanted:
         if residual not in ("last", "all", None):
             raise UsageError(f"residual {residual!r} is not an option: 'last', 'all' or None")
         chosen = self._layers(layers)
+        softmax = self._attention(chosen, explicit=layers is not None) if attention else ()
+        claims, name = self._proof.gates, type(self.model).__name__
         return Wanted(
             layers=chosen,
             residual=residual,
             lengths=tuple(len(prompt.ids) for prompt in prompts),
-            attention=self._attention(chosen, explicit=layers is not None) if attention else (),
-            gates=self._proof.gates.within(chosen, type(self.model).__name__) if gates else {},
+            attention=softmax,
+            gates=claims.within(chosen, name) if gates else {},
             copy=self._copies,
+            kernels=claims.effective_within(chosen, softmax, name) if effective else (),
         )
 
     def _layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
@@ -359,6 +378,7 @@ class Lens:
             recording,
             wanted,
             anatomy=self.anatomy,
+            effective=effective_patterns(recording.kernels, wanted.lengths, self._effective_proven),
             logits=values if isinstance(values, Tensor) else None,
             last_logits=logits == "last",
             info=self._info(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +28,25 @@ def split(
     wanted: Wanted,
     *,
     anatomy: Anatomy,
+    effective: Mapping[int, Pattern],
     logits: Tensor | None,
     last_logits: bool,
     info: ModelInfo,
 ) -> list[Capture]:
-    """One capture per row. A single row keeps references; rows of a batch are copied out of it."""
-    patterns = {layer: pattern_of(call) for layer, call in recording.attention.items()}
+    """One capture per row. A single row keeps references; rows of a batch are copied out of it.
+
+    Args:
+        prompts: one per row of the batch.
+        recording: what the pass left behind.
+        wanted: what was asked of it.
+        anatomy: the model's parts.
+        effective: patterns of recurrent layers, over the padded batch.
+        logits: [batch, seq, vocab], or None.
+        last_logits: keep those of the last token only.
+        info: what a capture says of its model.
+    """
+    softmax = {layer: pattern_of(call) for layer, call in recording.attention.items()}
+    patterns = dict(sorted({**softmax, **effective}.items()))
     shared = SharedMasks()
     return [
         Capture(
@@ -85,7 +98,7 @@ def _attention(
     row: int,
     shared: SharedMasks,
 ) -> AttentionCache | None:
-    if not wanted.attention:
+    if not patterns:
         return None
     if len(wanted.lengths) > 1:
         length = wanted.lengths[row]

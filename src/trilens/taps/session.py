@@ -177,10 +177,18 @@ class _Session:
         if self.layer is not None and self.layer in self.wanted.kernels:
             held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             calls = self.recording.kernels.setdefault(self.layer, [])
-            calls.append(KernelRecord(name, held, result))
+            calls.append(KernelRecord(name, held, self.keep_result(result)))
         key = _key(Source("kernel", kernel=name))
         if key in self.taps:
             self.tapped(key, arguments)
+
+    def keep_result(self, result: Any) -> Any:
+        """What a kernel gave, a tensor or a tuple that holds some, each of them kept."""
+        if isinstance(result, Tensor):
+            return self.keep(result)
+        if isinstance(result, tuple | list):
+            return tuple(self.keep(item) if isinstance(item, Tensor) else item for item in result)
+        return result
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A detached reference (or copy), with its version to see whether it is overwritten."""

@@ -91,14 +91,19 @@ class BlockView:
         """Whether a module is, is in, or holds the module that calls softmax attention."""
         return any(self._related(path, site) for site in self.attention)
 
+    @property
+    def other_mixer(self) -> str:
+        """The class of a recurrent mixer without a known kernel function, or ""."""
+        found = (type(c.module).__name__ for c in self.calls[1:] if _is_other_mixer(c.module))
+        return next(found, "")
+
     def mixer_of(self, path: str) -> str | None:
         """The recurrent mixer that a module is, is in, or holds; None where there is none."""
         for kernel in self.kernels:
             if self._related(path, kernel.path):
                 return kernel.path
         for call in self.calls[1:]:
-            names = dict(call.module.named_children()) | dict(call.module.named_buffers())
-            known = any(all(name in names for name in rule) for rule in _MIXER_ATTRIBUTES)
+            known = _is_other_mixer(call.module)
             convolved = any(isinstance(child, nn.Conv1d) for child in call.module.children())
             if (known or convolved) and self._related(path, call.path):
                 return call.path
@@ -243,3 +248,8 @@ def _is_stacked(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d):
         return False
     return any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+
+
+def _is_other_mixer(module: nn.Module) -> bool:
+    names = dict(module.named_children()) | dict(module.named_buffers())
+    return any(all(name in names for name in rule) for rule in _MIXER_ATTRIBUTES)

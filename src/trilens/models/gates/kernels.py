@@ -25,7 +25,9 @@ __all__ = [
     "DECODE_KERNELS",
     "KERNEL_GATES",
     "KernelGate",
+    "chunk_step",
     "is_recorded",
+    "scan_step",
 ]
 
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
@@ -97,11 +99,13 @@ def _softplus_step(args: Arguments, bias_name: str, flag: str, *, channels_first
     return F.softplus(dt) if args.get(flag) else dt
 
 
-def _scan_step(args: Arguments) -> Tensor:
+def scan_step(args: Arguments) -> Tensor:
+    """dt of a selective scan as it uses it: [batch, channels, seq]."""
     return _softplus_step(args, "delta_bias", "delta_softplus", channels_first=True)
 
 
-def _chunk_step(args: Arguments) -> Tensor:
+def chunk_step(args: Arguments) -> Tensor:
+    """dt of a chunked scan as it uses it: [batch, seq, heads]."""
     dt = _softplus_step(args, "dt_bias", "dt_softplus", channels_first=False)
     low, high = args["dt_limit"]
     return torch.clamp(dt, min=low, max=high)
@@ -133,12 +137,12 @@ def _is_step(read: Callable[[Arguments], Tensor]) -> Callable[[Arguments, Record
 
 
 def _is_scan_decay(args: Arguments, recorded: Recorded) -> str:
-    exponent = _scan_step(args)[:, :, :, None] * args["A"][None, :, None, :]
+    exponent = scan_step(args)[:, :, :, None] * args["A"][None, :, None, :]
     return "step_decay" if is_recorded(torch.exp(exponent), recorded.get("exp", [])) else ""
 
 
 def _is_chunk_decay(args: Arguments, recorded: Recorded) -> str:
-    log = args["A"].float() * _chunk_step(args).float()
+    log = args["A"].float() * chunk_step(args).float()
     return "step_decay" if _spans(log, args, recorded) else ""
 
 
@@ -194,22 +198,22 @@ KERNEL_GATES: Mapping[str, tuple[KernelGate, ...]] = {
     "mamba_selective_scan": (
         _A,
         KernelGate(
-            "mixer.dt", "step", "softplus(dt + bias)", _scan_step, 2, _is_step(_scan_step),
+            "mixer.dt", "step", "softplus(dt + bias)", scan_step, 2, _is_step(scan_step),
             (0.0, _INF), rate="mixer.rate",
         ),
         KernelGate(
-            "mixer.decay", "decay", "exp(dt·A)", _scan_step, 2, _is_scan_decay,
+            "mixer.decay", "decay", "exp(dt·A)", scan_step, 2, _is_scan_decay,
             (0.0, 1.0), rate="mixer.rate",
         ),
     ),
     "mamba2_chunk_scan": (
         _A,
         KernelGate(
-            "mixer.dt", "step", "clamp(softplus(dt + bias))", _chunk_step, 1,
-            _is_step(_chunk_step), (0.0, _INF), rate="mixer.rate",
+            "mixer.dt", "step", "clamp(softplus(dt + bias))", chunk_step, 1,
+            _is_step(chunk_step), (0.0, _INF), rate="mixer.rate",
         ),
         KernelGate(
-            "mixer.decay", "decay", "exp(dt·A)", _chunk_step, 1, _is_chunk_decay,
+            "mixer.decay", "decay", "exp(dt·A)", chunk_step, 1, _is_chunk_decay,
             (0.0, 1.0), rate="mixer.rate",
         ),
     ),
