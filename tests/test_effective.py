@@ -191,8 +191,7 @@ def test_a_softmax_per_channel_has_statistics_without_a_view() -> None:
 def test_softmax_and_effective_layers_share_a_cache(model_type: str) -> None:
     lens, ids = Lens(build(model_type)), prompt_ids(model_type, 9)
     softmax = set(lens.attention_layers)
-    if model_type == "kimi_linear" and not softmax:
-        pytest.skip("its softmax attention takes another path")
+    assert softmax
     both = lens.capture(ids, attention=True, effective=True).attention
     assert both.layers == tuple(sorted(softmax | set(lens.effective_layers)))
     assert {i for i in both.layers if not both.pattern(i).signed} == softmax
@@ -204,6 +203,17 @@ def test_softmax_and_effective_layers_share_a_cache(model_type: str) -> None:
     without = next(i for i in range(lens.n_layers) if i not in lens.effective_layers)
     with pytest.raises(AttentionPathError, match=r"no layer asked of .* is recurrent"):
         lens.capture(ids, effective=True, layers=[without])
+
+
+@pytest.mark.parametrize("model_type", KERNELS)
+def test_gates_of_the_same_kernel_stay_what_they_are(model_type: str) -> None:
+    lens, ids = Lens(model_of(model_type)), prompt_ids(model_type, 9)
+    both, alone = lens.capture(ids, gates=True, effective=True), lens.capture(ids, gates=True)
+    assert both.attention.layers == lens.effective_layers
+    assert alone.attention is None
+    for name, layers in lens.gate_layers.items():
+        for layer in layers:
+            assert torch.equal(both.gates.get(name, layer), alone.gates.get(name, layer))
 
 
 @pytest.mark.parametrize(
