@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
+from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
 from trilens.storage import read_tensors, write_tensors
 
 MANIFEST = {"format": "test.kind", "version": 3, "words": ["Grüße", "\n"]}
@@ -36,7 +36,7 @@ def test_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("trilens.storage.os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match="No space"):
         write_tensors(path, {"a": torch.zeros(2)}, MANIFEST)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["x.tlc"]

@@ -13,7 +13,14 @@ from torch import Tensor
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
 from trilens.caches.gates import GateCache, GateSpec
-from trilens.errors import CorruptFileError, NotStoredError
+from trilens.caches.storage import moved
+from trilens.errors import (
+    CorruptFileError,
+    NotStoredError,
+    OutOfRangeError,
+    UsageError,
+    ValueRangeError,
+)
 from trilens.storage import read_tensors, write_tensors
 
 __all__ = ["Capture", "ModelInfo"]
@@ -34,7 +41,7 @@ class ModelInfo:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Capture:
     """One prompt, one forward pass, no padding anywhere.
 
@@ -52,7 +59,7 @@ class Capture:
         the forward pass.
     """
 
-    tokens: tuple[str, ...]
+    tokens: list[str]
     token_ids: Tensor
     logits: Tensor | None
     residual: ActivationCache | FullActivationCache | None
@@ -85,9 +92,18 @@ class Capture:
 
         Raises:
             NotStoredError: the logits were not captured.
+            OutOfRangeError: a position that is not there.
+            ValueRangeError: k is no whole number from 1 on.
         """
         if self.logits is None:
             raise NotStoredError("logits were not captured: capture with logits='all' or 'last'")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueRangeError(f"k {k!r} is out of range: it is a whole number from 1 on")
+        n = self.logits.shape[0]
+        if isinstance(position, bool) or not isinstance(position, int) or not -n <= position < n:
+            raise OutOfRangeError(
+                f"position {position!r} is out of range: logits of positions {-n}–{n - 1} are held"
+            )
         # PROMOTE: a softmax over a vocabulary loses its tail in half precision.
         probabilities = self.logits[position].float().softmax(-1)
         top = probabilities.topk(min(k, probabilities.shape[-1]))
@@ -99,7 +115,7 @@ class Capture:
         """The same capture on another device."""
         return replace(
             self,
-            logits=None if self.logits is None else self.logits.to(device),
+            logits=None if self.logits is None else moved(self.logits, device),
             residual=None if self.residual is None else self.residual.to(device),
             attention=None if self.attention is None else self.attention.to(device),
             gates=None if self.gates is None else self.gates.to(device),
@@ -134,7 +150,7 @@ class Capture:
         manifest: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
-            "tokens": list(self.tokens),
+            "tokens": self.tokens,
             "model": asdict(self.model),
             "residual": self._residual_kind(),
             "attention": None,
@@ -169,7 +185,7 @@ class Capture:
         tensors, manifest = read_tensors(Path(path), _FORMAT, _VERSION)
         try:
             return cls._rebuild(tensors, manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise CorruptFileError(
                 f"{path} is not a whole capture: {type(error).__name__}: {error}; capture again"
             ) from error
@@ -185,6 +201,8 @@ class Capture:
             elif kind in parts:
                 layer, _, part = rest.partition(".")
                 parts[kind].setdefault(int(layer), {})[part] = tensor
+        if len(manifest["tokens"]) != len(tensors["token_ids"]):
+            raise ValueError("tokens and token ids differ in number")
         model = ModelInfo(**manifest["model"])
         attention = None
         if manifest["attention"] is not None:
@@ -206,7 +224,7 @@ class Capture:
         }
         kind = manifest["residual"]
         return cls(
-            tokens=tuple(manifest["tokens"]),
+            tokens=[str(token) for token in manifest["tokens"]],
             token_ids=tensors["token_ids"],
             logits=tensors.get("logits"),
             residual=None if kind is None else kinds[kind].from_layers(residual),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
 from trilens.commands_ternary import register
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo import DEMO_MODELS, demo_path
-from trilens.errors import UsageError
+from trilens.errors import UnclaimedGateError, UsageError
 from trilens.families import load_families
 from trilens.lens import Lens
 from trilens.models.rwkv7_convert import convert as convert_rwkv7
@@ -35,6 +38,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"trilens {version('trilens')}")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    _show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Open a language model: residual stream, attention and gates, one forward pass."""
+
+
 TopK = Annotated[
     int, typer.Option("--top-k", help="Attended tokens per layer, and next tokens.", min=1)
 ]
@@ -47,10 +67,12 @@ def _layers(text: str | None, n_layers: int) -> list[int] | None:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--layers {text!r} is not a list of layers: write for example 0,2-4")
         end = int(last) if dash else int(first)
-        if end >= n_layers or int(first) > end:
+        if int(first) > end:
+            raise UsageError(f"--layers {part.strip()!r} runs backwards: write {end}-{first}")
+        if end >= n_layers:
             raise UsageError(
                 f"--layers {part.strip()!r} is out of range: this model has layers 0–{n_layers - 1}"
             )
@@ -77,7 +99,15 @@ def _capture(lens: Lens, prompt: str, layers: list[int] | None) -> tuple[Capture
     gates = any(layer in gated for layer in wanted)
     if not gates:
         notes.append("no gates are proven in these layers")
-    capture = lens.capture(prompt, attention=attention, gates=gates, layers=layers)
+    if lens.unused_weights:
+        notes.append(f"{len(lens.unused_weights)} stored tensors have no place in this model")
+    if type(lens.model) in MODEL_FOR_MASKED_LM_MAPPING.values():
+        notes.append("a masked language model: next is what it would put in the last token's place")
+    try:
+        capture = lens.capture(prompt, attention=attention, gates=gates, layers=layers)
+    except UnclaimedGateError as error:
+        notes.append(f"no gates: {error}")
+        capture = lens.capture(prompt, attention=attention, layers=layers)
     return capture, notes
 
 
@@ -125,7 +155,7 @@ def inspect(
     top_k: TopK = 3,
     output: FormatOption = "table",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")
+        str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, float64.")
     ] = "auto",
     device_map: Annotated[
         str | None, typer.Option("--device-map", help="As in transformers: cpu, cuda, auto.")
@@ -187,6 +217,10 @@ register(app)
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the `trilens` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that can't show a token must not end the command.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     return app(args=arguments, prog_name="trilens")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -71,6 +72,7 @@ class Lens:
         with _TURNS.take(model.config):
             self._proof: Proof = prove(model, self._vocab)
         self._max_positions = max_positions_of(model)
+        self.unused_weights: tuple[str, ...] = ()
         self._copies = False
         self._effective_proven: set[int] = set()
         self._batches = True
@@ -80,7 +82,6 @@ class Lens:
     def from_pretrained(
         cls,
         path_or_hub_id: str,
-        *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         revision: str | None = None,
@@ -102,7 +103,9 @@ class Lens:
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        return cls(loaded.model, loaded.tokenizer)
+        lens = cls(loaded.model, loaded.tokenizer)
+        lens.unused_weights = tuple(loaded.unused)
+        return lens
 
     @property
     def anatomy(self) -> Anatomy:
@@ -144,7 +147,6 @@ class Lens:
     def capture(
         self,
         prompt: PromptLike,
-        *,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
@@ -207,8 +209,10 @@ class Lens:
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size {batch_size!r} is out of range: it is at least 1")
-        if isinstance(prompts, str):
-            raise UsageError("prompts is one string: give a list of prompts, or use capture")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UsageError(
+                f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
+            )
         chosen = None if layers is None else tuple(layers)
 
         def batches() -> Iterator[Capture]:
@@ -275,9 +279,11 @@ class Lens:
         """
         if not self.anatomy.unembedding:
             raise UsageError(f"{type(self.model).__name__} has no unembedding: it gives no logits")
-        if residual.shape[-1] != self.d_model:
+        if not isinstance(residual, Tensor) or residual.shape[-1:] != (self.d_model,):
+            shape = list(residual.shape) if isinstance(residual, Tensor) else residual
             raise ShapeError(
-                f"residual has width {residual.shape[-1]}: this model's d_model is {self.d_model}"
+                f"residual is {shape!r}: a tensor [..., d_model] is needed, and this model's "
+                f"d_model is {self.d_model}"
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         values = residual.reshape(1, -1, self.d_model) * self.anatomy.final_scale
@@ -329,9 +335,14 @@ class Lens:
     def _layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
         if layers is None:
             return tuple(range(self.n_layers))
-        chosen = tuple(layers)
+        try:
+            chosen = tuple(layers)
+        except TypeError:
+            raise UsageError(
+                f"layers {layers!r} is not a list: give layer numbers, for example [2, 5]"
+            ) from None
         for layer in chosen:
-            if isinstance(layer, bool) or not isinstance(layer, int):
+            if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
                 raise UsageError(f"layer {layer!r} is not a layer number")
             if not 0 <= layer < self.n_layers:
                 raise OutOfRangeError(
@@ -339,7 +350,7 @@ class Lens:
                 )
         if not chosen:
             raise UsageError("layers is empty: name at least one layer, or leave it out for all")
-        return tuple(sorted(set(chosen)))
+        return tuple(sorted({int(layer) for layer in chosen}))
 
     def _attention(self, layers: tuple[int, ...], *, explicit: bool) -> tuple[int, ...]:
         anatomy = self.anatomy
@@ -431,7 +442,7 @@ def _close(a: Capture, b: Capture) -> bool:
         if ours is None or theirs is None:
             continue
         # PROMOTE: half-precision rows differ by their own rounding from batch to batch.
-        tolerance = 1e-5 if ours.dtype == torch.float32 else 64 * torch.finfo(ours.dtype).eps
+        tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
         left, right = ours.double(), theirs.double()
         if float((left - right).abs().max()) > tolerance * max(1.0, float(right.abs().max())):
             return False

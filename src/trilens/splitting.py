@@ -50,7 +50,7 @@ def split(
     shared = SharedMasks()
     return [
         Capture(
-            tokens=prompt.strings,
+            tokens=list(prompt.strings),
             token_ids=prompt.ids,
             logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
             residual=_residual(recording, wanted, row),

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
+from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -27,6 +27,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, An
 
     Raises:
         UsageError: the folder does not exist, or the path is a folder.
+        WriteError: the file can't be written; nothing is left of it.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file, for example {path / 'capture.tlc'}")
@@ -44,17 +45,31 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, An
         stored[name] = tensor.detach().to("cpu").contiguous().clone()
     body = json.dumps({**manifest, "aliases": aliases}, ensure_ascii=False)
     data = to_bytes(stored, metadata={_KEY: body})
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        # mkstemp makes files for their owner alone; this one is an ordinary result.
+        Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
     return path
+
+
+def _cannot_write(path: Path, error: OSError) -> WriteError:
+    why = error.strerror or type(error).__name__
+    return WriteError(f"{path} can't be written: {why}; name another place, or make room")
 
 
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

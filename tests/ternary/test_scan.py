@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trilens.ternary.kernels import kernels_for
@@ -15,6 +15,9 @@ CUTS = st.floats(allow_nan=False) | st.floats(-4, 4)
 
 @settings(max_examples=300, deadline=None)
 @given(CUTS, CUTS)
+@example(0.0, 3.402823364973241e38)
+@example(-3.402823364973241e38, -3.402823364973241e38)
+@example(3.402823364973241e38, 3.402823364973241e38)
 def test_every_float32_falls_on_the_same_side(one: float, other: float) -> None:
     low, high = sorted((one, other))
     rounded = inner_cuts(np.array([[low, high]]), np.dtype(np.float32))
@@ -22,7 +25,7 @@ def test_every_float32_falls_on_the_same_side(one: float, other: float) -> None:
     for cut in (low, high):
         with np.errstate(over="ignore", under="ignore"):
             nearest = np.float64(cut).astype(np.float32)
-        beside = [np.nextafter(nearest, np.float32(end)) for end in (-np.inf, np.inf)]
+            beside = [np.nextafter(nearest, np.float32(end)) for end in (-np.inf, np.inf)]
         for w in (nearest, *beside):
             if np.isfinite(w):
                 assert (w < rounded[0, 0]) == (float(w) < low)

@@ -149,7 +149,7 @@ def inspect_capture(
         n_layers=capture.model.n_layers,
         d_model=capture.model.d_model,
         dtype=capture.model.dtype,
-        tokens=capture.tokens,
+        tokens=tuple(capture.tokens),
         layers=tuple(_row(capture, layer, top_k, threshold) for layer in layers),
         next_tokens=tuple(
             NextToken(token, token_text(token), probability)

@@ -36,7 +36,11 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     head = " ".join(visible(token) for token in tokens[-_SHOWN_TOKENS:])
     dots = "… " if len(tokens) > _SHOWN_TOKENS else ""
     console.print(Text(f"{len(tokens)} tokens: {dots}{head}\n"))
-    console.print(_table(inspection.layers))
+    several = len({gate.name for row in inspection.layers for gate in row.gates}) > 1
+    console.print(_table(inspection.layers, gates=not several))
+    if several:
+        console.print()
+        console.print(_gate_table(inspection.layers))
     if inspection.next_tokens:
         following = "  ".join(
             f"{visible(item.token)} {item.probability:.3f}" for item in inspection.next_tokens
@@ -46,19 +50,37 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(Text(f"note: {note}", style="dim"))
 
 
-def _table(rows: Sequence[LayerRow]) -> Table:
-    names = sorted({gate.name for row in rows for gate in row.gates})
+def _gate_table(rows: Sequence[LayerRow]) -> Table:
+    """One row per gate: a hybrid has too many for columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("layer", justify="right")
-    table.add_column("‖resid‖", justify="right")
+    for heading in ("layer", "gate", "open", "dead", "sat."):
+        table.add_column(heading, justify="left" if heading == "gate" else "right", no_wrap=True)
+    for row in rows:
+        for gate in row.gates:
+            cells = (
+                str(row.layer),
+                gate.name,
+                f"{gate.mean:.2f}",
+                f"{gate.dead:.0%}",
+                f"{gate.saturated:.0%}",
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
+    names = sorted({gate.name for row in rows for gate in row.gates}) if gates else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("‖resid‖", justify="right", no_wrap=True)
     attention = any(row.attended for row in rows)
     if attention:
         table.add_column("last token attends to (position token weight)", overflow="fold")
-        table.add_column("entropy", justify="right")
+        table.add_column("entropy", justify="right", no_wrap=True)
     for name in names:
-        table.add_column(f"{name} open", justify="right")
-        table.add_column("dead", justify="right")
-        table.add_column("sat.", justify="right")
+        table.add_column(f"{name} open", justify="right", no_wrap=True)
+        table.add_column("dead", justify="right", no_wrap=True)
+        table.add_column("sat.", justify="right", no_wrap=True)
     for row in rows:
         cells = [str(row.layer), f"{row.residual_norm:.2f}"]
         if attention:

@@ -102,8 +102,10 @@ def inner_cuts(cuts: NDArray[np.float64], dtype: np.dtype[np.floating]) -> Float
         return rounded
     half = cuts.shape[1] // 2
     low, high = rounded[:, :half], rounded[:, half:]
-    low[:] = np.where(low < cuts[:, :half], np.nextafter(low, np.float32(np.inf)), low)
-    high[:] = np.where(high > cuts[:, half:], np.nextafter(high, np.float32(-np.inf)), high)
+    # `where` also computes the neighbours that it does not take: beyond the largest value is Inf.
+    with np.errstate(over="ignore", under="ignore"):
+        low[:] = np.where(low < cuts[:, :half], np.nextafter(low, np.float32(np.inf)), low)
+        high[:] = np.where(high > cuts[:, half:], np.nextafter(high, np.float32(-np.inf)), high)
     return rounded
 
 
