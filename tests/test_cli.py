@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from trilens.analysis.inspection import Inspection
+from tinymodels import build, prompt_ids
+from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.cli import DEMO_PROMPT, app
+from trilens.console import one_line_errors
 from trilens.demo import demo_path
 from trilens.lens import Lens
+from trilens.report.text import print_inspection
 
 DEMO = str(demo_path("transformer"))
 
@@ -38,12 +45,6 @@ def test_inspect_json_rebuilds_the_table() -> None:
     as_json = run("inspect", DEMO, "-p", DEMO_PROMPT, "--format", "json")
     assert table.exit_code == as_json.exit_code == 0
     inspection = Inspection.from_dict(json.loads(as_json.stdout))
-    from io import StringIO
-
-    from rich.console import Console
-
-    from trilens.report.text import print_inspection
-
     out = StringIO()
     print_inspection(inspection, Console(file=out, width=120, highlight=False))
     assert out.getvalue() == table.stdout
@@ -75,7 +76,7 @@ def test_layers_and_stdin() -> None:
     assert [row["layer"] for row in json.loads(result.stdout)["layers"]] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("layers", ["4", "0-4", "a", "-1", "2-1", "", "1,,2"])
+@pytest.mark.parametrize("layers", ["4", "0-4", "a", "-1", "2-1", "", "1,,2", "²"])
 def test_bad_layers(layers: str) -> None:
     result = run("inspect", DEMO, "-p", "x", f"--layers={layers}")
     assert result.exit_code == 2
@@ -139,6 +140,59 @@ def test_debug_shows_the_traceback() -> None:
     result = run("inspect", "./no-such-dir", "-p", "x", "--debug")
     assert result.exit_code == 1
     assert type(result.exception).__name__ == "ModelNotFoundError"
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("trilens 0.")
+
+
+class _FullDisk:
+    """Standard output on a disk without room."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr("sys.stdout", _FullDisk(file))
+        with pytest.raises(typer.Exit) as caught, one_line_errors(debug=False):
+            pass
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().err == "trilens: output failed: No space left on device\n"
+
+
+def test_a_terminal_without_unicode() -> None:
+    command = [sys.executable, "-m", "trilens.cli", "inspect", DEMO, "-p", "x = 1"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "next:" in done.stdout
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next"])
+def test_every_gate_of_a_hybrid_is_readable(model_type: str) -> None:
+    lens = Lens(build(model_type))
+    cap = lens.capture(prompt_ids(model_type), attention=True, gates=True)
+    inspection = inspect_capture(cap, name=model_type, top_k=3, token_text=str)
+    out = StringIO()
+    print_inspection(inspection, Console(file=out, width=120, highlight=False))
+    text = out.getvalue()
+    for row in inspection.layers:
+        assert f"{row.residual_norm:.2f}" in text
+        for gate in row.gates:
+            assert any(
+                line.split()[:3] == [str(row.layer), gate.name, f"{gate.mean:.2f}"]
+                for line in text.splitlines()
+            )
 
 
 def test_families_table() -> None:

@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 0,
     "axes": 0,
     "storage": 0,
+    "version": 0,
     "caches": 1,
     "gating": 1,
     "exact_sums": 1,

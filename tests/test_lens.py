@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tinymodels import build, prompt_ids
 from trilens.errors import (
+    AnatomyError,
     AttentionPathError,
     EmptyPromptError,
     NoTokenizerError,
@@ -313,3 +315,61 @@ def lens_many(model, ids):
 def test_unembed_refuses_what_it_cannot_read(lens: Lens) -> None:
     with pytest.raises(ShapeError, match="d_model is 64"):
         lens.unembed(torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("model_type", ["dots3_note_text", "axk2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unsafe_batches_are_seen_in_every_dtype(model_type: str, dtype: torch.dtype) -> None:
+    """Sparse top-k attention flips its choice when a prompt is padded."""
+    assert not Lens(build(model_type, dtype=dtype)).batches_safely(40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mamba", "jamba"])
+def test_safe_batches_are_seen_too(model_type: str, dtype: torch.dtype) -> None:
+    assert Lens(build(model_type, dtype=dtype)).batches_safely(40)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForSequenceClassification", "BertForTokenClassification", "BertForMultipleChoice"]
+)
+def test_heads_that_are_not_over_the_vocabulary_are_refused(name: str) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=80,
+    )
+    with pytest.raises(AnatomyError, match=name):
+        Lens(getattr(transformers, name)(config).eval())
+
+
+def test_nan_weights_are_named() -> None:
+    model = build("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(AnatomyError, match=r"NaN on a plain prompt, first in .*layers\.2\.mlp"):
+        Lens(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda lens: lens.capture([5, 6], layers=2), "not a list"),
+        (lambda lens: lens.capture_many(5), "list of prompts"),
+        (lambda lens: lens.unembed("x"), "d_model"),
+        (lambda lens: lens.unembed(torch.tensor(1.0)), "d_model"),
+        (lambda lens: lens.capture([5, 6]).top_tokens(3, 99), "position 99 is out of range"),
+        (lambda lens: lens.capture([5, 6], logits="last").top_tokens(2, 1), "out of range"),
+        (lambda lens: lens.capture([5, 6]).top_tokens(-1), "k -1"),
+        (lambda lens: lens.capture([5, 6]).top_tokens(2.5), "k 2.5"),
+        (lambda lens: lens.capture([5, 6]).to("foo"), "foo"),
+    ],
+)
+def test_every_misuse_is_a_trilens_error(lens: Lens, call, words: str) -> None:
+    with pytest.raises(TrilensError, match=words):
+        call(lens)
+
+
+def test_numpy_layer_numbers(lens: Lens) -> None:
+    assert lens.capture([5, 6], layers=np.arange(2)).residual.layers == (0, 1)

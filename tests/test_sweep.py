@@ -82,6 +82,15 @@ def test_refused_by_name(model_type: str, error: type[Exception]) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "mamba", "gpt_oss"])
+def test_the_shipped_table_is_what_a_lens_finds(model_type: str) -> None:
+    row = next(row for row in load_families().rows if row.model_type == model_type)
+    lens = Lens(build(model_type))
+    assert row.gates == {name: len(layers) for name, layers in lens.gate_layers.items()}
+    assert row.attention == len(lens.attention_layers)
+    assert row.n_layers == lens.n_layers
+
+
 def test_the_shipped_table_covers_every_type() -> None:
     table = load_families()
     assert [row.model_type for row in table.rows] == list(TYPES)

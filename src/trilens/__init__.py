@@ -18,6 +18,7 @@ from trilens.errors import TrilensError
 from trilens.gating import GatingAccumulator, GatingAnalysis
 from trilens.lens import Lens
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.version import __version__
 
 __all__ = [
     "ActivationCache",
@@ -36,5 +37,3 @@ __all__ = [
     "ternarize",
     "validate",
 ]
-
-__version__ = "0.1.0"

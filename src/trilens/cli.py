@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from trilens.models.rwkv7_convert import convert as convert_rwkv7
 from trilens.models.tokens import token_strings
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
+from trilens.version import __version__
 
 __all__ = ["app", "convert", "demo", "families", "inspect", "main"]
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"trilens {version('trilens')}")
+        typer.echo(f"trilens {__version__}")
         raise typer.Exit(0)
 
 

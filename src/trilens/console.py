@@ -38,6 +38,8 @@ def one_line_errors(
     """
     try:
         yield
+        # A full disk shows when the buffer is emptied: here, where it can still be said.
+        sys.stdout.flush()
     except TrilensError as error:
         if debug:
             raise
