@@ -138,7 +138,7 @@ def demo(
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Inspect the small trained model that ships with trilens."""
+    """Inspect the demo model that ships along."""
     with one_line_errors(debug):
         for name in DEMO_MODELS:
             lens = Lens.from_pretrained(str(demo_path(name)))
@@ -168,7 +168,11 @@ def inspect(
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show, per layer, residual norm, attention from the last token and gates; and next tokens."""
+    """Show a prompt layer by layer.
+
+    Per layer: norm of the residual stream, what the last token attends to, the gates; and the most
+    probable next tokens.
+    """
     with one_line_errors(debug):
         lens = Lens.from_pretrained(
             model,
@@ -189,7 +193,10 @@ def convert(
     out: Annotated[Path, typer.Option("-o", "--output", help="New checkpoint directory.")],
     debug: DebugOption = False,
 ) -> None:
-    """Turn published RWKV-7 weights into a transformers checkpoint directory."""
+    """Convert published RWKV-7 weights.
+
+    Writes a transformers checkpoint directory.
+    """
     with one_line_errors(debug):
         done = convert_rwkv7(source, out)
         layers = done.config["num_hidden_layers"]
@@ -203,7 +210,10 @@ def families(
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Show what is captured of every causal-LM family in transformers, as last swept."""
+    """List the model families that work.
+
+    Every causal-LM type of transformers, as last swept.
+    """
     with one_line_errors(debug):
         table = load_families()
         if output == "json":

@@ -62,7 +62,11 @@ def _ternarize(
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Write a ternary copy of a checkpoint, and print each matrix's weight error."""
+    """Write a ternary copy of a checkpoint.
+
+    Prints each matrix's weight error. A model that was not trained for ternary weights is usually
+    unusable afterwards.
+    """
     with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
         options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
         plan = TernaryPlan(
@@ -77,7 +81,7 @@ def _validate(
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Read a ternary checkpoint back, every byte, and check what it claims."""
+    """Check a ternary checkpoint, every byte."""
     with one_line_errors(debug, failures=(CorruptFileError,)):
         report = validate(path)
         if output == "json":
