@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import resource
 import statistics
 import threading
 import time
@@ -111,8 +110,14 @@ def peak_memory() -> Iterator[PeakMemory]:
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process has ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most resident memory that this program has had.
+
+    Not getrusage's: that one remembers the parent's peak across fork and exec.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system has no VmHWM in /proc/self/status")
 
 
 def save(name: str, figures: dict[str, Any]) -> None:
