@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import paired, save
+from benchmarks.common import paired, peak_memory, save
 from trilens.checkpoint import TernaryPlan, ternarize, validate
 from trilens.ternary.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
@@ -37,25 +35,6 @@ def anonymous_bytes() -> int:
     """Anonymous resident memory of this process (Linux)."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found.group(1)) * 1024 if found else 0
-
-
-@contextmanager
-def anonymous_peak() -> Iterator[list[int]]:
-    """The highest increase seen while the block runs, in bytes."""
-    base, peak, stop = anonymous_bytes(), [0], threading.Event()
-
-    def sample() -> None:
-        while not stop.is_set():
-            peak[0] = max(peak[0], anonymous_bytes() - base)
-            stop.wait(0.002)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -93,14 +72,14 @@ def pipeline(source: Path, root: Path) -> dict[str, Any]:
     ternarize(source, root / "nothing", dry_run=True)
     for name, plan in PLANS.items():
         out = root / name.replace(" ", "_")
-        with anonymous_peak() as peak:
+        with peak_memory(anonymous_bytes) as peak:
             report, seconds = timed(lambda plan=plan, out=out: ternarize(source, out, plan=plan))
         largest = max(tensor.size_bytes_before for tensor in report.tensors)
         _, check_seconds = timed(lambda out=out: validate(out))
         figures[name] = {
             "seconds": round(seconds, 2),
             "source_megabytes_per_second": round(report.size_bytes_before / seconds / 1e6),
-            "extra_memory_over_largest_tensor": round(peak[0] / largest, 2),
+            "extra_memory_over_largest_tensor": round(peak.extra_bytes / largest, 2),
             "validate_seconds": round(check_seconds, 2),
             "size_ratio": round(report.size_bytes / report.size_bytes_before, 4),
         }

@@ -39,13 +39,8 @@ def llama_88m(positions: int = 4096) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Run all in turn, round by round, and compare each with the first of its own round.
-
-    Returns:
-        Per name the median seconds, and median, lowest and highest ratio to the first of the runs.
-        A ratio within one round is free of the machine's drift.
-    """
+def _rounds(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after one round that is not counted."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -55,6 +50,17 @@ def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Run all in turn, round by round, and compare each with the first of its own round.
+
+    Returns:
+        Per name the median seconds, and median, lowest and highest ratio to the first of the runs.
+        A ratio within one round is free of the machine's drift.
+    """
+    seconds = _rounds(runs, rounds)
     first = next(iter(seconds.values()))
     found = {}
     for name, values in seconds.items():
@@ -70,14 +76,7 @@ def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
 
 def paired(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, run in turn so that the machine's drift hits all alike."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = _rounds(runs, rounds)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -88,16 +87,21 @@ class PeakMemory:
 
 
 @contextmanager
-def peak_memory() -> Iterator[PeakMemory]:
-    """Sample resident memory every two milliseconds while the block runs."""
+def peak_memory(read: Callable[[], int] | None = None) -> Iterator[PeakMemory]:
+    """Sample memory every two milliseconds while the block runs.
+
+    Args:
+        read: bytes in use now; resident memory where not given.
+    """
     gc.collect()
     process = psutil.Process()
-    base = process.memory_info().rss
+    now = read or (lambda: process.memory_info().rss)
+    base = now()
     peak, stop = PeakMemory(), threading.Event()
 
     def sample() -> None:
         while not stop.is_set():
-            peak.extra_bytes = max(peak.extra_bytes, process.memory_info().rss - base)
+            peak.extra_bytes = max(peak.extra_bytes, now() - base)
             stop.wait(0.002)
 
     thread = threading.Thread(target=sample)
