@@ -161,8 +161,8 @@ class MomentSums:
             self._energy[output] += float(y.square().sum())
         self.n_tokens += len(x)
 
-    def result(self) -> dict[str, Moments]:
-        """The moments of each matrix; they share one Hessian.
+    def hessian(self) -> Hessian:
+        """The Hessian of the inputs so far.
 
         Raises:
             UsageError: no token was added.
@@ -170,7 +170,15 @@ class MomentSums:
         if self.n_tokens == 0:
             raise UsageError(f"no token reached {self.name}: the calibration text is too short")
         matrix = self._hessian.numpy()
-        hessian = Hessian(0.5 * (matrix + matrix.T), self.n_tokens)
+        return Hessian(0.5 * (matrix + matrix.T), self.n_tokens)
+
+    def result(self) -> dict[str, Moments]:
+        """The moments of each matrix; they share one Hessian.
+
+        Raises:
+            UsageError: no token was added.
+        """
+        hessian = self.hessian()
         return {
             output: Moments(hessian, cross.numpy(), self._energy[output])
             for output, cross in self._cross.items()
