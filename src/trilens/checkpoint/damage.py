@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-__all__ = ["Damage"]
+from trilens.errors import DamageError
+
+__all__ = ["Damage", "check_damage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +43,30 @@ class Damage:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The damage that `to_dict` gave these values."""
         return cls(**{**values, "fallbacks": tuple(values["fallbacks"])})
+
+
+class _Bound(Protocol):
+    @property
+    def max_damage(self) -> float | None: ...
+
+
+def check_damage(damage: Damage | None, bound: _Bound | None, *, written: bool = False) -> None:
+    """Refuse a ratio of perplexities above the caller's bound.
+
+    Args:
+        damage: what was measured.
+        bound: what is allowed.
+        written: the output is there already.
+
+    Raises:
+        DamageError: it is above; NaN is above everything.
+    """
+    if damage is None or bound is None or bound.max_damage is None:
+        return
+    if not damage.ratio <= bound.max_damage:
+        end = "it was written before" if written else "nothing was written"
+        raise DamageError(
+            f"damage is {damage.ratio:.4g} times the perplexity ({damage.perplexity_before:.4g} to "
+            f"{damage.perplexity_after:.4g}), more than the {bound.max_damage:g} allowed: {end}; "
+            "take a better rule, smaller groups or two planes, keep some matrices, or allow more"
+        )

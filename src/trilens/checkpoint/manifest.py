@@ -51,14 +51,18 @@ class Order:
         source: The fingerprint of the source's files.
         plan: The plan.
         code_version: The version of trilens.
+        calibration: What decides the result of a calibration, texts by their hash; or None.
     """
 
     source: dict[str, Any]
     plan: TernaryPlan
     code_version: str
+    calibration: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, files: list[Path], plan: TernaryPlan) -> Self:
+    def of(
+        cls, files: list[Path], plan: TernaryPlan, calibration: dict[str, Any] | None = None
+    ) -> Self:
         """The order for a source and a plan, by this version of trilens.
 
         Raises:
@@ -68,7 +72,7 @@ class Order:
             code_version = version("trilens")
         except PackageNotFoundError:
             code_version = "not installed"
-        return cls(fingerprint(files), plan, code_version)
+        return cls(fingerprint(files), plan, code_version, calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -78,6 +82,7 @@ class Order:
             "code_version": self.code_version,
             "source": self.source,
             "plan": self.plan.to_dict(),
+            **({"calibration": self.calibration} if self.calibration is not None else {}),
         }
 
     def check_same(self, found: dict[str, Any], where: Path) -> None:
@@ -87,8 +92,9 @@ class Order:
             UsageError: says what differs.
         """
         mine = self.to_dict()
-        names = {"source": "source files", "plan": "plan"}
-        for key, value in mine.items():
+        names = {"source": "source files", "plan": "plan", "calibration": "calibration text"}
+        for key in ("calibration", *mine):
+            value = mine.get(key)
             if found.get(key) != value:
                 raise UsageError(
                     f"{where.parent} was begun with another {names.get(key, key)}"

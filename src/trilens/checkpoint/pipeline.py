@@ -10,8 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.run import BlockProgress, Source, run_calibration
+from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.card import model_card
-from trilens.checkpoint.coding import code_tensor, entries, planned
+from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
+from trilens.checkpoint.damage import Damage, check_damage
 from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
 from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
 from trilens.checkpoint.names import (
@@ -21,6 +25,7 @@ from trilens.checkpoint.names import (
     JOURNAL_NAME,
     MANIFEST_NAME,
     QUANT_METHOD,
+    WORK_NAME,
 )
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
@@ -40,6 +45,7 @@ from trilens.models.weights import (
     weight_files,
 )
 from trilens.models.wording import reason
+from trilens.ternary.calibrated import CALIBRATED_RULES
 
 __all__ = ["Format", "ternarize"]
 
@@ -70,6 +76,8 @@ class _Job:
     choices: tuple[Choice, ...]
     plan: TernaryPlan
     side_files: tuple[Path, ...]
+    model_config: Any
+    model_class: type
 
     def of_file(self, file: Path) -> list[tuple[Choice, TensorHeader]]:
         """The tensors of one source file, in the order of their bytes."""
@@ -86,7 +94,9 @@ def ternarize(
     format: Format = "trilens",
     dry_run: bool = False,
     revision: str | None = None,
+    calibration: Calibration | None = None,
     progress: Callable[[TensorReport], None] | None = None,
+    block_progress: Callable[[BlockProgress], None] | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
 
@@ -104,7 +114,10 @@ def ternarize(
         format: "trilens": packed two-bit codes and float32 scales in safetensors.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
+        calibration: the text that calibrated rules look at, and that the damage is measured on;
+            without one only the rules that need no data can be asked.
         progress: called with each tensor's report.
+        block_progress: called while a calibration runs.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
@@ -113,6 +126,10 @@ def ternarize(
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
         WriteError: the output cannot be written.
+        DamageError: the perplexity rises by more than the calibration's `max_damage`. Nothing was
+            written but the finished blocks, from which the same call goes on.
+        TextError, AnatomyError: a text or a model that cannot be calibrated on; see
+            `checkpoint.calibration.run.run_calibration`, also for its memory.
 
     Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
     bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`).
@@ -120,24 +137,38 @@ def ternarize(
     if format != "trilens":
         raise UsageError(f"format {format!r} is unknown: there is 'trilens'")
     job = _read(src, plan or TernaryPlan(), revision)
+    if job.plan.rule in CALIBRATED_RULES and calibration is None and not dry_run:
+        raise UsageError(
+            f"rule {job.plan.rule!r} looks at what the matrices get: give a calibration text "
+            "(calibration=Calibration.from_source(…), --calibrate)"
+        )
     if dry_run:
         tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
     out = _folder(Path(dst), job.folder)
-    order = Order.of([*job.files, job.folder / CONFIG_NAME, *job.side_files], job.plan)
+    order = Order.of(
+        [*job.files, job.folder / CONFIG_NAME, *job.side_files],
+        job.plan,
+        None if calibration is None else calibration.to_dict(),
+    )
     if (out / MANIFEST_NAME).is_file():
         order.check_same(read_manifest(out), out / MANIFEST_NAME)
         (out / JOURNAL_NAME).unlink(missing_ok=True)
-        return validate(out)
+        found = validate(out)
+        check_damage(found.damage, calibration, written=True)
+        return found
     _check_space(out, job)
     journal = Journal(out, order)
-    tensors, digests = _write_shards(out, job, journal, progress)
-    report = TernaryReport(job.plan, tuple(tensors))
+    before, damage = _calibrate(out, job, calibration, block_progress)
+    tensors, digests = _write_shards(out, job, journal, before, progress)
+    report = TernaryReport(job.plan, tuple(tensors), damage=damage)
     digests |= _write_side_files(out, job, report)
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
     }
+    if before is not None:
+        shutil.rmtree(before.folder)
     write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
@@ -155,7 +186,8 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         )
     config, _ = read_config(folder, trusted=False)
     headers = read_headers(folder)
-    choices = _follow(plan, choose(build_skeleton(config, headers), headers))
+    skeleton = build_skeleton(config, headers)
+    choices = _follow(plan, choose(skeleton, headers))
     names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
     if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
         raise UsageError(f"{source} has tensors named like packed parts: they would collide")
@@ -167,6 +199,8 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         choices,
         plan,
         _side_files(folder),
+        config,
+        type(skeleton),
     )
 
 
@@ -231,6 +265,7 @@ def _write_shards(
     out: Path,
     job: _Job,
     journal: Journal,
+    before: Store | None,
     progress: Callable[[TensorReport], None] | None,
 ) -> tuple[list[TensorReport], dict[str, str]]:
     tensors: list[TensorReport] = []
@@ -239,22 +274,47 @@ def _write_shards(
         shard = out / file.name
         done = journal.finished(shard)
         if done is None:
-            done = _write_shard(shard, file, job, progress)
+            done = _write_shard(shard, file, job, before, progress)
             journal.add(shard.name, *done)
         digests[shard.name] = done[0]
         tensors += done[1]
     return tensors, digests
 
 
+def _calibrate(
+    out: Path,
+    job: _Job,
+    calibration: Calibration | None,
+    say: Callable[[BlockProgress], None] | None,
+) -> tuple[Store | None, Damage | None]:
+    """Code every matrix on a text, beside the output's place, and refuse too much damage."""
+    if calibration is None:
+        return None, None
+    mapped = {file: MappedFile(file) for file in job.files}
+    tensors = {
+        name: tensor_of(header, mapped[header.file])
+        for name, header in job.headers.items()
+        if header.dtype in _DTYPE_NAMES
+    }
+    source = Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
+    store, damage = run_calibration(source, job.plan, calibration, out / WORK_NAME, say=say)
+    check_damage(damage, calibration)
+    return store, damage
+
+
 def _write_shard(
-    shard: Path, file: Path, job: _Job, progress: Callable[[TensorReport], None] | None
+    shard: Path,
+    file: Path,
+    job: _Job,
+    before: Store | None,
+    progress: Callable[[TensorReport], None] | None,
 ) -> tuple[str, list[TensorReport]]:
     mapped = MappedFile(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, mapped, writer))
+            reports.append(code_tensor(choice, header, job.plan, mapped, writer, before=before))
             if progress is not None:
                 progress(reports[-1])
         return writer.commit(), reports

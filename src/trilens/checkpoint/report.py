@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, TypeAlias
 
+from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.plan import TernaryPlan
 
 __all__ = ["Outcome", "TensorReport", "TernaryReport"]
@@ -31,6 +32,8 @@ class TensorReport:
         relative_error: ‖W−Ŵ‖²/‖W‖²; None where nothing was coded. 0 for exact.
         sparsity: Share of zeros among the trits; None where nothing was coded.
         decoded_exactly: What the file holds was decoded and compared bit for bit.
+        output_error: Σ‖Ŵx − y‖²/Σ‖y‖² on the calibration text; None where it was not measured.
+        fitted: A kept vector has new values, fitted to the dense block's outputs.
     """
 
     name: str
@@ -44,6 +47,8 @@ class TensorReport:
     relative_error: float | None = None
     sparsity: float | None = None
     decoded_exactly: bool = False
+    output_error: float | None = None
+    fitted: bool = False
 
     @property
     def n_weights(self) -> int:
@@ -64,11 +69,13 @@ class TernaryReport:
         plan: The plan that was followed.
         tensors: Every tensor of the checkpoint.
         dry_run: Nothing was written.
+        damage: Measured perplexities; None without a calibration.
     """
 
     plan: TernaryPlan
     tensors: tuple[TensorReport, ...]
     dry_run: bool = False
+    damage: Damage | None = None
 
     @property
     def matrices(self) -> tuple[TensorReport, ...]:
@@ -111,6 +118,13 @@ class TernaryReport:
                 "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
                 "model computes what it computed before."
             )
+        if self.damage is not None:
+            found = self.damage
+            return (
+                f"Made ternary after training: perplexity {found.perplexity_before:.4g} became "
+                f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
+                "tokens that were not calibrated on. Compare outputs of your own before any use."
+            )
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
             f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
@@ -126,6 +140,7 @@ class TernaryReport:
                 "shape": "×".join(map(str, tensor.shape)),
                 "bits_per_weight": round(tensor.bits_per_weight, 3),
                 "relative_error": tensor.relative_error,
+                "output_error": tensor.output_error,
                 "sparsity": tensor.sparsity,
                 "outcome": tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
             }
@@ -141,6 +156,7 @@ class TernaryReport:
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
             "verdict": self.verdict,
+            "damage": None if self.damage is None else self.damage.to_dict(),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -151,4 +167,10 @@ class TernaryReport:
             TensorReport(**{**tensor, "shape": tuple(tensor["shape"])})
             for tensor in values["tensors"]
         )
-        return cls(TernaryPlan.from_dict(values["plan"]), tuple(tensors), values["dry_run"])
+        damage = values.get("damage")
+        return cls(
+            TernaryPlan.from_dict(values["plan"]),
+            tuple(tensors),
+            values["dry_run"],
+            damage=None if damage is None else Damage.from_dict(damage),
+        )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -32,12 +33,24 @@ from trilens.ternary.descent import (
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.hessian import Hessian, Moments, upper_factor
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rules import RULES, RuleName
 from trilens.ternary.source import WeightsLike, view_weights
 from trilens.ternary.units import Per, Units
 
-__all__ = ["CALIBRATED_RULES", "Calibrated", "CalibratedRule", "calibrate"]
+__all__ = [
+    "CALIBRATED_RULES",
+    "Calibrated",
+    "CalibratedName",
+    "CalibratedRule",
+    "calibrate",
+    "check_rule",
+    "n_planes_of",
+    "refine",
+]
 
 Matrix = NDArray[np.float64]
+
+CalibratedName: TypeAlias = Literal["gptq", "gptq_planes", "best", "best_planes"]
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1)
 """What may be added to H's diagonal, of its mean; the one with the least loss is taken."""
@@ -61,7 +74,7 @@ class CalibratedRule:
     """
 
     name: str
-    start: str
+    start: RuleName
     refined: bool
     corrected: bool
     fits_block: bool
@@ -148,8 +161,8 @@ def calibrate(
             f"moments of {name!r} are for a matrix {moments.cross.shape}, its shape is {view.shape}"
         )
     dense = view.read(0, view.size).reshape(view.shape).astype(np.float64)
-    options = {"group_size": group_size, "per": per, "scale_dtype": scale_dtype}
-    plain = PerLayerQuant.quantize(weights, name, rule=found.start, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"group_size": group_size, "per": per, "scale_dtype": scale_dtype}
+    plain = PerLayerQuant.quantize(weights, name, rule=found.start, **options)
     hessian = moments.hessian
     dead = int(np.count_nonzero(hessian.dead))
     if plain.was_ternary:
@@ -166,6 +179,25 @@ def calibrate(
     )
     error = moments.output_error(quant.reconstruct().double().numpy())
     return Calibrated(quant, error, damping, hessian.n_tokens, dead, changes)
+
+
+def check_rule(name: str) -> None:
+    """Refuse a name that is neither a calibrated rule nor one without data.
+
+    Raises:
+        UsageError: says which there are.
+    """
+    if name not in CALIBRATED_RULES and name not in RULES:
+        raise UsageError(
+            f"rule {name!r} is unknown: the rules are {', '.join(RULES)}, and with a calibration "
+            f"text {', '.join(CALIBRATED_RULES)}"
+        )
+
+
+def n_planes_of(rule: str) -> int:
+    """How many planes of trits a rule makes, calibrated or not."""
+    found = CALIBRATED_RULES.get(rule)
+    return found.n_planes if found is not None else 1 + (rule == "planes")
 
 
 def find_calibrated(name: str) -> CalibratedRule:
@@ -220,7 +252,7 @@ def _start(
     first = PerLayerQuant.quantize(
         target,
         name,
-        rule=rule.start,  # type: ignore[arg-type]
+        rule=rule.start,
         per=units.per,
         group_size=units.group_size,
         scale_dtype=scale_dtype or "float32",
@@ -250,7 +282,9 @@ def _code(grid: Grid, target: Matrix, hessian: Hessian) -> tuple[Grid, float]:
 
 
 def _as_quant(grid: Grid, like: PerLayerQuant) -> PerLayerQuant:
-    planes = [torch.from_numpy(np.ascontiguousarray(grid.trits[:, p])) for p in range(grid.n_planes)]
+    planes = [
+        torch.from_numpy(np.ascontiguousarray(grid.trits[:, p])) for p in range(grid.n_planes)
+    ]
     scales = grid.unit_scales
     two = grid.n_planes == 2
     return PerLayerQuant.from_trits(

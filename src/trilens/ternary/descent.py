@@ -189,7 +189,9 @@ def refit_scales(grid: Grid, target: Matrix, hessian: Hessian) -> Grid:
     wanted = target @ hessian.matrix
     for p in range(planes):
         trits = grid.trits[:, p].astype(np.float64)
-        right[:, p * n_groups : (p + 1) * n_groups] = np.add.reduceat(wanted * trits, starts, axis=1)
+        right[:, p * n_groups : (p + 1) * n_groups] = np.add.reduceat(
+            wanted * trits, starts, axis=1
+        )
         for g, start in enumerate(starts):
             stop = starts[g + 1] if g + 1 < n_groups else cols
             seen = trits[:, start:stop] @ hessian.matrix[start:stop]
@@ -206,9 +208,7 @@ def refit_scales(grid: Grid, target: Matrix, hessian: Hessian) -> Grid:
     found = np.linalg.solve(normal, (right + small[:, None] * old)[..., None])[..., 0]
     scales = np.broadcast_to(found, (rows, size)).reshape(rows, planes, n_groups).transpose(0, 2, 1)
     signs = np.where(scales < 0, np.int8(-1), np.int8(1)).transpose(0, 2, 1)[:, :, grid.groups]
-    better = replace(
-        grid, trits=grid.trits * signs, scales=np.ascontiguousarray(np.abs(scales))
-    )
+    better = replace(grid, trits=grid.trits * signs, scales=np.ascontiguousarray(np.abs(scales)))
     # Of a nearly singular system the solution can be worse than the start.
     return better if loss(better, target, hessian) <= loss(grid, target, hessian) else grid
 

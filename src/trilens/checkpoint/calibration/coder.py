@@ -145,9 +145,7 @@ class _Coder:
         batch = self.job.batches[0]
         hidden = self.job.dense.read(batch)
         paths = [matrix.path for matrix in self.job.matrices if matrix.path]
-        return find_stages(
-            self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden
-        )
+        return find_stages(self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden)
 
     def code_stage(self, stage: Stage, by_path: Mapping[str, Matrix]) -> None:
         routed = stage.n_tokens != self.job.batches[0].ids.numel()
@@ -221,9 +219,7 @@ class _Coder:
         found = calibrate(weight, matrix.name, moments, rule=self.rule.name, **self.options)
         self._keep(matrix, found.quant, found, "")
 
-    def code_without_inputs(
-        self, matrix: Matrix, why: str, moments: Moments | None = None
-    ) -> None:
+    def code_without_inputs(self, matrix: Matrix, why: str, moments: Moments | None = None) -> None:
         """Code a matrix by its weights alone; `why` says why, where the rule wanted more."""
         if matrix.path:
             weight = self._dense_weight(matrix.path)
@@ -310,4 +306,3 @@ class _Coder:
     def _bias(self, path: str) -> Tensor | None:
         bias = getattr(self.dense.get_submodule(path), "bias", None)
         return bias.data if isinstance(bias, Tensor) else None
-

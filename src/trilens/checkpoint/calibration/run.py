@@ -107,9 +107,7 @@ def run_calibration(
     if done.is_file():
         return store, _read_damage(done)
     torch.manual_seed(calibration.seed)
-    model, tokenizer = load_mapped(
-        source.folder, source.model_class, source.config, source.tensors
-    )
+    model, tokenizer = load_mapped(source.folder, source.model_class, source.config, source.tensors)
     drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, source.choices, source.tensors)
@@ -250,4 +248,6 @@ def _read_damage(path: Path) -> Damage:
     try:
         return Damage.from_dict(values)
     except (KeyError, TypeError) as cause:
-        raise CorruptFileError(f"{path} is no record of a damage: begin in a new directory") from cause
+        raise CorruptFileError(
+            f"{path} is no record of a damage: begin in a new directory"
+        ) from cause

@@ -149,7 +149,11 @@ def _residual_sites(seen: _Seen, hidden: Tensor, output: Tensor) -> dict[str, Si
         for before, state in known:
             total = state + given
             hit = next(
-                ((site, t) for site, t in [*later, (BLOCK_OUTPUT, output)] if torch.equal(total, t)),
+                (
+                    (site, t)
+                    for site, t in [*later, (BLOCK_OUTPUT, output)]
+                    if torch.equal(total, t)
+                ),
                 None,
             )
             if hit is not None:
@@ -224,9 +228,7 @@ def watching(
         for site in states
         if site not in {BLOCK_INPUT, BLOCK_OUTPUT}
     ]
-    handles += [
-        modules[path].register_forward_hook(leaving(path)) for path in {*inputs, *outputs}
-    ]
+    handles += [modules[path].register_forward_hook(leaving(path)) for path in {*inputs, *outputs}]
 
     def once(run: Callable[[], Tensor]) -> dict[tuple[str, str], Tensor]:
         found.clear()

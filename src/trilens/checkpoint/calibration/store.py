@@ -7,7 +7,7 @@ it, written last, says that the block is whole and what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ class Store:
 
     Args:
         folder: made where it is missing.
-        order: what was asked, in plain values; another order's directory is refused by its journal.
 
     Raises:
         CorruptFileError: a finished block's files do not fit together.
@@ -114,14 +113,6 @@ class Store:
         write_whole(self._json(record.index), json_bytes(asdict(record)))
         self.records.append(record)
 
-    def record_of(self, name: str, expert: int = 0) -> MatrixRecord | None:
-        """How a matrix was coded, or None."""
-        for record in self.records:
-            for matrix in record.matrices:
-                if (matrix.name, matrix.expert) == (name, expert):
-                    return matrix
-        return None
-
     def vector(self, name: str) -> Tensor | None:
         """The new value of a stored tensor, or None where it keeps its own."""
         for record in self.records:
@@ -133,8 +124,8 @@ class Store:
 
     def quant(
         self, name: str, expert: int, cols: int, plan: Any
-    ) -> tuple[PerLayerQuant, MatrixRecord] | None:
-        """A coded matrix as it was, or None where there is none.
+    ) -> tuple[PerLayerQuant, float | None, str] | None:
+        """A coded matrix as it was, its error at the outputs, and why another rule was taken.
 
         Args:
             name: the stored tensor's.
@@ -142,13 +133,17 @@ class Store:
             cols: its columns.
             plan: what it was coded by.
 
+        Returns:
+            None where there is no such matrix.
+
         Raises:
             CorruptFileError: its block's file does not hold it.
         """
         for record in self.records:
             for matrix in record.matrices:
                 if (matrix.name, matrix.expert) == (name, expert):
-                    return self._quant(record.index, matrix, cols, plan), matrix
+                    quant = self._quant(record.index, matrix, cols, plan)
+                    return quant, matrix.output_error, matrix.reason
         return None
 
     def _quant(self, index: int, matrix: MatrixRecord, cols: int, plan: Any) -> PerLayerQuant:
@@ -173,7 +168,7 @@ class Store:
             )
         except (OSError, KeyError, ValueError, TrilensError) as cause:
             raise CorruptFileError(f"{path} does not hold {matrix.name}: {cause}") from cause
-        return made
+        return replace(made, was_ternary=matrix.was_ternary, zeroed_units=matrix.zeroed_units)
 
     def _read(self, index: int) -> BlockRecord:
         values = read_json(self._json(index), CorruptFileError)

@@ -64,7 +64,9 @@ class Stream:
         self.path, self.width = path, width
         size = path.stat().st_size if path.is_file() else -1
         if size != 4 * width * n_tokens:
-            raise CorruptFileError(f"{path} is missing or of another size: begin in a new directory")
+            raise CorruptFileError(
+                f"{path} is missing or of another size: begin in a new directory"
+            )
 
     def read(self, batch: Batch) -> Tensor:
         """Shapes: → float32 [batch, seq, d_model]."""
