@@ -47,7 +47,7 @@ from trilens.models.weights import (
 from trilens.models.wording import reason
 from trilens.ternary.calibrated import CALIBRATED_RULES
 
-__all__ = ["Format", "ternarize"]
+__all__ = ["Format", "calibration_source", "ternarize"]
 
 Format = Literal["trilens"]
 
@@ -281,6 +281,26 @@ def _write_shards(
     return tensors, digests
 
 
+def calibration_source(
+    src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None = None
+) -> Source:
+    """A checkpoint as `run_calibration` takes it, for studies of rules without any output.
+
+    Raises: as `ternarize`, for a source or a plan that cannot be used.
+    """
+    return _source(_read(src, plan, revision))
+
+
+def _source(job: _Job) -> Source:
+    mapped = {file: MappedFile(file) for file in job.files}
+    tensors = {
+        name: tensor_of(header, mapped[header.file])
+        for name, header in job.headers.items()
+        if header.dtype in _DTYPE_NAMES
+    }
+    return Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
+
+
 def _calibrate(
     out: Path,
     job: _Job,
@@ -290,14 +310,9 @@ def _calibrate(
     """Code every matrix on a text, beside the output's place, and refuse too much damage."""
     if calibration is None:
         return None, None
-    mapped = {file: MappedFile(file) for file in job.files}
-    tensors = {
-        name: tensor_of(header, mapped[header.file])
-        for name, header in job.headers.items()
-        if header.dtype in _DTYPE_NAMES
-    }
-    source = Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
-    store, damage = run_calibration(source, job.plan, calibration, out / WORK_NAME, say=say)
+    store, damage = run_calibration(
+        _source(job), job.plan, calibration, out / WORK_NAME, say=say
+    )
     check_damage(damage, calibration)
     return store, damage
 

@@ -70,6 +70,8 @@ class CalibratedRule:
         refined: Scales and trits are improved in turns after coding.
         corrected: It aims at what the dense matrix gave for the dense model's inputs, not at the
             dense weights: errors of earlier layers are repaired.
+        repairs_residual: Matrices that add to the residual stream aim at what the stream should be
+            after them.
         fits_block: Norms, biases and scales of the block are then fitted to the dense block.
     """
 
@@ -77,6 +79,7 @@ class CalibratedRule:
     start: RuleName
     refined: bool
     corrected: bool
+    repairs_residual: bool
     fits_block: bool
 
     @property
@@ -89,10 +92,10 @@ CALIBRATED_RULES: Mapping[str, CalibratedRule] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
-            CalibratedRule("gptq", "exact", False, False, False),
-            CalibratedRule("gptq_planes", "planes", False, False, False),
-            CalibratedRule("best", "exact", True, True, True),
-            CalibratedRule("best_planes", "planes", True, True, True),
+            CalibratedRule("gptq", "exact", False, False, False, False),
+            CalibratedRule("gptq_planes", "planes", False, False, False, False),
+            CalibratedRule("best", "exact", True, True, True, True),
+            CalibratedRule("best_planes", "planes", True, True, True, True),
         )
     }
 )
@@ -125,7 +128,7 @@ def calibrate(
     name: str,
     moments: Moments,
     *,
-    rule: str = "best",
+    rule: str | CalibratedRule = "best",
     group_size: int | None = None,
     per: Per | None = None,
     scale_dtype: ScaleDtype | None = None,
@@ -141,7 +144,7 @@ def calibrate(
         weights: the dense matrix.
         name: what errors call it.
         moments: what the text says about it.
-        rule: one of `CALIBRATED_RULES`.
+        rule: one of `CALIBRATED_RULES`, or a rule of your own making.
         group_size: as for `PerLayerQuant.quantize`.
         per: likewise.
         scale_dtype: likewise.
@@ -154,7 +157,7 @@ def calibrate(
 
     Memory: about 40·rows·cols + 32·cols² bytes.
     """
-    found = find_calibrated(rule)
+    found = find_calibrated(rule) if isinstance(rule, str) else rule
     view = view_weights(weights, name)
     if len(view.shape) != 2 or moments.cross.shape != view.shape:
         raise ShapeError(
@@ -175,7 +178,7 @@ def calibrate(
     if found.refined:
         grid, changes = refine(grid, target, hessian, name=name, scale_dtype=scale_dtype)
     quant = replace(
-        _as_quant(grid, plain), rule=rule, was_ternary=False, zeroed_units=plain.zeroed_units
+        _as_quant(grid, plain), rule=found.name, was_ternary=False, zeroed_units=plain.zeroed_units
     )
     error = moments.output_error(quant.reconstruct().double().numpy())
     return Calibrated(quant, error, damping, hessian.n_tokens, dead, changes)

@@ -19,7 +19,7 @@ from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
 from trilens.errors import NonFiniteError
-from trilens.ternary.calibrated import CALIBRATED_RULES, Calibrated, CalibratedRule, calibrate
+from trilens.ternary.calibrated import Calibrated, CalibratedRule, calibrate
 from trilens.ternary.hessian import Moments, MomentSums
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -61,7 +61,8 @@ class BlockJob:
         batches: The text.
         dense: The dense model's residual stream before the block.
         ternary: The ternary model's.
-        plan: Group size, scales' dtype and rule.
+        plan: Group size and scales' dtype.
+        rule: What is done; None for the plan's rule, which looks at weights alone.
         fit: How norms, biases and scales are fitted.
     """
 
@@ -72,6 +73,7 @@ class BlockJob:
     dense: Stream
     ternary: Stream
     plan: Any
+    rule: CalibratedRule | None
     fit: FitOptions
 
 
@@ -128,7 +130,7 @@ class _Coder:
         self.runner, self.job = runner, job
         self.dense = runner.block(job.index)
         self.block = runner.block(job.index)
-        self.rule: CalibratedRule | None = CALIBRATED_RULES.get(job.plan.rule)
+        self.rule = job.rule
         self.quants: dict[tuple[str, int], PerLayerQuant] = {}
         self.records: list[MatrixRecord] = []
         self.options: dict[str, Any] = {
@@ -173,7 +175,8 @@ class _Coder:
             first.shape[1],
             outputs if corrected else {},
         )
-        sites = stage.sites if corrected else {}
+        repairs = corrected and self.rule is not None and self.rule.repairs_residual
+        sites = stage.sites if repairs else {}
         shape = (0,)
         for batch in job.batches:
             hidden, true_hidden = job.ternary.read(batch), job.dense.read(batch)
@@ -216,7 +219,7 @@ class _Coder:
         if self.rule is None:
             self.code_without_inputs(matrix, "", moments)
             return
-        found = calibrate(weight, matrix.name, moments, rule=self.rule.name, **self.options)
+        found = calibrate(weight, matrix.name, moments, rule=self.rule, **self.options)
         self._keep(matrix, found.quant, found, "")
 
     def code_without_inputs(self, matrix: Matrix, why: str, moments: Moments | None = None) -> None:

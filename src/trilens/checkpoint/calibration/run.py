@@ -29,6 +29,7 @@ from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
 from trilens.models.weights import read_json
 from trilens.proof import prove
+from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedRule
 
 __all__ = ["BlockProgress", "Source", "run_calibration"]
 
@@ -79,6 +80,8 @@ def run_calibration(
     calibration: Calibration,
     folder: Path,
     *,
+    rule: CalibratedRule | None = None,
+    fit: FitOptions | None = None,
     say: Callable[[BlockProgress], None] | None = None,
 ) -> tuple[Store, Damage]:
     """Code every matrix with the help of a text, and measure the damage.
@@ -88,6 +91,8 @@ def run_calibration(
         plan: the rule and its options.
         calibration: the text.
         folder: where finished blocks are kept; of the same source, plan and text.
+        rule: a calibrated rule in place of the plan's.
+        fit: how norms, biases and scales are fitted, for rules that do so.
         say: told of progress.
 
     Raises:
@@ -112,7 +117,9 @@ def run_calibration(
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, source.choices, source.tensors)
     runner = BlockRunner(model, anatomy)
-    run = _Run(runner, placed, plan, calibration, drawn, store, say)
+    rule = rule or CALIBRATED_RULES.get(plan.rule)
+    fit = fit or FitOptions(seed=calibration.seed)
+    run = _Run(runner, placed, plan, calibration, drawn, store, say, rule, fit)
     run.blocks()
     damage = run.damage()
     write_whole(done, json_bytes(damage.to_dict()))
@@ -131,7 +138,10 @@ class _Run:
         drawn: Drawn,
         store: Store,
         say: Callable[[BlockProgress], None] | None,
+        rule: CalibratedRule | None,
+        fit: FitOptions,
     ) -> None:
+        self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
         self.say = say
@@ -185,7 +195,8 @@ class _Run:
             dense,
             ternary,
             self.plan,
-            FitOptions(seed=self.calibration.seed),
+            self.rule,
+            self.fit,
         )
 
         def after(stream: Stream, block: nn.Module) -> Callable[[Batch], Tensor]:
