@@ -310,9 +310,7 @@ def _calibrate(
     """Code every matrix on a text, beside the output's place, and refuse too much damage."""
     if calibration is None:
         return None, None
-    store, damage = run_calibration(
-        _source(job), job.plan, calibration, out / WORK_NAME, say=say
-    )
+    store, damage = run_calibration(_source(job), job.plan, calibration, out / WORK_NAME, say=say)
     check_damage(damage, calibration)
     return store, damage
 

@@ -44,6 +44,7 @@ __all__ = [
     "CalibratedRule",
     "calibrate",
     "check_rule",
+    "find_calibrated",
     "n_planes_of",
     "refine",
 ]

@@ -21,7 +21,7 @@ from trilens.ternary.hessian import Hessian, upper_factor
 from trilens.ternary.kernels import Backend, numba_is_here, parallel_map
 from trilens.ternary.units import Units
 
-__all__ = ["Grid", "code_in_order", "improve_trits", "loss", "refit_scales"]
+__all__ = ["Grid", "code_in_order", "coding_order", "improve_trits", "loss", "refit_scales"]
 
 Matrix = NDArray[np.float64]
 
@@ -73,7 +73,7 @@ class Grid:
     @property
     def n_planes(self) -> int:
         """Planes of trits."""
-        return self.trits.shape[1]
+        return int(self.trits.shape[1])
 
     @property
     def unit_scales(self) -> Matrix:

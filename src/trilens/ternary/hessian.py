@@ -112,7 +112,8 @@ class Moments:
         damped[np.diag_indices_from(damped)] += _RIDGE * self.hessian.mean_diagonal
         factor = torch.linalg.cholesky(torch.from_numpy(damped))
         step = torch.cholesky_solve(torch.from_numpy(missing.T.copy()), factor)
-        return matrix + step.numpy().T
+        found: Matrix = matrix + step.numpy().T
+        return found
 
 
 class MomentSums:

@@ -177,14 +177,12 @@ class _Coder:
         )
         repairs = corrected and self.rule is not None and self.rule.repairs_residual
         sites = stage.sites if repairs else {}
-        shape = (0,)
         for batch in job.batches:
             hidden, true_hidden = job.ternary.read(batch), job.dense.read(batch)
-            shape = hidden.shape
             befores = sorted({site.before for site in sites.values()})
             afters = sorted({site.after for site in sites.values()})
             with watching(
-                self.block, inputs=stage.members[:1], states=befores, shape=torch.Size(shape)
+                self.block, inputs=stage.members[:1], states=befores, shape=hidden.shape
             ) as watch:
                 seen = watch(lambda h=hidden, b=batch: self.run(self.block, b, h))  # type: ignore[misc]
             entered = seen.get(("input", stage.members[0]))
@@ -194,7 +192,7 @@ class _Coder:
             if corrected:
                 plain = [path for path in stage.members if path not in sites]
                 with watching(
-                    self.dense, outputs=plain, states=afters, shape=torch.Size(shape)
+                    self.dense, outputs=plain, states=afters, shape=hidden.shape
                 ) as watch:
                     true = watch(lambda h=true_hidden, b=batch: self.run(self.dense, b, h))  # type: ignore[misc]
                 for path in stage.members:

@@ -21,7 +21,7 @@ from trilens.checkpoint.calibration.streams import Batch, Stream
 from trilens.ternary.engine import round_scales
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockFit", "FitOptions", "fit_block"]
+__all__ = ["BlockFit", "FitOptions", "fit_block", "put_weight"]
 
 RunBlock = Callable[[nn.Module, Batch, Tensor], Tensor]
 """Runs a block on a batch's residual stream."""
@@ -33,12 +33,14 @@ class FitOptions:
 
     Attributes:
         passes: Over the text.
-        rate: The first step of Adam, of each value's size; it falls to a twentieth along a cosine.
+        rate: The first step of Adam, of each value's size, for an error of 1: it is multiplied by
+            the root of the block's relative error, since what is nearly right needs small steps.
+            It falls to a twentieth along a cosine.
         seed: Of the order of the batches.
     """
 
-    passes: int = 6
-    rate: float = 3e-3
+    passes: int = 4
+    rate: float = 0.01
     seed: int = 0
 
 
@@ -85,7 +87,10 @@ def fit_block(
     before = _error(block, batches, inputs, targets, run)
     start = {name: block.get_parameter(name).detach().clone() for name in vectors}
     weights = {path: _weight_of(block, path).clone() for path in quants}
-    values, scales = _descend(block, quants, start, batches, inputs, targets, run, options)
+    if not before > 0:
+        return BlockFit(dict(quants), {}, before, before)
+    rate = options.rate * before**0.5
+    values, scales = _descend(block, quants, start, batches, inputs, targets, run, options, rate)
     new_quants = {path: _with_scales(quant, scales[path]) for path, quant in quants.items()}
     new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
@@ -138,6 +143,7 @@ def _descend(
     targets: Stream,
     run: RunBlock,
     options: FitOptions,
+    rate: float,
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
     planes = {path: _Planes.of(quant, _turned(block, path)) for path, quant in quants.items()}
@@ -149,9 +155,9 @@ def _descend(
         tensor.requires_grad_(True)
     if not moving or not batches:
         return dict(start), {path: list(p.scales) for path, p in planes.items()}
-    adam = torch.optim.Adam(moving, lr=options.rate)
+    adam = torch.optim.Adam(moving, lr=rate)
     n_steps = options.passes * len(batches)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, options.rate / 20)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.passes):
         for i in torch.randperm(len(batches), generator=generator).tolist():

@@ -54,7 +54,11 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Check every option."""
-        for name, texts in (("documents", self.documents), ("evaluation", self.evaluation)):
+        given: tuple[tuple[str, Any], ...] = (
+            ("documents", self.documents),
+            ("evaluation", self.evaluation),
+        )
+        for name, texts in given:
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise UsageError(f"{name} of the calibration are no texts: pass a list of strings")
             object.__setattr__(self, name, tuple(texts))
