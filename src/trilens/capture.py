@@ -13,6 +13,7 @@ from torch import Tensor
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
 from trilens.caches.gates import GateCache, GateSpec
+from trilens.caches.states import StateCache
 from trilens.caches.storage import moved
 from trilens.errors import (
     CorruptFileError,
@@ -53,6 +54,7 @@ class Capture:
         attention: per-layer attention patterns, lazy; None where not asked.
         gates: per-layer gates; None where not asked.
         model: which model it was.
+        states: recurrent states of layers after chosen tokens; None where not asked.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -66,9 +68,11 @@ class Capture:
     attention: AttentionCache | None
     gates: GateCache | None
     model: ModelInfo
+    states: StateCache | None = None
 
     def __repr__(self) -> str:
-        held = [name for name in ("logits", "residual", "attention", "gates") if self._has(name)]
+        kinds = ("logits", "residual", "attention", "gates", "states")
+        held = [name for name in kinds if self._has(name)]
         size = self.nbytes / 1e6
         return (
             f"Capture({len(self.tokens)} tokens of {self.model.model_class}: "
@@ -119,6 +123,7 @@ class Capture:
             residual=None if self.residual is None else self.residual.to(device),
             attention=None if self.attention is None else self.attention.to(device),
             gates=None if self.gates is None else self.gates.to(device),
+            states=None if self.states is None else self.states.to(device),
         )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -138,6 +143,9 @@ class Capture:
             for name in self.gates.names:
                 for layer in self.gates.layers(name):
                     yield f"gates.{layer}.{name}", self.gates.pre(name, layer)
+        if self.states is not None:
+            for layer, part, tensor in self.states.tensors():
+                yield f"states.{layer}.{part}", tensor
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the tensors, and the rest as JSON in its header.
@@ -155,6 +163,7 @@ class Capture:
             "residual": self._residual_kind(),
             "attention": None,
             "gates": None,
+            "states": None if self.states is None else self.states.params(),
         }
         if self.attention is not None:
             manifest["attention"] = {
@@ -192,7 +201,11 @@ class Capture:
 
     @classmethod
     def _rebuild(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Capture:
-        parts: dict[str, dict[int, dict[str, Tensor]]] = {"attention": {}, "gates": {}}
+        parts: dict[str, dict[int, dict[str, Tensor]]] = {
+            "attention": {},
+            "gates": {},
+            "states": {},
+        }
         residual: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
@@ -218,6 +231,9 @@ class Capture:
             }
             records = {(name, layer): parts["gates"][layer][name] for name, layer in specs}
             gates = GateCache.from_records(records, specs)
+        # Files from before states could be captured do not speak of them.
+        held = manifest.get("states")
+        states = None if held is None else StateCache.rebuild(parts["states"], held)
         kinds: dict[str, type[ActivationCache] | type[FullActivationCache]] = {
             "last": ActivationCache,
             "all": FullActivationCache,
@@ -231,4 +247,5 @@ class Capture:
             attention=attention,
             gates=gates,
             model=model,
+            states=states,
         )

@@ -28,6 +28,7 @@
         ├── SilentSiteError      a requested site that did not fire
         ├── AttentionPathError   attention that goes through no supported path
         ├── ModifiedInPlaceError a captured tensor was overwritten by the model
+        ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
 Messages say: the noun, the problem, the offending value, the allowed range, what to do.
@@ -54,6 +55,7 @@ __all__ = [
     "OutOfRangeError",
     "PromptError",
     "PromptTooLongError",
+    "RecurrentStateError",
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
@@ -178,6 +180,10 @@ class AttentionPathError(CaptureError):
 
 class ModifiedInPlaceError(CaptureError):
     """A captured tensor was overwritten by the model after it was captured."""
+
+
+class RecurrentStateError(CaptureError):
+    """A recurrent state that the layers asked do not have, or that is not proven."""
 
 
 class UnclaimedGateError(CaptureError):

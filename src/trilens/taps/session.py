@@ -18,16 +18,32 @@ from torch import Tensor, nn
 from trilens.errors import AttentionPathError, CaptureError, SilentSiteError
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, Source
 from trilens.models.trace import same, tensors_in
 from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
-__all__ = ["Recording", "Wanted", "listening"]
+__all__ = ["Recording", "StateWish", "Wanted", "listening"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
 Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class StateWish:
+    """Which recurrent states one pass is to leave behind.
+
+    Attributes:
+        layers: layers whose state is wanted.
+        positions: after which tokens, per row of the batch: from 0, ascending, distinct.
+        reasons: why the model's other layers have no state in this capture.
+    """
+
+    layers: tuple[int, ...] = ()
+    positions: tuple[tuple[int, ...], ...] = ()
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +58,7 @@ class Wanted:
         gates: gate sites that are wanted, by (name, layer).
         kernels: layers whose calls of recurrence kernels are wanted, with all arguments.
         copy: copy what is kept, for a model that overwrites its own tensors.
+        states: recurrent states that are wanted.
     """
 
     layers: tuple[int, ...]
@@ -51,6 +68,7 @@ class Wanted:
     gates: Mapping[tuple[str, int], GateSite]
     copy: bool = False
     kernels: tuple[int, ...] = ()
+    states: StateWish = field(default_factory=StateWish)
 
 
 @dataclass(slots=True)
@@ -59,13 +77,15 @@ class Recording:
 
     Shapes
         residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
-        gates one tensor per call, with the axes of their source.
+        gates one tensor per call, with the axes of their source;
+        states per call of a kernel one entry per prompt, without padding.
     """
 
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
+    states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
     overwritten: bool = False
 
 
@@ -178,6 +198,16 @@ class _Session:
             held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             calls = self.recording.kernels.setdefault(self.layer, [])
             calls.append(KernelRecord(name, held, self.keep_result(result)))
+        if self.layer is not None and self.layer in self.wanted.states.layers:
+            # At once: a state is small, and what it is computed from need not outlive the layer.
+            states = states_of(
+                name,
+                arguments,
+                result,
+                positions=self.wanted.states.positions,
+                lengths=self.wanted.lengths,
+            )
+            self.recording.states.setdefault(self.layer, []).append(states)
         key = _key(Source("kernel", kernel=name))
         if key in self.taps:
             self.tapped(key, arguments)
@@ -208,6 +238,7 @@ class _Session:
         silent += [f"attention of layer {i}" for i in wanted.attention if i not in got.attention]
         silent += [f"{name} of layer {i}" for name, i in wanted.gates if (name, i) not in got.gates]
         silent += [f"recurrence of layer {i}" for i in wanted.kernels if i not in got.kernels]
+        silent += [f"state of layer {i}" for i in wanted.states.layers if i not in got.states]
         if silent:
             raise SilentSiteError(
                 f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
@@ -233,7 +264,7 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
             stack.callback(module.register_forward_hook(session.leave_block).remove)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
-        kernels |= set(KERNEL_GATES) if wanted.kernels else set()
+        kernels |= set(KERNEL_GATES) if wanted.kernels or wanted.states.layers else set()
         for key in session.taps:
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from trilens.errors import AttentionPathError, SilentSiteError, UnclaimedGateError
+from trilens.caches.storage import spell_layers
+from trilens.errors import (
+    AttentionPathError,
+    RecurrentStateError,
+    SilentSiteError,
+    UnclaimedGateError,
+)
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.events import FunctionCall, GateEvents
@@ -19,6 +25,7 @@ from trilens.models.gates.kernels import CONVOLUTIONS
 from trilens.models.gates.linear import find_linear_gates
 from trilens.models.gates.products import find_product_gate
 from trilens.models.gates.recurrences import find_recurrence_gates
+from trilens.models.gates.recurrent_states import STATE_KINDS
 from trilens.models.gates.rglru import find_rglru_gates
 from trilens.models.gates.routers import find_routers
 from trilens.models.gates.site import GateSite
@@ -100,6 +107,38 @@ class GateClaims:
             raise AttentionPathError(
                 f"no layer asked of {model} is recurrent, so that none has an effective attention "
                 f"(layers that have it: {have}); capture without effective=True"
+            )
+        return found
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Layers whose recurrent state can be captured."""
+        return tuple(
+            layer for layer, functions in self.kernels.items() if set(functions) <= set(STATE_KINDS)
+        )
+
+    def states_within(self, layers: Sequence[int], model: str) -> tuple[int, ...]:
+        """The layers with a recurrent state among some.
+
+        Args:
+            layers: the layers asked for, at least one.
+            model: the model's class, for the message.
+
+        Raises:
+            RecurrentStateError: a recurrence that is not known, or none of these layers has one.
+        """
+        for layer in layers:
+            if layer in self.mixers:
+                raise RecurrentStateError(
+                    f"the recurrent state of layer {layer} of {model} can't be captured: the "
+                    f"recurrence of {self.mixers[layer]} calls no known kernel function; capture "
+                    "without states"
+                )
+        found = tuple(layer for layer in layers if layer in self.state_layers)
+        if not found:
+            raise RecurrentStateError(
+                f"no layer asked of {model} is recurrent, so that none has a recurrent state: this "
+                f"model has it in {spell_layers(self.state_layers)}; capture without states"
             )
         return found
 
