@@ -80,14 +80,14 @@ def read_states(
 
 def _positions(states: bool | Iterable[int], lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Positions per prompt: from 0, ascending, distinct."""
-    if isinstance(states, bool):
-        states = (-1,)
-    if isinstance(states, str) or not isinstance(states, Iterable):
+    try:
+        # A string iterates too, and is refused below: its characters are no positions.
+        chosen = [-1] if isinstance(states, bool) else list(states)
+    except TypeError:
         raise UsageError(
             f"states {states!r} is not an option: True for the last token, or positions, for "
             "example (0, 5, -1)"
-        )
-    chosen = list(states)
+        ) from None
     if not chosen:
         raise UsageError("states is empty: name at least one position, or leave it out")
 

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilens.errors import AttentionPathError, CaptureError, SilentSiteError
+from trilens.errors import (
+    AttentionPathError,
+    CaptureError,
+    RecurrentStateError,
+    SilentSiteError,
+)
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES
 from trilens.models.gates.recurrent_states import LayerState, states_of
@@ -198,19 +203,22 @@ class _Session:
             held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             calls = self.recording.kernels.setdefault(self.layer, [])
             calls.append(KernelRecord(name, held, self.keep_result(result)))
-        if self.layer is not None and self.layer in self.wanted.states.layers:
-            # At once: a state is small, and what it is computed from need not outlive the layer.
-            states = states_of(
-                name,
-                arguments,
-                result,
-                positions=self.wanted.states.positions,
-                lengths=self.wanted.lengths,
-            )
-            self.recording.states.setdefault(self.layer, []).append(states)
+        self.remember(name, arguments, result)
         key = _key(Source("kernel", kernel=name))
         if key in self.taps:
             self.tapped(key, arguments)
+
+    def remember(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        """The states of one call, at once: what they are computed from need not outlive it."""
+        wish, layer = self.wanted.states, self.layer
+        if layer is None or layer not in wish.layers:
+            return
+        lengths = self.wanted.lengths
+        try:
+            states = states_of(name, arguments, result, positions=wish.positions, lengths=lengths)
+        except RecurrentStateError as error:
+            raise RecurrentStateError(f"layer {layer}: {error}") from error
+        self.recording.states.setdefault(layer, []).append(states)
 
     def keep_result(self, result: Any) -> Any:
         """What a kernel gave, a tensor or a tuple that holds some, each of them kept."""
