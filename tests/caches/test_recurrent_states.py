@@ -1,4 +1,4 @@
-"""States of a recurrence after chosen tokens, against a float64 reference that goes token by token."""
+"""States of a recurrence after chosen tokens, against a float64 reference, token by token."""
 
 from __future__ import annotations
 

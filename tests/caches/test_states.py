@@ -78,7 +78,9 @@ def test_norms() -> None:
 
 def test_refused_with_what_is_there() -> None:
     states = cache()
-    with pytest.raises(NotStoredError, match=r"layer 0 is stored: the layer is not recurrent; .*1, 4"):
+    with pytest.raises(
+        NotStoredError, match=r"layer 0 is stored: the layer is not recurrent; .*1, 4"
+    ):
         states.get(0)
     with pytest.raises(NotStoredError, match=r"layer 2 is stored; this cache holds layers 1, 4"):
         states.spec(2)
@@ -131,5 +133,5 @@ def test_what_does_not_belong_together(change, error, message) -> None:
 
 def test_integers_are_no_states() -> None:
     layers = {1: {"S": torch.zeros(2, 2, 3, 4, dtype=torch.int64)}}
-    with pytest.raises(DtypeError, match="'S' of layer 1 is torch.int64"):
+    with pytest.raises(DtypeError, match=r"'S' of layer 1 is torch\.int64"):
         StateCache.from_layers(layers, {1: MATRIX}, positions=(3, 8), seq=9)
