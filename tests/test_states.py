@@ -60,9 +60,15 @@ FAMILIES: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "bailing_hybrid": ((0, 2), MATRIX),
     "rwkv7": ((0, 1, 2), MATRIX),
     "rwkv": ((0, 1, 2, 3), ("hidden",)),
+    "recurrent_gemma": ((0, 1, 3, 4), ("width",)),
+    "xlstm": ((0, 1, 2, 3), MATRIX),
+    "minimax": ((1, 3), MATRIX),
 }
 # One of each kernel, and the one that calls its kernel once per head.
 KERNELS = ("mamba", "mamba2", "qwen3_next", "kimi_linear", "rwkv", "rwkv7", "zamba")
+# Recurrences that no kernel function carries.
+BOUNDARIES = ("recurrent_gemma", "xlstm", "minimax")
+ALL = KERNELS + BOUNDARIES
 # Those whose kernels compute in float64 when the model does.
 DOUBLE = ("mamba", "zamba", "rwkv", "rwkv7")
 
@@ -90,6 +96,10 @@ def off(ours: Tensor, theirs: Tensor) -> float:
 
 def cached(model: torch.nn.Module, ids: Tensor) -> dict[int, dict[str, Tensor]]:
     """What the model itself hands to its decoding: layer → part → state of the one prompt."""
+    backends = [m for name, m in model.named_modules() if name.endswith(".mlstm_backend")]
+    if backends:
+        # Its cache class is made for heads whose keys are as wide as their values: these are not.
+        return _returned(model, ids, backends)
     with torch.no_grad():
         output = model(input_ids=ids, use_cache=True)
     if "state" in output:
@@ -98,6 +108,13 @@ def cached(model: torch.nn.Module, ids: Tensor) -> dict[int, dict[str, Tensor]]:
         n = parts["maximum"].shape[-1]
         return {i: {name: part[0, :, i] for name, part in parts.items()} for i in range(n)}
     cache = output.get("past_key_values", output.get("cache_params"))
+    if cache is None:
+        # This family keeps its state in the modules.
+        units = [(name, m) for name, m in model.named_modules() if name.endswith(".rg_lru")]
+        return {int(name.split(".")[2]): {"": m.recurrent_states[0]} for name, m in units}
+    if hasattr(cache, "linear_cache"):
+        held = enumerate(cache.linear_cache)
+        return {i: {"": state[0]} for i, state in held if isinstance(state, Tensor)}
     found = {}
     for number, layer in enumerate(cache.layers):
         held: Any = getattr(layer, "recurrent", None)
@@ -107,6 +124,24 @@ def cached(model: torch.nn.Module, ids: Tensor) -> dict[int, dict[str, Tensor]]:
             held = held[0]
         if isinstance(held, Tensor):
             found[number] = {"": held[0]}
+    return found
+
+
+def _returned(
+    model: torch.nn.Module, ids: Tensor, backends: list[torch.nn.Module]
+) -> dict[int, dict[str, Tensor]]:
+    """The last states that an mLSTM's own kernel returns beside its output."""
+    found: dict[int, dict[str, Tensor]] = {}
+
+    def keep(number: int, _module: Any, _args: Any, output: Any) -> None:
+        c, n, m = output[1]
+        found[number] = {"C": c[0], "n": n[0], "m": m[0].reshape(-1)}
+
+    handles = [m.register_forward_hook(functools.partial(keep, i)) for i, m in enumerate(backends)]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return found
 
 
@@ -159,7 +194,7 @@ def test_a_state_is_the_last_one_of_the_prompt_that_ends_there(model_type: str) 
         assert_same_states(before, cap, position, PREFIX_DOUBLE)
 
 
-@pytest.mark.parametrize("model_type", KERNELS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_many_prompts_give_what_single_ones_give(model_type: str) -> None:
     lens = lens_of(model_type)
     prompts = [prompt_ids(model_type, n)[0] for n in LENGTHS]
@@ -179,7 +214,7 @@ def test_many_prompts_give_what_single_ones_give(model_type: str) -> None:
         assert batched.states.nbytes == alone.states.nbytes
 
 
-@pytest.mark.parametrize("model_type", KERNELS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_saved_loaded_and_moved(model_type: str, tmp_path: Path) -> None:
     cap = lens_of(model_type).capture(
         prompt_ids(model_type, 9), states=(0, -1), residual=None, logits=None
@@ -192,7 +227,7 @@ def test_saved_loaded_and_moved(model_type: str, tmp_path: Path) -> None:
         for position in (0, -1):
             place = cap.states.positions.index(position % 9)
             assert torch.equal(again.states.get(layer, position, part), tensor[place])
-    assert cap.to("meta").states.get(0).device.type == "meta"
+    assert cap.to("meta").states.get(layer).device.type == "meta"
 
 
 def test_a_file_that_lacks_a_state_is_damaged(tmp_path: Path) -> None:
@@ -261,7 +296,7 @@ def test_a_position_that_a_short_prompt_lacks() -> None:
         list(lens.capture_many(prompts, states=(5,)))
 
 
-@pytest.mark.parametrize("model_type", KERNELS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_states_beside_everything_else(model_type: str) -> None:
     lens, ids = lens_of(model_type), prompt_ids(model_type, 9)
     effective = bool(lens.effective_layers)
@@ -273,7 +308,7 @@ def test_states_beside_everything_else(model_type: str) -> None:
             assert both.gates.get(name, layer).shape[0] in (1, 9)
 
 
-@pytest.mark.parametrize("model_type", KERNELS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_half_precision(model_type: str) -> None:
     ids = prompt_ids(model_type, TOKENS)
     cap = Lens(model_of(model_type).to(torch.bfloat16)).capture(ids, states=True)
@@ -308,6 +343,30 @@ def test_a_kernel_that_computes_something_else_is_not_claimed(
     assert after == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lens.model.modules())
     monkeypatch.undo()
+    assert lens.capture(ids, states=True).states.layers == lens.state_layers
+
+
+@pytest.mark.parametrize("model_type", BOUNDARIES)
+def test_a_recurrence_that_computes_something_else_is_not_claimed(model_type: str) -> None:
+    lens, ids = lens_of(model_type), prompt_ids(model_type, 9)
+
+    def other(_module: Any, _args: Any, output: Any) -> Any:
+        return (output[0] * 1.001, *output[1:]) if isinstance(output, tuple) else output * 1.001
+
+    handles = []
+    for name, module in lens.model.named_modules():
+        if name.endswith((".rg_lru", ".mlstm_backend")):
+            handles.append(module.register_forward_hook(other))
+        elif hasattr(module, "slope_rate"):
+            scaled = lambda _module, args: (args[0] * 1.001,)  # noqa: E731
+            handles.append(module.norm.register_forward_pre_hook(scaled))
+    assert len(handles) == len(lens.state_layers)
+    with pytest.raises(RecurrentStateError, match=r"is not proven: what is read of it"):
+        lens.capture(ids, states=True)
+    for handle in handles:
+        handle.remove()
+    # Nothing else stays behind, also after an exception.
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lens.model.modules())
     assert lens.capture(ids, states=True).states.layers == lens.state_layers
 
 

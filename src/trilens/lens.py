@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trilens.capture import Capture, ModelInfo
 from trilens.errors import AttentionPathError, ShapeError, UsageError
+from trilens.models.absent import attention_reasons
 from trilens.models.anatomy import Anatomy
 from trilens.models.loading import load
 from trilens.models.running import device_of, forward_arguments, probe_ids, text_config
@@ -25,7 +26,7 @@ from trilens.models.tokens import (
 from trilens.models.trace import tensors_in
 from trilens.proof import Proof, prove
 from trilens.requests import read_layers, read_states
-from trilens.splitting import split
+from trilens.splitting import agree, split
 from trilens.taps.effective import effective_patterns
 from trilens.taps.mode import evaluating
 from trilens.taps.session import Recording, Wanted, listening
@@ -164,7 +165,7 @@ class Lens:
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys.
             gates: keep each proven gate: what it is computed from, or its value.
-            effective: keep the effective attention of recurrent layers, as signed patterns beside
+            effective: keep the effective attention of recurrent layers in `effective`, and beside
                 the softmax layers' in `attention`; proven when a layer is first captured.
             layers: layer numbers; all where not given.
             logits: of all positions, of the last, or none.
@@ -179,8 +180,7 @@ class Lens:
         Raises:
             PromptError: empty, too long, out of vocabulary, or text without a tokenizer.
             OutOfRangeError: a layer, or a position for a state, that is not there.
-            AttentionPathError: attention was asked of a layer that has none to give, or both kinds
-                of a layer that has both.
+            AttentionPathError: attention was asked of a layer that has none to give.
             CaptureError: an effective attention that the kernel's output does not prove.
             RecurrentStateError: a state that is not proven, or no layer asked has one.
             SilentSiteError: a site did not fire, or gates were asked where none is proven.
@@ -267,7 +267,7 @@ class Lens:
 
             alone = [residuals([probe])[0] for probe in probes]
             pairs = zip(residuals(probes), alone, strict=True)
-            self._batches = all(_close(a, b) for a, b in pairs)
+            self._batches = all(agree(a, b) for a, b in pairs)
             self._batches_checked = longest
         return self._batches
 
@@ -331,7 +331,9 @@ class Lens:
         chosen = read_layers(layers, self.n_layers)
         softmax = self._attention(chosen, explicit=layers is not None) if attention else ()
         claims, name = self._proof.gates, type(self.model).__name__
+        recurrent = claims.effective_within(chosen, name) if effective else ()
         lengths = tuple(len(prompt.ids) for prompt in prompts)
+        remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
         return Wanted(
             layers=chosen,
             residual=residual,
@@ -339,8 +341,9 @@ class Lens:
             attention=softmax,
             gates=claims.within(chosen, name) if gates else {},
             copy=self._copies,
-            kernels=claims.effective_within(chosen, softmax, name) if effective else (),
-            states=read_states(states, lengths, chosen, claims, name, self.n_layers),
+            kernels=recurrent,
+            boundaries=claims.boundaries((*recurrent, *remembered.layers)),
+            states=remembered,
         )
 
     def _attention(self, layers: tuple[int, ...], *, explicit: bool) -> tuple[int, ...]:
@@ -355,9 +358,11 @@ class Lens:
         if not found:
             have = ", ".join(map(str, anatomy.attention)) or "none"
             which = f"layers {', '.join(map(str, layers))}" if explicit else "this model"
+            recurrences = self._proof.gates.recurrences
+            why = attention_reasons(anatomy, recurrences, layers, ())[layers[0]]
             raise AttentionPathError(
                 f"{which} of {type(self.model).__name__} has no softmax attention (layers that "
-                f"have it: {have}); capture without attention=True"
+                f"have it: {have}; layer {layers[0]}: {why}); capture without attention=True"
             )
         return found
 
@@ -380,6 +385,7 @@ class Lens:
             recording,
             wanted,
             anatomy=self.anatomy,
+            recurrences=self._proof.gates.recurrences,
             effective=effective_patterns(recording.kernels, wanted.lengths, self._effective_proven),
             logits=values if isinstance(values, Tensor) else None,
             last_logits=logits == "last",
@@ -423,18 +429,3 @@ class Lens:
             d_model=self.d_model,
             dtype=str(self.model.dtype).removeprefix("torch."),
         )
-
-
-def _close(a: Capture, b: Capture) -> bool:
-    pairs = [(a.logits, b.logits)]
-    if a.residual is not None and b.residual is not None:
-        pairs += [(a.residual.get_layer(i), b.residual.get_layer(i)) for i in a.residual.layers]
-    for ours, theirs in pairs:
-        if ours is None or theirs is None:
-            continue
-        # PROMOTE: half-precision rows differ by their own rounding from batch to batch.
-        tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
-        left, right = ours.double(), theirs.double()
-        if float((left - right).abs().max()) > tolerance * max(1.0, float(right.abs().max())):
-            return False
-    return True

@@ -207,9 +207,13 @@ class ChannelPattern(RecurrenceBase):
         write = found.get("write", step).expand_as(step)
         return step, rate, found.get("q", ones), found.get("k", ones), write
 
-    def _cut(self, name: str, row: int, n: int) -> Tensor:
+    def cut(self, name: str, row: int, n: int) -> Tensor:
+        """One prompt's own tokens of the tensor `name`; rates belong to no prompt."""
         tensor = self._tensors[name]
         return tensor if name == "rate" else cut(tensor, row, n)
+
+    def _cut(self, name: str, row: int, n: int) -> Tensor:
+        return self.cut(name, row, n)
 
 
 class DecayedSoftmaxPattern(RecurrenceBase):

@@ -6,6 +6,7 @@ session is recorded: another thread may run the same model beside it.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from trilens.errors import (
 )
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, Source
 from trilens.models.trace import same, tensors_in
@@ -61,9 +63,10 @@ class Wanted:
         lengths: real tokens of each row of the batch, on the CPU.
         attention: layers whose attention is wanted.
         gates: gate sites that are wanted, by (name, layer).
-        kernels: layers whose calls of recurrence kernels are wanted, with all arguments.
-        copy: copy what is kept, for a model that overwrites its own tensors.
+        kernels: layers whose recurrence is wanted, with all that it is given.
         states: recurrent states that are wanted.
+        boundaries: the recurrences that no kernel function carries, with where they begin and end.
+        copy: copy what is kept, for a model that overwrites its own tensors.
     """
 
     layers: tuple[int, ...]
@@ -73,6 +76,7 @@ class Wanted:
     gates: Mapping[tuple[str, int], GateSite]
     copy: bool = False
     kernels: tuple[int, ...] = ()
+    boundaries: Mapping[int, Boundary] = field(default_factory=dict)
     states: StateWish = field(default_factory=StateWish)
 
 
@@ -105,6 +109,7 @@ class _Session:
         self.kept: list[tuple[Tensor, int]] = []
         self.taps = _by_tap(wanted.gates)
         self.counts: dict[tuple[int, TapKey], int] = {}
+        self.inside: dict[str, Any] | None = None
 
     def mine(self) -> bool:
         return threading.get_ident() == self.thread
@@ -208,6 +213,49 @@ class _Session:
         if key in self.taps:
             self.tapped(key, arguments)
 
+    def boundary_hook(self, edge: Edge) -> Callable[..., None]:
+        """Notes what a recurrence without a kernel function is given, and what it gave."""
+        signature = inspect.signature(edge.module.forward)
+
+        def ours() -> Boundary | None:
+            if not self.mine() or self.layer is None:
+                return None
+            found = self.wanted.boundaries.get(self.layer)
+            return found if found is not None and edge in (found.enter, found.leave) else None
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            found = ours()
+            if found is not None and edge == found.enter:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                self.entered(found, bound.arguments)
+            elif found is not None:
+                self.left(found, next(tensors_in((args, kwargs))))
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            found = ours()
+            if found is not None and edge == found.enter:
+                self.entered(found, {"output": output})
+            elif found is not None:
+                self.left(found, output)
+
+        return before if edge.event == "input" else after
+
+    def entered(self, boundary: Boundary, arguments: Mapping[str, Any]) -> None:
+        inside = dict(arguments)
+        if self.layer in self.wanted.kernels or self.wanted.copy:
+            inside = {k: self.keep_result(v) for k, v in arguments.items()}
+        self.inside = {**inside, "module": boundary.module}
+
+    def left(self, boundary: Boundary, result: Any) -> None:
+        if self.layer is None or self.inside is None:
+            return
+        held, self.inside = self.inside, None
+        if self.layer in self.wanted.kernels:
+            record = KernelRecord(boundary.function, held, self.keep_result(result))
+            self.recording.kernels.setdefault(self.layer, []).append(record)
+        self.remember(boundary.function, held, result)
+
     def remember(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         """The states of one call, at once: what they are computed from need not outlive it."""
         wish, layer = self.wanted.states, self.layer
@@ -221,11 +269,11 @@ class _Session:
         self.recording.states.setdefault(layer, []).append(states)
 
     def keep_result(self, result: Any) -> Any:
-        """What a kernel gave, a tensor or a tuple that holds some, each of them kept."""
+        """What a recurrence gave, a tensor or tuples that hold some, each of them kept."""
         if isinstance(result, Tensor):
             return self.keep(result)
         if isinstance(result, tuple | list):
-            return tuple(self.keep(item) if isinstance(item, Tensor) else item for item in result)
+            return tuple(self.keep_result(item) for item in result)
         return result
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -272,7 +320,14 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
             stack.callback(module.register_forward_hook(session.leave_block).remove)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
-        kernels |= set(KERNEL_GATES) if wanted.kernels or wanted.states.layers else set()
+        noted = {*wanted.kernels, *wanted.states.layers}
+        kernels |= set(KERNEL_GATES) if noted - set(wanted.boundaries) else set()
+        for edge in {edge for b in wanted.boundaries.values() for edge in (b.enter, b.leave)}:
+            told = session.boundary_hook(edge)
+            if edge.event == "input":
+                stack.callback(edge.module.register_forward_pre_hook(told, with_kwargs=True).remove)
+            else:
+                stack.callback(edge.module.register_forward_hook(told).remove)
         for key in session.taps:
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":

@@ -1,4 +1,4 @@
-"""Kernel arguments → the recurrent state after chosen tokens, proven by what the kernel read of it.
+"""What a recurrence was given → its state after chosen tokens, proven by what was read of it.
 
 A state is computed from what the recurrence was given, so that any position can be asked and the
 padding of a batch is not in it. What the kernel's output says of it is checked in the same pass:
@@ -10,14 +10,14 @@ Source: as `trilens.models.gates.effective`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
-from trilens.caches.recurrent_pattern import RecurrentPattern
+from trilens.caches.recurrent_pattern import RecurrentPattern, running_maximum
 from trilens.caches.recurrent_states import (
     channel_states,
     matrix_reads,
@@ -85,8 +85,21 @@ STATE_KINDS: Mapping[str, StateKind] = {
         "y_t = (e^m·n + exp(u + k_t)·v_t) / (e^m·d + exp(u + k_t)) of the state after t−1",
         {"numerator": ("hidden",), "denominator": ("hidden",), "maximum": ("hidden",)},
     ),
+    "rg_lru": StateKind(
+        "RG-LRU", "h_t = a_t ⊙ h_{t−1} + √(1 − a_t²) ⊙ i_t ⊙ x_t", "y_t = h_t", {"h": ("width",)}
+    ),
+    "mlstm": StateKind(
+        "mLSTM",
+        "m_t = max(log σ(f_t) + m_{t−1}, i_t); C and n are kept divided by exp(m_t): "
+        "C_t = σ(f_t) C_{t−1} + exp(i_t) k_t v_tᵀ, n_t likewise with k_t",
+        "y_t = C_tᵀ q_t/√d / max(|n_tᵀ q_t/√d|, exp(−m_t))",
+        {"C": _MATRIX["S"], "n": ("heads", "k"), "m": ("heads",)},
+    ),
+    "lightning_attention": StateKind(
+        "lightning attention", "S_t = exp(−slope) S_{t−1} + k_t v_tᵀ", "y_t = S_tᵀ q_t", _MATRIX
+    ),
 }
-"""Kernel function → what its state is."""
+"""Kernel function, or recurrence with a boundary → what its state is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,11 +119,11 @@ def states_of(
     positions: Sequence[Sequence[int]],
     lengths: Sequence[int],
 ) -> list[LayerState]:
-    """The states of each prompt of one kernel call.
+    """The states of each prompt of one call.
 
     Args:
-        function: the kernel function, a key of `STATE_KINDS`.
-        arguments: what it was called with, by parameter name.
+        function: the kernel function or recurrence, a key of `STATE_KINDS`.
+        arguments: what it was given, by parameter name.
         result: what it gave back.
         positions: after which tokens, per prompt: from 0, ascending, below its length.
         lengths: real tokens of each prompt.
@@ -132,7 +145,10 @@ def states_of(
     kind = STATE_KINDS[function]
     found = []
     for row, (places, length) in enumerate(zip(positions, lengths, strict=True)):
-        parts, read = _read(effective, row, places)
+        if function == "mlstm":
+            parts, read = _normalised(effective, arguments, row, places)
+        else:
+            parts, read = _read(effective, row, places)
         off = effective.deviation(read, places, row, range(effective.units), length)
         allowed = tolerance_of(effective)
         # Not off > allowed: a NaN proves nothing.
@@ -180,10 +196,22 @@ def _read(
     raise RecurrentStateError(f"a {type(pattern).__name__} has no recurrent state that is known")
 
 
+def _normalised(
+    effective: Effective, arguments: Mapping[str, Any], row: int, positions: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """An mLSTM's normaliser is what its matrix would be if every value were 1."""
+    ones = torch.ones_like(effective.values[..., :1])
+    wide = replace(effective, values=torch.cat([effective.values, ones], dim=-1))
+    (states,), read = _read(wide, row, positions)
+    gates = arguments["igate"][row], arguments["fgate"][row]
+    maximum = running_maximum(*gates)[1][:, list(positions)].T.to(states.dtype)
+    return (states[..., :-1], states[..., -1], maximum), read[..., :-1]
+
+
 def _softmax(
     pattern: DecayedSoftmaxPattern, values: Tensor, row: int, positions: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A position reads the state after the token before it: that one is made too."""
+    """Each position reads the state after the token before it: that one is made too."""
     given = pattern.tensors()
     keys = given["k"][row]
     places = sorted({*positions, *(position - 1 for position in positions)})
