@@ -153,6 +153,10 @@ class Capture:
             reasons=self.effective.reasons,
         )
 
+    def shares_pattern(self, layer: int) -> bool:
+        """Whether `attention` answers for a layer with its effective attention."""
+        return layer in self._shared_layers()
+
     def _shared_layers(self) -> tuple[int, ...]:
         """Layers whose pattern stands in both attention caches."""
         if self.effective is None or self.attention is None:
