@@ -45,7 +45,7 @@ def page() -> str:
         " times values",
         "equal to the recurrence's own output within 1e-5, and `capture_many` within 1e-5 of"
         " `capture`",
-        "(effective attention, a product over all tokens: 5e-5).",
+        "(effective attention, a product over all tokens: 2e-5).",
         "",
         f"- **{counts['full']} in full**: the residual stream of every block and every softmax "
         "attention layer",
