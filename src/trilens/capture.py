@@ -13,6 +13,7 @@ from torch import Tensor
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
 from trilens.caches.gates import GateCache, GateSpec
+from trilens.caches.states import StateCache
 from trilens.caches.storage import moved
 from trilens.errors import (
     CorruptFileError,
@@ -56,6 +57,7 @@ class Capture:
         gates: per-layer gates; None where not asked.
         model: which model it was.
         effective: effective attention of every recurrent layer; None where not asked.
+        states: recurrent states of layers after chosen tokens; None where not asked.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -70,9 +72,10 @@ class Capture:
     gates: GateCache | None
     model: ModelInfo
     effective: AttentionCache | None = None
+    states: StateCache | None = None
 
     def __repr__(self) -> str:
-        parts = ("logits", "residual", "attention", "effective", "gates")
+        parts = ("logits", "residual", "attention", "effective", "gates", "states")
         held = [name for name in parts if self._has(name)]
         size = self.nbytes / 1e6
         return (
@@ -126,6 +129,7 @@ class Capture:
             attention=attention,
             effective=effective,
             gates=None if self.gates is None else self.gates.to(device),
+            states=None if self.states is None else self.states.to(device),
         )
 
     def _moved(
@@ -175,6 +179,9 @@ class Capture:
             for name in self.gates.names:
                 for layer in self.gates.layers(name):
                     yield f"gates.{layer}.{name}", self.gates.pre(name, layer)
+        if self.states is not None:
+            for layer, part, tensor in self.states.tensors():
+                yield f"states.{layer}.{part}", tensor
 
     def _pattern_tensors(self) -> Iterator[tuple[str, Tensor]]:
         shared = self._shared_layers()
@@ -202,6 +209,7 @@ class Capture:
             "gates": None,
             "effective": None,
             "reasons": {},
+            "states": None if self.states is None else self.states.params(),
         }
         shared = self._shared_layers()
         for name, cache in (("attention", self.attention), ("effective", self.effective)):
@@ -249,6 +257,7 @@ class Capture:
             "attention": {},
             "effective": {},
             "gates": {},
+            "states": {},
         }
         residual: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
@@ -288,6 +297,9 @@ class Capture:
             }
             records = {(name, layer): parts["gates"][layer][name] for name, layer in specs}
             gates = GateCache.from_records(records, specs)
+        # Files from before states could be captured do not speak of them.
+        held = manifest.get("states")
+        states = None if held is None else StateCache.rebuild(parts["states"], held)
         kinds: dict[str, type[ActivationCache] | type[FullActivationCache]] = {
             "last": ActivationCache,
             "all": FullActivationCache,
@@ -302,4 +314,5 @@ class Capture:
             gates=gates,
             model=model,
             effective=cache("effective", attention),
+            states=states,
         )

@@ -12,10 +12,12 @@ from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.patterns import Pattern
 from trilens.caches.softmax_masks import SharedMasks
+from trilens.caches.states import StateCache
 from trilens.capture import Capture, ModelInfo
 from trilens.models.absent import attention_reasons, effective_reasons
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.mixers import Recurrent
+from trilens.models.gates.recurrent_states import join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
@@ -74,6 +76,7 @@ def split(
             **caches(row),
             gates=_gates(recording, wanted, row),
             model=info,
+            states=_states(recording, wanted, row),
         )
         for row, prompt in enumerate(prompts)
     ]
@@ -140,6 +143,23 @@ def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:
         mine = rows[0] if site.spec.static else rows[row, :length]
         values[key] = _own(mine, batch > 1)
     return GateCache.from_records(values, {key: wanted.gates[key].spec for key in values})
+
+
+def _states(recording: Recording, wanted: Wanted, row: int) -> StateCache | None:
+    wish = wanted.states
+    if not wish.layers:
+        return None
+    found = {
+        layer: join_states([call[row] for call in calls])
+        for layer, calls in recording.states.items()
+    }
+    return StateCache.from_layers(
+        {layer: state.parts for layer, state in found.items()},
+        {layer: state.spec for layer, state in found.items()},
+        positions=wish.positions[row],
+        seq=wanted.lengths[row],
+        reasons=wish.reasons,
+    )
 
 
 def agree(a: Capture, b: Capture) -> bool:

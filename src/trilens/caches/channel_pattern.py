@@ -184,6 +184,14 @@ class ChannelPattern(RecurrenceBase):
                 scaling=1 / self.n_channels,
             )
 
+    def inputs(self, batch: int = 0) -> ChannelInputs:
+        """One prompt's inputs, in the dtype to compute in.
+
+        Raises:
+            OutOfRangeError: no such prompt.
+        """
+        return ChannelInputs.of(*self._inputs(self._row(batch)))
+
     def params(self) -> dict[str, Any]:
         """The kind alone."""
         return {"kind": "channel"}

@@ -11,7 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from trilens.caches.storage import spell_layers
-from trilens.errors import AttentionPathError, SilentSiteError, UnclaimedGateError
+from trilens.errors import (
+    AttentionPathError,
+    RecurrentStateError,
+    SilentSiteError,
+    UnclaimedGateError,
+)
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.events import FunctionCall, GateEvents
@@ -62,8 +67,8 @@ class GateClaims:
         """Layers with an effective attention."""
         return tuple(layer for layer, found in self.recurrences.items() if not found.refusal)
 
-    def effective_within(self, layers: Sequence[int], model: str) -> dict[int, Boundary | None]:
-        """The recurrent layers among some, each with its boundary where it has no kernel function.
+    def effective_within(self, layers: Sequence[int], model: str) -> tuple[int, ...]:
+        """The recurrent layers among some.
 
         Args:
             layers: the layers asked for, at least one.
@@ -79,7 +84,7 @@ class GateClaims:
                     f"the effective attention of layer {layer} of {model} can't be captured: "
                     f"{found.refusal}; capture without effective=True"
                 )
-        recurrent = {i: self.recurrences[i].boundary for i in layers if i in self.recurrences}
+        recurrent = tuple(layer for layer in layers if layer in self.recurrences)
         if not recurrent:
             raise AttentionPathError(
                 f"no layer asked of {model} is recurrent, so that none has an effective attention "
@@ -87,6 +92,41 @@ class GateClaims:
                 "effective=True"
             )
         return recurrent
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Layers whose recurrent state can be captured: those with an effective attention."""
+        return self.effective_layers
+
+    def states_within(self, layers: Sequence[int], model: str) -> tuple[int, ...]:
+        """The layers with a recurrent state among some.
+
+        Args:
+            layers: the layers asked for, at least one.
+            model: the model's class, for the message.
+
+        Raises:
+            RecurrentStateError: a recurrence whose state is not known, or no recurrent layer.
+        """
+        for layer in layers:
+            found = self.recurrences.get(layer)
+            if found is not None and found.refusal:
+                raise RecurrentStateError(
+                    f"the recurrent state of layer {layer} of {model} can't be captured: "
+                    f"{found.refusal}; capture without states"
+                )
+        recurrent = tuple(layer for layer in layers if layer in self.recurrences)
+        if not recurrent:
+            raise RecurrentStateError(
+                f"no layer asked of {model} is recurrent, so that none has a recurrent state "
+                f"(there is one of {spell_layers(self.state_layers)}); capture without states"
+            )
+        return recurrent
+
+    def boundaries(self, layers: Sequence[int]) -> dict[int, Boundary]:
+        """Those of some recurrent layers that no kernel function carries, with their boundaries."""
+        found = {layer: self.recurrences[layer].boundary for layer in layers}
+        return {layer: boundary for layer, boundary in found.items() if boundary is not None}
 
     def within(self, layers: Sequence[int], model: str) -> dict[tuple[str, int], GateSite]:
         """The gates of some layers.
