@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from trilens.checkpoint.card import model_card
 from trilens.checkpoint.coding import code_tensor, entries, planned
 from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
-from trilens.checkpoint.gguf.formats import find_format
+from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.source import open_source
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
@@ -125,19 +125,7 @@ def ternarize(
     """
     gguf_format = find_format(format)
     if gguf_format is not None:
-        check_place(Path(dst))
-        wanted = plan or TernaryPlan()
-        source = open_source(src, wanted, revision=revision)
-        choices = _follow(wanted, source.choices)
-        return write_gguf(
-            source,
-            choices,
-            wanted,
-            gguf_format,
-            Path(dst),
-            dry_run=dry_run,
-            progress=progress,
-        )
+        return _to_gguf(src, Path(dst), plan, gguf_format, revision, dry_run, progress)
     if format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
     if Path(dst).suffix == ".gguf":
@@ -167,6 +155,22 @@ def ternarize(
     write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
+
+
+def _to_gguf(
+    src: str | os.PathLike[str],
+    out: Path,
+    plan: TernaryPlan | None,
+    format: GgufFormat,
+    revision: str | None,
+    dry_run: bool,
+    progress: Callable[[TensorReport], None] | None,
+) -> TernaryReport:
+    check_place(out)
+    plan = plan or TernaryPlan()
+    source = open_source(src, plan, revision=revision)
+    choices = _follow(plan, source.choices)
+    return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
 
 
 def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> _Job:

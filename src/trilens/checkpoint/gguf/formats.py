@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.errors import UsageError
-from trilens.ternary.blocks import TQ1, TQ2, Q2
+from trilens.ternary.blocks import Q2, TQ1, TQ2
 from trilens.ternary.packing import Codec
 
 __all__ = [

@@ -31,7 +31,7 @@ _NUMBERS: MappingProxyType[int, str] = MappingProxyType(
     {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 )
 _LEAST_BYTES = MappingProxyType({"key": 13, "tensor": 32})
-"""What the shortest entry of a kind takes; a count that would need more than the file is damaged."""
+"""Bytes of the shortest entry of a kind; a count that needs more than the file is damaged."""
 
 _T = TypeVar("_T")
 

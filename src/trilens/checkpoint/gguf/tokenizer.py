@@ -19,7 +19,7 @@ from trilens.checkpoint.gguf.sentencepiece import is_sentencepiece, piece_scores
 from trilens.errors import NoTokenizerError, UsageError
 from trilens.models.wording import clip
 
-__all__ = ["Vocabulary", "read_vocabulary"]
+__all__ = ["PRE_TOKENIZERS", "Vocabulary", "read_vocabulary"]
 
 _GPT2 = "byte-level with its own expression"
 _DIGITS = "single digits"
@@ -34,7 +34,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_PRE_TOKENIZERS: MappingProxyType[tuple[tuple[str, ...], bool], str] = MappingProxyType(
+PRE_TOKENIZERS: MappingProxyType[tuple[tuple[str, ...], bool], str] = MappingProxyType(
     {
         ((_GPT2,), False): "gpt-2",
         ((_DIGITS, _GPT2), False): "starcoder",
@@ -55,7 +55,7 @@ class Vocabulary:
     """What the engine is told about a tokenizer.
 
     Attributes:
-        model: "gpt2" for byte-level BPE, "llama" for BPE over characters with bytes to fall back on.
+        model: "gpt2" for byte-level BPE, "llama" for BPE over characters (see `sentencepiece`).
         pre: The engine's name for what happens before the merges.
         tokens: Every token, one for each row of the embedding.
         types: The kind of each.
@@ -206,14 +206,14 @@ def _pre_tokenizer(parts: Mapping[str, Any], source: str) -> str:
     ignores = bool(parts["model"].get("ignore_merges"))
     # Also where merges are not skipped at first, a word that is a token is mostly its own merge;
     # "mostly" is not enough for a name to be given.
-    if (found, ignores) not in _PRE_TOKENIZERS or steps[-1]["type"] != "ByteLevel":
+    if (found, ignores) not in PRE_TOKENIZERS or steps[-1]["type"] != "ByteLevel":
         raise _unfit(
             source,
             f"its pre-tokenizer {clip(json.dumps(step, ensure_ascii=False), 300)} (ignore_merges "
             f"{ignores}) has no equal in the engine; known are "
-            f"{', '.join(_PRE_TOKENIZERS.values())}",
+            f"{', '.join(PRE_TOKENIZERS.values())}",
         )
-    return _PRE_TOKENIZERS[found, ignores]
+    return PRE_TOKENIZERS[found, ignores]
 
 
 def _step_name(step: Mapping[str, Any]) -> str:
