@@ -247,7 +247,7 @@ def _special_tokens(tokenizer: Any, config: Any, source: str) -> tuple[bool, boo
 
 def _first_id(*wanted: Any) -> int | None:
     for value in wanted:
-        first = value[0] if isinstance(value, list) and value else value
+        first = value[0] if isinstance(value, list | tuple) and value else value
         if isinstance(first, int):
             return first
     return None

@@ -29,7 +29,7 @@ from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.skeleton import Choice
-from trilens.errors import UsageError, WriteError
+from trilens.errors import CorruptFileError, UsageError, WriteError
 from trilens.models.wording import reason
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
@@ -220,7 +220,10 @@ def _compare(
     Raises:
         WriteError: they differ.
     """
-    decoded = format.codec.decode(found, trits.shape)
+    try:
+        decoded = format.codec.decode(found, trits.shape)
+    except CorruptFileError as cause:
+        raise WriteError(f"{slot.name} does not decode ({cause}): check the disk") from cause
     same = np.array_equal(decoded.trits, trits) and np.array_equal(decoded.scales, scales)
     if same and format.type_id != _Q2_0:
         weights = np.repeat(scales, format.block, axis=1) * trits
