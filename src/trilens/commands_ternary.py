@@ -155,10 +155,11 @@ def _print(report: TernaryReport, output: str) -> None:
     for tensor in report.matrices:
         table.add_row(*_cells(tensor))
     console(pipe_width=140).print(table)
-    kept = len(report.tensors) - len(report.coded)
+    absent = sum(tensor.outcome == "left out" for tensor in report.tensors)
+    kept = len(report.tensors) - len(report.coded) - absent
     typer.echo(
         f"{len(report.coded)} matrices coded, {kept} tensors kept ({len(report.fallbacks)} of them "
-        f"matrices); {report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
+        f"matrices), {absent} left out; {report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
         f"{report.bits_per_weight:.2f} bits per weight over all tensors."
     )
     typer.echo(report.verdict)

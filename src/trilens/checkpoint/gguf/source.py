@@ -26,6 +26,7 @@ from trilens.models.loading import load_tokenizer
 from trilens.models.weights import TensorHeader, read_headers, read_json
 from trilens.ternary.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.units import Per
 
 __all__ = ["GgufSource", "Matrix", "open_source"]
 
@@ -135,7 +136,7 @@ class GgufSource:
             )
         grouped = scale.shape[-1] > 1
         group_size = self.plan.group_size if self.plan is not None and grouped else None
-        per = "group" if grouped else "tensor" if scale.shape[-2] == 1 else "row"
+        per: Per = "group" if grouped else "tensor" if scale.shape[-2] == 1 else "row"
         quant = PerLayerQuant.from_trits(
             trits, halves, choice.name, group_size=group_size, per=per, scale_dtype="float16"
         )

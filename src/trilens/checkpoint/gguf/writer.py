@@ -73,8 +73,8 @@ def write_gguf(
         NonFiniteError, ValueRangeError: of a matrix; see `GgufSource.matrix`.
         WriteError: the file cannot be written.
 
-    Memory: the source is mapped; of the largest matrix 1.3 bytes per weight, and what the rule
-    needs. Of kept tensors, twice the largest.
+    Memory: the source is mapped; of the largest matrix up to 3 bytes per weight (trits, moved
+    rows, blocks twice), and what the rule needs. Of kept tensors, up to three times the largest.
     """
     family = find_family(source.config)
     if source.plan is not None:
@@ -224,7 +224,8 @@ def _compare(
         decoded = format.codec.decode(found, trits.shape)
     except CorruptFileError as cause:
         raise WriteError(f"{slot.name} does not decode ({cause}): check the disk") from cause
-    same = np.array_equal(decoded.trits, trits) and np.array_equal(decoded.scales, scales)
+    same = np.array_equal(decoded.trits, trits)
+    same = same and decoded.scales is not None and np.array_equal(decoded.scales, scales)
     if same and format.type_id != _Q2_0:
         weights = np.repeat(scales, format.block, axis=1) * trits
         by_package = dequantize(found, GGMLQuantizationType(format.type_id))
