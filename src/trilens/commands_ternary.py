@@ -159,8 +159,8 @@ def _print(report: TernaryReport, output: str) -> None:
     kept = len(report.tensors) - len(report.coded) - absent
     typer.echo(
         f"{len(report.coded)} matrices coded, {kept} tensors kept ({len(report.fallbacks)} of them "
-        f"matrices), {absent} left out; {report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
-        f"{report.bits_per_weight:.2f} bits per weight over all tensors."
+        f"matrices), {absent} left out; {report.size_bytes_before:,} → {report.size_bytes:,} "
+        f"bytes, {report.bits_per_weight:.2f} bits per weight over all tensors."
     )
     typer.echo(report.verdict)
 
