@@ -221,8 +221,16 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
             handle.remove()
 
 
-def sentencepiece_like(texts: list[str], vocab_size: int = 500) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer as transformers makes it of a SentencePiece model: ▁, bytes, all merges."""
+def sentencepiece_like(
+    texts: list[str], vocab_size: int = 500, *, prefix: str = ""
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as transformers makes it of a SentencePiece model: ▁, bytes, all merges.
+
+    Args:
+        texts: to train on.
+        vocab_size: at most this many tokens.
+        prefix: how a text is begun with a space, by the "normalizer" or by "metaspace"; or "".
+    """
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.normalizer = normalizers.Replace(" ", "▁")
     special = ["<s>", "</s>", "<pad>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -240,7 +248,13 @@ def sentencepiece_like(texts: list[str], vocab_size: int = 500) -> PreTrainedTok
     ]
     model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if prefix == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif prefix == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

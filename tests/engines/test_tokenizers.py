@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 import trilens
-from engines.engine import Engine, byte_level, save_model
+from engines.engine import Engine, byte_level, save_model, sentencepiece_like
 from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.checkpoint.gguf.tokenizer import PRE_TOKENIZERS
 
@@ -58,5 +58,23 @@ def test_tokens(name: str, tmp_path: Path) -> None:
     try:
         for text in (*TEXTS, "an <extra> token"):
             assert engine.tokenize(text) == tokenizer(text)["input_ids"], text
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "normalizer", "metaspace"])
+def test_pieces(prefix: str, tmp_path: Path) -> None:
+    tokenizer = sentencepiece_like(TRAINING, prefix=prefix)
+    source = save_model(CONFIG, tokenizer, tmp_path / "src")
+    path = tmp_path / "model.gguf"
+    trilens.ternarize(source, path, format="gguf-q2_0")
+    assert read_gguf(path).metadata["tokenizer.ggml.add_space_prefix"] == bool(prefix)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    engine = Engine(path)
+    try:
+        # A metaspace adds no space to a text that begins with one; the engine always does.
+        texts = [t for t in TEXTS if prefix != "metaspace" or not t.startswith(" ")]
+        for text in texts:
+            assert engine.tokenize(text, special=True) == tokenizer(text)["input_ids"], text
     finally:
         engine.close()

@@ -130,6 +130,18 @@ def test_pieces_with_bytes_to_fall_back_on() -> None:
     assert (kinds["<0x0A>"].name, kinds["<unk>"].name) == ("BYTE", "UNKNOWN")
 
 
+def test_a_metaspace_begins_a_text_with_a_space() -> None:
+    merges = [("a", "b"), ("▁", "ab"), ("▁a", "b"), ("▁", "a")]
+    for scheme, wanted in (("first", True), ("always", True), ("never", False)):
+        space = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        tokenizer = pieces(["▁", "a", "b", "ab", "▁ab", "▁a"], merges)
+        tokenizer.backend_tokenizer.normalizer = None
+        assert read(backend(tokenizer, pre_tokenizer=space)).add_space_prefix is wanted
+    words = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    with pytest.raises(UsageError, match="pre-tokenizer"):
+        read(backend(tokenizer, pre_tokenizer=words))
+
+
 def test_merges_that_no_scores_stand_for() -> None:
     vocab = ["▁", "a", "b", "ab", "▁ab", "▁a"]
     with pytest.raises(UsageError, match="'▁ab' is not merged from"):
