@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def _ternarize(
     source: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", metavar="SRC")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="New directory for the output.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="New directory, or new .gguf file.")],
     rule: Annotated[
         str,
         typer.Option("--rule", help="absmean, absmean_refit, twn, exact, asymmetric or planes."),
@@ -77,7 +77,9 @@ def _ternarize(
     Prints each matrix's weight error. A model that was not trained for ternary weights is usually
     unusable afterwards.
     """
-    with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
+    with one_line_errors(
+        debug, stopped="stopped; run the same command again (a directory goes on from here)"
+    ):
         options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
         plan = TernaryPlan(
             **options, group_size=group_size, keep=tuple(keep or ()), only=tuple(only or ())
