@@ -23,6 +23,7 @@ from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.errors import CorruptFileError, UsageError
 from trilens.models.weights import read_json
+from trilens.ternary.kernels import parallel_map
 
 __all__ = ["Journal", "Order", "fingerprint", "manifest_bytes", "read_manifest"]
 
@@ -31,7 +32,9 @@ _KIND = "trilens-ternary-checkpoint"
 
 def fingerprint(files: list[Path]) -> dict[str, Any]:
     """Size, hash of the header and hash of the content of every file that goes into the output."""
-    return {file.name: _of_file(file) for file in sorted(files, key=lambda file: file.name)}
+    ordered = sorted(files, key=lambda file: file.name)
+    # Hashing releases the interpreter's lock: shards side by side.
+    return dict(zip([file.name for file in ordered], parallel_map(_of_file, ordered), strict=True))
 
 
 def _of_file(file: Path) -> dict[str, Any]:
