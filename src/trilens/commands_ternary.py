@@ -16,8 +16,10 @@ from rich.table import Table
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
+from trilens.demo.evaluate import checked_heldout_documents
 from trilens.errors import CorruptFileError
 
 __all__ = ["register"]
@@ -56,6 +58,14 @@ def _ternarize(
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            "--sample",
+            help="Text to measure source and result on: a file, a folder, stdlib, or demo (the "
+            "demo model's held-out text).",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes, read headers only, write nothing.")
     ] = False,
@@ -64,16 +74,31 @@ def _ternarize(
 ) -> None:
     """Write a ternary copy of a checkpoint.
 
-    Prints each matrix's weight error. A model that was not trained for ternary weights is usually
-    unusable afterwards.
+    Prints each matrix's weight error and, with --sample, the perplexity before and after. A model
+    that was not trained for ternary weights is usually unusable afterwards.
     """
     with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
         options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
         plan = TernaryPlan(
             **options, group_size=group_size, keep=tuple(keep or ()), only=tuple(only or ())
         )
-        report = ternarize(source, out, plan=plan, dry_run=dry_run, revision=revision)
+        report = ternarize(
+            source,
+            out,
+            plan=plan,
+            dry_run=dry_run,
+            revision=revision,
+            sample=None if sample is None else _sample(sample),
+        )
         _print(report, output)
+
+
+def _sample(word: str) -> Sample:
+    """The text behind `--sample`; a file of that name comes before a word."""
+    if word == "demo" and not Path(word).exists():
+        documents = checked_heldout_documents()
+        return Sample("demo", tuple(document.text for document in documents))
+    return Sample.read(word)
 
 
 def _validate(

@@ -54,14 +54,16 @@ class Order:
         source: The fingerprint of the source's files.
         plan: The plan.
         code_version: The version of trilens.
+        sample: Hash of the text to measure on, or None.
     """
 
     source: dict[str, Any]
     plan: TernaryPlan
     code_version: str
+    sample: str | None = None
 
     @classmethod
-    def of(cls, files: list[Path], plan: TernaryPlan) -> Self:
+    def of(cls, files: list[Path], plan: TernaryPlan, sample: str | None = None) -> Self:
         """The order for a source and a plan, by this version of trilens.
 
         Raises:
@@ -71,7 +73,7 @@ class Order:
             code_version = version("trilens")
         except PackageNotFoundError:
             code_version = "not installed"
-        return cls(fingerprint(files), plan, code_version)
+        return cls(fingerprint(files), plan, code_version, sample)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -81,6 +83,7 @@ class Order:
             "code_version": self.code_version,
             "source": self.source,
             "plan": self.plan.to_dict(),
+            **({"sample": self.sample} if self.sample else {}),
         }
 
     def check_same(self, found: dict[str, Any], where: Path) -> None:
