@@ -12,6 +12,8 @@ NAMES = (
     "effective_attention --json",
     "quantize",
     "checkpoint",
+    "checkpoint_2gb",
+    "perplexity",
 )
 
 

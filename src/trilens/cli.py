@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -23,6 +22,7 @@ from trilens.models.rwkv7_convert import convert as convert_rwkv7
 from trilens.models.tokens import token_strings
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
+from trilens.storage import json_text
 from trilens.version import __version__
 
 __all__ = ["app", "convert", "demo", "families", "inspect", "main"]
@@ -124,7 +124,7 @@ def _inspect(lens: Lens, name: str, prompt: str, layers: str | None, top_k: int)
 
 def _print(inspection: Inspection, how: str) -> None:
     if how == "json":
-        typer.echo(json.dumps(inspection.to_dict(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(inspection.to_dict()))
     else:
         print_inspection(inspection, console())
 
@@ -217,7 +217,7 @@ def families(
     with one_line_errors(debug):
         table = load_families()
         if output == "json":
-            typer.echo(json.dumps(table.to_dict(), ensure_ascii=False, indent=2))
+            typer.echo(json_text(table.to_dict()))
         else:
             print_families(table, console())
 

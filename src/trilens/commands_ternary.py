@@ -1,12 +1,11 @@
 """The commands `ternarize` and `validate`.
 
 Exit codes: 0 done; 1 `validate` found damage, or the output can't be written; 2 an argument is
-wrong, or the source can't be used.
+wrong, the source can't be used, or there is nothing to validate.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo.evaluate import checked_heldout_documents
 from trilens.errors import CorruptFileError
+from trilens.storage import json_text
 
 __all__ = ["register"]
 
@@ -110,7 +110,7 @@ def _validate(
     with one_line_errors(debug, failures=(CorruptFileError,)):
         report = validate(path)
         if output == "json":
-            typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+            typer.echo(json_text(report.to_dict()))
             return
         typer.echo(
             f"{path}: undamaged. {len(report.coded)} matrices hold legal codes and finite scales; "
@@ -121,7 +121,7 @@ def _validate(
 
 def _print(report: TernaryReport, output: str) -> None:
     if output == "json":
-        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(report.to_dict()))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("matrix", overflow="fold")

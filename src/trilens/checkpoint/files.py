@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from trilens.errors import CorruptFileError, WriteError
 from trilens.models.wording import reason
+from trilens.storage import json_text
 
 __all__ = [
     "DTYPE_BYTES",
@@ -38,7 +39,7 @@ _TEMPORARY = ".{}.partial"
 
 def json_bytes(value: Any) -> bytes:
     """The one way in which this package writes JSON files."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, indent=1) + "\n").encode()
 
 
 def sha256_of(file: Path) -> str:

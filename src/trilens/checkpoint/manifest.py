@@ -21,7 +21,7 @@ from trilens.checkpoint.names import (
 )
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
-from trilens.errors import CorruptFileError, UsageError
+from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.models.weights import read_json
 from trilens.ternary.kernels import parallel_map
 
@@ -173,7 +173,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a manifest and check it against its own hash.
 
     Raises:
-        CorruptFileError: there is none, it is damaged, or of another format version.
+        ModelNotFoundError: there is none.
+        CorruptFileError: it is damaged, or of another format version.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -183,7 +184,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if unfinished
             else ("it was not written by trilens ternarize, or saved anew since")
         )
-        raise CorruptFileError(f"{folder} has no {MANIFEST_NAME}: {why}")
+        raise ModelNotFoundError(f"{folder} has no {MANIFEST_NAME}: {why}")
     found = read_json(path, CorruptFileError)
     if found.get("kind") != _KIND:
         raise CorruptFileError(f"{path} is not the manifest of a ternary checkpoint")
