@@ -63,7 +63,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(_TEMPORARY.format(path.name))
     try:
-        with temporary.open("wb") as stream:
+        temporary.unlink(missing_ok=True)  # a link of that name would lead the writing elsewhere
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -135,7 +136,8 @@ class ShardWriter:
         self._temporary = path.with_name(_TEMPORARY.format(path.name))
         self._header, self.slots = _layout(entries)
         try:
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._temporary.unlink(missing_ok=True)  # as in `write_whole`
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except OSError as cause:
             raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
         self._open = True
