@@ -25,7 +25,7 @@ letter is below.
                                                                             test_links
              links where output is written replaced, never written through  test_links
              index names absent tensors    CorruptFileError                 w
-             disk full                     WriteError, nothing half-written p, test_a_disk_that_fills_up
+             disk full                     WriteError, nothing left         p, below
              names that differ by case     tensors: kept apart; files: CorruptFileError
                                                                             test_names
              duplicate keys                CorruptFileError                 w, test_names

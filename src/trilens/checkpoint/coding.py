@@ -213,4 +213,3 @@ def _row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
     step = max(1, _ROWS_WEIGHTS // cols)
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
-

@@ -98,9 +98,7 @@ class TensorHeader:
         return self.end - self.begin
 
 
-def read_json(
-    path: Path, error: type[LoadError], *, unique_keys: bool = False
-) -> dict[str, Any]:
+def read_json(path: Path, error: type[LoadError], *, unique_keys: bool = False) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
     Args:
@@ -115,7 +113,9 @@ def read_json(
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text, object_pairs_hook=_once(f"{path} is malformed", error) if unique_keys else None)
+        found = json.loads(
+            text, object_pairs_hook=_once(f"{path} is malformed", error) if unique_keys else None
+        )
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
     except UnicodeDecodeError as cause:
@@ -134,9 +134,7 @@ def read_json(
     return found
 
 
-def _once(
-    what: str, error: type[LoadError]
-) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+def _once(what: str, error: type[LoadError]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):

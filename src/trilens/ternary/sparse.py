@@ -25,8 +25,8 @@ from trilens.errors import CorruptFileError
 from trilens.ternary.packing import (
     Codec,
     Data,
-    TwoBit,
     Trits,
+    TwoBit,
     as_bytes,
     as_trits,
     rows_and_cols,
@@ -80,7 +80,7 @@ def decode_csr(data: Data, shape: Sequence[int]) -> NDArray[np.int8]:
         raise CorruptFileError(f"{what} are cut off: {raw.size} bytes, the row ends take {head}")
     ends = raw[:head].view(of_row).astype(np.uint64)
     n_nonzero = int(ends[-1])
-    counts = np.diff(ends.astype(np.int64), prepend=0)
+    counts: NDArray[np.int64] = np.diff(ends.astype(np.int64), prepend=np.int64(0))
     if n_nonzero > rows * cols or counts.min() < 0 or counts.max() > cols:
         raise CorruptFileError(f"{what} are damaged: row ends must rise by 0–{cols}")
     raw = as_bytes(raw, csr_size_bytes(rows, cols, n_nonzero), what)
