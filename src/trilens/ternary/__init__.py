@@ -1,8 +1,8 @@
 """Weights to trits {−1, 0, +1} and back.
 
-`quantize` has the result, `rules` what makes it, `packing`, `blocks` and `sparse` the exact codecs; the
-rest is how it is done: `source` reads weights in blocks, `units` says what shares a scale, `scan`,
-`exact` and `alternating` look at units, `engine` puts it together over `kernels`.
+`quantize` has the result, `rules` what makes it, `packing`, `blocks` and `sparse` the exact codecs;
+the rest is how it is done: `source` reads weights in blocks, `units` says what shares a scale,
+`scan`, `exact` and `alternating` look at units, `engine` puts it together over `kernels`.
 """
 
 from trilens.ternary.blocks import CODECS, find_codec
