@@ -80,7 +80,8 @@ def decode_csr(data: Data, shape: Sequence[int]) -> NDArray[np.int8]:
         raise CorruptFileError(f"{what} are cut off: {raw.size} bytes, the row ends take {head}")
     ends = raw[:head].view(of_row).astype(np.uint64)
     n_nonzero = int(ends[-1])
-    counts: NDArray[np.int64] = np.diff(ends.astype(np.int64), prepend=np.int64(0))
+    counts = ends.astype(np.int64)
+    counts[1:] -= counts[:-1].copy()
     if n_nonzero > rows * cols or counts.min() < 0 or counts.max() > cols:
         raise CorruptFileError(f"{what} are damaged: row ends must rise by 0–{cols}")
     raw = as_bytes(raw, csr_size_bytes(rows, cols, n_nonzero), what)
