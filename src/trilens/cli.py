@@ -171,7 +171,7 @@ def demo(
             shown[name] = _inspect(lens, f"demo {name}", text, None, top_k, effective)
         if output == "json":
             models = [inspection.to_dict() for inspection in shown.values()]
-            typer.echo(json.dumps(models, ensure_ascii=False, indent=2))
+            typer.echo(json_text(models))
             return
         out = console()
         for inspection in shown.values():
