@@ -13,6 +13,8 @@ NAMES = (
     "recurrent_states --json",
     "quantize",
     "checkpoint",
+    "checkpoint_2gb",
+    "perplexity",
 )
 
 
