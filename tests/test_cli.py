@@ -21,7 +21,7 @@ from tinymodels import build, prompt_ids, tiny_config
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.cli import DEMO_PROMPT, app
 from trilens.console import one_line_errors
-from trilens.demo import demo_path
+from trilens.demo import DEMO_MODELS, demo_path
 from trilens.lens import Lens
 from trilens.report.text import print_inspection
 
@@ -32,15 +32,21 @@ def run(*arguments: str, stdin: str | None = None):
     return CliRunner().invoke(app, list(arguments), input=stdin)
 
 
-def test_demo_shows_every_layer() -> None:
+def test_demo_shows_every_layer_of_every_demo_model() -> None:
     result = run("demo")
     assert result.exit_code == 0, result.stderr
-    assert "4 layers" in result.stdout
-    assert "mlp.gate open" in result.stdout
-    assert "last token attends to" in result.stdout
-    assert "next:" in result.stdout
-    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert [row for row in rows if row in "0123"] == ["0", "1", "2", "3"]
+    shown = result.stdout.split("demo ")[1:]
+    assert [text.split()[0] for text in shown] == list(DEMO_MODELS)
+    for name, text in zip(DEMO_MODELS, shown, strict=True):
+        lens = Lens.from_pretrained(str(demo_path(name)))
+        assert f"{lens.n_layers} layers" in text
+        assert "next:" in text
+        assert ("last token attends to" in text) == bool(lens.attention_layers)
+        assert ("±weight" in text) == bool(lens.effective_layers)
+        assert any(gate in text for gate in lens.gate_layers)
+        rows = [line.split()[0] for line in text.splitlines() if line.strip()[:1].isdigit()]
+        every = [str(layer) for layer in range(lens.n_layers)]
+        assert rows[1 : lens.n_layers + 1] == every, "after the line of tokens"
 
 
 def test_inspect_json_rebuilds_the_table() -> None:

@@ -160,7 +160,9 @@ def demo(
     with one_line_errors(debug):
         for name in DEMO_MODELS:
             lens = Lens.from_pretrained(str(demo_path(name)))
-            _print(_inspect(lens, f"demo {name}", _prompt(prompt), None, top_k), output)
+            recurrent = bool(lens.effective_layers)
+            shown = _inspect(lens, f"demo {name}", _prompt(prompt), None, top_k, recurrent)
+            _print(shown, output)
 
 
 @app.command()
