@@ -21,7 +21,7 @@ from tinymodels import build, prompt_ids, tiny_config
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.cli import DEMO_PROMPT, app
 from trilens.console import one_line_errors
-from trilens.demo import DEMO_MODELS, demo_path
+from trilens.demo import demo_path
 from trilens.lens import Lens
 from trilens.report.text import print_inspection
 
@@ -32,21 +32,35 @@ def run(*arguments: str, stdin: str | None = None):
     return CliRunner().invoke(app, list(arguments), input=stdin)
 
 
-def test_demo_shows_every_layer_of_every_demo_model() -> None:
+def test_demo_shows_every_layer() -> None:
     result = run("demo")
     assert result.exit_code == 0, result.stderr
-    shown = result.stdout.split("demo ")[1:]
-    assert [text.split()[0] for text in shown] == list(DEMO_MODELS)
-    for name, text in zip(DEMO_MODELS, shown, strict=True):
-        lens = Lens.from_pretrained(str(demo_path(name)))
-        assert f"{lens.n_layers} layers" in text
-        assert "next:" in text
-        assert ("last token attends to" in text) == bool(lens.attention_layers)
-        assert ("±weight" in text) == bool(lens.effective_layers)
-        assert any(gate in text for gate in lens.gate_layers)
-        rows = [line.split()[0] for line in text.splitlines() if line.strip()[:1].isdigit()]
-        every = [str(layer) for layer in range(lens.n_layers)]
-        assert rows[1 : lens.n_layers + 1] == every, "after the line of tokens"
+    assert "4 layers" in result.stdout
+    assert "mlp.gate open" in result.stdout
+    assert "last token attends to" in result.stdout
+    assert "next:" in result.stdout
+    assert "effective attention" in result.stdout
+    tables = result.stdout.split("\ndemo ")
+    for table, layers in zip(tables, ("0123", "01234", "0123"), strict=True):
+        lines = table[: table.index("next:")].splitlines()
+        starts = [line.split()[0] for line in lines if line[:5].strip().isdecimal()]
+        assert "".join(dict.fromkeys(starts)) == layers
+
+
+def test_demo_puts_the_three_side_by_side() -> None:
+    result = run("demo")
+    table = result.stdout[result.stdout.index("side by side") :].splitlines()
+    assert table[0].split() == ["side", "by", "side", "transformer", "mamba", "rwkv7"]
+    rows = {line.split("  ")[0].strip(): line for line in table[2:]}
+    assert rows["held-out loss"].count("nats/token") == 3
+    assert "–" in rows["layer 4 reads"] and "–" not in rows["layer 3 reads"]
+    assert rows["next"].count("n 0.") == 3
+
+
+def test_demo_as_json_is_one_list_of_the_three() -> None:
+    models = json.loads(run("demo", "--format", "json").stdout)
+    assert [model["model"] for model in models] == ["demo transformer", "demo mamba", "demo rwkv7"]
+    assert all(Inspection.from_dict(model).layers for model in models)
 
 
 def test_inspect_json_rebuilds_the_table() -> None:
