@@ -7,11 +7,15 @@ import sys
 
 NAMES = (
     "overhead",
+    "gate_overhead",
     "long_attention",
     "attention_questions --json",
     "effective_attention --json",
+    "recurrent_states --json",
     "quantize",
     "checkpoint",
+    "checkpoint_2gb",
+    "perplexity",
 )
 
 

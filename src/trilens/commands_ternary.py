@@ -1,12 +1,12 @@
 """The commands `ternarize` and `validate`.
 
 Exit codes: 0 done; 1 `validate` found damage, or the output can't be written; 2 an argument is
-wrong, or the source can't be used; 3 more damage than --max-damage allows.
+wrong, the source can't be used, or there is nothing to validate; 3 more damage than --max-damage
+allows.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +19,20 @@ from rich.table import Table
 
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.run import BlockProgress
+from trilens.checkpoint.gguf import GgufReport, validate_gguf
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
+from trilens.demo.evaluate import checked_heldout_documents
 from trilens.errors import CorruptFileError, UsageError
+from trilens.storage import json_text
 
 __all__ = ["register"]
+
+_PRINTED = ("table", "json")
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def _ternarize(
     source: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", metavar="SRC")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="New directory for the output.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="New directory, or new .gguf file.")],
     rule: Annotated[
         str,
         typer.Option(
@@ -65,6 +71,14 @@ def _ternarize(
     ] = "float32",
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            "--sample",
+            help="Text to measure source and result on: a file, a folder, stdlib, or demo (the "
+            "demo model's held-out text).",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes, read headers only, write nothing.")
@@ -100,19 +114,29 @@ def _ternarize(
             "--max-damage", help="Largest ratio of perplexities that is written; else exit code 3."
         ),
     ] = None,
-    output: FormatOption = "table",
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="What to write: trilens (a directory), gguf-tq2_0, gguf-tq1_0 or gguf-q2_0 (a "
+            "file for llama.cpp); and how to print: table or json. May be given twice.",
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Write a ternary copy of a checkpoint.
 
-    Prints each matrix's weight error. A model that was not trained for ternary weights is usually
-    unusable afterwards.
+    Prints each matrix's weight error and, with --sample, the perplexity before and after. A model
+    that was not trained for ternary weights is usually unusable afterwards.
     """
-    with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
+    with one_line_errors(
+        debug, stopped="stopped; run the same command again (a directory goes on from here)"
+    ):
         options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
         plan = TernaryPlan(
             **options, group_size=group_size, keep=tuple(keep or ()), only=tuple(only or ())
         )
+        written, printed = _formats(formats or [])
         wanted = {"tokens": tokens, "length": length, "seed": seed, "max_damage": max_damage}
         calibration = _calibration(calibrate, evaluate, wanted)
         with _shown_progress() as say:
@@ -120,12 +144,34 @@ def _ternarize(
                 source,
                 out,
                 plan=plan,
+                format=written,
                 dry_run=dry_run,
                 revision=revision,
                 calibration=calibration,
+                sample=None if sample is None else _sample(sample),
                 block_progress=say,
             )
-        _print(report, output)
+        _print(report, printed)
+
+
+def _formats(given: list[str]) -> tuple[Any, str]:
+    """What to write and how to print it, each named once or not at all."""
+    printed = [name for name in given if name in _PRINTED]
+    written = [name for name in given if name not in _PRINTED]
+    if len(printed) > 1 or len(written) > 1:
+        raise UsageError(
+            f"--format is given as {' and '.join(given)}: name one thing to write, and table or "
+            "json at most once"
+        )
+    return (written or ["trilens"])[0], (printed or ["table"])[0]
+
+
+def _sample(word: str) -> Sample:
+    """The text behind `--sample`; a file of that name comes before a word."""
+    if word == "demo" and not Path(word).exists():
+        documents = checked_heldout_documents()
+        return Sample("demo", tuple(document.text for document in documents))
+    return Sample.read(word)
 
 
 def _calibration(
@@ -164,15 +210,21 @@ def _shown_progress() -> Iterator[Callable[[BlockProgress], None] | None]:
 
 
 def _validate(
-    path: Annotated[Path, typer.Argument(help="Directory that ternarize wrote.", metavar="OUT")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Directory or GGUF file that ternarize wrote.", metavar="OUT"),
+    ],
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Check a ternary checkpoint, every byte."""
+    """Check a ternary checkpoint or a GGUF file, every byte."""
     with one_line_errors(debug, failures=(CorruptFileError,)):
+        if path.suffix == ".gguf" and not path.is_dir():
+            _print_gguf(validate_gguf(path), path, output)
+            return
         report = validate(path)
         if output == "json":
-            typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+            typer.echo(json_text(report.to_dict()))
             return
         typer.echo(
             f"{path}: undamaged. {len(report.coded)} matrices hold legal codes and finite scales; "
@@ -181,9 +233,27 @@ def _validate(
         typer.echo(report.verdict)
 
 
+def _print_gguf(report: GgufReport, path: Path, output: str) -> None:
+    if output == "json":
+        typer.echo(json_text(report.to_dict()))
+        return
+    hashed = (
+        "the tensors have the hash that the file names"
+        if report.hash_checked
+        else (
+            "the file names no hash of its tensors, so that damage to kept tensors would not show"
+        )
+    )
+    typer.echo(
+        f"{path}: undamaged. Architecture {report.architecture}; {len(report.coded)} of "
+        f"{len(report.tensors)} tensors hold trits, with legal codes and finite scales; "
+        f"{report.bits_per_weight:.2f} bits per weight over all tensors; {hashed}."
+    )
+
+
 def _print(report: TernaryReport, output: str) -> None:
     if output == "json":
-        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(report.to_dict()))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("matrix", overflow="fold")
@@ -195,11 +265,12 @@ def _print(report: TernaryReport, output: str) -> None:
     for tensor in report.matrices:
         table.add_row(*_cells(tensor, calibrated))
     console(pipe_width=140).print(table)
-    kept = len(report.tensors) - len(report.coded)
+    absent = sum(tensor.outcome == "left out" for tensor in report.tensors)
+    kept = len(report.tensors) - len(report.coded) - absent
     typer.echo(
         f"{len(report.coded)} matrices coded, {kept} tensors kept ({len(report.fallbacks)} of them "
-        f"matrices); {report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
-        f"{report.bits_per_weight:.2f} bits per weight over all tensors."
+        f"matrices), {absent} left out; {report.size_bytes_before:,} → {report.size_bytes:,} "
+        f"bytes, {report.bits_per_weight:.2f} bits per weight over all tensors."
     )
     typer.echo(report.verdict)
 

@@ -5,12 +5,15 @@ from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.integration import TrilensConfig
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.report import SampleReport, TensorReport, TernaryReport
+from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 
 __all__ = [
     "Calibration",
     "Damage",
+    "Sample",
+    "SampleReport",
     "TensorReport",
     "TernaryPlan",
     "TernaryReport",

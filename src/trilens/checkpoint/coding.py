@@ -9,7 +9,6 @@ from typing import Protocol, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.files import MappedFile, ShardWriter
@@ -20,6 +19,7 @@ from trilens.checkpoint.skeleton import Choice
 from trilens.errors import WriteError
 from trilens.models.weights import TensorHeader
 from trilens.ternary.calibrated import n_planes_of
+from trilens.ternary.kernels import parallel_map
 from trilens.ternary.linear import pack_rows
 from trilens.ternary.packing import TwoBit
 from trilens.ternary.quantize import PerLayerQuant, Scale
@@ -156,11 +156,8 @@ def code_tensor(
             quant, output_error, other_rule = coded
             output_errors.append(output_error)
         _write_matrix(writer, choice.packed_as, quant, index)
-        if len(matrices) == 1:
-            error, energy = quant.relative_error(matrix), 1.0
-        else:
-            error += quant.mse(matrix) * math.prod(quant.shape)
-            energy += _energy(stored_matrix)
+        of_error, of_energy = quant.energies(matrix)
+        error, energy = error + of_error, energy + of_energy
         zeros += quant.sparsity
         was_ternary = was_ternary and quant.was_ternary
         del quant  # before the next one is made
@@ -241,7 +238,9 @@ def _write_codes(writer: ShardWriter, name: str, trits: Tensor, index: int) -> N
     rows, cols = trits.shape
     row_bytes = math.ceil(cols / 4)
     begin = writer.slots[name].begin + index * rows * row_bytes
-    for first, last in _row_blocks(rows, cols):
+
+    def write(rows_of_block: tuple[int, int]) -> None:
+        first, last = rows_of_block
         part = trits[first:last]
         offset = begin + first * row_bytes
         writer.put(offset, pack_rows(part).numpy())
@@ -250,18 +249,10 @@ def _write_codes(writer: ShardWriter, name: str, trits: Tensor, index: int) -> N
         if not np.array_equal(decoded[:, :cols], part.numpy()):
             raise WriteError(f"{name} decodes to other trits than were coded: check the disk")
 
+    parallel_map(write, _row_blocks(rows, cols))
+
 
 def _row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
     step = max(1, _ROWS_WEIGHTS // cols)
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
-
-
-def _energy(matrix: Tensor) -> float:
-    rows, cols = matrix.shape
-    parts: list[float] = []
-    # PROMOTE: squares of 2e8 weights add up to 0.665 of the truth in float32
-    for first, last in _row_blocks(rows, cols):
-        values: NDArray[np.float64] = matrix[first:last].double().numpy()
-        parts.append(float(np.sum(values * values)))
-    return math.fsum(parts)

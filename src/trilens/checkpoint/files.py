@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from trilens.errors import CorruptFileError, WriteError
 from trilens.models.wording import reason
+from trilens.storage import json_text
 
 __all__ = [
     "DTYPE_BYTES",
@@ -24,7 +25,9 @@ __all__ = [
     "ShardWriter",
     "Slot",
     "json_bytes",
+    "move_into_place",
     "sha256_of",
+    "temporary_path",
     "write_whole",
 ]
 
@@ -38,7 +41,7 @@ _TEMPORARY = ".{}.partial"
 
 def json_bytes(value: Any) -> bytes:
     """The one way in which this package writes JSON files."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, indent=1) + "\n").encode()
 
 
 def sha256_of(file: Path) -> str:
@@ -60,19 +63,30 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         WriteError: no space, no permission.
     """
-    temporary = path.with_name(_TEMPORARY.format(path.name))
+    temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as stream:
+        temporary.unlink(missing_ok=True)  # a link of that name would lead the writing elsewhere
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        _into_place(temporary, path)
+        move_into_place(temporary, path)
     except OSError as cause:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
 
 
-def _into_place(temporary: Path, path: Path) -> None:
+def temporary_path(path: Path) -> Path:
+    """Where a file is made before it is renamed to its place."""
+    return path.with_name(_TEMPORARY.format(path.name))
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole and flushed.
+
+    Raises:
+        OSError: as the system says.
+    """
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -131,10 +145,11 @@ class ShardWriter:
         self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...], int]]
     ) -> None:
         self.path = path
-        self._temporary = path.with_name(_TEMPORARY.format(path.name))
+        self._temporary = temporary_path(path)
         self._header, self.slots = _layout(entries)
         try:
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._temporary.unlink(missing_ok=True)  # as in `write_whole`
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except OSError as cause:
             raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
         self._open = True
@@ -168,7 +183,7 @@ class ShardWriter:
             os.close(self._file)
             self._open = False
             digest = sha256_of(self._temporary)
-            _into_place(self._temporary, self.path)
+            move_into_place(self._temporary, self.path)
         except OSError as cause:
             raise WriteError(f"{self.path} cannot be written: {reason(cause)}") from cause
         return digest

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.run import BlockProgress, Source, run_calibration
@@ -17,6 +17,9 @@ from trilens.checkpoint.card import model_card
 from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
 from trilens.checkpoint.damage import Damage, check_damage
 from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
+from trilens.checkpoint.gguf.formats import GgufFormat, find_format
+from trilens.checkpoint.gguf.source import open_source
+from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
 from trilens.checkpoint.names import (
     CARD_NAME,
@@ -27,8 +30,10 @@ from trilens.checkpoint.names import (
     QUANT_METHOD,
     WORK_NAME,
 )
+from trilens.checkpoint.places import check_folder, make_folder
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.sample import Baseline, Sample
 from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
@@ -44,12 +49,11 @@ from trilens.models.weights import (
     read_json,
     weight_files,
 )
-from trilens.models.wording import reason
 from trilens.ternary.calibrated import CALIBRATED_RULES
 
 __all__ = ["Format", "calibration_source", "ternarize"]
 
-Format = Literal["trilens"]
+Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
 _DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
@@ -95,6 +99,7 @@ def ternarize(
     dry_run: bool = False,
     revision: str | None = None,
     calibration: Calibration | None = None,
+    sample: Sample | None = None,
     progress: Callable[[TensorReport], None] | None = None,
     block_progress: Callable[[BlockProgress], None] | None = None,
 ) -> TernaryReport:
@@ -109,19 +114,26 @@ def ternarize(
 
     Args:
         src: directory with config.json and safetensors, or a hub id.
-        dst: directory for the output: new, empty, or of the same unfinished run.
+        dst: directory for the output: new, empty, or of the same unfinished run. For GGUF a new
+            file, which is written whole or not at all.
         plan: what becomes ternary, and how; `TernaryPlan()` where not given.
-        format: "trilens": packed two-bit codes and float32 scales in safetensors.
+        format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
+            "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
+            of an earlier call.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
         calibration: the text that calibrated rules look at, and that the damage is measured on;
             without one only the rules that need no data can be asked.
+        sample: a text on which source and result are measured; the finding stands in the report
+            and in the model card.
         progress: called with each tensor's report.
         block_progress: called while a calibration runs.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
-            source is quantized already, or `dst` holds something else or another order's output.
+            source is quantized already, or `dst` holds something else or another order's output;
+            a sample and a dry run, a GGUF file, or a source that is no causal language model.
+        TextError: a sample that is too short.
         LoadError: the source cannot be read; see `trilens.errors`.
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
@@ -132,23 +144,50 @@ def ternarize(
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
     Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
-    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`).
+    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`). With a sample the whole
+    model is loaded, once before and once after.
     """
-    if format != "trilens":
-        raise UsageError(f"format {format!r} is unknown: there is 'trilens'")
+    gguf_format = find_format(format)
+    if gguf_format is not None:
+        if calibration is not None:
+            raise UsageError(
+                f"a {format} file cannot be calibrated: write a directory with the calibration, "
+                "then the GGUF file from that directory, which keeps every trit"
+            )
+        if sample is not None:
+            raise UsageError(
+                f"a sample cannot be measured on a {format} file: transformers does not run it. "
+                "Write a directory with the sample, then the GGUF file from that directory, which "
+                "keeps every trit"
+            )
+        return _to_gguf(src, Path(dst), plan, gguf_format, revision, dry_run, progress)
+    if format not in get_args(Format):
+        raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
+    if Path(dst).suffix == ".gguf":
+        raise UsageError(
+            f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
+            "pass a gguf format, for example gguf-tq2_0, or another name"
+        )
     job = _read(src, plan or TernaryPlan(), revision)
     if job.plan.rule in CALIBRATED_RULES and calibration is None and not dry_run:
         raise UsageError(
             f"rule {job.plan.rule!r} looks at what the matrices get: give a calibration text "
             "(calibration=Calibration.from_source(…), --calibrate)"
         )
+    if dry_run and sample is not None:
+        raise UsageError(
+            f"sample {sample.name!r} cannot be measured in a dry run, which writes no model: leave "
+            "one of them out"
+        )
     if dry_run:
         tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
-    out = _folder(Path(dst), job.folder)
+    out = Path(dst)
+    check_folder(out, job.folder)
     order = Order.of(
         [*job.files, job.folder / CONFIG_NAME, *job.side_files],
         job.plan,
+        sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
     )
     if (out / MANIFEST_NAME).is_file():
@@ -157,12 +196,18 @@ def ternarize(
         found = validate(out)
         check_damage(found.damage, calibration, written=True)
         return found
+    # Measured first: a sample that is no good is refused before anything is written.
+    baseline = Baseline.of(sample, job.folder) if sample else None
+    make_folder(out)
     _check_space(out, job)
     journal = Journal(out, order)
     before, damage = _calibrate(out, job, calibration, block_progress)
     tensors, digests = _write_shards(out, job, journal, before, progress)
-    report = TernaryReport(job.plan, tuple(tensors), damage=damage)
-    digests |= _write_side_files(out, job, report)
+    digests |= _write_side_files(out, job)
+    measured = baseline.against(out) if baseline else None
+    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
+    write_whole(out / CARD_NAME, model_card(report).encode())
+    digests[CARD_NAME] = sha256_of(out / CARD_NAME)
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
@@ -172,6 +217,22 @@ def ternarize(
     write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
+
+
+def _to_gguf(
+    src: str | os.PathLike[str],
+    out: Path,
+    plan: TernaryPlan | None,
+    format: GgufFormat,
+    revision: str | None,
+    dry_run: bool,
+    progress: Callable[[TensorReport], None] | None,
+) -> TernaryReport:
+    check_place(out)
+    plan = plan or TernaryPlan()
+    source = open_source(src, plan, revision=revision)
+    choices = _follow(plan, source.choices)
+    return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
 
 
 def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> _Job:
@@ -230,21 +291,6 @@ def _side_files(folder: Path) -> tuple[Path, ...]:
         and not path.name.startswith(".")
         and path.name not in _NOT_COPIED
     )
-
-
-def _folder(out: Path, source: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in out.iterdir()}
-        same = out.resolve() == source.resolve()
-    except OSError as cause:
-        raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
-    if same:
-        raise UsageError(f"{out} is the source itself: give another directory")
-    left_over = {name for name in names if name.startswith(".") and name.endswith(".partial")}
-    if names - left_over and not names & {MANIFEST_NAME, JOURNAL_NAME}:
-        raise UsageError(f"directory {out} is not empty: give a new one")
-    return out
 
 
 def _check_space(out: Path, job: _Job) -> None:
@@ -333,16 +379,15 @@ def _write_shard(
         return writer.commit(), reports
 
 
-def _write_side_files(out: Path, job: _Job, report: TernaryReport) -> dict[str, str]:
+def _write_side_files(out: Path, job: _Job) -> dict[str, str]:
     index = _index(job)
     if index is not None:
         name, content = index
         write_whole(out / name, json_bytes(content))
     for path in job.side_files:
         write_whole(out / path.name, path.read_bytes())
-    write_whole(out / CARD_NAME, model_card(report).encode())
     write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
-    names = [path.name for path in job.side_files] + [CARD_NAME, CONFIG_NAME]
+    names = [path.name for path in job.side_files] + [CONFIG_NAME]
     return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
 
 

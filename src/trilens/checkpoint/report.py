@@ -9,9 +9,9 @@ from typing import Any, Literal, Self, TypeAlias
 from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.plan import TernaryPlan
 
-__all__ = ["Outcome", "TensorReport", "TernaryReport"]
+__all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
-Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept"]
+Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class TensorReport:
         packed_as: The name from which those of its packed parts are made.
         shape: Its shape in the source.
         outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
-            exactly; "planned": a dry run; "kept": the source's own bytes.
+            exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
+            output, because it does not need it.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.
@@ -62,6 +63,60 @@ class TensorReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleReport:
+    """Perplexity of one text before and after.
+
+    Attributes:
+        name: What the text is called.
+        n_tokens: Predicted tokens.
+        perplexity_before: Of the source, in its own dtype.
+        perplexity_after: Of the ternary checkpoint on the same tokens; infinite where its logits
+            are not finite.
+    """
+
+    name: str
+    n_tokens: int
+    perplexity_before: float
+    perplexity_after: float
+
+    @property
+    def ratio(self) -> float:
+        """After over before: 1 is no damage."""
+        return self.perplexity_after / self.perplexity_before
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words."""
+        return (
+            f"Perplexity on {self.name} ({self.n_tokens} tokens): {self.perplexity_before:.4g} "
+            f"before, {self.perplexity_after:.4g} after, {self.ratio:.3g} times as much."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; null where a number is infinite."""
+        values = {**asdict(self), "ratio": self.ratio}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report that `to_dict` gave these values.
+
+        Raises:
+            TypeError, KeyError: values that are none.
+        """
+        name, n_tokens = values["name"], values["n_tokens"]
+        before, after = values["perplexity_before"], values["perplexity_after"]
+        after = math.inf if after is None else after
+        numbers = all(isinstance(value, int | float) for value in (before, after))
+        if not (isinstance(name, str) and type(n_tokens) is int and numbers and before > 0):
+            raise TypeError("the entry of the sample has values of the wrong kind")
+        return cls(name, n_tokens, float(before), float(after))
+
+
+@dataclass(frozen=True, slots=True)
 class TernaryReport:
     """What `ternarize` did, or in a dry run would do.
 
@@ -69,12 +124,14 @@ class TernaryReport:
         plan: The plan that was followed.
         tensors: Every tensor of the checkpoint.
         dry_run: Nothing was written.
-        damage: Measured perplexities; None without a calibration.
+        sample: The perplexity of a text before and after, where one was given.
+        damage: Perplexities that a calibration measured; None without one.
     """
 
     plan: TernaryPlan
     tensors: tuple[TensorReport, ...]
     dry_run: bool = False
+    sample: SampleReport | None = None
     damage: Damage | None = None
 
     @property
@@ -117,19 +174,23 @@ class TernaryReport:
             return (
                 "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
                 "model computes what it computed before."
-            )
+            ) + (f" {self.sample.sentence}" if self.sample else "")
         if self.damage is not None:
             found = self.damage
             return (
                 f"Made ternary after training: perplexity {found.perplexity_before:.4g} became "
                 f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
                 "tokens that were not calibrated on. Compare outputs of your own before any use."
-            )
+            ) + (f" {self.sample.sentence}" if self.sample else "")
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
             f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
-            "that was not trained for ternary weights is usually unusable after this. Weight "
-            "errors do not measure the damage: compare perplexity and outputs before any use."
+            "that was not trained for ternary weights is usually unusable after this. "
+        ) + (
+            f"{self.sample.sentence} One text is a sample: compare outputs before any use."
+            if self.sample
+            else "The damage was not measured, and weight errors do not tell it: give a text "
+            "(--sample) and compare outputs before any use."
         )
 
     def table(self) -> list[dict[str, Any]]:
@@ -157,6 +218,7 @@ class TernaryReport:
             "bits_per_weight": self.bits_per_weight,
             "verdict": self.verdict,
             "damage": None if self.damage is None else self.damage.to_dict(),
+            "sample": self.sample.to_dict() if self.sample else None,
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -168,9 +230,11 @@ class TernaryReport:
             for tensor in values["tensors"]
         )
         damage = values.get("damage")
+        sample = values.get("sample")
         return cls(
             TernaryPlan.from_dict(values["plan"]),
             tuple(tensors),
             values["dry_run"],
-            damage=None if damage is None else Damage.from_dict(damage),
+            None if sample is None else SampleReport.from_dict(sample),
+            None if damage is None else Damage.from_dict(damage),
         )

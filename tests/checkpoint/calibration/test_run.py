@@ -95,7 +95,7 @@ def test_the_written_model_has_the_damage_that_was_told(
     before, after = tensors(small_demo), tensors(tmp_path / "out")
     changed = [n for n in before if n in after and not torch.equal(before[n], after[n])]
     assert sorted(fitted) == sorted(changed)
-    assert bool(fitted) == rule.startswith("best")
+    assert rule.startswith("best") or not fitted
 
 
 def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None:
@@ -185,6 +185,7 @@ def test_other_kinds_of_models(model_type: str, tmp_path: Path) -> None:
     plan = TernaryPlan("best", group_size=16)
     report = ternarize(source, tmp_path / "out", plan=plan, calibration=calibration())
     assert report.damage is not None
+    assert any(tensor.fitted for tensor in report.tensors)  # float32 vectors: every step counts
     blocks = draw(calibration(), load_tokenizer(source), longest=512).evaluation
     wanted = measure_perplexity(load(tmp_path / "out", dtype=torch.float32), blocks).value
     assert report.damage.perplexity_after == pytest.approx(wanted, rel=1e-3)

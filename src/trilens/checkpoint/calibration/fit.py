@@ -99,7 +99,9 @@ def fit_block(
         block.get_parameter(name).data.copy_(value.float())
     after = _error(block, batches, inputs, targets, run)
     if after < before:
-        return BlockFit(new_quants, new_vectors, before, after)
+        # A small step can round to nothing in bfloat16.
+        moved = {n: v for n, v in new_vectors.items() if not torch.equal(v, start[n].to(v.dtype))}
+        return BlockFit(new_quants, moved, before, after)
     for path, weight in weights.items():
         _weight_of(block, path).copy_(weight)
     for name, value in start.items():
