@@ -230,6 +230,11 @@ def _to_gguf(
 ) -> TernaryReport:
     check_place(out)
     plan = plan or TernaryPlan()
+    if plan.rule in CALIBRATED_RULES:
+        raise UsageError(
+            f"rule {plan.rule!r} needs a calibration, which a GGUF file is not written with: write "
+            "a directory by that rule, then the GGUF file from that directory"
+        )
     source = open_source(src, plan, revision=revision)
     choices = _follow(plan, source.choices)
     return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
