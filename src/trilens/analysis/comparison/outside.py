@@ -17,14 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.analysis.comparison.rows import Row, against_itself, change
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
 from trilens.metrics import kl_nats
 
-__all__ = ["Interval", "OutsideAccumulator", "OutsideResult"]
+__all__ = ["Interval", "OutsideAccumulator", "OutsideResult", "outside_rows"]
 
 _CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32 a tensor; a few of them are alive at once
 _SPAN = 64
 _TOP = 5
+_MODULE = "output"
 _ROUNDS = 1000
 _CONFIDENCE = 0.95
 
@@ -245,6 +247,38 @@ class OutsideAccumulator:
                 f"token ids {int(ids.min())}–{int(ids.max())} are out of range: the logits are "
                 f"over 0–{before.shape[1] - 1}"
             )
+
+
+def outside_rows(result: OutsideResult) -> list[Row]:
+    """The result as rows of the table."""
+    rows = []
+    for metric in (
+        "perplexity",
+        "nll_nats",
+        "right_probability",
+    ):
+        pair = (getattr(result, f"{metric}_before"), getattr(result, f"{metric}_after"))
+        if None not in pair:
+            rows.append(change(metric, *pair, module=_MODULE))
+    before, after = result.nll_interval_before, result.nll_interval_after
+    moved = result.nll_interval_change
+    if before is not None and after is not None and moved is not None:
+        for end in ("low", "high"):
+            pair = getattr(before, end), getattr(after, end)
+            both = [_exp(value) for value in pair]
+            rows += [
+                change(f"perplexity_ci95_{end}", both[0] or 0.0, both[1] or 0.0, module=_MODULE),
+                change(f"nll_nats_ci95_{end}", *pair, module=_MODULE),
+                against_itself(f"nll_nats_change_ci95_{end}", getattr(moved, end), module=_MODULE),
+            ]
+    if result.right_probability_rms_change is not None:
+        value = result.right_probability_rms_change
+        rows.append(against_itself("right_probability_rms_change", value, module=_MODULE))
+    for metric in ("kl_nats_mean", "kl_nats_median", "kl_nats_p99", "kl_nats_max"):
+        rows.append(against_itself(metric, getattr(result, metric), module=_MODULE))
+    for metric in ("same_top1", "same_top5"):
+        rows.append(against_itself(metric, getattr(result, metric), module=_MODULE, itself=1.0))
+    return rows
 
 
 def _chunk(p: Tensor, q: Tensor, right: Tensor, first: int) -> Tensor:
