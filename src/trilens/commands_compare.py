@@ -89,22 +89,16 @@ def _compare(
         if out is not None and out.exists() and not out.is_dir():
             raise UsageError(f"--output {out} is a file: name a folder")
         documents = read_documents(data)
-        models = [
+        left, right = (
             Lens.from_pretrained(
                 name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
             )
             for name in (before, after)
-        ]
-        tokenizer = models[0].tokenizer or models[1].tokenizer
-        if tokenizer is None:
-            raise UsageError("neither model has a tokenizer: text can't be read without one")
+        )
+        tokenizer = left.tokenizer or right.tokenizer
         blocks = token_blocks(tokenizer, documents, length=length, limit_tokens=limit)
-        whole = [block for block in blocks if len(block) > 1]
-        if not whole:
-            raise UsageError(
-                f"--data {data} fills no block: a block has 2 to {length} tokens; give more text"
-            )
-        found = compare(*models, whole, options=CompareOptions(lens=lens, batch_size=batch_size))
+        options = CompareOptions(lens=lens, batch_size=batch_size)
+        found = compare(left, right, blocks, options=options)
         if out is not None:
             found.save(out)
         _print(found, output)

@@ -1,4 +1,4 @@
-"""A comparison as text for a terminal: what is said, then layer by layer, then heads and weights."""
+"""A comparison as text for a terminal: what is said, layer by layer, gates, roles of heads."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def _outside(index: _Index) -> list[str]:
         ends = index.one("perplexity_ci95_low"), index.one("perplexity_ci95_high")
         shown = []
         for side in ("before", "after"):
-            low, high = (None if end is None else getattr(end, side) for end in ends)
-            interval = "" if low is None else f" [{_number(low)}, {_number(high)}]"
+            values = [_number(getattr(end, side)) for end in ends if end is not None]
+            interval = f" [{', '.join(values)}]" if values else ""
             shown.append(f"{_number(getattr(perplexity, side))}{interval}")
         ratio = _ratio(perplexity.after, perplexity.before)
         lines.append(f"perplexity        {shown[0]} → {shown[1]}   × {_number(ratio)}")

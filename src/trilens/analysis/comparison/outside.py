@@ -340,7 +340,7 @@ def _top(rows: Tensor) -> tuple[Tensor, Tensor]:
     if whole <= 2 * _TOP * _SPAN:
         values, found = rows.topk(k)
         return found, rows.amax(-1, keepdim=True)
-    spans = rows[:, :whole].unflatten(1, (-1, _SPAN))
+    spans = rows[:, :whole].reshape(n, -1, _SPAN)
     largest = spans.amax(-1)
     chosen = largest.topk(k).indices
     tokens = (chosen[:, :, None] * _SPAN + torch.arange(_SPAN, device=rows.device)).flatten(1)

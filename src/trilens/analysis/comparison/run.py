@@ -278,7 +278,7 @@ def _lens(model: Lens | str | Path) -> Lens:
 def _batches(
     prompts: Iterable[PromptLike], before: Lens, after: Lens, options: CompareOptions
 ) -> Iterator[list[Tensor]]:
-    """Token ids, some prompts at a time, read by both tokenizers where there are two."""
+    """Token ids, neighbours of one length together, read by both tokenizers where there are two."""
     batch: list[Tensor] = []
     for number, prompt in enumerate(prompts):
         ids = _ids(prompt, before if before.tokenizer is not None else after, before, options)
@@ -290,10 +290,10 @@ def _batches(
                     f"({len(ids)} tokens) before and {other[:6].tolist()} … ({len(other)} tokens) "
                     "after; give token ids, if the same ids mean the same to both models"
                 )
-        batch.append(ids)
-        if len(batch) == options.batch_size:
+        if batch and (len(batch) == options.batch_size or len(ids) != len(batch[0])):
             yield batch
             batch = []
+        batch.append(ids)
     if batch:
         yield batch
 
