@@ -113,13 +113,13 @@ def _layers(index: _Index) -> Table:
         ("cos last", "cosine_last", _mean_after),
         ("rel. error", "relative_error", _mean_after),
         ("attn JS", "js_nats", _mean_after),
-        ("worst head", "js_nats", _max_after),
+        ("worst", "js_nats", _max_after),
         ("Δ entropy", "entropy_nats", _mean_delta),
         ("Δ distance", "distance_tokens", _mean_delta),
         ("Δ first", "first_token_mass", _mean_delta),
         ("settled", "settled", _mean_after),
         ("Δ settled", "settled", _mean_delta),
-        ("weight error", "weight_relative_error", _mean_after),
+        ("W error", "weight_relative_error", _mean_after),
         ("zeros", "weight_sparsity", _mean_after),
     )
     there = [each for each in columns if any(index.of(each[1], i) for i in index.layers)]
@@ -177,7 +177,7 @@ def _table(headings: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     words = {"gate", "role", "outcome"}
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in words else "right")
+        table.add_column(heading, justify="left" if heading in words else "right", no_wrap=True)
     return table
 
 

@@ -172,7 +172,9 @@ def test_nan_names_model_prompt_and_first_layer() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = 0
         model.lm_head.weight[3] = math.nan
-    with pytest.raises(NonFiniteError, match="logits of the model after"):
+    with pytest.raises(
+        NonFiniteError, match=r"prompt 0: logits of the model after .* token 0: .* unembedding"
+    ):
         compare(before, after, prompts("llama", 9))
 
 

@@ -26,6 +26,7 @@ ROLES = ("previous_token", "duplicate_token", "induction")
 _HALF = 32
 _SEQUENCES = 4
 _FEWEST = 4
+_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +126,16 @@ class RoleAccumulator:
 
 def _scores(pattern: Pattern, half: int) -> Tensor:
     """Float64 [3, heads], in the order of `ROLES`."""
-    # The probe has some tokens only: its rows, a head at a time, are small.
     n = pattern.seq_q
     scores = torch.empty(len(ROLES), pattern.heads, dtype=torch.float64)
-    for head in range(pattern.heads):
-        weights = pattern.rows(range(n), head)[0].cpu()
-        previous = weights.diagonal(-1)
-        duplicate = weights.diagonal(-half)[-half:]
-        induction = weights.diagonal(1 - half)[-half:]
+    # The probe is short, so that mostly all heads fit a block.
+    whole = 4 * pattern.heads * n * n <= _BLOCK_BYTES
+    for head in [None] if whole else range(pattern.heads):
+        weights = pattern.rows(range(n), head).cpu()
+        own = slice(None) if head is None else slice(head, head + 1)
+        previous = weights.diagonal(-1, 1, 2)
+        duplicate = weights.diagonal(-half, 1, 2)[:, -half:]
+        induction = weights.diagonal(1 - half, 1, 2)[:, -half:]
         for i, line in enumerate((previous, duplicate, induction)):
-            scores[i, head] = line.mean(dtype=torch.float64)
+            scores[i, own] = line.mean(-1, dtype=torch.float64)
     return scores

@@ -29,6 +29,7 @@ from trilens.errors import (
     CaptureError,
     EmptyPromptError,
     IncomparableError,
+    NonFiniteError,
     UsageError,
     ValueRangeError,
 )
@@ -166,7 +167,13 @@ class _Run:
         for side, capture in zip(("before", "after"), pair, strict=True):
             refuse_nonfinite(capture, side, self.n_prompts)
         if before.logits is not None and after.logits is not None:
-            self.outside.add(before.logits, after.logits, before.token_ids)
+            try:
+                self.outside.add(before.logits, after.logits, before.token_ids)
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"prompt {self.n_prompts}: {error}; the residual stream is finite after every "
+                    "layer, so that the final norm or the unembedding is where to look"
+                ) from error
         streams = [_full(capture) for capture in pair]
         for layer in streams[0].layers:
             stream, other = (each.get_layer(layer) for each in streams)
