@@ -14,6 +14,7 @@ from trilens.analysis.comparison.run import CompareOptions, compare
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache, GateSpec
+from trilens.caches.states import StateCache, StateSpec
 from trilens.capture import Capture
 from trilens.checkpoint import TernaryPlan, ternarize, validate
 from trilens.errors import TrilensError
@@ -35,6 +36,8 @@ __all__ = [
     "GatingAnalysis",
     "Lens",
     "PerLayerQuant",
+    "StateCache",
+    "StateSpec",
     "TernaryPlan",
     "TrilensError",
     "__version__",

@@ -85,7 +85,9 @@ def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _capture(lens: Lens, prompt: str, layers: list[int] | None) -> tuple[Capture, list[str]]:
+def _capture(
+    lens: Lens, prompt: str, layers: list[int] | None, effective: bool = False
+) -> tuple[Capture, list[str]]:
     """Capture what this model has; what it has not is said in a note."""
     anatomy = lens.anatomy
     wanted = range(lens.n_layers) if layers is None else layers
@@ -104,16 +106,32 @@ def _capture(lens: Lens, prompt: str, layers: list[int] | None) -> tuple[Capture
         notes.append(f"{len(lens.unused_weights)} stored tensors have no place in this model")
     if type(lens.model) in MODEL_FOR_MASKED_LM_MAPPING.values():
         notes.append("a masked language model: next is what it would put in the last token's place")
+    recurrent = [layer for layer in lens.effective_layers if layer in wanted]
+    if effective:
+        notes.append(
+            "effective attention: signed weights of a recurrence's values, the largest by size; "
+            "rows do not sum to 1"
+        )
+    elif recurrent:
+        notes.append("recurrent layers: --effective shows what they attend to")
+
+    def run(gates: bool) -> Capture:
+        return lens.capture(
+            prompt, attention=attention, gates=gates, effective=effective, layers=layers
+        )
+
     try:
-        capture = lens.capture(prompt, attention=attention, gates=gates, layers=layers)
+        capture = run(gates)
     except UnclaimedGateError as error:
         notes.append(f"no gates: {error}")
-        capture = lens.capture(prompt, attention=attention, layers=layers)
+        capture = run(False)
     return capture, notes
 
 
-def _inspect(lens: Lens, name: str, prompt: str, layers: str | None, top_k: int) -> Inspection:
-    capture, notes = _capture(lens, prompt, _layers(layers, lens.n_layers))
+def _inspect(
+    lens: Lens, name: str, prompt: str, layers: str | None, top_k: int, effective: bool = False
+) -> Inspection:
+    capture, notes = _capture(lens, prompt, _layers(layers, lens.n_layers), effective)
     return inspect_capture(
         capture,
         name=name,
@@ -154,6 +172,10 @@ def inspect(
         str | None, typer.Option("--layers", help="Layers, for example 0,2-4. [default: all]")
     ] = None,
     top_k: TopK = 3,
+    effective: Annotated[
+        bool,
+        typer.Option("--effective", help="Effective attention of recurrent layers, with signs."),
+    ] = False,
     output: FormatOption = "table",
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, float64.")
@@ -183,7 +205,7 @@ def inspect(
             trust_remote_code=trust_remote_code,
         )
         name = Path(model).name if Path(model).is_dir() else model
-        _print(_inspect(lens, name, _prompt(prompt), layers, top_k), output)
+        _print(_inspect(lens, name, _prompt(prompt), layers, top_k, effective), output)
 
 
 @app.command()
