@@ -240,7 +240,8 @@ class _Run:
         roles = RoleAccumulator(half)
         wanted: dict[str, Any] = {
             "residual": None,
-            "logits": None,
+            # Asked for no logits, some models run their last layers for the last token alone.
+            "logits": "last",
             "attention": bool(self.sites.attention),
             "effective": bool(self.sites.effective),
         }
