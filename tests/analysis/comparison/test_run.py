@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from typer.testing import CliRunner
 
 import trilens
@@ -346,3 +353,26 @@ def test_the_command_refuses_in_one_line(checkpoints: tuple[str, str, str], tmp_
         assert done.exit_code == 2, done.output
         assert words in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def bert(kind: type[PreTrainedModel], seed: int) -> Lens:
+    torch.manual_seed(seed)
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return Lens(kind(BertConfig(**options, num_attention_heads=4, vocab_size=90)).eval())
+
+
+def test_a_masked_language_model_has_no_next_token() -> None:
+    pair = bert(BertForMaskedLM, 0), bert(BertForMaskedLM, 1)
+    result = compare(*pair, prompts("llama", 9, 1))
+    assert result.row("kl_nats_mean").after > 0
+    assert len(result.arrays["token_kl_nats"].tensor) == 10
+    assert not result.select("perplexity")
+
+
+def test_a_bare_encoder_is_compared_inside_alone() -> None:
+    pair = bert(BertModel, 0), bert(BertModel, 1)
+    result = compare(*pair, prompts("llama", 9))
+    assert not result.select("kl_nats_mean") and not result.select("settled")
+    assert any(row.delta for row in result.select("cosine"))
+    assert any("without an unembedding" in note for note in result.notes)
+    assert "without an unembedding" in render_comparison(result)
