@@ -32,7 +32,9 @@ def print_side_by_side(
     table.add_column("side by side", no_wrap=True)
     for name in inspections:
         table.add_column(name, no_wrap=True)
-    for heading, cells in _rows(list(inspections.values()), [records[name] for name in inspections]):
+    for heading, cells in _rows(
+        list(inspections.values()), [records[name] for name in inspections]
+    ):
         table.add_row(*(Text(cell) for cell in (heading, *cells)))
     console.print(table)
 

@@ -82,6 +82,7 @@ def refuse_nonfinite(capture: Capture, side: str, prompt: int) -> None:
 
 
 def _sites(lens: Lens, side: str, notes: list[str]) -> _Own:
+    # Asked for no logits, some models run their last layers for the last token alone.
     own, anatomy = _Own(), lens.anatomy
     probe = probe_ids(lens.model, vocab_size_of(lens.model), _PROBE_TOKENS)
     if anatomy.other_attention:
@@ -94,7 +95,7 @@ def _sites(lens: Lens, side: str, notes: list[str]) -> _Own:
             found = lens.capture(
                 probe,
                 residual=None,
-                logits=None,
+                logits="last",
                 attention=bool(own.attention),
                 effective=True,
             ).attention
@@ -104,7 +105,7 @@ def _sites(lens: Lens, side: str, notes: list[str]) -> _Own:
             notes.append(f"no effective attention of the model {side}: {error}")
     if lens.gate_layers:
         try:
-            gates = lens.capture(probe, residual=None, logits=None, gates=True).gates
+            gates = lens.capture(probe, residual=None, logits="last", gates=True).gates
             if gates is not None:
                 own.gates = {(name, i) for name in gates.names for i in gates.layers(name)}
         except CaptureError as error:
