@@ -158,7 +158,7 @@ class _Run:
             attention=bool(self.sites.attention),
             effective=bool(self.sites.effective),
             gates=bool(self.sites.gates),
-            logits="all" if self.speaks else None,
+            logits="all",
         )
         return list(captures)
 
