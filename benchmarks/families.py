@@ -101,7 +101,9 @@ def main() -> int:
         print(f"FAILED {row['failed']}: {row['why']}")
     if options.write and not options.types:
         LAST.parent.mkdir(exist_ok=True)
-        LAST.write_text(json.dumps({"table": table.to_dict(), "rows": rows}, indent=1) + "\n")
+        figures = {row["row"]["model_type"]: row["figures"] for row in rows if "row" in row}
+        kept = {"outcomes": table.count(), **counts, "failed": failed, "figures": figures}
+        LAST.write_text(json.dumps(kept, indent=1) + "\n")
         SHIPPED.write_text(json.dumps(table.to_dict(), indent=1) + "\n")
     short = [key for key, least in LEAST.items() if not options.types and counts[key] < least]
     for key in short:

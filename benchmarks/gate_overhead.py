@@ -1,7 +1,7 @@
 """What capturing gates costs: one forward pass with gates kept, against the plain pass.
 
-A Llama and a Mamba of equal width and depth with random weights, float32, each against its own plain
-pass, in turns within a round. The figure to reach: 1.10 of the plain pass.
+A Llama and a Mamba of equal width and depth with random weights, float32, each against its own
+plain pass, in turns within a round. The figure to reach: 1.10 of the plain pass.
 
     python -m benchmarks.gate_overhead [--tokens N] [--layers N] [--width N] [--rounds N]
 """

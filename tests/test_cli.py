@@ -39,8 +39,28 @@ def test_demo_shows_every_layer() -> None:
     assert "mlp.gate open" in result.stdout
     assert "last token attends to" in result.stdout
     assert "next:" in result.stdout
-    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert [row for row in rows if row in "0123"] == ["0", "1", "2", "3"]
+    assert "effective attention" in result.stdout
+    tables = result.stdout.split("\ndemo ")
+    for table, layers in zip(tables, ("0123", "01234", "0123"), strict=True):
+        lines = table[: table.index("next:")].splitlines()
+        starts = [line.split()[0] for line in lines if line[:5].strip().isdecimal()]
+        assert "".join(dict.fromkeys(starts)) == layers
+
+
+def test_demo_puts_the_three_side_by_side() -> None:
+    result = run("demo")
+    table = result.stdout[result.stdout.index("side by side") :].splitlines()
+    assert table[0].split() == ["side", "by", "side", "transformer", "mamba", "rwkv7"]
+    rows = {line.split("  ")[0].strip(): line for line in table[2:]}
+    assert rows["held-out loss"].count("nats/token") == 3
+    assert "–" in rows["layer 4 reads"] and "–" not in rows["layer 3 reads"]
+    assert rows["next"].count("n 0.") == 3
+
+
+def test_demo_as_json_is_one_list_of_the_three() -> None:
+    models = json.loads(run("demo", "--format", "json").stdout)
+    assert [model["model"] for model in models] == ["demo transformer", "demo mamba", "demo rwkv7"]
+    assert all(Inspection.from_dict(model).layers for model in models)
 
 
 def test_inspect_json_rebuilds_the_table() -> None:

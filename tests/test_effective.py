@@ -19,7 +19,7 @@ from trilens.caches.channel_heads import ChannelHeadsPattern
 from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
 from trilens.caches.patterns import Pattern
 from trilens.capture import Capture
-from trilens.errors import AttentionPathError, CaptureError, UsageError
+from trilens.errors import AttentionPathError, CaptureError, NotStoredError, UsageError
 from trilens.lens import Lens
 from trilens.models.gates.effective import EFFECTIVE_KERNELS, effective_of
 from trilens.models.rwkv7 import RWKV7ForCausalLM
@@ -316,6 +316,44 @@ def test_a_model_without_a_recurrence_is_refused_by_name(model_type: str) -> Non
     assert lens.effective_layers == ()
     with pytest.raises(AttentionPathError, match=r"no layer asked of \w+ is recurrent"):
         lens.capture(prompt_ids(model_type, 9), effective=True)
+
+
+def test_a_layer_without_a_pattern_says_why(tmp_path: Path) -> None:
+    lens, ids = Lens(build("nemotron_h")), prompt_ids("nemotron_h", 9)
+    recurrent, softmax = set(lens.effective_layers), set(lens.attention_layers)
+    neither = set(range(lens.n_layers)) - recurrent - softmax
+    assert recurrent and softmax and neither
+    some = min(recurrent)
+    captured = {
+        "attention": (lens.capture(ids, attention=True), "attention", softmax),
+        "effective": (lens.capture(ids, effective=True), "attention", recurrent),
+        "effective alone": (
+            lens.capture(ids, attention=True, effective=True),
+            "effective",
+            recurrent,
+        ),
+        "one": (lens.capture(ids, effective=True, layers=[some]), "attention", {some}),
+    }
+    words = {
+        "attention": (recurrent, "recurrent, NemotronHMamba2Mixer: capture with effective=True"),
+        "effective": (softmax, "its softmax attention was not asked for"),
+        "effective alone": (softmax, "no recurrence: softmax attention"),
+        "one": (recurrent - {some}, "layers= left it out"),
+    }
+    for name, (cap, kind, held) in captured.items():
+        saved = Capture.load(cap.save(tmp_path / "capture.safetensors"))
+        layers, why = words[name]
+        for each in (cap, saved, cap.to("cpu")):
+            cache = getattr(each, kind)
+            assert set(cache.layers) == held
+            assert set(cache.reasons) == set(range(lens.n_layers)) - held
+            assert all(why in cache.reasons[layer] for layer in layers)
+            without = min(set(cache.reasons) & neither)
+            with pytest.raises(NotStoredError, match=f"{min(held)}") as caught:
+                cache.attention_from_position(without, -1)
+            assert cache.reasons[without] in str(caught.value)
+    with pytest.raises(AttentionPathError, match=r"have it: .*recurrent, NemotronHMamba2Mixer"):
+        lens.capture(ids, attention=True, layers=[some])
 
 
 class _NotLinear(torch.nn.Module):

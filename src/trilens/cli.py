@@ -10,18 +10,20 @@ from typing import Annotated, Any
 
 import typer
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import logging as transformers_logging
 
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
 from trilens.commands_compare import register as register_compare
 from trilens.commands_ternary import register
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
-from trilens.demo import DEMO_MODELS, demo_path
+from trilens.demo import DEMO_MODELS, demo_path, training_record
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.families import load_families
 from trilens.lens import Lens
 from trilens.models.rwkv7_convert import convert as convert_rwkv7
 from trilens.models.tokens import token_strings
+from trilens.report.demo import print_side_by_side
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
 from trilens.version import __version__
@@ -157,11 +159,27 @@ def demo(
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Inspect the demo model that ships along."""
+    """Inspect the demo models that ship along, side by side.
+
+    A transformer, a Mamba and an RWKV-7 with one tokenizer, trained on the same text.
+    """
     with one_line_errors(debug):
+        text = _prompt(prompt)
+        shown: dict[str, Inspection] = {}
         for name in DEMO_MODELS:
             lens = Lens.from_pretrained(str(demo_path(name)))
-            _print(_inspect(lens, f"demo {name}", _prompt(prompt), None, top_k), output)
+            effective = bool(lens.effective_layers)
+            shown[name] = _inspect(lens, f"demo {name}", text, None, top_k, effective)
+        if output == "json":
+            models = [inspection.to_dict() for inspection in shown.values()]
+            typer.echo(json.dumps(models, ensure_ascii=False, indent=2))
+            return
+        out = console()
+        for inspection in shown.values():
+            print_inspection(inspection, out)
+            out.print()
+        records = {name: training_record(name) for name in shown}
+        print_side_by_side(shown, records, out)
 
 
 @app.command()
@@ -251,6 +269,8 @@ register_compare(app)
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the `trilens` command."""
+    # transformers warns of every GPU kernel that is not installed: no news in a table.
+    transformers_logging.set_verbosity_error()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show a token must not end the command.
         if isinstance(stream, TextIOWrapper):

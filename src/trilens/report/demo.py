@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trilens.analysis.inspection import Inspection
-from trilens.report.text import visible
+from trilens.report.text import signed, visible
 
 __all__ = ["print_side_by_side"]
 
@@ -60,10 +60,12 @@ def _growth(inspection: Inspection) -> str:
 
 def _reads(inspection: Inspection, layer: int) -> str:
     row = next((row for row in inspection.layers if row.layer == layer), None)
-    if row is None or not row.attended:
+    found = () if row is None else (row.attended or row.effective)
+    if not found:
         return "–"
-    first = row.attended[0]
-    return f"{first.position} {visible(first.token)} {first.weight:.2f}"
+    first = found[0]
+    weight = f"{first.weight:.2f}" if row is not None and row.attended else signed(first.weight)
+    return f"{first.position} {visible(first.token)} {weight}"
 
 
 def _next(inspection: Inspection) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from trilens.analysis.inspection import Inspection, LayerRow
 
-__all__ = ["print_inspection", "visible"]
+__all__ = ["print_inspection", "signed", "visible"]
 
 _ESCAPES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 _SHOWN_TOKENS = 12
@@ -99,7 +99,7 @@ def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
         if effective:
             cells.append(
                 "  ".join(
-                    f"{item.position} {visible(item.token)} {_signed(item.weight)}"
+                    f"{item.position} {visible(item.token)} {signed(item.weight)}"
                     for item in row.effective
                 )
                 or "–"
@@ -116,6 +116,6 @@ def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
     return table
 
 
-def _signed(weight: float) -> str:
+def signed(weight: float) -> str:
     """A weight with its sign, three digits whatever its size."""
     return f"{weight:+.3g}".replace("-", "−")
