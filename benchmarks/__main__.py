@@ -16,6 +16,7 @@ NAMES = (
     "checkpoint",
     "checkpoint_2gb",
     "perplexity",
+    "compare",
 )
 
 
