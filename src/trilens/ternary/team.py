@@ -1,0 +1,85 @@
+"""Compiled loops that several threads run at once, on as many as torch may use.
+
+`packed_loops` is imported, and each loop compiled, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from trilens.ternary.kernels import numba_is_here, parallel_map
+
+__all__ = ["Loop", "find_loop", "methods", "run_job"]
+
+Loop: TypeAlias = Any
+"""A loop to be called with the address of a job, by `run_job`."""
+
+
+def methods() -> tuple[str, ...]:
+    """The ways to multiply that are there, the fastest first; none without numba."""
+    loops = _loops()
+    return () if loops is None else tuple(loops.methods_here())
+
+
+@cache
+def find_loop(name: str) -> Loop | None:
+    """A loop of `packed_loops`, compiled; None without numba."""
+    loops = _loops()
+    if loops is None:
+        return None
+    compiled = loops.compile_loop(name)
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    function.compiled = compiled  # else its code would be freed
+    return function
+
+
+def run_job(loop: Loop, job: Mapping[str, int], n_threads: int = 1) -> None:
+    """Runs a loop until its job is done.
+
+    Args:
+        loop: from `find_loop`.
+        job: the fields of `packed_loops.JOB`; those left out are 0. What they point to must live.
+        n_threads: threads that are worth it; torch's limit holds.
+    """
+    fields = np.array([job.get(name, 0) for name in _loops().JOB], dtype=np.int64)
+    n_threads = min(n_threads, torch.get_num_threads())
+    if n_threads < 2:
+        loop(fields.ctypes.data)
+        return
+    team = _openmp()
+    if team is not None:
+        team(ctypes.cast(loop, ctypes.c_void_p), fields.ctypes.data, n_threads, 0)
+    else:
+        parallel_map(loop, [fields.ctypes.data] * n_threads)
+
+
+@cache
+def _loops() -> Any:
+    if not numba_is_here():
+        return None
+    try:
+        return importlib.import_module("trilens.ternary.packed_loops")
+    except ImportError:  # numba is there, but not for this NumPy or Python
+        return None
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """The way into the threads that torch keeps ready, where it uses GNU's or LLVM's OpenMP.
+
+    Threads of our own would take as long to start as a whole multiplication.
+    """
+    try:
+        found = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    found.restype = None
+    return found  # type: ignore[no-any-return]
