@@ -79,9 +79,12 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Ten
     """
     if not _by_address(x, packed):
         return functional.linear(x, packed.dense(x.dtype), bias)
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype("cpu"))
-        bias = None if bias is None else bias.to(x.dtype)
+    if torch.is_autocast_enabled("cpu"):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype("cpu"))
+            bias = None if bias is None else bias.to(x.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return multiply(x, packed, bias)
     flat = x.reshape(-1, packed.cols)
     method = _method(flat, packed)
     out = _tiled(flat, packed, bias) if method is None else _looked_up(flat, packed, method)

@@ -82,21 +82,21 @@ _UNPACKED = 16  # rows that a thread unpacks before it asks for more
 _QUICK, _SLOW = 0xE4E4E4E4, 0xFFAA5500
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _aligned(buffer: Any) -> Any:
     return (buffer.ctypes.data + 63) & ~63
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _rounded(values: Any, rounding: Any) -> Any:
     if rounding == 1:
-        return v.rounded_bfloat16(values)
-    if rounding == 2:
-        return v.rounded_float16(values)
+        values = v.rounded_bfloat16(values)
+    elif rounding == 2:
+        values = v.rounded_float16(values)
     return values
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _last_word(address: Any, n_bytes: Any) -> Any:
     """A word of which only the first bytes may be read."""
     word = np.int64(0)
@@ -106,30 +106,28 @@ def _last_word(address: Any, n_bytes: Any) -> Any:
 
 
 @njit
-def _turn_tail(source: Any, stride: Any, n_bytes: Any, out: Any, tail: Any) -> None:
-    """`vectors.transpose` for rows of which less than 64 bytes are left."""
-    whole = n_bytes // 4
-    for row in range(16):
-        address, target = source + row * stride, tail + 64 * row
-        for word in range(16):
-            value = np.int64(0)
-            if word < whole:
-                value = v.read_word(address + 4 * word)
-            elif word == whole:
-                value = _last_word(address + 4 * word, n_bytes - 4 * whole)
-            v.write_word(target + 4 * word, value)
-    v.transpose(tail, 64, out)
+def _turn_part(source: Any, stride: Any, n_bytes: Any, out: Any, tail: Any) -> None:
+    """`vectors.transpose`, also for rows of which less than 64 bytes are left."""
+    if n_bytes < 64:
+        whole = n_bytes // 4
+        for row in range(16):
+            address, target = source + row * stride, tail + 64 * row
+            for word in range(16):
+                value = np.int64(0)
+                if word < whole:
+                    value = v.read_word(address + 4 * word)
+                elif word == whole:
+                    value = _last_word(address + 4 * word, n_bytes - 4 * whole)
+                v.write_word(target + 4 * word, value)
+        source, stride = tail, 64
+    v.transpose(source, stride, out)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _turn(source: Any, stride: Any, n_bytes: Any, out: Any, tail: Any) -> None:
     """64 bytes of 64 rows: vectors [16 words, 4 × 16 rows]."""
     for part in range(4):
-        address, target = source + 16 * part * stride, out + 64 * part
-        if n_bytes >= 64:
-            v.transpose(address, stride, target)
-        else:
-            _turn_tail(address, stride, n_bytes, target, tail)
+        _turn_part(source + 16 * part * stride, stride, n_bytes, out + 64 * part, tail)
 
 
 @njit
@@ -152,7 +150,7 @@ def _stripe_scales(job: Any, scale: Any, first: Any, out: Any, tail: Any) -> Non
             v.store_floats(out + 64 * part, _rounded(values, rounding))
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _pairs(x: Any, w0: Any, w1: Any, w2: Any, w3: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
     for pair in range(8):
         sums = v.load_floats(x + 64 * pair)
@@ -163,7 +161,7 @@ def _pairs(x: Any, w0: Any, w1: Any, w2: Any, w3: Any, a0: Any, a1: Any, a2: Any
     return a0, a1, a2, a3
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _singles(x: Any, w0: Any, w1: Any, w2: Any, w3: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
     trits = v.spread_trits(_QUICK)
     for column in range(16):
@@ -175,7 +173,7 @@ def _singles(x: Any, w0: Any, w1: Any, w2: Any, w3: Any, a0: Any, a1: Any, a2: A
     return a0, a1, a2, a3
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _any(x: Any, w0: Any, w1: Any, w2: Any, w3: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
     for column in range(16):
         value = v.splat(v.read_float(x + 4 * column))
@@ -186,7 +184,7 @@ def _any(x: Any, w0: Any, w1: Any, w2: Any, w3: Any, a0: Any, a1: Any, a2: Any, 
     return a0, a1, a2, a3
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _add_scaled(total: Any, scale: Any, sums: Any) -> None:
     v.store_floats(total, v.fused(sums, v.load_floats(scale), v.load_floats(total)))
 
@@ -265,12 +263,12 @@ def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
     turned_buffer[0] = tail_buffer[0] = scale_buffer[0] = total_buffer[0] = 0.0
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _column(x: Any, column: Any, cols: Any) -> Any:
     return v.read_float(x + 4 * column) if column < cols else np.float32(0.0)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _value(values: Any, group: Any) -> Any:
     return v.splat(v.read_float(values + 4 * group))
 
@@ -306,54 +304,94 @@ def prepare_pairs(job: Any) -> None:
 def unpack(job: Any) -> None:
     """Rows of the matrix: numbers of a dtype, rounded once."""
     stop, start = v.read(job, _ROWS), v.read(job, _FIRST_ROW)
+    sums = v.read(job, _SECOND_CODES) != 0 or v.read(job, _OFFSET) != 0
     while True:
         first = start + _UNPACKED * v.next_number(job)
         if first >= stop:
             break
         for row in range(first, min(first + _UNPACKED, stop)):
-            _unpack_row(job, row, v.read(job, _OUT) + (row - start) * v.read(job, _OUT_BYTES))
+            out = v.read(job, _OUT) + (row - start) * v.read(job, _OUT_BYTES)
+            if sums:
+                _unpack_sums(job, row, out)
+            else:
+                _unpack_row(job, row, out)
+
+
+@njit(inline="always")
+def _store(out: Any, word: Any, values: Any, kind: Any) -> None:
+    if kind == 1:
+        v.store_bfloat16(out + 32 * word, values)
+    elif kind == 2:
+        v.store_float16(out + 32 * word, values)
+    else:
+        v.store_floats(out + 64 * word, values)
+
+
+@njit(inline="always")
+def _word(codes: Any, word: Any, row_bytes: Any) -> Any:
+    """A word of a row's codes, which may end within it."""
+    n_bytes = row_bytes - 4 * word
+    code = np.int64(0)
+    if n_bytes >= 4:
+        code = v.read_word(codes + 4 * word)
+    else:
+        code = _last_word(codes + 4 * word, n_bytes)
+    return code
 
 
 @njit
 def _unpack_row(job: Any, row: Any, out: Any) -> None:
     words, row_bytes = v.read(job, _WORDS), v.read(job, _ROW_BYTES)
-    group_words, rounding = v.read(job, _GROUP_WORDS), v.read(job, _ROUNDING)
-    kind, out_rounding = v.read(job, _OUT_KIND), v.read(job, _OUT_ROUNDING)
-    shift = 4 * row * v.read(job, _SCALE_STEP)
-    codes, second_codes = v.read(job, _CODES), v.read(job, _SECOND_CODES)
-    scale, second_scale = v.read(job, _SCALE), v.read(job, _SECOND_SCALE)
-    offset = v.read(job, _OFFSET)
-    group, left = np.int64(-1), np.int64(0)
-    a, b, c = v.zeros(), v.zeros(), v.zeros()
-    for word in range(words):
-        if left == 0:
-            group += 1
-            left = group_words
-            a = _rounded(_value(scale + shift, group), rounding)
-            if second_codes:
-                b = _value(second_scale + shift, group)
-            if offset:
-                c = _value(offset + shift, group)
-        left -= 1
-        at = row * row_bytes + 4 * word
-        whole = 4 * word + 4 <= row_bytes
-        n_bytes = row_bytes - 4 * word
-        code = v.read_word(codes + at) if whole else _last_word(codes + at, n_bytes)
-        values = v.times(v.spread_trits(code), a)
-        if second_codes:
-            code = (
-                v.read_word(second_codes + at) if whole else _last_word(second_codes + at, n_bytes)
-            )
-            values = v.add(values, v.times(v.spread_trits(code), b))
-        if offset:
-            values = v.add(values, c)
-        values = _rounded(values, out_rounding)
-        if kind == 1:
-            v.store_bfloat16(out + 32 * word, values)
+    group_words, kind = v.read(job, _GROUP_WORDS), v.read(job, _OUT_KIND)
+    codes = v.read(job, _CODES) + row * row_bytes
+    scale = v.read(job, _SCALE) + 4 * row * v.read(job, _SCALE_STEP)
+    group = np.int64(0)
+    for start in range(0, words, group_words):
+        factor = _rounded(_value(scale, group), v.read(job, _ROUNDING))
+        stop = min(start + group_words, words)
+        whole = min(stop, row_bytes // 4)
+        if kind == 1:  # the same loop for each kind: nothing is decided inside
+            for word in range(start, whole):
+                trits = v.spread_trits(v.read_word(codes + 4 * word))
+                v.store_bfloat16(out + 32 * word, v.times(trits, factor))
         elif kind == 2:
-            v.store_float16(out + 32 * word, values)
+            for word in range(start, whole):
+                trits = v.spread_trits(v.read_word(codes + 4 * word))
+                v.store_float16(out + 32 * word, v.times(trits, factor))
         else:
-            v.store_floats(out + 64 * word, values)
+            for word in range(start, whole):
+                trits = v.spread_trits(v.read_word(codes + 4 * word))
+                v.store_floats(out + 64 * word, v.times(trits, factor))
+        for word in range(whole, stop):
+            trits = v.spread_trits(_word(codes, word, row_bytes))
+            _store(out, word, v.times(trits, factor), kind)
+        group += 1
+
+
+@njit
+def _unpack_sums(job: Any, row: Any, out: Any) -> None:
+    """A row of two planes, or one that has offsets."""
+    words, row_bytes = v.read(job, _WORDS), v.read(job, _ROW_BYTES)
+    group_words, rounding = v.read(job, _GROUP_WORDS), v.read(job, _OUT_ROUNDING)
+    second, offset, kind = v.read(job, _SECOND_CODES), v.read(job, _OFFSET), v.read(job, _OUT_KIND)
+    at, shift = row * row_bytes, 4 * row * v.read(job, _SCALE_STEP)
+    codes, scale = v.read(job, _CODES) + at, v.read(job, _SCALE) + shift
+    group = np.int64(0)
+    for start in range(0, words, group_words):
+        first, other, added = _value(scale, group), v.zeros(), v.zeros()
+        if second:
+            other = _value(v.read(job, _SECOND_SCALE) + shift, group)
+        if offset:
+            added = _value(offset + shift, group)
+        for word in range(start, min(start + group_words, words)):
+            values = v.times(v.spread_trits(_word(codes, word, row_bytes)), first)
+            if second:
+                trits = v.spread_trits(_word(second + at, word, row_bytes))
+                values = v.add(values, v.times(trits, other))
+            if offset:
+                values = v.add(values, added)
+            _store(out, word, _rounded(values, rounding), kind)
+        group += 1
 
 
 LOOPS = {
