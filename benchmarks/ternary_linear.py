@@ -207,8 +207,7 @@ def main() -> None:
     with torch.no_grad():
         if both or arguments.layer:
             figures["layer 4096 x 4096"] = {
-                f"{threads} threads": layer_figures(threads, arguments.rounds)
-                for threads in (1, 2)
+                f"{threads} threads": layer_figures(threads, arguments.rounds) for threads in (1, 2)
             }
         if both or arguments.decode:
             figures["decode, 88M Llama"] = {

@@ -219,6 +219,13 @@ def test_traced_and_batched_tensors_take_the_plain_way() -> None:
     assert layer.to("meta")(x.to("meta")).shape == (3, 64)
 
 
+def test_loops_and_callers_agree() -> None:
+    stripe = importlib.import_module("trilens.ternary.multiply_loops").STRIPE
+    assert stripe == subject._SMALLEST
+    assert set(subject._LOOKUP_INPUTS) == {"pairs", "singles", "any"} >= set(team.methods())
+    assert loops.methods_here()[-1] == "any"
+
+
 def test_layer_keeps_its_shape() -> None:
     layer = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(64, 64), "w"))
     assert layer(torch.zeros(0, 64)).shape == (0, 64)

@@ -1,8 +1,8 @@
 """`TernaryLinear`: a linear layer whose weight stays packed, two bits for each trit.
 
 A packed matrix is a few tensors (`Packed`): the codes 1 + t, four to a byte along each row, lowest
-bits first, and one scale per matrix, row or group of a row. `multiply` computes with it without ever
-unpacking the whole matrix; the result is that of the dense layer, which would hold `Packed.dense`,
+bits first, and one scale per matrix, row or group of a row. `multiply` computes with it and never
+unpacks the whole matrix; the result is that of the dense layer, which would hold `Packed.dense`,
 but for the order in which sums are taken.
 """
 

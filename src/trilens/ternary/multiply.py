@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trilens.ternary.team import find_loop, methods, run_job
+from trilens.ternary.team import find_loop, make_job, methods, run_job
 
 __all__ = ["PackedMatrix", "multiply", "multiply_back"]
 
@@ -156,18 +156,21 @@ def _looked_up(flat: Tensor, packed: PackedMatrix, method: str) -> Tensor:
     out = torch.empty(n_inputs, rows)
     job = _job(packed, 0 if _is_sum(packed) else _ROUNDING[flat.dtype])
     job |= {"batch": n_inputs, "out": out.data_ptr(), "cols": cols}
-    x = flat.float().contiguous()
+    x = flat.float().contiguous().resolve_neg()
     if method == "pairs":
         # one vector longer than needed, to begin where a line of the cache does
         prepared = torch.empty(n_inputs * words * 128 + 16)
         job["inputs"] = prepared.data_ptr() + 63 & ~63
         job["input_bytes"] = 512 * words
-        run_job(find_loop("prepare_pairs"), job | {"x": x.data_ptr()})
+        job["x"] = x.data_ptr()
     else:
         prepared = functional.pad(x, (0, 16 * words - cols)) if cols % 16 else x
         job["inputs"] = prepared.data_ptr()
         job["input_bytes"] = 64 * words
-    run_job(find_loop(f"multiply_{method}"), job, 1 + n_inputs * rows * cols // _WORTH_A_THREAD)
+    made = make_job(job)
+    if method == "pairs":
+        run_job(find_loop("prepare_pairs"), made)
+    run_job(find_loop(f"multiply_{method}"), made, 1 + n_inputs * rows * cols // _WORTH_A_THREAD)
     if packed.offset is not None:
         size = packed.group_size or cols
         by_group = functional.pad(x, (0, -cols % size)).unflatten(1, (-1, size)).sum(-1)
@@ -214,7 +217,7 @@ def _unpacked(
         "out_rounding": rounding if _is_sum(packed) else 0,
         "out_kind": _ROUNDING[dtype],
     }
-    run_job(loop, job, 1 + tile.numel() // _WORTH_A_THREAD)
+    run_job(loop, make_job(job), 1 + tile.numel() // _WORTH_A_THREAD)
     return tile[:, :cols]
 
 

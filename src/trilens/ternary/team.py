@@ -13,15 +13,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trilens.ternary.kernels import numba_is_here, parallel_map
 
-__all__ = ["Loop", "find_loop", "methods", "run_job"]
+__all__ = ["Loop", "find_loop", "make_job", "methods", "run_job"]
 
 Loop: TypeAlias = Any
 """A loop to be called with the address of a job, by `run_job`."""
 
 
+@cache
 def methods() -> tuple[str, ...]:
     """The ways to multiply that are there, the fastest first; none without numba."""
     loops = _loops()
@@ -40,24 +42,30 @@ def find_loop(name: str) -> Loop | None:
     return function
 
 
-def run_job(loop: Loop, job: Mapping[str, int], n_threads: int = 1) -> None:
+def make_job(fields: Mapping[str, int]) -> NDArray[np.int64]:
+    """A job from the fields of `packed_loops.JOB`; those left out are 0."""
+    return np.array([fields.get(name, 0) for name in _loops().JOB], dtype=np.int64)
+
+
+def run_job(loop: Loop, job: NDArray[np.int64], n_threads: int = 1) -> None:
     """Runs a loop until its job is done.
 
     Args:
         loop: from `find_loop`.
-        job: the fields of `packed_loops.JOB`; those left out are 0. What they point to must live.
+        job: from `make_job`. What it points to must live.
         n_threads: threads that are worth it; torch's limit holds.
     """
-    fields = np.array([job.get(name, 0) for name in _loops().JOB], dtype=np.int64)
-    n_threads = min(n_threads, torch.get_num_threads())
+    job[0] = 0  # nothing of it is done
+    address = job.ctypes.data
+    n_threads = 1 if n_threads < 2 else min(n_threads, torch.get_num_threads())
     if n_threads < 2:
-        loop(fields.ctypes.data)
+        loop(address)
         return
     team = _openmp()
     if team is not None:
-        team(ctypes.cast(loop, ctypes.c_void_p), fields.ctypes.data, n_threads, 0)
+        team(ctypes.cast(loop, ctypes.c_void_p), address, n_threads, 0)
     else:
-        parallel_map(loop, [fields.ctypes.data] * n_threads)
+        parallel_map(loop, [address] * n_threads)
 
 
 @cache
