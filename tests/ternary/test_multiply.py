@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trilens.errors import UsageError
 from trilens.ternary import multiply as subject
 from trilens.ternary import team
 from trilens.ternary.linear import Packed, TernaryLinear
@@ -132,7 +133,9 @@ def test_what_the_loops_do_not_read_is_right_too(rows, options, dtype) -> None:
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = made(100, 300, group_size=32)
     monkeypatch.setattr(subject, "methods", lambda: ())
-    monkeypatch.setattr(subject, "find_loop", lambda _name: None)
+    monkeypatch.setattr(team, "_loops", lambda: None)
+    with pytest.raises(UsageError, match="numba"):
+        team.find_loop("not asked for before")
     for n in (1, 20):
         x = inputs(n, 300, torch.bfloat16)
         check(multiply(x, packed), x, packed, None)

@@ -155,7 +155,8 @@ class Packed:
             shared = not name.endswith("codes") and tensor.shape[0] == 1
             return tensor if shared else tensor[start:stop]
 
-        return replace(self, **{name: part(name, tensor) for name, tensor in self.parts.items()})
+        parts: dict[str, Any] = {name: part(name, tensor) for name, tensor in self.parts.items()}
+        return replace(self, **parts)
 
     def _plane(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         trits = unpack_rows(codes, self.cols, dtype)

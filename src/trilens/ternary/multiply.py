@@ -122,7 +122,7 @@ def _by_address(x: Tensor, packed: PackedMatrix) -> bool:
         and type(x) in {Tensor, torch.nn.Parameter}
         and type(codes) in {Tensor, torch.nn.Parameter}
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -173,7 +173,7 @@ def _looked_up(flat: Tensor, packed: PackedMatrix, method: str) -> Tensor:
     run_job(find_loop(f"multiply_{method}"), made, 1 + n_inputs * rows * cols // _WORTH_A_THREAD)
     if packed.offset is not None:
         size = packed.group_size or cols
-        by_group = functional.pad(x, (0, -cols % size)).unflatten(1, (-1, size)).sum(-1)
+        by_group = functional.pad(x, (0, -cols % size)).reshape(n_inputs, -1, size).sum(-1)
         out += by_group @ packed.offset.T
     return out
 
@@ -202,8 +202,7 @@ def _unpacked(
     Shapes: → [stop − start, cols]
     """
     cols = packed.cols
-    loop = find_loop("unpack") if rounded in _ROUNDING and _readable(packed) else None
-    if loop is None:
+    if not methods() or rounded not in _ROUNDING or not _readable(packed):
         return packed.rows(start, stop).dense(rounded).to(dtype)
     tile = torch.empty(stop - start, -(-cols // 16) * 16, dtype=dtype)
     rounding = _ROUNDING[rounded]
@@ -217,7 +216,7 @@ def _unpacked(
         "out_rounding": rounding if _is_sum(packed) else 0,
         "out_kind": _ROUNDING[dtype],
     }
-    run_job(loop, make_job(job), 1 + tile.numel() // _WORTH_A_THREAD)
+    run_job(find_loop("unpack"), make_job(job), 1 + tile.numel() // _WORTH_A_THREAD)
     return tile[:, :cols]
 
 

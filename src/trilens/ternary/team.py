@@ -8,19 +8,33 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trilens.errors import UsageError
 from trilens.ternary.kernels import numba_is_here, parallel_map
 
 __all__ = ["Loop", "find_loop", "make_job", "methods", "run_job"]
 
-Loop: TypeAlias = Any
-"""A loop to be called with the address of a job, by `run_job`."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loop:
+    """A compiled loop, to be called with the address of a job (by `run_job`).
+
+    Attributes:
+        call: calls it from Python, without the interpreter lock.
+        address: where its code is.
+        compiled: what owns the code.
+    """
+
+    call: Callable[[int], None]
+    address: int
+    compiled: Any
 
 
 @cache
@@ -31,15 +45,18 @@ def methods() -> tuple[str, ...]:
 
 
 @cache
-def find_loop(name: str) -> Loop | None:
-    """A loop of `packed_loops`, compiled; None without numba."""
+def find_loop(name: str) -> Loop:
+    """A loop of `packed_loops`, compiled.
+
+    Raises:
+        UsageError: no numba: there are no `methods` then.
+    """
     loops = _loops()
     if loops is None:
-        return None
+        raise UsageError(f"loop {name!r} needs numba, which cannot be used: pip install numba")
     compiled = loops.compile_loop(name)
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-    function.compiled = compiled  # else its code would be freed
-    return function
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    return Loop(call, compiled.address, compiled)
 
 
 def make_job(fields: Mapping[str, int]) -> NDArray[np.int64]:
@@ -59,13 +76,13 @@ def run_job(loop: Loop, job: NDArray[np.int64], n_threads: int = 1) -> None:
     address = job.ctypes.data
     n_threads = 1 if n_threads < 2 else min(n_threads, torch.get_num_threads())
     if n_threads < 2:
-        loop(address)
+        loop.call(address)
         return
     team = _openmp()
     if team is not None:
-        team(ctypes.cast(loop, ctypes.c_void_p), address, n_threads, 0)
+        team(loop.address, address, n_threads, 0)
     else:
-        parallel_map(loop, [address] * n_threads)
+        parallel_map(loop.call, [address] * n_threads)
 
 
 @cache
@@ -90,4 +107,4 @@ def _openmp() -> Callable[..., None] | None:
         return None
     found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     found.restype = None
-    return found  # type: ignore[no-any-return]
+    return found

@@ -268,7 +268,7 @@ def permute_avx512(builder: Any, table: Any, words: Any) -> Any:
 @_operation(_floats(_floats, _words))
 def permute_avx(builder: Any, table: Any, words: Any) -> Any:
     """Of a table of 4, repeated, the ones that the lowest two bits of each word name. AVX."""
-    parts = [
+    low, high = (
         _call(
             builder,
             "llvm.x86.avx.vpermilvar.ps.256",
@@ -277,8 +277,8 @@ def permute_avx(builder: Any, table: Any, words: Any) -> Any:
             _pick(builder, words, words, half),
         )
         for half in (_LOW, _HIGH)
-    ]
-    return _pick(builder, *parts, _BOTH)
+    )
+    return _pick(builder, low, high, _BOTH)
 
 
 @_operation(_floats(_floats))
