@@ -14,6 +14,7 @@
     │   ├── PromptTooLongError
     │   ├── TokenIdError         token ids outside the vocabulary
     │   └── NoTokenizerError     a text prompt for a model without a tokenizer
+    ├── TextError                text to measure on that is missing, unreadable or too short
     ├── LoadError                a model or file that cannot be loaded
     │   ├── ModelNotFoundError   no such directory or hub id
     │   ├── ConfigError          the configuration is missing, unreadable or of an unknown type
@@ -28,6 +29,7 @@
         ├── SilentSiteError      a requested site that did not fire
         ├── AttentionPathError   attention that goes through no supported path
         ├── ModifiedInPlaceError a captured tensor was overwritten by the model
+        ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
 Messages say: the noun, the problem, the offending value, the allowed range, what to do.
@@ -54,9 +56,11 @@ __all__ = [
     "OutOfRangeError",
     "PromptError",
     "PromptTooLongError",
+    "RecurrentStateError",
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
+    "TextError",
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
@@ -124,6 +128,10 @@ class NoTokenizerError(PromptError):
     """A text prompt for a model that came without a tokenizer."""
 
 
+class TextError(TrilensError):
+    """Text to measure or calibrate on that is missing, unreadable or too short."""
+
+
 class LoadError(TrilensError):
     """A model or file that cannot be loaded."""
 
@@ -178,6 +186,10 @@ class AttentionPathError(CaptureError):
 
 class ModifiedInPlaceError(CaptureError):
     """A captured tensor was overwritten by the model after it was captured."""
+
+
+class RecurrentStateError(CaptureError):
+    """A recurrent state that the layers asked do not have, or that is not proven."""
 
 
 class UnclaimedGateError(CaptureError):

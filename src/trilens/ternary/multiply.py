@@ -24,7 +24,7 @@ __all__ = ["PackedMatrix", "multiply", "multiply_back"]
 _WORTH_PACKED = 1 << 18  # weights: below, torch is done before the compiled code is loaded
 _WORTH_A_THREAD = 1 << 19  # weights times inputs
 _TILE_BYTES = 1 << 21  # stays in the cache between unpacking and multiplying
-_LOOKUP_INPUTS = {"pairs": 8, "singles": 5, "any": 3}
+_LOOKUP_INPUTS = {"pairs": 12, "singles": 8, "any": 5}
 """Up to how many inputs the codes are looked up: beyond, tiles are faster."""
 
 _SMALLEST = 64  # rows that the compiled loop takes at a time
@@ -75,7 +75,7 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Ten
     Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows], in the dtype of x (under
     autocast in autocast's)
 
-    Memory: 2 MB, and 32 bytes for each number in up to 8 inputs.
+    Memory: 2 MB, and 32 bytes for each number in up to 12 inputs.
     """
     if not _by_address(x, packed):
         return functional.linear(x, packed.dense(x.dtype), bias)

@@ -194,11 +194,10 @@ def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
     total_buffer = np.empty(64 * batch + 16, np.float32)
     turned, tail = _aligned(turned_buffer), _aligned(tail_buffer)
     scales, totals = _aligned(scale_buffer), _aligned(total_buffer)
-    while True:
-        first = STRIPE * v.next_number(job)
-        if first >= rows:
-            break
-        first = min(first, rows - STRIPE)  # the last one overlaps: the same values once more
+    following = STRIPE * v.next_number(job)
+    while following < rows:
+        first = min(following, rows - STRIPE)  # the last one overlaps: the same values once more
+        following = STRIPE * v.next_number(job)
         for i in range(4 * batch):
             v.store_floats(totals + 64 * i, v.zeros())
         for plane in range(2):
@@ -210,6 +209,11 @@ def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
             source = codes + first * row_bytes
             for word in range(0, words, 16):
                 _turn(source + 4 * word, row_bytes, row_bytes - 4 * word, turned, tail)
+                # Rows in turn are too many streams for the processor to foresee. Piece by piece
+                # this asks for the whole of the next stripe.
+                ahead = codes + following * row_bytes + STRIPE * 4 * word
+                for line in range(STRIPE):
+                    v.prefetch(ahead + 64 * line)
                 for i in range(batch):
                     _add_chunk(
                         pairs,

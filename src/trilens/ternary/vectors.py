@@ -29,6 +29,7 @@ __all__ = [
     "next_number",
     "permute_avx",
     "permute_avx512",
+    "prefetch",
     "read",
     "read_byte",
     "read_float",
@@ -170,6 +171,16 @@ def write_word(builder: Any, address: Any, value: Any) -> None:
 def read_float(builder: Any, address: Any) -> Any:
     """One float32."""
     return _at(builder, address, _F32, 4)
+
+
+@_operation(types.void(_int))
+def prefetch(builder: Any, address: Any) -> None:
+    """Asks for the memory at an address, which need not be anyone's; 64 bytes or so."""
+    place = builder.inttoptr(address, _I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # to read, to be kept near, data
+    builder.call(function, [place, _I32(0), _I32(2), _I32(1)])
 
 
 @_operation(_floats(_int))
