@@ -149,8 +149,13 @@ def _add_chunk(
     group_words: Any,
     scales: Any,
     total: Any,
+    ahead: Any,
 ) -> None:
-    """Adds what the words `word` … `stop` − 1 of a stripe give for one input."""
+    """Adds what the words `word` … `stop` − 1 of a stripe give for one input.
+
+    64 rows in turn are too many streams for the processor to foresee, so `ahead`, 256 bytes for
+    each word, is asked for: in the end the whole of the next stripe.
+    """
     group = word // group_words
     left = group_words - word % group_words
     x += word * column_bytes
@@ -158,6 +163,9 @@ def _add_chunk(
         a0, a1, a2, a3 = v.zeros(), v.zeros(), v.zeros(), v.zeros()
         last = min(stop, word + left)
         for _ in range(word, last):
+            for line in range(4):
+                v.prefetch(ahead + 64 * line)
+            ahead += 256
             w0, w1 = v.load_words(turned), v.load_words(turned + 64)
             w2, w3 = v.load_words(turned + 128), v.load_words(turned + 192)
             # numba leaves out the branches that the types decide
@@ -209,11 +217,7 @@ def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
             source = codes + first * row_bytes
             for word in range(0, words, 16):
                 _turn(source + 4 * word, row_bytes, row_bytes - 4 * word, turned, tail)
-                # Rows in turn are too many streams for the processor to foresee. Piece by piece
-                # this asks for the whole of the next stripe.
                 ahead = codes + following * row_bytes + STRIPE * 4 * word
-                for line in range(STRIPE):
-                    v.prefetch(ahead + 64 * line)
                 for i in range(batch):
                     _add_chunk(
                         pairs,
@@ -226,6 +230,7 @@ def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
                         group_words,
                         scales,
                         totals + 256 * i,
+                        ahead,
                     )
         for i in range(batch):
             for part in range(4):
