@@ -157,6 +157,7 @@ def load(folder: str) -> Any:
 
 def memory_of(folder: str) -> None:
     """Print the memory that loading and decoding takes (in a process of its own)."""
+    torch.set_num_threads(1)
     decode(llama_88m(64, 128).bfloat16())  # what is loaded once, whatever the model
     with peak_memory() as peak:
         decode(load(folder))

@@ -30,6 +30,9 @@ _LOOKUP_INPUTS = {"pairs": 12, "singles": 8, "any": 5}
 _SMALLEST = 64  # rows that the compiled loop takes at a time
 _ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_DTYPES = frozenset({*_ROUNDING, torch.float64})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})  # subclasses may hold no memory of their own
+
 
 class PackedMatrix(Protocol):
     """What is read of `linear.Packed`, for one matrix."""
@@ -117,10 +120,11 @@ def _by_address(x: Tensor, packed: PackedMatrix) -> bool:
     codes = packed.codes
     return (
         codes.shape[0] * packed.cols >= _WORTH_PACKED
-        and x.dtype in {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-        and x.device.type == codes.device.type == "cpu"
-        and type(x) in {Tensor, torch.nn.Parameter}
-        and type(codes) in {Tensor, torch.nn.Parameter}
+        and x.is_cpu
+        and codes.is_cpu
+        and x.dtype in _DTYPES
+        and type(x) in _PLAIN
+        and type(codes) in _PLAIN
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
