@@ -17,6 +17,7 @@ NAMES = (
     "checkpoint_2gb",
     "perplexity",
     "compare",
+    "ternary_linear",
 )
 
 
