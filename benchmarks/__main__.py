@@ -17,6 +17,8 @@ NAMES = (
     "calibrated",
     "checkpoint_2gb",
     "perplexity",
+    "compare",
+    "ternary_linear",
 )
 
 

@@ -21,7 +21,7 @@ letter is below.
              code 3, byte ≥ 243            CorruptFileError                 k, v
              wrong version                 CorruptFileError, ConfigError    v, test_integration
              shard names .. / absolute     CorruptFileError before opening  w, p, v
-             shards that are links         followed: the hub's cache is made of them
+             shards that are links         CorruptFileError, but for the hub's own cache
                                                                             test_links
              links where output is written replaced, never written through  test_links
              index names absent tensors    CorruptFileError                 w
@@ -103,11 +103,17 @@ def test_a_disk_that_fills_up(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_links(sharded: Path, tmp_path: Path) -> None:
-    blobs, source = tmp_path / "blobs", tmp_path / "src"
-    source.mkdir()
+    blobs, source = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b"
+    elsewhere = tmp_path / "elsewhere"
+    source.mkdir(parents=True)
+    elsewhere.mkdir()
     shutil.copytree(sharded, blobs)
     for path in blobs.iterdir():
         (source / path.name).symlink_to(path)
+        (elsewhere / path.name).symlink_to(path)
+    with pytest.raises(CorruptFileError, match="a link that leads out of the checkpoint"):
+        ternarize(elsewhere, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     report = ternarize(source, tmp_path / "out")
     assert report == ternarize(sharded, tmp_path / "plain")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

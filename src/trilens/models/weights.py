@@ -288,7 +288,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
     Raises:
         UnsafeFormatError: only pickled weights are there. They are never opened.
-        CorruptFileError: the index is malformed or names shards that are missing.
+        CorruptFileError: the index is malformed or names shards that are missing, or a file is a
+            link that leads out of the checkpoint.
         LoadError: there are no weights, or only ones that trilens does not read.
     """
     names = _names_in(folder)
@@ -302,7 +303,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if explicit is not None and explicit.endswith(".safetensors"):
         return _existing(folder, (explicit,), folder / "config.json")
     if explicit is None and (folder / SINGLE_NAME).is_file():
-        return (folder / SINGLE_NAME,)
+        return _existing(folder, (SINGLE_NAME,), folder / SINGLE_NAME)
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
         return _existing(folder, shard_names(index), index)
@@ -343,7 +344,22 @@ def _existing(folder: Path, names: tuple[str, ...], source: Path) -> tuple[Path,
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
             f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
         )
+    for name in names:
+        _check_link(folder, name)
     return tuple(folder / name for name in names)
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """Refuse a link out of the checkpoint; the hub's cache links snapshots to its own blobs."""
+    if not (folder / name).is_symlink():
+        return
+    target, home = (folder / name).resolve(), folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(place) for place in homes):
+        raise CorruptFileError(
+            f"{folder / name} is a link that leads out of the checkpoint, to {target}: "
+            "put the file itself there, or give the directory that holds it"
+        )
 
 
 def refusal(source: str, names: list[str]) -> LoadError:
