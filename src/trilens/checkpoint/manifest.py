@@ -140,6 +140,11 @@ class Journal:
         else:
             self._write()
 
+    @property
+    def is_empty(self) -> bool:
+        """No shard is whole yet."""
+        return not self._shards
+
     def finished(self, shard: Path) -> tuple[str, list[TensorReport]] | None:
         """Hash and reports of a shard that is whole and still as it was written, else None."""
         entry = self._shards.get(shard.name)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from trilens.checkpoint.calibration.attempt import attempt
 from trilens.checkpoint.calibration.options import Calibration
-from trilens.checkpoint.calibration.run import BlockProgress, Source, run_calibration
+from trilens.checkpoint.calibration.run import BlockProgress, Source
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.card import model_card
 from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
@@ -28,7 +29,6 @@ from trilens.checkpoint.names import (
     JOURNAL_NAME,
     MANIFEST_NAME,
     QUANT_METHOD,
-    WORK_NAME,
 )
 from trilens.checkpoint.places import check_folder, make_folder
 from trilens.checkpoint.plan import TernaryPlan
@@ -138,8 +138,8 @@ def ternarize(
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
         WriteError: the output cannot be written.
-        DamageError: the perplexity rises by more than the calibration's `max_damage`. Nothing was
-            written but the finished blocks, from which the same call goes on.
+        DamageError: the perplexity rises by more than the calibration's `max_damage`. Nothing is
+            left behind.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
@@ -198,10 +198,22 @@ def ternarize(
         return found
     # Measured first: a sample that is no good is refused before anything is written.
     baseline = Baseline.of(sample, job.folder) if sample else None
+    is_new = not out.exists()
     make_folder(out)
     _check_space(out, job)
     journal = Journal(out, order)
-    before, damage = _calibrate(out, job, calibration, block_progress)
+    before: Store | None = None
+    damage: Damage | None = None
+    if calibration is not None:
+        before, damage = attempt(
+            out,
+            _source(job),
+            job.plan,
+            calibration,
+            journal,
+            is_new=is_new,
+            say=block_progress,
+        )
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= _write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
@@ -350,20 +362,6 @@ def _source(job: _Job) -> Source:
         if header.dtype in _DTYPE_NAMES
     }
     return Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
-
-
-def _calibrate(
-    out: Path,
-    job: _Job,
-    calibration: Calibration | None,
-    say: Callable[[BlockProgress], None] | None,
-) -> tuple[Store | None, Damage | None]:
-    """Code every matrix on a text, beside the output's place, and refuse too much damage."""
-    if calibration is None:
-        return None, None
-    store, damage = run_calibration(_source(job), job.plan, calibration, out / WORK_NAME, say=say)
-    check_damage(damage, calibration)
-    return store, damage
 
 
 def _write_shard(

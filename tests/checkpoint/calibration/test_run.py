@@ -15,16 +15,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from checkpoint_cases import load, saved, tensors
+from gguf_cases import saved_with_tokenizer
 from trilens.analysis.perplexity import measure_perplexity
 from trilens.checkpoint import Calibration, TernaryPlan, ternarize, validate
 from trilens.checkpoint.calibration import run
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.store import Store
+from trilens.checkpoint.gguf import validate_gguf
 from trilens.checkpoint.pipeline import calibration_source
 from trilens.cli import app
 from trilens.demo import demo_path
-from trilens.errors import DamageError, NonFiniteError, UsageError
+from trilens.errors import DamageError, NonFiniteError, TextError, UsageError
 from trilens.proof import prove
 
 DOCUMENTS = tuple(
@@ -102,7 +104,7 @@ def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None
     """The relative error of the last block's output over the text."""
     errors = {}
     for rule in ("exact", "gptq", "best", "best_planes"):
-        plan = TernaryPlan(rule, group_size=128)  # type: ignore[arg-type]
+        plan = TernaryPlan(rule, group_size=128, only=("self_attn",))  # type: ignore[arg-type]
         folder = tmp_path / rule
         store, _ = run.run_calibration(
             calibration_source(small_demo, plan), plan, calibration(), folder
@@ -119,7 +121,7 @@ def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = TernaryPlan("best", group_size=128)
+    plan = TernaryPlan("best", group_size=128, only=(r"(q|down)_proj",))
     ternarize(small_demo, tmp_path / "whole", plan=plan, calibration=calibration())
 
     class Killed(BaseException):
@@ -151,7 +153,11 @@ def test_too_much_damage_is_refused_before_anything_is_written(
     plan = TernaryPlan("absmean")
     with pytest.raises(DamageError, match="nothing was written"):
         ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
-    assert not list(out.glob("*.safetensors")) and not (out / "config.json").exists()
+    assert not out.exists()
+    out.mkdir()  # an empty directory of the caller's stays
+    with pytest.raises(DamageError):
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+    assert not list(out.iterdir())
     report = ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1e9))
     assert report.damage is not None and report.damage.ratio > 1.01
     with pytest.raises(DamageError, match="written before"):
@@ -214,6 +220,22 @@ def test_what_cannot_be_calibrated(tmp_path: Path, small_demo: Path) -> None:
             plan=TernaryPlan("gptq"),
             calibration=calibration(),
         )
+    short = Calibration(("too short",), (DOCUMENTS[0],))
+    with pytest.raises(TextError, match="too short"):
+        ternarize(small_demo, tmp_path / "out", plan=TernaryPlan("gptq"), calibration=short)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_keeps_calibrated_trits(tmp_path: Path) -> None:
+    source = saved_with_tokenizer(tmp_path / "src", max_position_embeddings=64)
+    plan = TernaryPlan("gptq", per="row")
+    with pytest.raises(UsageError, match="directory"):
+        ternarize(source, tmp_path / "m.gguf", plan=plan, format="gguf-tq2_0")
+    report = ternarize(source, tmp_path / "out", plan=plan, calibration=calibration(length=32))
+    written = ternarize(tmp_path / "out", tmp_path / "m.gguf", format="gguf-tq2_0")
+    assert written.plan.rule == "gptq"
+    assert len(written.coded) == len(report.coded)
+    assert validate_gguf(tmp_path / "m.gguf").hash_checked
 
 
 def test_the_runner_leaves_no_hook_behind(small_demo: Path) -> None:
