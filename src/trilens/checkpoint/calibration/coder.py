@@ -277,6 +277,7 @@ class _Coder:
             self.block,
             movable if wants else {},
             {name: dtype for name, (_, dtype) in job.vectors.items()} if wants else {},
+            dense={path: self._dense_weight(path) for path in movable} if wants else {},
             batches=job.batches,
             inputs=job.ternary,
             targets=after,

@@ -9,16 +9,16 @@ Source: block-wise reconstruction, BRECQ, arXiv 2102.05426, without its rounding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trilens.checkpoint.calibration.moving import MovingMatrix
 from trilens.checkpoint.calibration.streams import Batch, Stream
-from trilens.ternary.engine import round_scales
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockFit", "FitOptions", "fit_block", "put_weight"]
@@ -41,6 +41,7 @@ class FitOptions:
 
     passes: int = 4
     rate: float = 0.01
+    trit_rate: float = 0.0
     seed: int = 0
 
 
@@ -66,6 +67,7 @@ def fit_block(
     quants: Mapping[str, PerLayerQuant],
     vectors: Mapping[str, torch.dtype],
     *,
+    dense: Mapping[str, Tensor],
     batches: Sequence[Batch],
     inputs: Stream,
     targets: Stream,
@@ -90,8 +92,9 @@ def fit_block(
     if not before > 0:
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
-    values, scales = _descend(block, quants, start, batches, inputs, targets, run, options, rate)
-    new_quants = {path: _with_scales(quant, scales[path]) for path, quant in quants.items()}
+    values, new_quants = _descend(
+        block, quants, dense, start, batches, inputs, targets, run, options, rate
+    )
     new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
         put_weight(block, path, quant.reconstruct())
@@ -139,6 +142,7 @@ def _error(
 def _descend(
     block: nn.Module,
     quants: Mapping[str, PerLayerQuant],
+    dense: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
     batches: Sequence[Batch],
     inputs: Stream,
@@ -146,39 +150,41 @@ def _descend(
     run: RunBlock,
     options: FitOptions,
     rate: float,
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    planes = {path: _Planes.of(quant, _turned(block, path)) for path, quant in quants.items()}
+    trits = options.trit_rate > 0
+    moving = {path: MovingMatrix(q, dense[path] if trits else None) for path, q in quants.items()}
     sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
-    factors = {path: [torch.zeros_like(s) for s in p.scales] for path, p in planes.items()}
-    steps = {name: torch.zeros_like(value) for name, value in start.items()}
-    moving = [f for of_path in factors.values() for f in of_path] + list(steps.values())
-    for tensor in moving:
-        tensor.requires_grad_(True)
-    if not moving or not batches:
-        return dict(start), {path: list(p.scales) for path, p in planes.items()}
-    adam = torch.optim.Adam(moving, lr=rate)
+    steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
+    groups = [{"params": [f for m in moving.values() for f in m.factors] + list(steps.values())}]
+    hidden = [m.steps for m in moving.values() if m.steps is not None]
+    if hidden:
+        groups.append({"params": hidden, "lr": options.trit_rate})
+    if not groups[0]["params"] or not batches:
+        return dict(start), dict(quants)
+    adam = torch.optim.Adam(groups, lr=rate)
     n_steps = options.passes * len(batches)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * n / n_steps))
+    )
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.passes):
         for i in torch.randperm(len(batches), generator=generator).tolist():
             batch, wanted = batches[i], targets.read(batches[i])
-            given = {f"{path}.weight": p.weights(factors[path]) for path, p in planes.items()}
+            given = {}
+            for path, matrix in moving.items():
+                weights = matrix.weights()
+                given[f"{path}.weight"] = weights.T if _turned(block, path) else weights
             given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
             found = run(_Overridden(block, given), batch, inputs.read(batch))
             error = (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
             adam.zero_grad()
             error.backward()  # type: ignore[no-untyped-call]
             adam.step()
-            cosine.step()
+            falling.step()
     with torch.no_grad():
         values = {name: start[name] + sizes[name] * step for name, step in steps.items()}
-        scales = {
-            path: [s * (1 + f) for s, f in zip(p.scales, factors[path], strict=True)]
-            for path, p in planes.items()
-        }
-    return values, scales
+    return values, {path: matrix.result() for path, matrix in moving.items()}
 
 
 class _Overridden(nn.Module):
@@ -190,89 +196,3 @@ class _Overridden(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.run(*args, **kwargs)  # type: ignore[operator]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Planes:
-    """A matrix as a differentiable function of its scales."""
-
-    trits: list[Tensor]  # float32 [rows, cols]
-    scales: list[Tensor]  # float32 [rows or 1, groups]
-    offset: Tensor | None
-    length: int
-    turned: bool
-
-    @classmethod
-    def of(cls, quant: PerLayerQuant, turned: bool) -> _Planes:
-        units = quant.units
-        grid = (1, 1) if quant.per == "tensor" else (units.rows, units.per_row)
-
-        def on_grid(values: object) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype=np.float32).reshape(grid))
-
-        trits, scales = [quant.trits.float()], [on_grid(quant.scale)]
-        if quant.second_trits is not None and quant.second_scale is not None:
-            trits.append(quant.second_trits.float())
-            scales.append(on_grid(quant.second_scale))
-        length = units.length if quant.per == "group" else units.cols
-        offset = None if quant.offset is None else on_grid(quant.offset)
-        return cls(trits, scales, offset, length, turned)
-
-    def weights(self, factors: Sequence[Tensor]) -> Tensor:
-        total = sum(
-            trits * self._spread(scale * (1 + factor), trits.shape[1])
-            for trits, scale, factor in zip(self.trits, self.scales, factors, strict=True)
-        )
-        assert isinstance(total, Tensor)
-        if self.offset is not None:
-            total = total + self._spread(self.offset, total.shape[1])
-        return total.T if self.turned else total
-
-    def _spread(self, values: Tensor, cols: int) -> Tensor:
-        if values.shape[1] == 1:
-            return values
-        return values.repeat_interleave(self.length, dim=1)[:, :cols]
-
-
-def _with_scales(quant: PerLayerQuant, scales: Sequence[Tensor]) -> PerLayerQuant:
-    """The same trits with new scales, rounded; a negative scale turns its trits around."""
-    units = quant.units
-    planes = [quant.trits, quant.second_trits]
-    new_planes: list[Tensor | None] = [None, None]
-    new_scales: list[Tensor | None] = [None, None]
-    for i, values in enumerate(scales):
-        flat = values.reshape(-1).double().numpy()
-        rounded = round_scales(
-            np.abs(flat), quant.scale_dtype or "float32", quant.name, np.arange(units.count)
-        )
-        signs = np.where(flat < 0, -1, 1).astype(np.int8)
-        plane = planes[i]
-        assert plane is not None
-        spread = _signs(signs, quant)
-        new_planes[i], new_scales[i] = plane * spread, torch.from_numpy(rounded)
-    first = new_planes[0]
-    assert first is not None and new_scales[0] is not None
-    made = PerLayerQuant.from_trits(
-        first,
-        new_scales[0],
-        quant.name,
-        group_size=quant.group_size,
-        per=quant.per,
-        offset=quant.offset,
-        second_trits=new_planes[1],
-        second_scale=new_scales[1],
-        rule=quant.rule,
-        scale_dtype=quant.scale_dtype,
-    )
-    return replace(made, zeroed_units=quant.zeroed_units)
-
-
-def _signs(signs: np.ndarray[tuple[int], np.dtype[np.int8]], quant: PerLayerQuant) -> Tensor:
-    """One sign for each weight, or something that broadcasts to it."""
-    units = quant.units
-    if quant.per == "tensor":
-        return torch.tensor(int(signs[0]), dtype=torch.int8)
-    grid = torch.from_numpy(signs.reshape(units.rows, units.per_row))
-    if units.per_row == 1:
-        return grid
-    return grid.repeat_interleave(units.length, dim=1)[:, : units.cols]
