@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, part_name
 from trilens.checkpoint.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
+from trilens.ternary.calibrated import n_planes_of
 from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
@@ -236,7 +237,7 @@ def _packed_like(model: Any, path: str, config: TrilensConfig) -> TernaryLinear:
         per_row=config.per != "tensor",
         group_size=config.group_size,
         has_offset=config.rule == "asymmetric",
-        has_second=config.rule == "planes",
+        has_second=n_planes_of(config.rule) == 2,
         transposed=transposed,
         device=old.weight.device,
         dtype=old.weight.dtype,

@@ -18,6 +18,7 @@ from trilens.checkpoint.report import Outcome, TensorReport, TernaryReport
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
 from trilens.models.weights import TensorHeader, read_headers, read_json
 from trilens.models.wording import clip
+from trilens.ternary.calibrated import n_planes_of
 from trilens.ternary.linear import holds_code_3, unpack_rows
 
 __all__ = ["validate"]
@@ -73,7 +74,7 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
 def _check_types(tensor: TensorReport) -> None:
     """Raises: TypeError."""
     sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
-    shares = (tensor.relative_error, tensor.sparsity)
+    shares = (tensor.relative_error, tensor.sparsity, tensor.output_error)
     right = (
         all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
         and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
@@ -142,7 +143,7 @@ def _check_coded(
 ) -> None:
     wanted = {"codes", "scale"}
     wanted |= {"offset"} if plan.rule == "asymmetric" else set()
-    wanted |= {"second_codes", "second_scale"} if plan.rule == "planes" else set()
+    wanted |= {"second_codes", "second_scale"} if n_planes_of(plan.rule) == 2 else set()
     if set(found) != wanted:
         raise CorruptFileError(f"tensor {tensor.name} has parts {', '.join(sorted(found))}")
     zeros = n_codes = 0
