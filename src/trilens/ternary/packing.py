@@ -331,7 +331,8 @@ def _refuse(
 
 def _code_3(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Not 0 where one of a byte's four codes has both bits set."""
-    return np.bitwise_and(raw & (raw >> 1), 0x55, dtype=np.uint8)
+    both: NDArray[np.uint8] = raw & (raw >> 1) & np.uint8(0x55)
+    return both
 
 
 def _cut(trits: NDArray[np.int8], shape: Sequence[int], layout: str) -> NDArray[np.int8]:
