@@ -331,8 +331,7 @@ def _refuse(
 
 def _code_3(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Not 0 where one of a byte's four codes has both bits set."""
-    both: NDArray[np.uint8] = raw & (raw >> 1) & np.uint8(0x55)
-    return both
+    return raw & (raw >> np.uint8(1)) & np.uint8(0x55)
 
 
 def _cut(trits: NDArray[np.int8], shape: Sequence[int], layout: str) -> NDArray[np.int8]:
