@@ -18,7 +18,7 @@ from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
-from trilens.errors import CorruptFileError
+from trilens.errors import CorruptFileError, UsageError
 
 __all__ = ["register"]
 
@@ -53,6 +53,13 @@ def _ternarize(
     scale_dtype: Annotated[
         str, typer.Option("--scale-dtype", help="float16, bfloat16 or float32.")
     ] = "float32",
+    storage: Annotated[
+        str, typer.Option("--storage", help="two_bit, or compact: 1.6 bits, scales in their dtype.")
+    ] = "two_bit",
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", help="A plan file of trilens plan, instead of the options above."),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -68,12 +75,29 @@ def _ternarize(
     unusable afterwards.
     """
     with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
-        options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
-        plan = TernaryPlan(
-            **options, group_size=group_size, keep=tuple(keep or ()), only=tuple(only or ())
-        )
+        options: dict[str, Any] = {
+            "rule": rule,
+            "group_size": group_size,
+            "per": per,
+            "keep": tuple(keep or ()),
+            "only": tuple(only or ()),
+            "scale_dtype": scale_dtype,
+            "storage": storage,
+        }
+        plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         report = ternarize(source, out, plan=plan, dry_run=dry_run, revision=revision)
         _print(report, output)
+
+
+def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
+    """The plan of a file; options beside it would contradict it."""
+    plain = TernaryPlan()
+    given = [name for name, value in options.items() if value not in {getattr(plain, name), None}]
+    if given:
+        raise UsageError(
+            f"--plan and --{given[0].replace('_', '-')} are both given: the plan file says it all"
+        )
+    return TernaryPlan.load(file)
 
 
 def _validate(

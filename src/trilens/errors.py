@@ -24,6 +24,7 @@
     ├── AnatomyError             blocks, final norm or unembedding could not be proven
     │   └── SeveralStreamsError  the residual has more than one stream
     ├── WriteError               a file that could not be written
+    ├── RestoreError             weights that were replaced for a while did not come back
     └── CaptureError             a forward pass that did not give what was asked
         ├── SilentSiteError      a requested site that did not fire
         ├── AttentionPathError   attention that goes through no supported path
@@ -54,6 +55,7 @@ __all__ = [
     "OutOfRangeError",
     "PromptError",
     "PromptTooLongError",
+    "RestoreError",
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
@@ -162,6 +164,10 @@ class SeveralStreamsError(AnatomyError):
 
 class WriteError(TrilensError):
     """A file that could not be written: no space, no permission, or it is in use."""
+
+
+class RestoreError(TrilensError):
+    """Weights that were replaced for a while did not come back as they were."""
 
 
 class CaptureError(TrilensError):

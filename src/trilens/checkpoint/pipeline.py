@@ -159,7 +159,7 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
     names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
     if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
         raise UsageError(f"{source} has tensors named like packed parts: they would collide")
-    return _Job(
+    job = _Job(
         folder,
         raw,
         weight_files(folder),
@@ -168,6 +168,8 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         plan,
         _side_files(folder),
     )
+    _overrides(job)  # refuses before anything is written
+    return job
 
 
 def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
@@ -302,6 +304,8 @@ def _config(job: _Job) -> dict[str, Any]:
         "rule": job.plan.rule,
         "per": job.plan.per,
         "group_size": job.plan.group_size,
+        "storage": job.plan.storage,
+        "overrides": _overrides(job),
         "layers": [
             choice.target.removesuffix(".weight")
             for choice in job.choices
@@ -311,6 +315,30 @@ def _config(job: _Job) -> dict[str, Any]:
         "experts": sorted({_ending(c.target) for c in job.choices if c.storage == "experts"}),
     }
     return config
+
+
+def _overrides(job: _Job) -> dict[str, dict[str, Any]]:
+    """What the plan's entries say of each parameter that differs from its general options.
+
+    Raises:
+        UsageError: tensors that are merged into one parameter, with unlike options.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for choice in job.choices:
+        if choice.storage == "kept":
+            continue
+        own = job.plan.of(choice.name)
+        options: dict[str, Any] = {"rule": own.rule, "per": own.per}
+        options["group_size"] = own.group_size
+        if own.storage == "compact" and choice.storage == "merged":
+            options["cols"] = job.headers[choice.name].shape[-1]
+        if found.setdefault(choice.target, options) != options:
+            raise UsageError(
+                f"{choice.name} is merged into {choice.target} with tensors that the plan codes in "
+                "another way: give all of them the same options"
+            )
+    plain = {"rule": job.plan.rule, "per": job.plan.per, "group_size": job.plan.group_size}
+    return {target: options for target, options in found.items() if options != plain}
 
 
 def _ending(target: str) -> str:
