@@ -14,6 +14,7 @@
     │   ├── PromptTooLongError
     │   ├── TokenIdError         token ids outside the vocabulary
     │   └── NoTokenizerError     a text prompt for a model without a tokenizer
+    ├── TextError                text to measure on that is missing, unreadable or too short
     ├── LoadError                a model or file that cannot be loaded
     │   ├── ModelNotFoundError   no such directory or hub id
     │   ├── ConfigError          the configuration is missing, unreadable or of an unknown type
@@ -59,6 +60,7 @@ __all__ = [
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
+    "TextError",
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
@@ -124,6 +126,10 @@ class TokenIdError(PromptError):
 
 class NoTokenizerError(PromptError):
     """A text prompt for a model that came without a tokenizer."""
+
+
+class TextError(TrilensError):
+    """Text to measure or calibrate on that is missing, unreadable or too short."""
 
 
 class LoadError(TrilensError):

@@ -110,7 +110,8 @@ def _train_new_model(
             save_checkpoint(model, tokenizer, options.scratch / f"step-{step}")
 
     batches = training_batches(encoded, options.batch, options.context, options.seed)
-    return model, tokenizer, train_model(model, batches, options.loop, save)
+    with ARCHITECTURES[options.arch].training():
+        return model, tokenizer, train_model(model, batches, options.loop, save)
 
 
 def _parse(arguments: Sequence[str] | None) -> TrainOptions:
