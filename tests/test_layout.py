@@ -38,6 +38,7 @@ FLOORS = {
     "families": 5,
     "demo": 7,
     "console": 7,
+    "commands_sensitivity": 7,
     "commands_ternary": 7,
     "cli": 7,
     "__main__": 7,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
+from trilens import commands_sensitivity
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
 from trilens.commands_ternary import register
@@ -223,6 +224,7 @@ def families(
 
 
 register(app)
+commands_sensitivity.register(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -36,7 +36,9 @@ bfloat16."""
 _ROWS = 256
 
 
-def inputs_of(lens: Lens, matrices: Sequence[Matrix], blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+def inputs_of(
+    lens: Lens, matrices: Sequence[Matrix], blocks: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """What the matrices get as input: up to 256 tokens of each, spread over the first blocks.
 
     Shapes: → per parameter float32 [tokens, cols]
@@ -153,4 +155,3 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     last = np.cumsum(counts)
     means: NDArray[np.float64] = last - (counts - 1) / 2
     return means[inverse]
-

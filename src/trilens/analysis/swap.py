@@ -66,7 +66,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(memoryview(bits.numpy()))
+        found.update(bits.numpy().data)
     return found.hexdigest()
 
 
