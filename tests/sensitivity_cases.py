@@ -8,11 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from trilens.demo import demo_path
-from trilens.lens import Lens
-
 from checkpoint_cases import saved
 from tinymodels import prompt_ids
+from trilens.demo import demo_path
+from trilens.lens import Lens
 
 __all__ = ["WORDS", "blocks", "opened", "text_model"]
 

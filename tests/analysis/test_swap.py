@@ -37,9 +37,9 @@ def test_values_that_do_not_fit_change_nothing(model: nn.Module) -> None:
     wrong = {"0.weight": torch.zeros(6, 4), "1.weight": torch.zeros(6, 2)}
     with pytest.raises(ShapeError, match=r"'1\.weight' have shape \(6, 2\)"), swapped(model, wrong):
         pass
-    with pytest.raises(UsageError, match=r"'2\.weight' is not in the model"):
-        with swapped(model, {"2.weight": torch.zeros(1)}):
-            pass
+    absent = {"2.weight": torch.zeros(1)}
+    with pytest.raises(UsageError, match="is not in the model"), swapped(model, absent):
+        pass
     assert checksum(dict(model.named_parameters())) == before
 
 
@@ -52,7 +52,10 @@ def test_weights_without_values_are_refused() -> None:
 
 def test_bits_that_do_not_come_back_are_an_error(model: nn.Module) -> None:
     message = r"parameter 0\.weight did not get its own bits back"
-    with pytest.raises(RestoreError, match=message), swapped(model, {"0.weight": torch.zeros(6, 4)}):
+    with (
+        pytest.raises(RestoreError, match=message),
+        swapped(model, {"0.weight": torch.zeros(6, 4)}),
+    ):
         # Somebody gives the parameter other storage, which cannot hold what was there.
         model[0].weight.data = torch.zeros(6, 4, dtype=torch.float8_e4m3fn)
 

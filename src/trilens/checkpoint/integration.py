@@ -264,6 +264,10 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
                     parameter.requires_grad_(False)
                 if module.codes.device.type != "meta":
                     module.check(path)
+        if getattr(model.config, "rescale_every", 0):
+            # Such a model would divide weights in place and halve its residual to match; packed
+            # weights cannot be divided. Without both it computes the same.
+            model.config.rescale_every = 0
         # What is saved from now on is what lies in memory.
         self.quantization_config.storage = "two_bit"
         # Saving turns the conversions around: it must find transformers' own.
