@@ -12,6 +12,7 @@ NAMES = (
     "effective_attention --json",
     "quantize",
     "checkpoint",
+    "plan",
 )
 
 

@@ -310,7 +310,13 @@ class _Arriving(TernaryLinear):
 
         Raises:
             CorruptFileError: a byte that is no five trits.
+            ConfigError: the codes were left on disk.
         """
+        if self.codes.is_meta:
+            raise ConfigError(
+                f"{path} is offloaded, but its codes are compact: load the model onto a device "
+                'that holds it, or make the checkpoint with storage="two_bit"'
+            )
         new = TernaryLinear(
             self.in_features,
             self.out_features,
