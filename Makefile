@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test check bench sweep format clean
+.PHONY: demo test test-engines check bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,14 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PY) -m pytest
+
+# llama.cpp is built from its source package: a C++ compiler, and about four minutes of one core.
+$(VENV)/.engines: $(VENV)/.ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-binary llama-cpp-python --editable '.[engines]'
+	@touch $@
+
+test-engines: $(VENV)/.engines
+	$(PY) -m pytest tests/engines
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks

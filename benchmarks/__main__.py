@@ -10,6 +10,7 @@ NAMES = (
     "long_attention",
     "attention_questions --json",
     "effective_attention --json",
+    "recurrent_states --json",
     "quantize",
     "checkpoint",
     "plan",

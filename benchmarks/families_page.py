@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trilens.families import FamilyRow, load_families
+from trilens.families import FamilyRow, load_families, spell_short
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -15,6 +15,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 def _line(row: FamilyRow) -> str:
     reason = row.reason.split("; ")[0].replace("|", "\\|")
     return f"| {row.model_type} | {row.n_layers or '–'} | {reason} |"
+
+
+def _kept(row: FamilyRow) -> str:
+    """A captured type: its layers of either attention, and its gates."""
+    gates = "<br>".join(map(str, row.gates)) or "–"
+    layers = f"{spell_short(row.attention)} | {spell_short(row.effective)}"
+    return f"| {row.model_type} | {row.n_layers} | {layers} | {gates} |"
 
 
 def page() -> str:
@@ -25,7 +32,7 @@ def page() -> str:
         key: [row for row in table.rows if row.outcome == key]
         for key in ("full", "residual", "refused")
     }
-    gated = sum(1 for row in table.rows if row.gates)
+    captured = [row for row in table.rows if row.outcome != "refused"]
     lines = [
         "# Families",
         "",
@@ -34,18 +41,34 @@ def page() -> str:
         "than its sliding window, attention chunk and sparse top-k (`make sweep`; the table is",
         "`trilens families`). Captured means: logits bit-identical to a plain run, every residual",
         "bit-identical to an independent hook, attention within 1e-5 of eager `output_attentions`",
-        "where the family offers it, and `capture_many` within 1e-5 of `capture`.",
+        "where the family offers it, gates equal to what the model computed, effective attention"
+        " times values",
+        "equal to the recurrence's own output within 1e-5, and `capture_many` within 1e-5 of"
+        " `capture`",
+        "(effective attention, a product over all tokens: 2e-5).",
         "",
         f"- **{counts['full']} in full**: the residual stream of every block and every softmax "
         "attention layer",
         f"- **{counts['residual']} without attention**: recurrent, or attention that does not go "
         "through transformers' registry",
         f"- **{counts['refused']} refused** by an error that names the reason",
-        f"- {gated} have a proven gate",
+        f"- **{table.n_gated} with proven gates**",
+        f"- **{table.n_effective} with proven effective attention** in their recurrent layers; no"
+        " recurrence is left out"
+        if not any(row.no_effective for row in table.rows)
+        else f"- **{table.n_effective} with proven effective attention**",
         "",
-        "## In full",
+        "RWKV-7, which transformers lacks, comes with trilens and has both: [rwkv7.md](rwkv7.md).",
         "",
-        ", ".join(row.model_type for row in groups["full"]),
+        "## Layers and gates",
+        "",
+        "Layer numbers are those of the tiny model, which has every kind of layer of its type. A"
+        " gate is given as",
+        "name (kind, range): layers; [gates.md](gates.md) says what the names mean.",
+        "",
+        "| type | layers | softmax attention | effective attention | gates |",
+        "|---|---|---|---|---|",
+        *map(_kept, captured),
         "",
     ]
     for key, title in (("residual", "Without attention"), ("refused", "Refused")):

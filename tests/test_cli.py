@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tinymodels import build, prompt_ids
+from tinymodels import build, prompt_ids, tiny_config
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.cli import DEMO_PROMPT, app
 from trilens.console import one_line_errors
@@ -36,8 +39,28 @@ def test_demo_shows_every_layer() -> None:
     assert "mlp.gate open" in result.stdout
     assert "last token attends to" in result.stdout
     assert "next:" in result.stdout
-    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert [row for row in rows if row in "0123"] == ["0", "1", "2", "3"]
+    assert "effective attention" in result.stdout
+    tables = result.stdout.split("\ndemo ")
+    for table, layers in zip(tables, ("0123", "01234", "0123"), strict=True):
+        lines = table[: table.index("next:")].splitlines()
+        starts = [line.split()[0] for line in lines if line[:5].strip().isdecimal()]
+        assert "".join(dict.fromkeys(starts)) == layers
+
+
+def test_demo_puts_the_three_side_by_side() -> None:
+    result = run("demo")
+    table = result.stdout[result.stdout.index("side by side") :].splitlines()
+    assert table[0].split() == ["side", "by", "side", "transformer", "mamba", "rwkv7"]
+    rows = {line.split("  ")[0].strip(): line for line in table[2:]}
+    assert rows["held-out loss"].count("nats/token") == 3
+    assert "–" in rows["layer 4 reads"] and "–" not in rows["layer 3 reads"]
+    assert rows["next"].count("n 0.") == 3
+
+
+def test_demo_as_json_is_one_list_of_the_three() -> None:
+    models = json.loads(run("demo", "--format", "json").stdout)
+    assert [model["model"] for model in models] == ["demo transformer", "demo mamba", "demo rwkv7"]
+    assert all(Inspection.from_dict(model).layers for model in models)
 
 
 def test_inspect_json_rebuilds_the_table() -> None:
@@ -193,6 +216,69 @@ def test_every_gate_of_a_hybrid_is_readable(model_type: str) -> None:
                 line.split()[:3] == [str(row.layer), gate.name, f"{gate.mean:.2f}"]
                 for line in text.splitlines()
             )
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint whose layers have softmax attention and a recurrence, and a tokenizer."""
+    path = tmp_path_factory.mktemp("hybrid")
+    config = tiny_config("falcon_h1")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_effective_attention_is_shown_with_its_signs(hybrid: str) -> None:
+    options = ("inspect", hybrid, "-p", DEMO_PROMPT, "--effective", "--top-k", "4")
+    table, as_json = run(*options), run(*options, "--format", "json")
+    assert table.exit_code == as_json.exit_code == 0, table.stderr
+    data = json.loads(as_json.stdout)
+    out = StringIO()
+    print_inspection(Inspection.from_dict(data), Console(file=out, width=120, highlight=False))
+    assert out.getvalue() == table.stdout
+    assert "effective" in table.stdout
+    assert "signed weights" in table.stdout
+    cap = Lens.from_pretrained(hybrid).capture(DEMO_PROMPT, attention=True, effective=True)
+    last = len(cap.tokens) - 1
+    weights = []
+    for row in data["layers"]:
+        effective = cap.effective.attention_from_position(row["layer"], last)
+        shown = [item["weight"] for item in row["effective"]]
+        assert shown == [float(effective[item["position"]]) for item in row["effective"]]
+        assert sorted(map(abs, shown), reverse=True) == [abs(weight) for weight in shown]
+        assert abs(shown[0]) == abs(effective).max()
+        softmax = cap.attention.top_attended_positions(row["layer"], last, 4)
+        assert [(item["position"], item["weight"]) for item in row["attended"]] == softmax
+        weights += shown
+    assert min(weights) < 0 < max(weights)
+    # As the table shows the first of them, sign and all.
+    assert f"{weights[0]:+.3g}".replace("-", "−") in table.stdout
+
+
+def test_recurrent_layers_point_to_effective(hybrid: str) -> None:
+    without = run("inspect", hybrid, "-p", "x = 1")
+    assert "--effective shows what they attend to" in without.stdout
+    assert "±weight" not in without.stdout
+    refused = run("inspect", DEMO, "-p", "x = 1", "--effective")
+    assert refused.exit_code == 1
+    assert "no layer asked of LlamaForCausalLM is recurrent" in refused.stderr
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "rwkv"])
+def test_a_row_holds_one_kind_where_the_layer_does(model_type: str) -> None:
+    lens = Lens(build(model_type))
+    attention = bool(lens.attention_layers)
+    cap = lens.capture(prompt_ids(model_type, 9), attention=attention, effective=True)
+    inspection = inspect_capture(cap, name=model_type, top_k=2, token_text=str)
+    for row in inspection.layers:
+        recurrent = row.layer in lens.effective_layers
+        assert bool(row.effective) == recurrent
+        assert bool(row.attended) == (row.attention_entropy_nats is not None) == (not recurrent)
 
 
 def test_families_table() -> None:

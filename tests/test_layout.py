@@ -31,6 +31,7 @@ FLOORS = {
     "capture": 3,
     "splitting": 3,
     "lens": 3,
+    "requests": 3,
     "analysis": 4,
     "checkpoint": 4,
     "corpus": 4,

@@ -64,7 +64,7 @@ def quiet():
 def test_captured_in_full(model_type: str) -> None:
     row, figures = sweep_one(model_type)
     assert row.outcome == "full", row.reason
-    assert row.attention > 0
+    assert row.attention
     assert figures["attention_vs_eager"] is not None, "eager offers its weights here"
 
 
@@ -82,12 +82,16 @@ def test_refused_by_name(model_type: str, error: type[Exception]) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "mamba", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "mamba", "gpt_oss", "zamba2"])
 def test_the_shipped_table_is_what_a_lens_finds(model_type: str) -> None:
     row = next(row for row in load_families().rows if row.model_type == model_type)
     lens = Lens(build(model_type))
-    assert row.gates == {name: len(layers) for name, layers in lens.gate_layers.items()}
-    assert row.attention == len(lens.attention_layers)
+    found: dict[str, tuple[int, ...]] = {}
+    for gate in row.gates:
+        found[gate.name] = tuple(sorted((*found.get(gate.name, ()), *gate.layers)))
+    assert found == lens.gate_layers
+    assert row.attention == lens.attention_layers
+    assert row.effective == lens.effective_layers
     assert row.n_layers == lens.n_layers
 
 
@@ -96,5 +100,8 @@ def test_the_shipped_table_covers_every_type() -> None:
     assert [row.model_type for row in table.rows] == list(TYPES)
     counts = table.count()
     assert counts["full"] >= 130
+    assert table.n_gated >= 30
+    assert table.n_effective >= 16
+    assert all(row.effective or not row.no_effective for row in table.rows)
     assert sum(counts.values()) == len(TYPES)
     assert all(row.reason for row in table.rows if row.outcome != "full")

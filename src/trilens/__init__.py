@@ -12,6 +12,7 @@ from __future__ import annotations
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache, GateSpec
+from trilens.caches.states import StateCache, StateSpec
 from trilens.capture import Capture
 from trilens.checkpoint import TernaryPlan, ternarize, validate
 from trilens.errors import TrilensError
@@ -31,6 +32,8 @@ __all__ = [
     "GatingAnalysis",
     "Lens",
     "PerLayerQuant",
+    "StateCache",
+    "StateSpec",
     "TernaryPlan",
     "TrilensError",
     "__version__",

@@ -13,6 +13,7 @@ from torch import Tensor
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
 from trilens.caches.gates import GateCache, GateSpec
+from trilens.caches.states import StateCache
 from trilens.caches.storage import moved
 from trilens.errors import (
     CorruptFileError,
@@ -50,9 +51,13 @@ class Capture:
         token_ids: [seq], on the CPU.
         logits: [seq, vocab], [1, vocab] for the last position alone, or None.
         residual: residual stream after each block; None where it was not asked.
-        attention: per-layer attention patterns, lazy; None where not asked.
+        attention: per-layer attention patterns, lazy; None where not asked. A recurrent layer's
+            effective attention is here too, where it was asked and the layer has no softmax
+            attention that was asked as well.
         gates: per-layer gates; None where not asked.
         model: which model it was.
+        effective: effective attention of every recurrent layer; None where not asked.
+        states: recurrent states of layers after chosen tokens; None where not asked.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -66,9 +71,12 @@ class Capture:
     attention: AttentionCache | None
     gates: GateCache | None
     model: ModelInfo
+    effective: AttentionCache | None = None
+    states: StateCache | None = None
 
     def __repr__(self) -> str:
-        held = [name for name in ("logits", "residual", "attention", "gates") if self._has(name)]
+        parts = ("logits", "residual", "attention", "effective", "gates", "states")
+        held = [name for name in parts if self._has(name)]
         size = self.nbytes / 1e6
         return (
             f"Capture({len(self.tokens)} tokens of {self.model.model_class}: "
@@ -113,13 +121,49 @@ class Capture:
 
     def to(self, device: str | torch.device) -> Capture:
         """The same capture on another device."""
+        attention, effective = self._moved(device)
         return replace(
             self,
             logits=None if self.logits is None else moved(self.logits, device),
             residual=None if self.residual is None else self.residual.to(device),
-            attention=None if self.attention is None else self.attention.to(device),
+            attention=attention,
+            effective=effective,
             gates=None if self.gates is None else self.gates.to(device),
+            states=None if self.states is None else self.states.to(device),
         )
+
+    def _moved(
+        self, device: str | torch.device
+    ) -> tuple[AttentionCache | None, AttentionCache | None]:
+        """Both attention caches elsewhere; patterns that stand in both are moved once."""
+        attention = None if self.attention is None else self.attention.to(device)
+        if self.effective is None:
+            return attention, None
+        if attention is None:
+            return None, self.effective.to(device)
+        shared, memo = self._shared_layers(), dict[tuple[object, ...], Tensor]()
+        return attention, AttentionCache.from_layers(
+            {
+                i: attention.pattern(i)
+                if i in shared
+                else self.effective.pattern(i).to(device, memo)
+                for i in self.effective.layers
+            },
+            n_model_layers=self.model.n_layers,
+            reasons=self.effective.reasons,
+        )
+
+    def shares_pattern(self, layer: int) -> bool:
+        """Whether `attention` answers for a layer with its effective attention."""
+        return layer in self._shared_layers()
+
+    def _shared_layers(self) -> tuple[int, ...]:
+        """Layers whose pattern stands in both attention caches."""
+        if self.effective is None or self.attention is None:
+            return ()
+        held, attention = self.effective, self.attention
+        both = [layer for layer in held.layers if layer in attention.layers]
+        return tuple(i for i in both if held.pattern(i) is attention.pattern(i))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "token_ids", self.token_ids
@@ -130,14 +174,22 @@ class Capture:
                 tensor = self.residual.get_layer(layer)
                 if tensor is not None:
                     yield f"residual.{layer}", tensor
-        if self.attention is not None:
-            for layer in self.attention.layers:
-                for name, tensor in self.attention.pattern(layer).tensors().items():
-                    yield f"attention.{layer}.{name}", tensor
+        yield from self._pattern_tensors()
         if self.gates is not None:
             for name in self.gates.names:
                 for layer in self.gates.layers(name):
                     yield f"gates.{layer}.{name}", self.gates.pre(name, layer)
+        if self.states is not None:
+            for layer, part, tensor in self.states.tensors():
+                yield f"states.{layer}.{part}", tensor
+
+    def _pattern_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        shared = self._shared_layers()
+        for kind, cache in (("attention", self.attention), ("effective", self.effective)):
+            for layer in () if cache is None else cache.layers:
+                if cache is not None and not (kind == "effective" and layer in shared):
+                    for name, tensor in cache.pattern(layer).tensors().items():
+                        yield f"{kind}.{layer}.{name}", tensor
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the tensors, and the rest as JSON in its header.
@@ -155,12 +207,21 @@ class Capture:
             "residual": self._residual_kind(),
             "attention": None,
             "gates": None,
+            "effective": None,
+            "reasons": {},
+            "states": None if self.states is None else self.states.params(),
         }
-        if self.attention is not None:
-            manifest["attention"] = {
-                str(layer): self.attention.pattern(layer).params()
-                for layer in self.attention.layers
-            }
+        shared = self._shared_layers()
+        for name, cache in (("attention", self.attention), ("effective", self.effective)):
+            if cache is not None:
+                # What the other cache holds too is written once: null here.
+                manifest[name] = {
+                    str(i): None
+                    if name == "effective" and i in shared
+                    else cache.pattern(i).params()
+                    for i in cache.layers
+                }
+                manifest["reasons"][name] = {str(i): why for i, why in cache.reasons.items()}
         if self.gates is not None:
             manifest["gates"] = [
                 [name, layer, self.gates.spec(name, layer).to_dict()]
@@ -192,7 +253,12 @@ class Capture:
 
     @classmethod
     def _rebuild(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Capture:
-        parts: dict[str, dict[int, dict[str, Tensor]]] = {"attention": {}, "gates": {}}
+        parts: dict[str, dict[int, dict[str, Tensor]]] = {
+            "attention": {},
+            "effective": {},
+            "gates": {},
+            "states": {},
+        }
         residual: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
@@ -204,13 +270,26 @@ class Capture:
         if len(manifest["tokens"]) != len(tensors["token_ids"]):
             raise ValueError("tokens and token ids differ in number")
         model = ModelInfo(**manifest["model"])
-        attention = None
-        if manifest["attention"] is not None:
+
+        def cache(name: str, other: AttentionCache | None) -> AttentionCache | None:
+            # Files from before there was an effective cache, or reasons, lack these entries.
+            held = manifest.get(name)
+            if held is None:
+                return None
             patterns = {
-                int(layer): rebuild_pattern(parts["attention"][int(layer)], params)
-                for layer, params in manifest["attention"].items()
+                int(layer): rebuild_pattern(parts[name][int(layer)], params)
+                if params is not None or other is None
+                else other.pattern(int(layer))
+                for layer, params in held.items()
             }
-            attention = AttentionCache.from_layers(patterns, n_model_layers=model.n_layers)
+            reasons = manifest.get("reasons", {}).get(name, {})
+            return AttentionCache.from_layers(
+                patterns,
+                n_model_layers=model.n_layers,
+                reasons={int(layer): str(why) for layer, why in reasons.items()},
+            )
+
+        attention = cache("attention", None)
         gates = None
         if manifest["gates"] is not None:
             specs = {
@@ -218,6 +297,9 @@ class Capture:
             }
             records = {(name, layer): parts["gates"][layer][name] for name, layer in specs}
             gates = GateCache.from_records(records, specs)
+        # Files from before states could be captured do not speak of them.
+        held = manifest.get("states")
+        states = None if held is None else StateCache.rebuild(parts["states"], held)
         kinds: dict[str, type[ActivationCache] | type[FullActivationCache]] = {
             "last": ActivationCache,
             "all": FullActivationCache,
@@ -231,4 +313,6 @@ class Capture:
             attention=attention,
             gates=gates,
             model=model,
+            effective=cache("effective", attention),
+            states=states,
         )

@@ -10,18 +10,20 @@ from typing import Annotated, Any
 
 import typer
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import logging as transformers_logging
 
 from trilens import commands_sensitivity
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
 from trilens.commands_ternary import register
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
-from trilens.demo import DEMO_MODELS, demo_path
+from trilens.demo import DEMO_MODELS, demo_path, training_record
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.families import load_families
 from trilens.lens import Lens
 from trilens.models.rwkv7_convert import convert as convert_rwkv7
 from trilens.models.tokens import token_strings
+from trilens.report.demo import print_side_by_side
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
 from trilens.version import __version__
@@ -85,7 +87,9 @@ def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _capture(lens: Lens, prompt: str, layers: list[int] | None) -> tuple[Capture, list[str]]:
+def _capture(
+    lens: Lens, prompt: str, layers: list[int] | None, effective: bool = False
+) -> tuple[Capture, list[str]]:
     """Capture what this model has; what it has not is said in a note."""
     anatomy = lens.anatomy
     wanted = range(lens.n_layers) if layers is None else layers
@@ -104,16 +108,32 @@ def _capture(lens: Lens, prompt: str, layers: list[int] | None) -> tuple[Capture
         notes.append(f"{len(lens.unused_weights)} stored tensors have no place in this model")
     if type(lens.model) in MODEL_FOR_MASKED_LM_MAPPING.values():
         notes.append("a masked language model: next is what it would put in the last token's place")
+    recurrent = [layer for layer in lens.effective_layers if layer in wanted]
+    if effective:
+        notes.append(
+            "effective attention: signed weights of a recurrence's values, the largest by size; "
+            "rows do not sum to 1"
+        )
+    elif recurrent:
+        notes.append("recurrent layers: --effective shows what they attend to")
+
+    def run(gates: bool) -> Capture:
+        return lens.capture(
+            prompt, attention=attention, gates=gates, effective=effective, layers=layers
+        )
+
     try:
-        capture = lens.capture(prompt, attention=attention, gates=gates, layers=layers)
+        capture = run(gates)
     except UnclaimedGateError as error:
         notes.append(f"no gates: {error}")
-        capture = lens.capture(prompt, attention=attention, layers=layers)
+        capture = run(False)
     return capture, notes
 
 
-def _inspect(lens: Lens, name: str, prompt: str, layers: str | None, top_k: int) -> Inspection:
-    capture, notes = _capture(lens, prompt, _layers(layers, lens.n_layers))
+def _inspect(
+    lens: Lens, name: str, prompt: str, layers: str | None, top_k: int, effective: bool = False
+) -> Inspection:
+    capture, notes = _capture(lens, prompt, _layers(layers, lens.n_layers), effective)
     return inspect_capture(
         capture,
         name=name,
@@ -139,11 +159,27 @@ def demo(
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Inspect the demo model that ships along."""
+    """Inspect the demo models that ship along, side by side.
+
+    A transformer, a Mamba and an RWKV-7 with one tokenizer, trained on the same text.
+    """
     with one_line_errors(debug):
+        text = _prompt(prompt)
+        shown: dict[str, Inspection] = {}
         for name in DEMO_MODELS:
             lens = Lens.from_pretrained(str(demo_path(name)))
-            _print(_inspect(lens, f"demo {name}", _prompt(prompt), None, top_k), output)
+            effective = bool(lens.effective_layers)
+            shown[name] = _inspect(lens, f"demo {name}", text, None, top_k, effective)
+        if output == "json":
+            models = [inspection.to_dict() for inspection in shown.values()]
+            typer.echo(json.dumps(models, ensure_ascii=False, indent=2))
+            return
+        out = console()
+        for inspection in shown.values():
+            print_inspection(inspection, out)
+            out.print()
+        records = {name: training_record(name) for name in shown}
+        print_side_by_side(shown, records, out)
 
 
 @app.command()
@@ -154,6 +190,10 @@ def inspect(
         str | None, typer.Option("--layers", help="Layers, for example 0,2-4. [default: all]")
     ] = None,
     top_k: TopK = 3,
+    effective: Annotated[
+        bool,
+        typer.Option("--effective", help="Effective attention of recurrent layers, with signs."),
+    ] = False,
     output: FormatOption = "table",
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, float64.")
@@ -183,7 +223,7 @@ def inspect(
             trust_remote_code=trust_remote_code,
         )
         name = Path(model).name if Path(model).is_dir() else model
-        _print(_inspect(lens, name, _prompt(prompt), layers, top_k), output)
+        _print(_inspect(lens, name, _prompt(prompt), layers, top_k, effective), output)
 
 
 @app.command()
@@ -229,6 +269,8 @@ commands_sensitivity.register(app)
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the `trilens` command."""
+    # transformers warns of every GPU kernel that is not installed: no news in a table.
+    transformers_logging.set_verbosity_error()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show a token must not end the command.
         if isinstance(stream, TextIOWrapper):

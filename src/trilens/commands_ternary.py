@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from trilens.checkpoint.gguf import GgufReport, validate_gguf
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
@@ -21,6 +22,8 @@ from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.errors import CorruptFileError, UsageError
 
 __all__ = ["register"]
+
+_PRINTED = ("table", "json")
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def _ternarize(
     source: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.", metavar="SRC")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="New directory for the output.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="New directory, or new .gguf file.")],
     rule: Annotated[
         str,
         typer.Option("--rule", help="absmean, absmean_refit, twn, exact, asymmetric or planes."),
@@ -66,7 +69,14 @@ def _ternarize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes, read headers only, write nothing.")
     ] = False,
-    output: FormatOption = "table",
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="What to write: trilens (a directory), gguf-tq2_0, gguf-tq1_0 or gguf-q2_0 (a "
+            "file for llama.cpp); and how to print: table or json. May be given twice.",
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Write a ternary copy of a checkpoint.
@@ -74,7 +84,9 @@ def _ternarize(
     Prints each matrix's weight error. A model that was not trained for ternary weights is usually
     unusable afterwards.
     """
-    with one_line_errors(debug, stopped="stopped; the same command goes on from here"):
+    with one_line_errors(
+        debug, stopped="stopped; run the same command again (a directory goes on from here)"
+    ):
         options: dict[str, Any] = {
             "rule": rule,
             "group_size": group_size,
@@ -85,8 +97,23 @@ def _ternarize(
             "storage": storage,
         }
         plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
-        report = ternarize(source, out, plan=plan, dry_run=dry_run, revision=revision)
-        _print(report, output)
+        written, printed = _formats(formats or [])
+        report = ternarize(
+            source, out, plan=plan, format=written, dry_run=dry_run, revision=revision
+        )
+        _print(report, printed)
+
+
+def _formats(given: list[str]) -> tuple[Any, str]:
+    """What to write and how to print it, each named once or not at all."""
+    printed = [name for name in given if name in _PRINTED]
+    written = [name for name in given if name not in _PRINTED]
+    if len(printed) > 1 or len(written) > 1:
+        raise UsageError(
+            f"--format is given as {' and '.join(given)}: name one thing to write, and table or "
+            "json at most once"
+        )
+    return (written or ["trilens"])[0], (printed or ["table"])[0]
 
 
 def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
@@ -101,12 +128,18 @@ def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
 
 
 def _validate(
-    path: Annotated[Path, typer.Argument(help="Directory that ternarize wrote.", metavar="OUT")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Directory or GGUF file that ternarize wrote.", metavar="OUT"),
+    ],
     output: FormatOption = "table",
     debug: DebugOption = False,
 ) -> None:
-    """Check a ternary checkpoint, every byte."""
+    """Check a ternary checkpoint or a GGUF file, every byte."""
     with one_line_errors(debug, failures=(CorruptFileError,)):
+        if path.suffix == ".gguf" and not path.is_dir():
+            _print_gguf(validate_gguf(path), path, output)
+            return
         report = validate(path)
         if output == "json":
             typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
@@ -116,6 +149,24 @@ def _validate(
             "all files have the size and hash that the manifest lists."
         )
         typer.echo(report.verdict)
+
+
+def _print_gguf(report: GgufReport, path: Path, output: str) -> None:
+    if output == "json":
+        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+        return
+    hashed = (
+        "the tensors have the hash that the file names"
+        if report.hash_checked
+        else (
+            "the file names no hash of its tensors, so that damage to kept tensors would not show"
+        )
+    )
+    typer.echo(
+        f"{path}: undamaged. Architecture {report.architecture}; {len(report.coded)} of "
+        f"{len(report.tensors)} tensors hold trits, with legal codes and finite scales; "
+        f"{report.bits_per_weight:.2f} bits per weight over all tensors; {hashed}."
+    )
 
 
 def _print(report: TernaryReport, output: str) -> None:
@@ -130,11 +181,12 @@ def _print(report: TernaryReport, output: str) -> None:
     for tensor in report.matrices:
         table.add_row(*_cells(tensor))
     console(pipe_width=140).print(table)
-    kept = len(report.tensors) - len(report.coded)
+    absent = sum(tensor.outcome == "left out" for tensor in report.tensors)
+    kept = len(report.tensors) - len(report.coded) - absent
     typer.echo(
         f"{len(report.coded)} matrices coded, {kept} tensors kept ({len(report.fallbacks)} of them "
-        f"matrices); {report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
-        f"{report.bits_per_weight:.2f} bits per weight over all tensors."
+        f"matrices), {absent} left out; {report.size_bytes_before:,} → {report.size_bytes:,} "
+        f"bytes, {report.bits_per_weight:.2f} bits per weight over all tensors."
     )
     typer.echo(report.verdict)
 

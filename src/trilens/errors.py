@@ -30,6 +30,7 @@
         ├── SilentSiteError      a requested site that did not fire
         ├── AttentionPathError   attention that goes through no supported path
         ├── ModifiedInPlaceError a captured tensor was overwritten by the model
+        ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
 Messages say: the noun, the problem, the offending value, the allowed range, what to do.
@@ -56,6 +57,7 @@ __all__ = [
     "OutOfRangeError",
     "PromptError",
     "PromptTooLongError",
+    "RecurrentStateError",
     "RestoreError",
     "SeveralStreamsError",
     "ShapeError",
@@ -190,6 +192,10 @@ class AttentionPathError(CaptureError):
 
 class ModifiedInPlaceError(CaptureError):
     """A captured tensor was overwritten by the model after it was captured."""
+
+
+class RecurrentStateError(CaptureError):
+    """A recurrent state that the layers asked do not have, or that is not proven."""
 
 
 class UnclaimedGateError(CaptureError):

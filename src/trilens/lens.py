@@ -6,18 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.capture import Capture, ModelInfo
-from trilens.errors import (
-    AttentionPathError,
-    OutOfRangeError,
-    ShapeError,
-    UsageError,
-)
+from trilens.errors import AttentionPathError, ShapeError, UsageError
+from trilens.models.absent import attention_reasons
 from trilens.models.anatomy import Anatomy
 from trilens.models.loading import load
 from trilens.models.running import device_of, forward_arguments, probe_ids, text_config
@@ -30,7 +25,8 @@ from trilens.models.tokens import (
 )
 from trilens.models.trace import tensors_in
 from trilens.proof import Proof, prove
-from trilens.splitting import split
+from trilens.requests import read_layers, read_states
+from trilens.splitting import agree, split
 from trilens.taps.effective import effective_patterns
 from trilens.taps.mode import evaluating
 from trilens.taps.session import Recording, Wanted, listening
@@ -133,6 +129,11 @@ class Lens:
         return self._proof.gates.effective_layers
 
     @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Layers whose recurrent state can be captured."""
+        return self._proof.gates.state_layers
+
+    @property
     def gate_layers(self) -> dict[str, tuple[int, ...]]:
         """Per gate name, the layers where it is proven."""
         found: dict[str, list[int]] = {}
@@ -154,6 +155,8 @@ class Lens:
         layers: Iterable[int] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
+        *,
+        states: bool | Iterable[int] = False,
     ) -> Capture:
         """Run one prompt once and keep what was asked.
 
@@ -162,11 +165,13 @@ class Lens:
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys.
             gates: keep each proven gate: what it is computed from, or its value.
-            effective: keep the effective attention of recurrent layers, as signed patterns beside
+            effective: keep the effective attention of recurrent layers in `effective`, and beside
                 the softmax layers' in `attention`; proven when a layer is first captured.
             layers: layer numbers; all where not given.
             logits: of all positions, of the last, or none.
             add_special_tokens: for a text prompt, as the tokenizer does.
+            states: keep the recurrent state of recurrent layers: True after the last token, or
+                positions, −1 for the last; proven in the pass that gives it.
 
         Returns:
             A frozen capture, detached, in the model's dtype and on its device. Queries, keys and
@@ -174,15 +179,15 @@ class Lens:
 
         Raises:
             PromptError: empty, too long, out of vocabulary, or text without a tokenizer.
-            OutOfRangeError: a layer that is not there.
-            AttentionPathError: attention was asked of a layer that has none to give, or both kinds
-                of a layer that has both.
+            OutOfRangeError: a layer, or a position for a state, that is not there.
+            AttentionPathError: attention was asked of a layer that has none to give.
             CaptureError: an effective attention that the kernel's output does not prove.
+            RecurrentStateError: a state that is not proven, or no layer asked has one.
             SilentSiteError: a site did not fire, or gates were asked where none is proven.
             UnclaimedGateError: gates were asked of a layer that also gates in an unknown way.
         """
         read = self._read(prompt, add_special_tokens)
-        wanted = self._wanted([read], residual, attention, gates, effective, layers)
+        wanted = self._wanted([read], residual, attention, gates, effective, layers, states)
         return self._run([read], wanted, logits)[0]
 
     def capture_many(
@@ -197,6 +202,7 @@ class Lens:
         layers: Iterable[int] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
+        states: bool | Iterable[int] = False,
     ) -> Iterator[Capture]:
         """One capture per prompt, in order, unpadded, holding one batch at a time.
 
@@ -214,6 +220,8 @@ class Lens:
                 f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
             )
         chosen = None if layers is None else tuple(layers)
+        # Read again for every batch: an iterator would be empty by then.
+        after = tuple(states) if isinstance(states, Iterator) else states
 
         def batches() -> Iterator[Capture]:
             pending: list[Prompt] = []
@@ -229,7 +237,7 @@ class Lens:
             lengths = {len(prompt.ids) for prompt in group}
             together = len(lengths) == 1 or self.batches_safely(max(lengths))
             for part in [group] if together else [[prompt] for prompt in group]:
-                wanted = self._wanted(part, residual, attention, gates, effective, chosen)
+                wanted = self._wanted(part, residual, attention, gates, effective, chosen, after)
                 yield from self._run(part, wanted, logits)
 
         return batches()
@@ -259,7 +267,7 @@ class Lens:
 
             alone = [residuals([probe])[0] for probe in probes]
             pairs = zip(residuals(probes), alone, strict=True)
-            self._batches = all(_close(a, b) for a, b in pairs)
+            self._batches = all(agree(a, b) for a, b in pairs)
             self._batches_checked = longest
         return self._batches
 
@@ -316,41 +324,27 @@ class Lens:
         gates: bool,
         effective: bool,
         layers: Iterable[int] | None,
+        states: bool | Iterable[int] = False,
     ) -> Wanted:
         if residual not in ("last", "all", None):
             raise UsageError(f"residual {residual!r} is not an option: 'last', 'all' or None")
-        chosen = self._layers(layers)
+        chosen = read_layers(layers, self.n_layers)
         softmax = self._attention(chosen, explicit=layers is not None) if attention else ()
         claims, name = self._proof.gates, type(self.model).__name__
+        recurrent = claims.effective_within(chosen, name) if effective else ()
+        lengths = tuple(len(prompt.ids) for prompt in prompts)
+        remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
         return Wanted(
             layers=chosen,
             residual=residual,
-            lengths=tuple(len(prompt.ids) for prompt in prompts),
+            lengths=lengths,
             attention=softmax,
             gates=claims.within(chosen, name) if gates else {},
             copy=self._copies,
-            kernels=claims.effective_within(chosen, softmax, name) if effective else (),
+            kernels=recurrent,
+            boundaries=claims.boundaries((*recurrent, *remembered.layers)),
+            states=remembered,
         )
-
-    def _layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
-        if layers is None:
-            return tuple(range(self.n_layers))
-        try:
-            chosen = tuple(layers)
-        except TypeError:
-            raise UsageError(
-                f"layers {layers!r} is not a list: give layer numbers, for example [2, 5]"
-            ) from None
-        for layer in chosen:
-            if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-                raise UsageError(f"layer {layer!r} is not a layer number")
-            if not 0 <= layer < self.n_layers:
-                raise OutOfRangeError(
-                    f"layer {layer} is out of range: this model has layers 0–{self.n_layers - 1}"
-                )
-        if not chosen:
-            raise UsageError("layers is empty: name at least one layer, or leave it out for all")
-        return tuple(sorted({int(layer) for layer in chosen}))
 
     def _attention(self, layers: tuple[int, ...], *, explicit: bool) -> tuple[int, ...]:
         anatomy = self.anatomy
@@ -364,9 +358,11 @@ class Lens:
         if not found:
             have = ", ".join(map(str, anatomy.attention)) or "none"
             which = f"layers {', '.join(map(str, layers))}" if explicit else "this model"
+            recurrences = self._proof.gates.recurrences
+            why = attention_reasons(anatomy, recurrences, layers, ())[layers[0]]
             raise AttentionPathError(
                 f"{which} of {type(self.model).__name__} has no softmax attention (layers that "
-                f"have it: {have}); capture without attention=True"
+                f"have it: {have}; layer {layers[0]}: {why}); capture without attention=True"
             )
         return found
 
@@ -389,6 +385,7 @@ class Lens:
             recording,
             wanted,
             anatomy=self.anatomy,
+            recurrences=self._proof.gates.recurrences,
             effective=effective_patterns(recording.kernels, wanted.lengths, self._effective_proven),
             logits=values if isinstance(values, Tensor) else None,
             last_logits=logits == "last",
@@ -432,18 +429,3 @@ class Lens:
             d_model=self.d_model,
             dtype=str(self.model.dtype).removeprefix("torch."),
         )
-
-
-def _close(a: Capture, b: Capture) -> bool:
-    pairs = [(a.logits, b.logits)]
-    if a.residual is not None and b.residual is not None:
-        pairs += [(a.residual.get_layer(i), b.residual.get_layer(i)) for i in a.residual.layers]
-    for ours, theirs in pairs:
-        if ours is None or theirs is None:
-            continue
-        # PROMOTE: half-precision rows differ by their own rounding from batch to batch.
-        tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
-        left, right = ours.double(), theirs.double()
-        if float((left - right).abs().max()) > tolerance * max(1.0, float(right.abs().max())):
-            return False
-    return True

@@ -12,14 +12,18 @@ from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.patterns import Pattern
 from trilens.caches.softmax_masks import SharedMasks
+from trilens.caches.states import StateCache
 from trilens.capture import Capture, ModelInfo
+from trilens.models.absent import attention_reasons, effective_reasons
 from trilens.models.anatomy import Anatomy
+from trilens.models.gates.mixers import Recurrent
+from trilens.models.gates.recurrent_states import join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
 from trilens.taps.session import Recording, Wanted
 
-__all__ = ["split"]
+__all__ = ["agree", "split"]
 
 
 def split(
@@ -28,6 +32,7 @@ def split(
     wanted: Wanted,
     *,
     anatomy: Anatomy,
+    recurrences: Mapping[int, Recurrent],
     effective: Mapping[int, Pattern],
     logits: Tensor | None,
     last_logits: bool,
@@ -40,23 +45,38 @@ def split(
         recording: what the pass left behind.
         wanted: what was asked of it.
         anatomy: the model's parts.
+        recurrences: where the model is recurrent, to say why a layer has no pattern.
         effective: patterns of recurrent layers, over the padded batch.
         logits: [batch, seq, vocab], or None.
         last_logits: keep those of the last token only.
         info: what a capture says of its model.
     """
     softmax = {layer: pattern_of(call) for layer, call in recording.attention.items()}
-    patterns = dict(sorted({**softmax, **effective}.items()))
     shared = SharedMasks()
+    held = softmax.keys() | effective.keys()
+    reasons = attention_reasons(anatomy, recurrences, wanted.layers, held)
+    no_recurrence = effective_reasons(anatomy, recurrences, wanted.layers)
+
+    def caches(row: int) -> dict[str, AttentionCache | None]:
+        """A recurrent layer's pattern stands in both caches, unless it has softmax attention too:
+        then each cache has its own."""
+        own = _unpadded(softmax, wanted, row, shared)
+        recurrent = _unpadded(effective, wanted, row, shared)
+        return {
+            "attention": _cache({**recurrent, **own}, anatomy, reasons),
+            "effective": _cache(recurrent, anatomy, no_recurrence),
+        }
+
     return [
         Capture(
             tokens=list(prompt.strings),
             token_ids=prompt.ids,
             logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
             residual=_residual(recording, wanted, row),
-            attention=_attention(patterns, wanted, anatomy, row, shared),
+            **caches(row),
             gates=_gates(recording, wanted, row),
             model=info,
+            states=_states(recording, wanted, row),
         )
         for row, prompt in enumerate(prompts)
     ]
@@ -91,19 +111,22 @@ def _residual(
     )
 
 
-def _attention(
-    patterns: dict[int, Pattern],
-    wanted: Wanted,
-    anatomy: Anatomy,
-    row: int,
-    shared: SharedMasks,
+def _unpadded(
+    patterns: Mapping[int, Pattern], wanted: Wanted, row: int, shared: SharedMasks
+) -> Mapping[int, Pattern]:
+    if len(wanted.lengths) == 1:
+        return patterns
+    length = wanted.lengths[row]
+    return {i: pattern.unpad(row, length, shared) for i, pattern in patterns.items()}
+
+
+def _cache(
+    patterns: Mapping[int, Pattern], anatomy: Anatomy, reasons: Mapping[int, str]
 ) -> AttentionCache | None:
     if not patterns:
         return None
-    if len(wanted.lengths) > 1:
-        length = wanted.lengths[row]
-        patterns = {i: pattern.unpad(row, length, shared) for i, pattern in patterns.items()}
-    return AttentionCache.from_layers(patterns, n_model_layers=anatomy.n_layers)
+    n = anatomy.n_layers
+    return AttentionCache.from_layers(patterns, n_model_layers=n, reasons=reasons)
 
 
 def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:
@@ -120,3 +143,36 @@ def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:
         mine = rows[0] if site.spec.static else rows[row, :length]
         values[key] = _own(mine, batch > 1)
     return GateCache.from_records(values, {key: wanted.gates[key].spec for key in values})
+
+
+def _states(recording: Recording, wanted: Wanted, row: int) -> StateCache | None:
+    wish = wanted.states
+    if not wish.layers:
+        return None
+    found = {
+        layer: join_states([call[row] for call in calls])
+        for layer, calls in recording.states.items()
+    }
+    return StateCache.from_layers(
+        {layer: state.parts for layer, state in found.items()},
+        {layer: state.spec for layer, state in found.items()},
+        positions=wish.positions[row],
+        seq=wanted.lengths[row],
+        reasons=wish.reasons,
+    )
+
+
+def agree(a: Capture, b: Capture) -> bool:
+    """Whether logits and residuals are equal within 1e-5, or a narrower dtype's rounding."""
+    pairs = [(a.logits, b.logits)]
+    if a.residual is not None and b.residual is not None:
+        pairs += [(a.residual.get_layer(i), b.residual.get_layer(i)) for i in a.residual.layers]
+    for ours, theirs in pairs:
+        if ours is None or theirs is None:
+            continue
+        # PROMOTE: half-precision rows differ by their own rounding from batch to batch.
+        tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
+        left, right = ours.double(), theirs.double()
+        if float((left - right).abs().max()) > tolerance * max(1.0, float(right.abs().max())):
+            return False
+    return True

@@ -14,6 +14,7 @@ from trilens.caches.attention import AttentionCache, rebuild_pattern
 from trilens.caches.patterns import DensePattern
 from trilens.caches.softmax_pattern import SoftmaxPattern
 from trilens.errors import (
+    NonFiniteError,
     NotStoredError,
     OutOfRangeError,
     ShapeError,
@@ -250,6 +251,16 @@ def test_a_capacity_is_a_count(capacity: Any) -> None:
 def test_push_refuses_what_is_no_pattern() -> None:
     with pytest.raises(ShapeError, match=r"\[batch, heads, seq_q, seq_k\]"):
         AttentionCache().push(torch.rand(2, 3, 3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_push_refuses_weights_that_are_no_numbers(bad: float) -> None:
+    cache = _pushed(torch.eye(40)[None, None])
+    pattern = torch.zeros(1, 2, 40, 40)
+    pattern[0, 1, 3:33] = bad
+    with pytest.raises(NonFiniteError, match=r"layer 1 has 1,200 of 3,200 weights"):
+        cache.push(pattern)
+    assert cache.n_layers == 1
 
 
 def test_a_sealed_cache_is_keyed_by_the_models_layers() -> None:

@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from checkpoint_cases import saved
+from gguf_cases import saved_with_tokenizer
 from trilens.checkpoint.report import TernaryReport
 from trilens.checkpoint.validation import validate
 from trilens.commands_ternary import register
@@ -89,3 +90,36 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
         assert result.stdout == ""
     result = run("validate", tmp_path / "nowhere", "--debug")
     assert type(result.exception).__name__ == "ModelNotFoundError"
+
+
+def test_gguf_files(tmp_path: Path) -> None:
+    source = saved_with_tokenizer(tmp_path / "src")
+    out = tmp_path / "m.gguf"
+    result = run("ternarize", source, "-o", out, "--format", "gguf-tq2_0", "--rule", "exact")
+    assert result.exit_code == 0, result.stderr
+    assert "2.062" in result.stdout
+    assert "usually unusable" in result.stdout
+    checked = run("validate", out)
+    assert checked.exit_code == 0
+    assert "7 of 12 tensors hold trits" in checked.stdout
+    assert "the tensors have the hash" in checked.stdout
+    as_json = run("validate", out, "--format", "json")
+    assert json.loads(as_json.stdout)["architecture"] == "llama"
+    both = ("--format", "json", "--format", "gguf-q2_0")
+    result = run("ternarize", source, "-o", tmp_path / "n.gguf", *both)
+    assert json.loads(result.stdout)["tensors"]
+    out.write_bytes(out.read_bytes()[:-1])
+    cases = [
+        (("validate", out), 1, "truncated"),
+        (("validate", tmp_path / "nowhere.gguf"), 2, "nowhere"),
+        (("ternarize", source, "-o", out, "--format", "gguf-tq2_0"), 2, "exists"),
+        (("ternarize", source, "-o", tmp_path / "d", "--format", "gguf-tq2_0"), 2, "end in .gguf"),
+        (("ternarize", source, "-o", tmp_path / "x.gguf"), 2, "pass a gguf format"),
+        (("ternarize", source, "-o", tmp_path / "x", "--format", "onnx"), 2, "'onnx'"),
+        (("ternarize", source, "-o", tmp_path / "x", *both, *both), 2, "at most once"),
+    ]
+    for arguments, code, words in cases:
+        result = run(*arguments)
+        assert result.exit_code == code, arguments
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1

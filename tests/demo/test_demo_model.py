@@ -189,7 +189,7 @@ def test_recorded_digests_are_those_of_the_recorded_python() -> None:
 def test_unknown_demo_model_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="transformer"):
         demo_path("nonesuch")
-    assert DEMO_MODELS == ("transformer",)
+    assert DEMO_MODELS == ("transformer", "mamba", "rwkv7")
 
 
 def test_importing_the_package_imports_none_of_the_training() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tinymodels import build, forward_kwargs, prompt_ids
 from trilens.capture import Capture
-from trilens.errors import TrilensError
-from trilens.families import FamilyRow
+from trilens.errors import AttentionPathError, TrilensError
+from trilens.families import FamilyGate, FamilyRow
 from trilens.lens import Lens
 
 __all__ = ["CheckError", "attention_vs_eager", "check_capture", "sweep_one"]
@@ -19,6 +19,8 @@ __all__ = ["CheckError", "attention_vs_eager", "check_capture", "sweep_one"]
 TOKENS = 40
 SHORT = (40, 23, 31)
 TOLERANCE = 1e-5
+# Weights are products over all tokens of values that other batch shapes round otherwise.
+EFFECTIVE_TOLERANCE = 2e-5
 
 
 class CheckError(AssertionError):
@@ -144,7 +146,7 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
     try:
         lens = Lens(model)
     except TrilensError as error:
-        return FamilyRow(model_type, name, "refused", 0, 0, {}, str(error)), {}
+        return FamilyRow(model_type, name, "refused", 0, (), (), (), str(error)), {}
     anatomy = lens.anatomy
     attention = bool(anatomy.attention) and not anatomy.other_attention
     gates = bool(lens.gate_layers)
@@ -161,15 +163,59 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
         )
     figures["many_vs_one"] = many_vs_one(lens, model_type, attention=attention, gates=gates)
     need(figures["many_vs_one"] <= TOLERANCE, f"capture_many differs by {figures['many_vs_one']}")
+    effective, no_effective = effective_layers(lens, model_type, ids, figures)
     figures["batches"] = lens.batches_safely(TOKENS)
     with torch.no_grad():
         need(equal(model(**kwargs).logits, plain), "the plain run changed after the captures")
     reason = ""
     if not attention:
         reason = next(iter(anatomy.other_attention.values()), "no softmax attention layers")
-    counts = {gate: len(layers) for gate, layers in lens.gate_layers.items()}
-    outcome = "full" if attention else "residual"
     row = FamilyRow(
-        model_type, name, outcome, lens.n_layers, len(anatomy.attention), counts, reason
+        model_type=model_type,
+        model_class=name,
+        outcome="full" if attention else "residual",
+        n_layers=lens.n_layers,
+        attention=lens.attention_layers,
+        effective=effective,
+        gates=family_gates(capture),
+        reason=reason,
+        no_effective=no_effective,
     )
     return row, figures
+
+
+def family_gates(capture: Capture) -> tuple[FamilyGate, ...]:
+    """The captured gates, layers of one kind and range together."""
+    grouped: dict[tuple[Any, ...], list[int]] = {}
+    for name in () if capture.gates is None else capture.gates.names:
+        for layer in capture.gates.layers(name):
+            plain = capture.gates.spec(name, layer).to_dict()
+            grouped.setdefault((name, plain["kind"], *plain["range"]), []).append(layer)
+    return tuple(
+        FamilyGate(name, kind, (low, high), tuple(layers))
+        for (name, kind, low, high), layers in grouped.items()
+    )
+
+
+def effective_layers(
+    lens: Lens, model_type: str, ids: Tensor, figures: dict[str, Any]
+) -> tuple[tuple[int, ...], str]:
+    """Layers whose effective attention a capture proves, in a batch too; or why there are none."""
+    try:
+        capture = lens.capture(ids, effective=True, residual=None, logits=None)
+    except AttentionPathError as error:
+        text = str(error)
+        return (), text if "can't be captured" in text else ""
+    layers = capture.effective.layers
+    need(layers == lens.effective_layers, f"effective attention of layers {layers} only")
+    prompts = [prompt_ids(model_type, length, seed=length)[0].tolist() for length in SHORT]
+    worst = 0.0
+    many = lens.capture_many(prompts, batch_size=3, effective=True)
+    for prompt, ours in zip(prompts, many, strict=True):
+        theirs = lens.capture(prompt, effective=True)
+        for layer in layers:
+            a, b = ours.effective.get_layer(layer), theirs.effective.get_layer(layer)
+            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    figures["effective_many_vs_one"] = worst
+    need(worst <= EFFECTIVE_TOLERANCE, f"effective attention differs in a batch by {worst}")
+    return layers, ""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from trilens.caches.activation import FullActivationCache
 from trilens.capture import Capture
 from trilens.errors import CorruptFileError
@@ -19,7 +21,11 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """A key position that the last token attends to; weight is the mean over heads, in [0, 1]."""
+    """A key position that the last token attends to.
+
+    weight is the mean over heads: in [0, 1] of softmax attention, signed and without bounds of
+    effective attention.
+    """
 
     position: int
     token: str
@@ -48,13 +54,19 @@ class GateSummary:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One layer. `residual_norm` is ‖resid_post‖₂ of the last token."""
+    """One layer. `residual_norm` is ‖resid_post‖₂ of the last token.
+
+    Attributes:
+        attended: softmax attention of the last token, heaviest first.
+        effective: effective attention of the last token in a recurrent layer, by size, with signs.
+    """
 
     layer: int
     residual_norm: float
     attended: tuple[Attended, ...]
     attention_entropy_nats: float | None
     gates: tuple[GateSummary, ...]
+    effective: tuple[Attended, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,7 @@ class Inspection:
                     attended=tuple(Attended(**item) for item in row["attended"]),
                     attention_entropy_nats=row["attention_entropy_nats"],
                     gates=tuple(GateSummary(**item) for item in row["gates"]),
+                    effective=tuple(Attended(**item) for item in row.get("effective", ())),
                 )
                 for row in data["layers"]
             )
@@ -134,7 +147,8 @@ def inspect_capture(
     """Summarise a capture layer by layer.
 
     Args:
-        capture: with residual and logits; attention and gates where the model has them.
+        capture: with residual and logits; attention, effective attention and gates where the
+            model has them.
         name: what to call the model.
         top_k: attended tokens per layer, and next tokens.
         token_text: token id → text, for the next tokens.
@@ -170,9 +184,10 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
     norm = float("nan") if tensor is None else float(tensor.float().norm())
     attended: tuple[Attended, ...] = ()
     entropy = None
-    attention = capture.attention
-    if attention is not None and layer in attention.layers:
-        last = len(capture.tokens) - 1
+    attention, last = capture.attention, len(capture.tokens) - 1
+    recurrent = () if capture.effective is None else capture.effective.layers
+    alone = not capture.shares_pattern(layer)
+    if attention is not None and layer in attention.layers and alone:
         attended = tuple(
             Attended(position, capture.tokens[position], weight)
             for position, weight in attention.top_attended_positions(layer, last, top_k)
@@ -190,7 +205,17 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
             for name in found
             if gates is not None and gates.spec(name, layer).kind != "linear"
         ),
+        effective=_effective(capture, layer, last, top_k) if layer in recurrent else (),
     )
+
+
+def _effective(capture: Capture, layer: int, last: int, top_k: int) -> tuple[Attended, ...]:
+    """The weights of largest size, with their signs: a negative one is no lesser one."""
+    if capture.effective is None:
+        return ()
+    weights = capture.effective.attention_from_position(layer, last)
+    order = np.argsort(-np.abs(weights), kind="stable")[:top_k]
+    return tuple(Attended(int(i), capture.tokens[i], float(weights[i])) for i in order)
 
 
 def _summary(name: str, analysis: GatingAnalysis, threshold: float) -> GateSummary:

@@ -33,20 +33,37 @@ from trilens.errors import RestoreError, UsageError, ValueRangeError
 from trilens.lens import Lens
 from trilens.models.weights import TensorHeader
 
-__all__ = ["Candidates", "make_plan"]
+__all__ = ["Candidates", "Point", "Prices", "choose_plan", "make_plan", "price_candidates"]
 
 Candidates: TypeAlias = Callable[..., Sequence[Candidate]]
 """As `candidates.data_free`: from a matrix and its storage to what it can become."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
+class Point:
     """A candidate of one matrix with what it takes and costs."""
 
     candidate: Candidate
     size_bytes: int
     error: float
     kl_nats: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What each matrix of a model could become, worth its bits, and at what cost.
+
+    Attributes:
+        matrices: The matrices, in the model's order.
+        fronts: Of each, the points of its hull, smallest first.
+        options: What they were reckoned for.
+        n_measured: Candidates whose KL was measured.
+    """
+
+    matrices: tuple[Matrix, ...]
+    fronts: tuple[tuple[Point, ...], ...]
+    options: PlanOptions
+    n_measured: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,39 +109,71 @@ def make_plan(
     Memory: one coded copy of each matrix's candidates at a time, at the end a second copy of all
     matrices, and the logits of all tokens (`Yardstick`).
     """
-    model = lens.model
-    before = checksum(dict(model.named_parameters()))
+    prices = price_candidates(
+        lens, blocks, options=options, headers=headers, candidates=candidates, progress=progress
+    )
+    return choose_plan(lens, prices, held_out, options=options)
+
+
+def price_candidates(
+    lens: Lens,
+    blocks: Sequence[Tensor],
+    *,
+    options: PlanOptions,
+    headers: Mapping[str, TensorHeader] | None = None,
+    candidates: Candidates = data_free,
+    progress: Progress | None = None,
+) -> Prices:
+    """The first and long part of `make_plan`: it serves any budget and bound.
+
+    Args, Raises, Memory: as `make_plan`; of the options, only costs, storage and scale dtype count.
+    """
+    before = checksum(dict(lens.model.named_parameters()))
     matrices = find_matrices(lens, headers)
-    told = _Told(progress, len(matrices) + 1)
     yardstick = Yardstick(lens, blocks)
-    judge = Yardstick(lens, held_out)
     inputs = inputs_of(lens, matrices, blocks)
     fronts = []
     n_measured = 0
-    for matrix in matrices:
-        told.next(matrix.target)
+    for done, matrix in enumerate(matrices):
+        if progress is not None:
+            progress(done, len(matrices), matrix.target)
         known = inputs.get(matrix.target)
         points = _front(lens, matrix, candidates, options, known)
         priced, n = _priced(lens, matrix, points, yardstick, options.costs, known)
-        fronts.append(_hull(priced))
+        fronts.append(tuple(_hull(priced)))
         n_measured += n
-    told.next("held-out tokens")
-    chosen, damage = _choose(lens, matrices, fronts, options, judge)
-    if checksum(dict(model.named_parameters())) != before:
+    _check(lens, before)
+    return Prices(matrices, tuple(fronts), options, n_measured)
+
+
+def choose_plan(
+    lens: Lens, prices: Prices, held_out: Sequence[Tensor], *, options: PlanOptions
+) -> Planned:
+    """The second part of `make_plan`: spend a budget, and measure what came of it.
+
+    Args:
+        lens: the model that was priced.
+        prices: of `price_candidates`.
+        held_out: token ids that the end result is measured on.
+        options: the budget and the bound; costs, storage and scale dtype as they were priced.
+
+    Raises:
+        UsageError: a budget below the smallest plan there is, or options that were not priced.
+    """
+    for name in ("costs", "storage", "scale_dtype"):
+        wanted, there = getattr(options, name), getattr(prices.options, name)
+        if wanted != there:
+            raise UsageError(f"{name} {wanted!r} was not priced, but {there!r}: price it anew")
+    before = checksum(dict(lens.model.named_parameters()))
+    judge = Yardstick(lens, held_out)
+    chosen, damage = _choose(lens, prices.matrices, prices.fronts, options, judge)
+    _check(lens, before)
+    return _planned(prices.matrices, chosen, options, damage, judge.nll_nats, prices.n_measured)
+
+
+def _check(lens: Lens, before: str) -> None:
+    if checksum(dict(lens.model.named_parameters())) != before:
         raise RestoreError("the model did not get its own weights back: load it again")
-    return _planned(matrices, chosen, options, damage, judge.nll_nats, n_measured)
-
-
-class _Told:
-    """Counts steps for whoever wants to know."""
-
-    def __init__(self, progress: Progress | None, steps: int) -> None:
-        self._progress, self._steps, self._done = progress, steps, 0
-
-    def next(self, what: str) -> None:
-        if self._progress is not None:
-            self._progress(self._done, self._steps, what)
-        self._done += 1
 
 
 def _front(
@@ -133,7 +182,7 @@ def _front(
     candidates: Candidates,
     options: PlanOptions,
     inputs: Tensor | None,
-) -> list[_Point]:
+) -> list[Point]:
     """The candidates that no other one beats in both bits and output error, smallest first.
 
     Of these, those on the lower hull: greedy steps never stop at the others.
@@ -146,22 +195,22 @@ def _front(
         except ValueRangeError:
             continue  # a scale that its dtype does not hold
         error = output_error(matrix, own, new, inputs)
-        points.append(_Point(candidate, candidate.size_bytes(matrix), error, error))
+        points.append(Point(candidate, candidate.size_bytes(matrix), error, error))
     return _hull(points)
 
 
 def _priced(
     lens: Lens,
     matrix: Matrix,
-    points: Sequence[_Point],
+    points: Sequence[Point],
     yardstick: Yardstick,
     costs: Costs,
     inputs: Tensor | None,
-) -> tuple[list[_Point], int]:
+) -> tuple[list[Point], int]:
     """The same points with their KL, and how many were measured."""
     if costs == "predicted":
         factor = gain(lens, matrix, yardstick, inputs)
-        priced = [_Point(p.candidate, p.size_bytes, p.error, factor * p.error) for p in points]
+        priced = [Point(p.candidate, p.size_bytes, p.error, factor * p.error) for p in points]
         return priced, 0
     own = lens.model.get_parameter(matrix.target).detach()
     found, n_measured = [], 0
@@ -171,13 +220,13 @@ def _priced(
             with swapped(lens.model, {matrix.target: point.candidate.apply(matrix, own)}):
                 kl_nats = yardstick.measure().kl_nats
             n_measured += 1
-        found.append(_Point(point.candidate, point.size_bytes, point.error, kl_nats))
+        found.append(Point(point.candidate, point.size_bytes, point.error, kl_nats))
     return found, n_measured
 
 
-def _hull(points: Sequence[_Point]) -> list[_Point]:
+def _hull(points: Sequence[Point]) -> list[Point]:
     """The lower left convex hull of bytes and KL: each step saves less for a byte than the last."""
-    hull: list[_Point] = []
+    hull: list[Point] = []
     for point in sorted(points, key=lambda p: (p.size_bytes, p.kl_nats)):
         if hull and point.kl_nats >= hull[-1].kl_nats:
             continue
@@ -187,7 +236,7 @@ def _hull(points: Sequence[_Point]) -> list[_Point]:
     return hull
 
 
-def _slope(a: _Point, b: _Point) -> float:
+def _slope(a: Point, b: Point) -> float:
     """KL saved for a byte."""
     return (a.kl_nats - b.kl_nats) / max(1, b.size_bytes - a.size_bytes)
 
@@ -195,10 +244,10 @@ def _slope(a: _Point, b: _Point) -> float:
 def _choose(
     lens: Lens,
     matrices: Sequence[Matrix],
-    fronts: Sequence[Sequence[_Point]],
+    fronts: Sequence[Sequence[Point]],
     options: PlanOptions,
     judge: Yardstick,
-) -> tuple[list[_Point], Damage]:
+) -> tuple[list[Point], Damage]:
     """The greedy choice, and what it was measured to do."""
     steps = _steps(fronts)
     n_weights = sum(matrix.n_weights for matrix in matrices)
@@ -213,7 +262,7 @@ def _choose(
             )
         steps = _within(steps, room)
 
-    def measure(count: int) -> tuple[list[_Point], Damage]:
+    def measure(count: int) -> tuple[list[Point], Damage]:
         levels = [0] * len(fronts)
         for step in steps[:count]:
             levels[step.matrix] = step.to
@@ -235,7 +284,7 @@ def _choose(
     return best
 
 
-def _steps(fronts: Sequence[Sequence[_Point]]) -> list[_Step]:
+def _steps(fronts: Sequence[Sequence[Point]]) -> list[_Step]:
     """All upgrades, those first that save the most for a byte; in order within each matrix."""
     found = [
         (_slope(a, b), _Step(index, level + 1, b.size_bytes - a.size_bytes, a.kl_nats - b.kl_nats))
@@ -260,7 +309,7 @@ def _within(steps: Sequence[_Step], room: int) -> list[_Step]:
 
 
 def _judged(
-    lens: Lens, matrices: Sequence[Matrix], chosen: Sequence[_Point], judge: Yardstick
+    lens: Lens, matrices: Sequence[Matrix], chosen: Sequence[Point], judge: Yardstick
 ) -> Damage:
     weights = {
         matrix.target: point.candidate.apply(
@@ -275,7 +324,7 @@ def _judged(
 
 def _planned(
     matrices: Sequence[Matrix],
-    chosen: Sequence[_Point],
+    chosen: Sequence[Point],
     options: PlanOptions,
     damage: Damage,
     nll_nats: float,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.caches.channel_heads import ChannelHeadsPattern
 from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
 from trilens.caches.indices import check_index
 from trilens.caches.patterns import DensePattern, Device, Moved, Pattern
@@ -18,6 +19,7 @@ from trilens.caches.relu_l1 import ReluL1Pattern
 from trilens.caches.softmax_pattern import SoftmaxPattern
 from trilens.caches.storage import distinct_bytes, spell_layers
 from trilens.errors import (
+    NonFiniteError,
     NotStoredError,
     OutOfRangeError,
     TooLargeError,
@@ -34,12 +36,20 @@ Floats = NDArray[np.float32]
 
 _KINDS: Mapping[
     str,
-    type[DensePattern | SoftmaxPattern | RecurrentPattern | ChannelPattern | DecayedSoftmaxPattern],
+    type[
+        DensePattern
+        | SoftmaxPattern
+        | RecurrentPattern
+        | ChannelPattern
+        | ChannelHeadsPattern
+        | DecayedSoftmaxPattern
+    ],
 ] = {
     "dense": DensePattern,
     "softmax": SoftmaxPattern,
     "recurrent": RecurrentPattern,
     "channel": ChannelPattern,
+    "channel_heads": ChannelHeadsPattern,
     "decayed_softmax": DecayedSoftmaxPattern,
 }
 
@@ -132,13 +142,22 @@ class AttentionCache:
         Raises:
             UsageError: the cache came out of a capture.
             ShapeError, DtypeError: not a pattern.
+            NonFiniteError: a weight is NaN or infinite.
         """
         if self._sealed:
             raise UsageError(
                 "this cache came out of a capture and is sealed: push into an AttentionCache() "
                 "of your own"
             )
-        self._layers[len(self._layers)] = DensePattern(pattern)
+        layer, dense = len(self._layers), DensePattern(pattern)
+        bad = int((~dense.tensor.isfinite()).sum())
+        if bad:
+            raise NonFiniteError(
+                f"pattern of layer {layer} has {bad:,} of {pattern.numel():,} weights that are NaN "
+                "or infinite: an attention weight is a finite number; a query that sees no key has "
+                "a row of zeros"
+            )
+        self._layers[layer] = dense
 
     @property
     def n_layers(self) -> int:

@@ -184,6 +184,14 @@ class ChannelPattern(RecurrenceBase):
                 scaling=1 / self.n_channels,
             )
 
+    def inputs(self, batch: int = 0) -> ChannelInputs:
+        """One prompt's inputs, in the dtype to compute in.
+
+        Raises:
+            OutOfRangeError: no such prompt.
+        """
+        return ChannelInputs.of(*self._inputs(self._row(batch)))
+
     def params(self) -> dict[str, Any]:
         """The kind alone."""
         return {"kind": "channel"}
@@ -199,9 +207,13 @@ class ChannelPattern(RecurrenceBase):
         write = found.get("write", step).expand_as(step)
         return step, rate, found.get("q", ones), found.get("k", ones), write
 
-    def _cut(self, name: str, row: int, n: int) -> Tensor:
+    def cut(self, name: str, row: int, n: int) -> Tensor:
+        """One prompt's own tokens of the tensor `name`; rates belong to no prompt."""
         tensor = self._tensors[name]
         return tensor if name == "rate" else cut(tensor, row, n)
+
+    def _cut(self, name: str, row: int, n: int) -> Tensor:
+        return self.cut(name, row, n)
 
 
 class DecayedSoftmaxPattern(RecurrenceBase):

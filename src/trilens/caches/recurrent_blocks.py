@@ -22,12 +22,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Recurrence", "column_weights", "decay_of", "row_sums", "row_weights"]
+__all__ = [
+    "Chunk",
+    "Recurrence",
+    "chunks",
+    "column_weights",
+    "decay_of",
+    "per_head",
+    "row_sums",
+    "row_weights",
+]
 
 # A log decay below this forgets everything, in float64 too; −inf − (−inf) would be no number.
 _FORGETS = -1000.0
@@ -86,7 +96,7 @@ class Recurrence:
         return 64 if self.log_w.shape[-1] == 1 else 32
 
 
-class _Chunk:
+class Chunk:
     """Tokens start … stop − 1, in the dtype to compute in, one entry for every head.
 
     Writers are what the tokens add to the state: every b, where there are any, then every k.
@@ -108,23 +118,23 @@ class _Chunk:
         "wrote_at",
     )
 
-    def __init__(self, recurrence: Recurrence, start: int, steep: bool) -> None:
+    def __init__(self, recurrence: Recurrence, start: int, stop: int, steep: bool) -> None:
         self.start = start
-        self.stop = min(start + recurrence.chunk_tokens, recurrence.seq)
+        self.stop = stop
         self._steep = steep
         # A query that reads the state before its own token stands one boundary earlier.
         self.query_shift = int(recurrence.diagonal is None)
         cut, heads = slice(start, self.stop), recurrence.heads
 
         def part(tensor: Tensor, scale: Tensor | None = None) -> Tensor:
-            own = _per_head(tensor[:, cut].to(recurrence.dtype), heads)
+            own = per_head(tensor[:, cut].to(recurrence.dtype), heads)
             if scale is None:
                 return own
-            return own * _per_head(scale[:, cut].to(recurrence.dtype), heads)[..., None]
+            return own * per_head(scale[:, cut].to(recurrence.dtype), heads)[..., None]
 
         log_w = recurrence.log_w
         log_w = log_w if log_w.shape[1] == 1 else log_w[:, cut]
-        log_w = _per_head(log_w, heads).expand(-1, self.stop - start, -1)
+        log_w = per_head(log_w, heads).expand(-1, self.stop - start, -1)
         # PROMOTE: differences of sums of float32 logs lose the digits that the sums do not have.
         self.bounds = pad(log_w.double().clamp(min=_FORGETS).cumsum(1), (0, 0, 1, 0))
         self.tokens = torch.arange(self.stop - start, device=log_w.device)
@@ -160,7 +170,7 @@ class _Chunk:
             decay = decay_of((read - wrote.mT).masked_fill_(later, -torch.inf), x.dtype)
             return (x @ self.writers[:, some].mT).mul_(decay)
         if self._steep:
-            return _pairwise(x, read, self.writers[:, some], wrote, later)
+            return _pair_by_pair(x, read, self.writers[:, some], wrote, later)
         # PROMOTE: exponents of up to 20 in float32 are off by 1e-6, and so would be the factors.
         middle = self.bounds[:, -1:] / 2
         if self._raised is None:
@@ -216,6 +226,20 @@ class _Chunk:
         weights = weights + self.found(self.q, at, of_b) @ read
         return weights, passed + ended[:, of_b].mT @ read
 
+    def advance(self, state: Tensor, values: Tensor) -> Tensor:
+        """The state after the chunk's tokens have written their values.
+
+        Shapes
+            state [heads, d, d_v], values [heads, tokens, d_v]; result [heads, d, d_v].
+        """
+        wrote = values
+        if self.a is not None:
+            of_b, of_k = self.found(self.a, self.tokens).tensor_split(2, dim=2)
+            read = self.from_start(self.a, self.tokens) @ state + of_k @ values
+            read = torch.linalg.solve_triangular(-of_b, read, upper=False, unitriangular=True)
+            wrote = torch.cat([read, values], dim=1)
+        return self.total.mT * state + self.ended().mT @ wrote
+
     def _bounds_at(self, at: Tensor) -> Tensor:
         if at is self.tokens:
             return self.bounds[:, :-1]
@@ -237,13 +261,13 @@ def row_weights(recurrence: Recurrence, positions: Sequence[int]) -> Tensor:
     pulled = out.new_zeros((recurrence.heads, 0, d))
     taken = 0
     with torch.autocast(device_type=device.type, enabled=False):
-        for chunk in _chunks(recurrence, max(reads, default=0), backwards=True):
+        for chunk in chunks(recurrence, max(reads, default=0), backwards=True):
             first = taken
             while taken < len(order) and reads[order[taken]] > chunk.start:
                 taken += 1
             own = order[first:taken]
             tokens = torch.tensor([positions[i] for i in own], dtype=torch.long, device=device)
-            queries = _per_head(recurrence.q[:, tokens].to(out.dtype), recurrence.heads)
+            queries = per_head(recurrence.q[:, tokens].to(out.dtype), recurrence.heads)
             at = torch.tensor(
                 [reads[i] - chunk.start for i in own], dtype=torch.long, device=device
             )
@@ -251,7 +275,7 @@ def row_weights(recurrence: Recurrence, positions: Sequence[int]) -> Tensor:
             out[:, places[:taken], chunk.start : chunk.stop] = weights
     index = torch.tensor(list(positions), dtype=torch.long, device=device)
     if recurrence.diagonal is not None:
-        own_weight = _per_head(recurrence.diagonal[:, index].to(out.dtype), recurrence.heads)
+        own_weight = per_head(recurrence.diagonal[:, index].to(out.dtype), recurrence.heads)
         out.scatter_(2, index.expand(recurrence.heads, -1)[..., None], own_weight[..., None])
     return _scaled(out, recurrence, index)
 
@@ -269,7 +293,7 @@ def column_weights(recurrence: Recurrence, positions: Sequence[int]) -> Tensor:
     pushed = out.new_zeros((recurrence.heads, d, 0))
     taken = 0
     with torch.autocast(device_type=device.type, enabled=False):
-        for chunk in _chunks(recurrence, seq, first=min(positions, default=seq)):
+        for chunk in chunks(recurrence, seq, first=min(positions, default=seq)):
             first = taken
             while taken < len(order) and positions[order[taken]] < chunk.stop:
                 taken += 1
@@ -279,7 +303,7 @@ def column_weights(recurrence: Recurrence, positions: Sequence[int]) -> Tensor:
             out[:, chunk.start : chunk.stop, places[:taken]] = weights
     index = torch.tensor(list(positions), dtype=torch.long, device=device)
     if recurrence.diagonal is not None:
-        own_weight = _per_head(recurrence.diagonal[:, index].to(out.dtype), recurrence.heads)
+        own_weight = per_head(recurrence.diagonal[:, index].to(out.dtype), recurrence.heads)
         out.scatter_(1, index.expand(recurrence.heads, -1)[:, None], own_weight[:, None])
     return _scaled(out, recurrence, slice(None))
 
@@ -291,13 +315,13 @@ def row_sums(recurrence: Recurrence) -> Tensor:
     pushed = scratch.to(recurrence.dtype)
     sums = []
     with torch.autocast(device_type=scratch.device.type, enabled=False):
-        for chunk in _chunks(recurrence, recurrence.seq):
+        for chunk in chunks(recurrence, recurrence.seq):
             weights, passed = chunk.push(pushed, chunk.tokens)
             sums.append(weights.sum(2))
             pushed = passed.sum(2, keepdim=True)
     total = torch.cat(sums, dim=1)
     if recurrence.diagonal is not None:
-        total = total + _per_head(recurrence.diagonal.to(total.dtype), recurrence.heads)
+        total = total + per_head(recurrence.diagonal.to(total.dtype), recurrence.heads)
     return _scaled(total[..., None], recurrence, slice(None))[..., 0]
 
 
@@ -310,15 +334,32 @@ def decay_of(log: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.threshold_(log.to(dtype).clamp(min=lowest).exp_(), math.exp(lowest) * 1.001, 0.0)
 
 
-def _chunks(
-    recurrence: Recurrence, stop: int, *, first: int = 0, backwards: bool = False
-) -> Iterator[_Chunk]:
-    """The chunks that hold tokens first … stop − 1."""
-    size = recurrence.chunk_tokens
+def chunks(
+    recurrence: Recurrence,
+    stop: int,
+    *,
+    first: int = 0,
+    backwards: bool = False,
+    ends: Sequence[int] = (),
+) -> Iterator[Chunk]:
+    """The chunks that hold tokens first … stop − 1.
+
+    Args:
+        recurrence: one prompt's.
+        stop: where to stop; the last chunk goes on to its own end.
+        first: a token of the first chunk.
+        backwards: begin with the last chunk.
+        ends: boundaries at which a chunk has to end, too: ascending.
+    """
+    size, seq = recurrence.chunk_tokens, recurrence.seq
     steep = _steep_chunks(recurrence)
     numbers = range(first // size, -(-stop // size))
     for number in reversed(numbers) if backwards else numbers:
-        yield _Chunk(recurrence, number * size, steep[number])
+        start, end = number * size, min((number + 1) * size, seq)
+        cuts = [start, *(cut for cut in ends if start < cut < end), end]
+        parts = list(pairwise(cuts))
+        for begin, until in reversed(parts) if backwards else parts:
+            yield Chunk(recurrence, begin, until, steep[number])
 
 
 def _steep_chunks(recurrence: Recurrence) -> list[bool]:
@@ -336,7 +377,7 @@ def _steep_chunks(recurrence: Recurrence) -> list[bool]:
     return torch.stack(steep).tolist()
 
 
-def _pairwise(x: Tensor, read: Tensor, y: Tensor, wrote: Tensor, later: Tensor) -> Tensor:
+def _pair_by_pair(x: Tensor, read: Tensor, y: Tensor, wrote: Tensor, later: Tensor) -> Tensor:
     """Σ_d x[n, d] exp(read[n, d] − wrote[m, d]) y[m, d], every exponent on its own."""
     heads, n, d = x.shape
     m = y.shape[1]
@@ -355,11 +396,11 @@ def _scaled(out: Tensor, recurrence: Recurrence, queries: Tensor | slice) -> Ten
         out *= recurrence.scaling
     if recurrence.row_scale is not None:
         scale = recurrence.row_scale[:, queries].to(out.dtype)
-        out *= _per_head(scale, recurrence.heads)[..., None]
+        out *= per_head(scale, recurrence.heads)[..., None]
     return out
 
 
-def _per_head(tensor: Tensor, heads: int) -> Tensor:
+def per_head(tensor: Tensor, heads: int) -> Tensor:
     """One entry per head out of one per group of heads (or one for all)."""
     own = tensor.shape[0]
     return tensor if own == heads else tensor.repeat_interleave(heads // own, dim=0)

@@ -14,7 +14,7 @@ from trilens.caches.recurrent_blocks import Recurrence, row_sums
 from trilens.caches.softmax_checks import check_number
 from trilens.errors import ShapeError, UsageError
 
-__all__ = ["RecurrentPattern"]
+__all__ = ["RecurrentPattern", "running_maximum"]
 
 _FULL = ("q", "k", "a", "b")
 _SCALES = ("k_scale", "b_scale", "row_scale")
@@ -166,12 +166,7 @@ class RecurrentPattern(RecurrenceBase):
         size = {name: (n,) for name, n in zip(axes, input_gate.shape, strict=True)}
         check_tensor(forget_gate, "forget_gate", size)
         check_tensor(q, "q", {**size, "heads": (), "d": ()})
-        # PROMOTE: m is a difference of sums over the whole sequence.
-        log_f = logsigmoid(forget_gate.detach().double())
-        past = log_f.cumsum(-1)
-        # m_t = max(log f_t + m_{t−1}, i_t) from m = 0 before the first token.
-        highest = (input_gate.detach().double() - past).cummax(-1).values.clamp(min=0)
-        maximum = past + highest
+        log_f, maximum = running_maximum(input_gate.detach(), forget_gate.detach())
         log_w = (log_f + pad(maximum, (1, -1)) - maximum).clamp(max=0)
         work = torch.promote_types(q.dtype, torch.float32)
         bare = cls(
@@ -245,6 +240,18 @@ class RecurrentPattern(RecurrenceBase):
         if name == "bonus" or tensor.ndim == 2:
             return tensor  # a parameter of the model: nothing of the batch
         return cut(tensor, row, n, seq_axis=2)
+
+
+def running_maximum(input_gate: Tensor, forget_gate: Tensor) -> tuple[Tensor, Tensor]:
+    """log σ(f_t), and m_t = max(log σ(f_t) + m_{t−1}, i_t) from m = 0 before the first token.
+
+    Shapes
+        all [..., seq]; the results are float64.
+    """
+    # PROMOTE: m is a difference of sums over the whole sequence.
+    log_f = logsigmoid(forget_gate.double())
+    past = log_f.cumsum(-1)
+    return log_f, past + (input_gate.double() - past).cummax(-1).values.clamp(min=0)
 
 
 def _check(given: dict[str, Tensor | None]) -> int:

@@ -24,7 +24,9 @@ __all__ = [
     "ShardWriter",
     "Slot",
     "json_bytes",
+    "move_into_place",
     "sha256_of",
+    "temporary_path",
     "write_whole",
 ]
 
@@ -60,19 +62,29 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         WriteError: no space, no permission.
     """
-    temporary = path.with_name(_TEMPORARY.format(path.name))
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        _into_place(temporary, path)
+        move_into_place(temporary, path)
     except OSError as cause:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
 
 
-def _into_place(temporary: Path, path: Path) -> None:
+def temporary_path(path: Path) -> Path:
+    """Where a file is made before it is renamed to its place."""
+    return path.with_name(_TEMPORARY.format(path.name))
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole and flushed.
+
+    Raises:
+        OSError: as the system says.
+    """
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -131,7 +143,7 @@ class ShardWriter:
         self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...], int]]
     ) -> None:
         self.path = path
-        self._temporary = path.with_name(_TEMPORARY.format(path.name))
+        self._temporary = temporary_path(path)
         self._header, self.slots = _layout(entries)
         try:
             self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -168,7 +180,7 @@ class ShardWriter:
             os.close(self._file)
             self._open = False
             digest = sha256_of(self._temporary)
-            _into_place(self._temporary, self.path)
+            move_into_place(self._temporary, self.path)
         except OSError as cause:
             raise WriteError(f"{self.path} cannot be written: {reason(cause)}") from cause
         return digest

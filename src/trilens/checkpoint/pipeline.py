@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trilens.checkpoint.card import model_card
 from trilens.checkpoint.coding import code_tensor, entries, planned
 from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
+from trilens.checkpoint.gguf.formats import GgufFormat, find_format
+from trilens.checkpoint.gguf.source import open_source
+from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
 from trilens.checkpoint.names import (
     CARD_NAME,
@@ -43,7 +46,7 @@ from trilens.models.wording import reason
 
 __all__ = ["Format", "ternarize"]
 
-Format = Literal["trilens"]
+Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
 _DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
@@ -99,9 +102,12 @@ def ternarize(
 
     Args:
         src: directory with config.json and safetensors, or a hub id.
-        dst: directory for the output: new, empty, or of the same unfinished run.
+        dst: directory for the output: new, empty, or of the same unfinished run. For GGUF a new
+            file, which is written whole or not at all.
         plan: what becomes ternary, and how; `TernaryPlan()` where not given.
-        format: "trilens": packed two-bit codes and float32 scales in safetensors.
+        format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
+            "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
+            of an earlier call.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
         progress: called with each tensor's report.
@@ -117,8 +123,16 @@ def ternarize(
     Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
     bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`).
     """
-    if format != "trilens":
-        raise UsageError(f"format {format!r} is unknown: there is 'trilens'")
+    gguf_format = find_format(format)
+    if gguf_format is not None:
+        return _to_gguf(src, Path(dst), plan, gguf_format, revision, dry_run, progress)
+    if format not in get_args(Format):
+        raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
+    if Path(dst).suffix == ".gguf":
+        raise UsageError(
+            f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
+            "pass a gguf format, for example gguf-tq2_0, or another name"
+        )
     job = _read(src, plan or TernaryPlan(), revision)
     if dry_run:
         tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
@@ -141,6 +155,22 @@ def ternarize(
     write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
+
+
+def _to_gguf(
+    src: str | os.PathLike[str],
+    out: Path,
+    plan: TernaryPlan | None,
+    format: GgufFormat,
+    revision: str | None,
+    dry_run: bool,
+    progress: Callable[[TensorReport], None] | None,
+) -> TernaryReport:
+    check_place(out)
+    plan = plan or TernaryPlan()
+    source = open_source(src, plan, revision=revision)
+    choices = _follow(plan, source.choices)
+    return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
 
 
 def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> _Job:

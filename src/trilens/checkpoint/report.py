@@ -10,7 +10,7 @@ from trilens.checkpoint.plan import TernaryPlan
 
 __all__ = ["Outcome", "TensorReport", "TernaryReport"]
 
-Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept"]
+Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class TensorReport:
         packed_as: The name from which those of its packed parts are made.
         shape: Its shape in the source.
         outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
-            exactly; "planned": a dry run; "kept": the source's own bytes.
+            exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
+            output, because it does not need it.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.

@@ -178,7 +178,7 @@ class _Rules:
         target = place.target
         why = self._unfit(header, target)
         if why or target is None:
-            return Choice(name, name, "kept", reason=why)
+            return Choice(name, name, "kept", target or "", reason=why)
         module = self.model.get_submodule(target.rpartition(".")[0])
         why = self._fallback(header, target, module)
         transposed = isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))

@@ -9,13 +9,15 @@ Importing this package imports nothing heavy (no torch).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from trilens.errors import UsageError
 
-__all__ = ["DEMO_MODELS", "demo_path"]
+__all__ = ["DEMO_MODELS", "demo_path", "training_record"]
 
-DEMO_MODELS: tuple[str, ...] = ("transformer",)
+DEMO_MODELS: tuple[str, ...] = ("transformer", "mamba", "rwkv7")
 """Names of the checkpoints shipped inside the package."""
 
 
@@ -39,3 +41,14 @@ def demo_path(name: str = "transformer") -> Path:
             "python -m trilens.demo.train"
         )
     return path
+
+
+def training_record(name: str = "transformer") -> dict[str, Any]:
+    """Return how a shipped checkpoint was trained and what it measured: its ``training.json``.
+
+    Raises:
+        UsageError: as `demo_path`.
+    """
+    text = (demo_path(name) / "training.json").read_text(encoding="utf-8")
+    record: dict[str, Any] = json.loads(text)
+    return record

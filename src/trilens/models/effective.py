@@ -55,14 +55,19 @@ class Effective:
         self, positions: Sequence[int], row: int, units: Sequence[int], length: int
     ) -> float:
         """Largest difference to the kernel's output, relative to that prompt's largest output."""
-        where, which = list(positions), list(units)
-        ours = self.mixed(positions, row, units)
+        return self.deviation(self.mixed(positions, row, units), positions, row, units, length)
+
+    def deviation(
+        self, mixed: Tensor, positions: Sequence[int], row: int, units: Sequence[int], length: int
+    ) -> float:
+        """The same of values [units, n, d] that stand for W·v at these positions."""
+        where, which, ours = list(positions), list(units), mixed
         if self.skip is not None:
-            own = self.values[row, which][:, where].to(ours.dtype)
+            own = self.values[row][:, where][which].to(ours.dtype)
             ours = ours + self.skip[which].to(ours.dtype)[:, None, None] * own
         if self.gate is not None:
-            ours = ours * self.gate[row, which][:, where].to(ours.dtype)
-        theirs = self.output[row, which][:, where].to(ours.dtype)
+            ours = ours * self.gate[row][:, where][which].to(ours.dtype)
+        theirs = self.output[row][:, where][which].to(ours.dtype)
         largest = float(self.output[row, :, :length].abs().amax())
         if largest == 0:
             return float(ours.abs().amax())

@@ -36,7 +36,7 @@ from trilens.models.hub import local_folder
 from trilens.models.weights import memory_bytes, read_headers
 from trilens.models.wording import reason
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "load_tokenizer"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -155,7 +155,7 @@ def _load(
             headers=headers,
             options={"dtype": target, "device_map": placement},
         )
-        tokenizer = _load_tokenizer(folder, trusted=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trusted=trust_remote_code)
         if device is not None:
             model = _move(model, device)
     return Loaded(model, tokenizer, source, needed_bytes, unused)
@@ -224,7 +224,17 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**24 else f"{size_bytes} bytes"
 
 
-def _load_tokenizer(folder: Path, *, trusted: bool) -> Any:
+def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
+    """The tokenizer that lies in a checkpoint's directory; None where there is none.
+
+    Args:
+        folder: the checkpoint's directory.
+        trusted: may code that comes with it run?
+
+    Raises:
+        ConfigError: it needs a package that is not installed, or code that is not trusted.
+        CorruptFileError: its files cannot be read, or hold no vocabulary.
+    """
     found = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     found += sorted(p.name for p in folder.glob("*.tiktoken"))
     if not found:

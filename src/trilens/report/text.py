@@ -11,7 +11,7 @@ from rich.text import Text
 
 from trilens.analysis.inspection import Inspection, LayerRow
 
-__all__ = ["print_inspection", "visible"]
+__all__ = ["print_inspection", "signed", "visible"]
 
 _ESCAPES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 _SHOWN_TOKENS = 12
@@ -77,6 +77,9 @@ def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
     if attention:
         table.add_column("last token attends to (position token weight)", overflow="fold")
         table.add_column("entropy", justify="right", no_wrap=True)
+    effective = any(row.effective for row in rows)
+    if effective:
+        table.add_column("effective attention (position token ±weight)", overflow="fold")
     for name in names:
         table.add_column(f"{name} open", justify="right", no_wrap=True)
         table.add_column("dead", justify="right", no_wrap=True)
@@ -93,6 +96,14 @@ def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
             )
             entropy = row.attention_entropy_nats
             cells.append("–" if entropy is None else f"{entropy:.2f}")
+        if effective:
+            cells.append(
+                "  ".join(
+                    f"{item.position} {visible(item.token)} {signed(item.weight)}"
+                    for item in row.effective
+                )
+                or "–"
+            )
         by_name = {gate.name: gate for gate in row.gates}
         for name in names:
             gate = by_name.get(name)
@@ -103,3 +114,8 @@ def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
             )
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def signed(weight: float) -> str:
+    """A weight with its sign, three digits whatever its size."""
+    return f"{weight:+.3g}".replace("-", "−")

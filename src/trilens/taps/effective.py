@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from trilens.caches.channel_heads import ChannelHeadsPattern
+from trilens.caches.channel_pattern import ChannelPattern
 from trilens.caches.patterns import Pattern
 from trilens.errors import CaptureError, UsageError
 from trilens.models.effective import Effective, tolerance_of
@@ -24,8 +26,9 @@ def effective_patterns(
 ) -> dict[int, Pattern]:
     """The effective attention of each recorded layer, over the whole padded batch.
 
-    A layer that is not among the proven is checked first: from the middle and the last token of
-    every prompt, W·v with the kernel's own skip and gate must be the kernel's output.
+    Several calls of one kernel in a layer are its heads, each proven for itself. A layer that is
+    not among the proven is checked first: from the middle and the last token of every prompt, W·v
+    with the kernel's own skip and gate must be the kernel's output.
 
     Args:
         kernels: calls of kernel functions by layer.
@@ -33,29 +36,41 @@ def effective_patterns(
         proven: layers that passed the check before; those that pass it now are added.
 
     Raises:
-        CaptureError: the check failed, or a layer called a kernel more than once.
+        CaptureError: the check failed, or several calls of a layer are no heads of one pattern.
         AttentionPathError: a kernel started from a state that is not empty.
     """
     patterns: dict[int, Pattern] = {}
     for layer, calls in kernels.items():
-        if len(calls) != 1:
-            raise CaptureError(
-                f"layer {layer} called {calls[0].function} {len(calls)} times in one pass: it has "
-                "no single effective attention; capture without effective=True"
-            )
-        call = calls[0]
-        try:
-            effective = effective_of(call.function, call.arguments, call.result)
-        except UsageError as error:
-            raise CaptureError(
-                f"{call.function} of layer {layer} was called with values that have no effective "
-                f"attention: {error}"
-            ) from error
-        if layer not in proven:
-            _prove(layer, call.function, effective, lengths)
-            proven.add(layer)
-        patterns[layer] = effective.pattern
+        found = []
+        for call in calls:
+            effective = _effective(layer, call)
+            if layer not in proven:
+                _prove(layer, call.function, effective, lengths)
+            found.append(effective.pattern)
+        patterns[layer] = found[0] if len(found) == 1 else _heads(layer, calls[0].function, found)
+        proven.add(layer)
     return patterns
+
+
+def _effective(layer: int, call: KernelRecord) -> Effective:
+    try:
+        return effective_of(call.function, call.arguments, call.result)
+    except UsageError as error:
+        raise CaptureError(
+            f"{call.function} of layer {layer} was called with values that have no effective "
+            f"attention: {error}"
+        ) from error
+
+
+def _heads(layer: int, function: str, found: list[Pattern]) -> Pattern:
+    """The calls of one layer, which the probe saw side by side, as heads."""
+    parts = [pattern for pattern in found if isinstance(pattern, ChannelPattern)]
+    if len(parts) != len(found):
+        raise CaptureError(
+            f"layer {layer} called {function} {len(found)} times in one pass: it has no single "
+            "effective attention; capture without effective=True"
+        )
+    return ChannelHeadsPattern(parts)
 
 
 def _prove(layer: int, function: str, effective: Effective, lengths: Sequence[int]) -> None:

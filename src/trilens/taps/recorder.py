@@ -185,10 +185,11 @@ class _Recorder:
     def enter_kernel(self, name: str) -> None:
         self.kernels.append((name, self.clock()))
 
-    def leave_kernel(self, name: str, arguments: Mapping[str, Any], _result: Any) -> None:
+    def leave_kernel(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         _, start = self.kernels.pop()
         path = self._path() if self.open else ""
-        self.events.kernels.append(KernelCall(name, path, start, self.clock(), arguments))
+        call = KernelCall(name, path, start, self.clock(), arguments, result)
+        self.events.kernels.append(call)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -6,6 +6,7 @@ session is recorded: another thread may run the same model beside it.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,19 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilens.errors import AttentionPathError, CaptureError, SilentSiteError
+from trilens.errors import (
+    AttentionPathError,
+    CaptureError,
+    RecurrentStateError,
+    SilentSiteError,
+)
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.mixers import Boundary, Edge
+from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, Source
 from trilens.models.trace import same, tensors_in
 from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
-__all__ = ["Recording", "Wanted", "listening"]
+__all__ = ["Recording", "StateWish", "Wanted", "listening"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
 Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class StateWish:
+    """Which recurrent states one pass is to leave behind.
+
+    Attributes:
+        layers: layers whose state is wanted.
+        positions: after which tokens, per row of the batch: from 0, ascending, distinct.
+        reasons: why the model's other layers have no state in this capture.
+    """
+
+    layers: tuple[int, ...] = ()
+    positions: tuple[tuple[int, ...], ...] = ()
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +63,9 @@ class Wanted:
         lengths: real tokens of each row of the batch, on the CPU.
         attention: layers whose attention is wanted.
         gates: gate sites that are wanted, by (name, layer).
-        kernels: layers whose calls of recurrence kernels are wanted, with all arguments.
+        kernels: layers whose recurrence is wanted, with all that it is given.
+        states: recurrent states that are wanted.
+        boundaries: the recurrences that no kernel function carries, with where they begin and end.
         copy: copy what is kept, for a model that overwrites its own tensors.
     """
 
@@ -51,6 +76,8 @@ class Wanted:
     gates: Mapping[tuple[str, int], GateSite]
     copy: bool = False
     kernels: tuple[int, ...] = ()
+    boundaries: Mapping[int, Boundary] = field(default_factory=dict)
+    states: StateWish = field(default_factory=StateWish)
 
 
 @dataclass(slots=True)
@@ -59,13 +86,15 @@ class Recording:
 
     Shapes
         residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
-        gates one tensor per call, with the axes of their source.
+        gates one tensor per call, with the axes of their source;
+        states per call of a kernel one entry per prompt, without padding.
     """
 
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
+    states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
     overwritten: bool = False
 
 
@@ -80,6 +109,7 @@ class _Session:
         self.kept: list[tuple[Tensor, int]] = []
         self.taps = _by_tap(wanted.gates)
         self.counts: dict[tuple[int, TapKey], int] = {}
+        self.inside: dict[str, Any] | None = None
 
     def mine(self) -> bool:
         return threading.get_ident() == self.thread
@@ -178,16 +208,72 @@ class _Session:
             held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             calls = self.recording.kernels.setdefault(self.layer, [])
             calls.append(KernelRecord(name, held, self.keep_result(result)))
+        self.remember(name, arguments, result)
         key = _key(Source("kernel", kernel=name))
         if key in self.taps:
             self.tapped(key, arguments)
 
+    def boundary_hook(self, edge: Edge) -> Callable[..., None]:
+        """Notes what a recurrence without a kernel function is given, and what it gave."""
+        signature = inspect.signature(edge.module.forward)
+
+        def ours() -> Boundary | None:
+            if not self.mine() or self.layer is None:
+                return None
+            found = self.wanted.boundaries.get(self.layer)
+            return found if found is not None and edge in (found.enter, found.leave) else None
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            found = ours()
+            if found is not None and edge == found.enter:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                self.entered(found, bound.arguments)
+            elif found is not None:
+                self.left(found, next(tensors_in((args, kwargs))))
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            found = ours()
+            if found is not None and edge == found.enter:
+                self.entered(found, {"output": output})
+            elif found is not None:
+                self.left(found, output)
+
+        return before if edge.event == "input" else after
+
+    def entered(self, boundary: Boundary, arguments: Mapping[str, Any]) -> None:
+        inside = dict(arguments)
+        if self.layer in self.wanted.kernels or self.wanted.copy:
+            inside = {k: self.keep_result(v) for k, v in arguments.items()}
+        self.inside = {**inside, "module": boundary.module}
+
+    def left(self, boundary: Boundary, result: Any) -> None:
+        if self.layer is None or self.inside is None:
+            return
+        held, self.inside = self.inside, None
+        if self.layer in self.wanted.kernels:
+            record = KernelRecord(boundary.function, held, self.keep_result(result))
+            self.recording.kernels.setdefault(self.layer, []).append(record)
+        self.remember(boundary.function, held, result)
+
+    def remember(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        """The states of one call, at once: what they are computed from need not outlive it."""
+        wish, layer = self.wanted.states, self.layer
+        if layer is None or layer not in wish.layers:
+            return
+        lengths = self.wanted.lengths
+        try:
+            states = states_of(name, arguments, result, positions=wish.positions, lengths=lengths)
+        except RecurrentStateError as error:
+            raise RecurrentStateError(f"layer {layer}: {error}") from error
+        self.recording.states.setdefault(layer, []).append(states)
+
     def keep_result(self, result: Any) -> Any:
-        """What a kernel gave, a tensor or a tuple that holds some, each of them kept."""
+        """What a recurrence gave, a tensor or tuples that hold some, each of them kept."""
         if isinstance(result, Tensor):
             return self.keep(result)
         if isinstance(result, tuple | list):
-            return tuple(self.keep(item) if isinstance(item, Tensor) else item for item in result)
+            return tuple(self.keep_result(item) for item in result)
         return result
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -208,6 +294,7 @@ class _Session:
         silent += [f"attention of layer {i}" for i in wanted.attention if i not in got.attention]
         silent += [f"{name} of layer {i}" for name, i in wanted.gates if (name, i) not in got.gates]
         silent += [f"recurrence of layer {i}" for i in wanted.kernels if i not in got.kernels]
+        silent += [f"state of layer {i}" for i in wanted.states.layers if i not in got.states]
         if silent:
             raise SilentSiteError(
                 f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
@@ -233,7 +320,14 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
             stack.callback(module.register_forward_hook(session.leave_block).remove)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
-        kernels |= set(KERNEL_GATES) if wanted.kernels else set()
+        noted = {*wanted.kernels, *wanted.states.layers}
+        kernels |= set(KERNEL_GATES) if noted - set(wanted.boundaries) else set()
+        for edge in {edge for b in wanted.boundaries.values() for edge in (b.enter, b.leave)}:
+            told = session.boundary_hook(edge)
+            if edge.event == "input":
+                stack.callback(edge.module.register_forward_pre_hook(told, with_kwargs=True).remove)
+            else:
+                stack.callback(edge.module.register_forward_hook(told).remove)
         for key in session.taps:
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":

@@ -17,11 +17,16 @@ from trilens.models.gates.events import (
 )
 from trilens.models.gates.kernels import KERNEL_GATES
 from trilens.models.gates.site import Layout, Source, find_columns, layout_of, rows_of
-from trilens.models.trace import ModuleCall, Trace, parent_path, same
+from trilens.models.trace import ModuleCall, Trace, parent_path, same, tensors_in
 
 __all__ = ["BlockView", "blocks_of"]
 
-_MIXER_ATTRIBUTES = (("slope_rate", "query_decay"), ("mlstm_backend",), ("rg_lru",))
+_MIXER_ATTRIBUTES = (
+    ("slope_rate", "query_decay"),
+    ("mlstm_backend",),
+    ("rg_lru",),
+    ("slstm_cell",),
+)
 """Attributes by which a recurrent mixer without a known kernel function is recognised."""
 
 
@@ -82,6 +87,23 @@ class BlockView:
     def scales_data(self, call: FunctionCall) -> bool:
         """Whether the call's output, or a copy of it, is a factor of a product with a tensor."""
         return self.numbers[self.functions.index(call)] in self._used
+
+    def side_by_side(self) -> bool:
+        """Whether several kernel calls are heads: what they gave is in one module's input."""
+        if len(self.kernels) < 2 or len({(k.function, k.path) for k in self.kernels}) > 1:
+            return False
+        wanted = [self.rows(next(tensors_in(kernel.result))) for kernel in self.kernels]
+        width = sum(rows.shape[1] for rows in wanted)
+        for call in self.calls:
+            for held in call.inputs if call.start > self.kernels[-1].end else ():
+                if not held.is_floating_point() or layout_of(held, self.seq) is None:
+                    continue
+                rows = self.rows(held)
+                if rows.shape[1] == width and all(
+                    find_columns(own.to(rows.dtype), rows) is not None for own in wanted
+                ):
+                    return True
+        return False
 
     def has_tokens(self, tensor: Tensor) -> bool:
         """Whether the tensor has a row per token."""

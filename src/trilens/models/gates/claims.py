@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from trilens.errors import AttentionPathError, SilentSiteError, UnclaimedGateError
+from trilens.caches.storage import spell_layers
+from trilens.errors import (
+    AttentionPathError,
+    RecurrentStateError,
+    SilentSiteError,
+    UnclaimedGateError,
+)
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.events import FunctionCall, GateEvents
 from trilens.models.gates.glu import find_glu_gates
 from trilens.models.gates.kernels import CONVOLUTIONS
 from trilens.models.gates.linear import find_linear_gates
+from trilens.models.gates.mixers import Boundary, Recurrent, find_recurrent
 from trilens.models.gates.products import find_product_gate
 from trilens.models.gates.recurrences import find_recurrence_gates
 from trilens.models.gates.rglru import find_rglru_gates
@@ -46,62 +53,80 @@ class GateClaims:
         gates: the proven gates, by (name, layer).
         without: per layer without a GLU gate, why there is none, in words.
         unclaimed: per layer, gating calls that are neither a gate nor ruled out: class, function.
-        kernels: per layer that called any, the known kernel functions in the order of their calls.
-        mixers: per layer whose recurrence has no known kernel function, the mixer's class.
+        recurrences: per recurrent layer, where its recurrence is seen, or why it has no effective
+            attention.
     """
 
     gates: dict[tuple[str, int], GateSite]
     without: dict[int, str]
     unclaimed: dict[int, tuple[str, ...]]
-    kernels: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    mixers: dict[int, str] = field(default_factory=dict)
+    recurrences: dict[int, Recurrent] = field(default_factory=dict)
 
     @property
     def effective_layers(self) -> tuple[int, ...]:
-        """Layers that call one known kernel function once: those with an effective attention."""
-        return tuple(layer for layer, functions in self.kernels.items() if len(functions) == 1)
+        """Layers with an effective attention."""
+        return tuple(layer for layer, found in self.recurrences.items() if not found.refusal)
 
-    def effective_within(
-        self, layers: Sequence[int], softmax: Sequence[int], model: str
-    ) -> tuple[int, ...]:
+    def effective_within(self, layers: Sequence[int], model: str) -> tuple[int, ...]:
         """The recurrent layers among some.
 
         Args:
             layers: the layers asked for, at least one.
-            softmax: those whose softmax attention is asked for too.
             model: the model's class, for the message.
 
         Raises:
-            AttentionPathError: a recurrence that is not known, that runs in several calls or beside
-                softmax attention that is asked for too; or none of these layers has one.
+            AttentionPathError: a recurrence without effective attention, or no recurrent layer.
         """
         for layer in layers:
-            if layer in self.mixers:
+            found = self.recurrences.get(layer)
+            if found is not None and found.refusal:
                 raise AttentionPathError(
-                    f"the effective attention of layer {layer} of {model} can't be captured: the "
-                    f"recurrence of {self.mixers[layer]} calls no known kernel function; capture "
-                    "without effective=True"
+                    f"the effective attention of layer {layer} of {model} can't be captured: "
+                    f"{found.refusal}; capture without effective=True"
                 )
-            functions = self.kernels.get(layer, ())
-            if len(functions) > 1:
-                raise AttentionPathError(
-                    f"the effective attention of layer {layer} of {model} can't be captured: it "
-                    f"calls {functions[0]} {len(functions)} times; capture without effective=True"
-                )
-            if functions and layer in softmax:
-                raise AttentionPathError(
-                    f"layer {layer} of {model} has softmax attention and a recurrence side by "
-                    "side, and a cache holds one pattern per layer: capture with attention=True or "
-                    "with effective=True, or with layers= of the others"
-                )
-        found = tuple(layer for layer in layers if layer in self.effective_layers)
-        if not found:
-            have = ", ".join(map(str, self.effective_layers)) or "none"
+        recurrent = tuple(layer for layer in layers if layer in self.recurrences)
+        if not recurrent:
             raise AttentionPathError(
                 f"no layer asked of {model} is recurrent, so that none has an effective attention "
-                f"(layers that have it: {have}); capture without effective=True"
+                f"(there is one of {spell_layers(self.effective_layers)}); capture without "
+                "effective=True"
             )
-        return found
+        return recurrent
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Layers whose recurrent state can be captured: those with an effective attention."""
+        return self.effective_layers
+
+    def states_within(self, layers: Sequence[int], model: str) -> tuple[int, ...]:
+        """The layers with a recurrent state among some.
+
+        Args:
+            layers: the layers asked for, at least one.
+            model: the model's class, for the message.
+
+        Raises:
+            RecurrentStateError: a recurrence whose state is not known, or no recurrent layer.
+        """
+        for layer in layers:
+            found = self.recurrences.get(layer)
+            if found is not None and found.refusal:
+                raise RecurrentStateError(
+                    f"the recurrent state of layer {layer} of {model} can't be captured: "
+                    f"{found.refusal}; capture without states"
+                )
+        recurrent = tuple(layer for layer in layers if layer in self.recurrences)
+        if not recurrent:
+            raise RecurrentStateError(
+                f"no layer asked of {model} is recurrent, so that none has a recurrent state "
+                f"(there is one of {spell_layers(self.state_layers)}); capture without states"
+            )
+        return recurrent
+
+    def boundaries(self, layers: Sequence[int]) -> dict[int, Boundary]:
+        """Those of some recurrent layers that no kernel function carries, with their boundaries."""
+        found = {layer: self.recurrences[layer].boundary for layer in layers}
+        return {layer: boundary for layer, boundary in found.items() if boundary is not None}
 
     def within(self, layers: Sequence[int], model: str) -> dict[tuple[str, int], GateSite]:
         """The gates of some layers.
@@ -139,13 +164,11 @@ def find_gates(trace: Trace, events: GateEvents, anatomy: Anatomy) -> GateClaims
     glu, without = find_glu_gates(trace, anatomy)
     gates: dict[tuple[str, int], GateSite] = {}
     unclaimed: dict[int, tuple[str, ...]] = {}
-    kernels: dict[int, tuple[str, ...]] = {}
-    mixers: dict[int, str] = {}
+    recurrences: dict[int, Recurrent] = {}
     for layer, view in enumerate(blocks_of(trace, events, anatomy)):
-        if view.kernels:
-            kernels[layer] = tuple(kernel.function for kernel in view.kernels)
-        elif view.other_mixer:
-            mixers[layer] = view.other_mixer
+        recurrent = find_recurrent(view)
+        if recurrent is not None:
+            recurrences[layer] = recurrent
         found: list[GateSite] = []
         for rule in _RULES:
             found += rule(view)
@@ -168,7 +191,7 @@ def find_gates(trace: Trace, events: GateEvents, anatomy: Anatomy) -> GateClaims
         words = [f"{call.class_name} calls {call.function} ({call.path})" for call in left]
         if words or doubled or view.complaints:
             unclaimed[layer] = (*words, *doubled, *view.complaints)
-    return GateClaims(gates, without, unclaimed, kernels, mixers)
+    return GateClaims(gates, without, unclaimed, recurrences)
 
 
 def _is_no_gate(call: FunctionCall, view: BlockView) -> bool:

@@ -1,7 +1,10 @@
 """Kernel arguments → effective attention: one entry per kernel function, whoever calls it.
 
+A recurrence without a kernel function has an entry too: what passes its boundary is its call.
+
 Source: Mamba arXiv 2312.00752 and 2403.01590, Mamba-2 2405.21060, gated delta rule 2412.06464, KDA
-2510.26692, RWKV-4 2305.13048, RWKV-7 2503.14456.
+2510.26692, RWKV-4 2305.13048, RWKV-7 2503.14456, Griffin 2402.19427, xLSTM 2405.04517, lightning
+attention 2401.04658.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
@@ -19,13 +22,14 @@ from trilens.caches.recurrent_pattern import RecurrentPattern
 from trilens.errors import AttentionPathError
 from trilens.models.effective import Effective
 from trilens.models.gates.kernels import chunk_step, scan_step
+from trilens.models.gates.rglru import rglru_terms
 from trilens.models.trace import tensors_in
 
 __all__ = ["EFFECTIVE_KERNELS", "effective_of"]
 
 Arguments = Mapping[str, Any]
 
-_STATES = ("initial_state", "initial_states", "state")
+_STATES = ("initial_state", "initial_states", "state", "c_initial", "n_initial")
 _L2_EPS = 1e-6
 
 
@@ -135,6 +139,43 @@ def _softmax_channel(
     return DecayedSoftmaxPattern(key[..., part], log_w=log_w[part], bonus=bonus[part])
 
 
+def _rglru(args: Arguments, output: Tensor) -> Effective:
+    x: Tensor = args["activations"]
+    log_w, write = rglru_terms(args["module"], x, args["position_ids"])
+    pattern = ChannelPattern.gated(log_w, write)
+    return Effective(
+        pattern,
+        x.transpose(1, 2)[..., None],
+        output.transpose(1, 2)[..., None],
+        channel=lambda number: pattern.channels(number, number + 1),
+    )
+
+
+def _mlstm(args: Arguments, output: Tensor) -> Effective:
+    q = args["query"]
+    pattern = RecurrentPattern.exponential_gating(
+        q,
+        args["key"],
+        input_gate=args["igate"],
+        forget_gate=args["fgate"],
+        scaling=q.shape[-1] ** -0.5,
+        eps=args["module"].config.eps,
+    )
+    return Effective(pattern, args["value"], output)
+
+
+def _lightning(args: Arguments, output: Tensor) -> Effective:
+    mixer: nn.Module = args["module"]
+    slope = mixer.get_buffer("slope_rate").float().reshape(-1, 1)
+    batch, seq, width = args["output"].shape
+    heads = slope.shape[0]
+    # The mixer's own layout: queries, keys and values stand together head by head.
+    parts = args["output"].view(batch, seq, heads, 3, width // heads // 3).unbind(3)
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    pattern = RecurrentPattern(q, k, log_w=-slope)
+    return Effective(pattern, v, output.reshape(batch, seq, heads, -1).transpose(1, 2))
+
+
 EFFECTIVE_KERNELS: Mapping[str, Callable[[Arguments, Tensor], Effective]] = {
     "mamba_selective_scan": _selective_scan,
     "mamba2_chunk_scan": _chunk_scan,
@@ -142,5 +183,8 @@ EFFECTIVE_KERNELS: Mapping[str, Callable[[Arguments, Tensor], Effective]] = {
     "chunk_kimi_delta_attention": _delta_rule,
     "rwkv_linear_attention": _decayed_softmax,
     "rwkv7_attention": _matrix_state,
+    "rg_lru": _rglru,
+    "mlstm": _mlstm,
+    "lightning_attention": _lightning,
 }
-"""Kernel function → its effective attention."""
+"""Kernel function, or recurrence with a boundary → its effective attention."""

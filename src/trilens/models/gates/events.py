@@ -111,6 +111,7 @@ class KernelCall:
     Attributes:
         path: the module that called it.
         arguments: what it was called with, by parameter name.
+        result: what it gave back: a tensor, or a tuple that begins with the output.
     """
 
     function: str
@@ -118,6 +119,7 @@ class KernelCall:
     start: int
     end: int
     arguments: Mapping[str, Any]
+    result: Any = None
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from trilens.models.gates.kernels import is_recorded
 from trilens.models.gates.site import GateSite, Layout, Source
 from trilens.models.trace import ModuleCall
 
-__all__ = ["find_rglru_gates"]
+__all__ = ["find_rglru_gates", "rglru_terms"]
 
 _ATTRIBUTES = ("recurrent_param", "input_gate_weight", "input_gate_bias", "recurrent_gate_weight",
                "recurrent_gate_bias")  # fmt: skip
@@ -34,6 +34,25 @@ def find_rglru_gates(view: BlockView) -> list[GateSite]:
         if all(hasattr(call.module, name) for name in _ATTRIBUTES) and call.inputs:
             return _gates(call, view)
     return []
+
+
+def rglru_terms(unit: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the unit multiplies its state and its input with: log decay and write strength.
+
+    Shapes
+        x, and both results [batch, seq, width]; position_ids [1 or batch, seq]
+
+    A text's first token resets the state: its log decay is minus infinity.
+    """
+    tensors = {"x": x}
+    log = _log_decay(unit)(tensors)
+    reset = position_ids[:, :, None] == 0
+    # The unit's own arithmetic, in its own dtype: its rounding of 1 − a² and of a is what ran.
+    kept = torch.sqrt(1 - torch.exp(2 * log)).to(x.dtype)
+    write = torch.sigmoid(_pre(unit, "input")(tensors)) * torch.where(reset, 1.0, kept)
+    # PROMOTE: the float32 log of a rounded decay next to 1 has no digits left.
+    decay = torch.exp(log).double().log().float()
+    return decay.masked_fill(reset, -torch.inf), write.float()
 
 
 def _gates(call: ModuleCall, view: BlockView) -> list[GateSite]:

@@ -1,0 +1,209 @@
+"""A checkpoint to be exported: one with plain weights, or one that `ternarize` wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trilens.checkpoint.coding import tensor_of
+from trilens.checkpoint.files import MappedFile
+from trilens.checkpoint.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.report import TensorReport
+from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.validation import validate
+from trilens.errors import ConfigError, UsageError, ValueRangeError
+from trilens.models.build import read_config
+from trilens.models.hub import local_folder
+from trilens.models.loading import load_tokenizer
+from trilens.models.weights import TensorHeader, read_headers, read_json
+from trilens.ternary.linear import unpack_rows
+from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.units import Per
+
+__all__ = ["GgufSource", "Matrix", "open_source"]
+
+_KNOWN_SETTINGS = frozenset(
+    {
+        "quant_method",
+        "format_version",
+        "rule",
+        "per",
+        "group_size",
+        "layers",
+        "merged",
+        "experts",
+    }
+)
+_EVERYTHING = TernaryPlan()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """A matrix as trits, and what that cost.
+
+    Attributes:
+        quant: Trits [out, in] and float16 scales.
+        relative_error: ‖W−Ŵ‖²/‖W‖² against what the source holds.
+        was_ternary: The source held trits already.
+    """
+
+    quant: PerLayerQuant
+    relative_error: float
+    was_ternary: bool
+
+
+class GgufSource:
+    """What an export reads: configuration, tokenizer, headers, and tensors one by one.
+
+    Attributes:
+        name: What errors and the file call it.
+        config: transformers' configuration.
+        tokenizer: transformers' tokenizer, or None.
+        model: The skeleton.
+        headers: Every tensor; of a ternary checkpoint as it was before.
+        choices: What is to become of each.
+        plan: How the weights were made ternary; None for plain weights.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        raw = read_json(folder / CONFIG_NAME, ConfigError).get("quantization_config")
+        self.name = name
+        self.config, _ = read_config(folder, trusted=False)
+        self.tokenizer = load_tokenizer(folder, trusted=False)
+        self._stored = read_headers(folder)
+        self._files: dict[Path, MappedFile] = {}
+        self._packed: dict[str, TensorReport] = {}
+        self.plan: TernaryPlan | None = None
+        self.headers: Mapping[str, TensorHeader] = self._stored
+        if raw is not None:
+            _check_settings(raw, name)
+            report = validate(folder)
+            self.plan = report.plan
+            self._packed = {tensor.name: tensor for tensor in report.coded}
+            self.headers = {t.name: self._header_before(t) for t in report.tensors}
+        self.model: Any = build_skeleton(self.config, self.headers)
+        self.choices = tuple(map(self._as_stored, choose(self.model, self.headers)))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that is not packed.
+
+        Shapes: → [*shape]
+        """
+        return tensor_of(self._stored[name], self._file(self._stored[name]))
+
+    def matrix(self, choice: Choice, plan: TernaryPlan) -> Matrix:
+        """A matrix as trits: coded by the plan, or the trits that are there.
+
+        Raises:
+            NonFiniteError: NaN or Inf among the weights.
+            ValueRangeError: a scale that float16 does not hold.
+
+        Memory: 1 byte per weight, plus what the rule needs.
+        """
+        if choice.name in self._packed:
+            return self._unpacked(choice)
+        stored = self.tensor(choice.name)
+        matrix = stored.T if choice.transposed else stored
+        quant = PerLayerQuant.quantize(
+            matrix,
+            choice.name,
+            rule=plan.rule,
+            group_size=plan.group_size,
+            per=plan.per,
+            scale_dtype=plan.scale_dtype,
+        )
+        return Matrix(quant, quant.relative_error(matrix), quant.was_ternary)
+
+    def _unpacked(self, choice: Choice) -> Matrix:
+        report = self._packed[choice.name]
+        parts = find_parts(report.packed_as, self._stored)
+        codes, scale = (self._part(parts[part]) for part in ("codes", "scale"))
+        cols = report.shape[0 if choice.transposed else 1]
+        trits = unpack_rows(codes, cols)
+        halves = scale.half().float()
+        if not bool(torch.isfinite(halves).all()):
+            raise ValueRangeError(
+                f"scale {float(scale.abs().max()):g} of {choice.name!r} is beyond float16, which "
+                "GGUF stores: at most 65504"
+            )
+        grouped = scale.shape[-1] > 1
+        group_size = self.plan.group_size if self.plan is not None and grouped else None
+        per: Per = "group" if grouped else "tensor" if scale.shape[-2] == 1 else "row"
+        quant = PerLayerQuant.from_trits(
+            trits, halves, choice.name, group_size=group_size, per=per, scale_dtype="float16"
+        )
+        exact = PerLayerQuant.from_trits(trits, scale, choice.name, group_size=group_size, per=per)
+        error = 0.0 if torch.equal(halves, scale) else quant.relative_error(exact.reconstruct())
+        return Matrix(quant, error, was_ternary=True)
+
+    def _part(self, name: str) -> Tensor:
+        header = self._stored[name]
+        raw = np.array(self._file(header).bytes(header.begin, header.end))
+        dtype = torch.uint8 if header.dtype == "U8" else torch.float32
+        return torch.from_numpy(raw).view(dtype).reshape(header.shape)
+
+    def _file(self, header: TensorHeader) -> MappedFile:
+        if header.file not in self._files:
+            self._files[header.file] = MappedFile(header.file)
+        return self._files[header.file]
+
+    def _header_before(self, tensor: TensorReport) -> TensorHeader:
+        """The header that a tensor had before it was packed; its place says nothing."""
+        if tensor.outcome == "kept":
+            return self._stored[tensor.name]
+        parts = find_parts(tensor.packed_as, self._stored)
+        file = self._stored[parts["codes"]].file
+        return TensorHeader(tensor.name, "F32", tensor.shape, file, 0, tensor.size_bytes_before)
+
+    def _as_stored(self, choice: Choice) -> Choice:
+        """Of a ternary checkpoint: what is kept there is kept here."""
+        if self.plan is None or choice.name in self._packed or choice.storage == "kept":
+            return choice
+        return replace(choice, storage="kept", reason="kept in the ternary checkpoint")
+
+
+def open_source(
+    src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None
+) -> GgufSource:
+    """Find and read a checkpoint.
+
+    Args:
+        src: directory or hub id.
+        plan: what the caller asked; a checkpoint that is ternary already takes no orders.
+        revision: of a hub id.
+
+    Raises:
+        UsageError: quantized by something else, or a plan for weights that are trits already.
+        LoadError: the source cannot be read, or is damaged; see `trilens.errors`.
+    """
+    folder, name = local_folder(src, revision=revision, code=False)
+    source = GgufSource(folder, folder.name if Path(name) == folder else name)
+    if source.plan is not None and plan != _EVERYTHING:
+        raise UsageError(
+            f"{name} is ternary already, and its trits are kept as they are: leave out the rule "
+            "and every other option of the plan, or give the checkpoint with plain weights"
+        )
+    return source
+
+
+def _check_settings(settings: Any, name: str) -> None:
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if method != QUANT_METHOD:
+        raise UsageError(
+            f"{name} is quantized already ({method!r}): give the checkpoint with plain weights, or "
+            "one that trilens ternarize wrote"
+        )
+    unknown = sorted(set(settings) - _KNOWN_SETTINGS)
+    if unknown:
+        raise UsageError(
+            f"{name} was made ternary with {unknown[0]!r}, which no GGUF file can say: give the "
+            "checkpoint with plain weights"
+        )

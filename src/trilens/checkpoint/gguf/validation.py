@@ -1,0 +1,94 @@
+"""Reading a GGUF file back, every byte of its ternary tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS
+from trilens.checkpoint.gguf.reader import GgufEntry, GgufFile, read_gguf
+from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
+from trilens.errors import CorruptFileError
+from trilens.models.wording import clip
+from trilens.ternary.packing import Codec
+
+__all__ = ["HASH_KEY", "data_hash", "row_spans", "validate_gguf"]
+
+HASH_KEY = "trilens.tensor_data.sha256"
+"""The key under which a file names the hash of all bytes from its first tensor to its end."""
+
+_ROWS_WEIGHTS = 1 << 20  # weights decoded together
+_CHUNK_BYTES = 1 << 22
+
+
+def validate_gguf(path: str | os.PathLike[str]) -> GgufReport:
+    """Check a GGUF file: its header, each ternary tensor's codes and scales, and its hash.
+
+    Args:
+        path: a file of this or another program, with tensors of the types F32, F16, BF16, TQ1_0,
+            TQ2_0 and Q2_0.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        CorruptFileError: says which tensor is damaged, and how: a code that is no trit, a scale
+            that is NaN or Inf, offsets that overlap, a file that is cut off, another hash.
+    """
+    file = read_gguf(Path(path))
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CorruptFileError(f"{path} names no architecture (general.architecture)")
+    if not file.tensors:
+        raise CorruptFileError(f"{path} holds no tensors")
+    tensors = tuple(_checked(file, entry) for entry in file.tensors.values())
+    claim = file.metadata.get(HASH_KEY)
+    if claim is not None and data_hash(file) != claim:
+        raise CorruptFileError(
+            f"{path} is damaged: its tensors do not have the hash {clip(claim)} that it names"
+        )
+    return GgufReport(architecture, tensors, hash_checked=claim is not None)
+
+
+def data_hash(file: GgufFile) -> str:
+    """The hash of all bytes from the first tensor to the file's end."""
+    digest = hashlib.sha256()
+    with file.path.open("rb") as stream:
+        stream.seek(file.data_begin)
+        while part := stream.read(_CHUNK_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def row_spans(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of parts that are coded or decoded together."""
+    step = max(1, _ROWS_WEIGHTS // cols)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _checked(file: GgufFile, entry: GgufEntry) -> GgufTensor:
+    size_bytes = entry.end - entry.begin
+    if entry.type_id in FLOAT_TYPES:
+        return GgufTensor(entry.name, FLOAT_TYPES[entry.type_id][0], entry.shape, size_bytes)
+    codec = next(known.codec for known in FORMATS.values() if known.type_id == entry.type_id)
+    zeros = _count_zeros(file, entry, codec)
+    sparsity = zeros / math.prod(entry.shape)
+    return GgufTensor(entry.name, codec.name, entry.shape, size_bytes, sparsity)
+
+
+def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> int:
+    *lead, cols = entry.shape
+    rows, row_bytes = math.prod(lead), codec.size_bytes((cols,))
+    zeros = 0
+    for first, last in row_spans(rows, cols):
+        raw = file.content.bytes(entry.begin + first * row_bytes, entry.begin + last * row_bytes)
+        try:
+            trits = codec.decode(raw, (last - first, cols)).trits
+        except CorruptFileError as cause:
+            raise CorruptFileError(
+                f"tensor {clip(entry.name)} from row {first} on: {cause}"
+            ) from cause
+        zeros += int((trits == 0).sum())
+    return zeros

@@ -1,0 +1,307 @@
+"""One GGUF file: written beside its place, read back tensor by tensor, hashed, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
+from gguf.constants import GGML_QUANT_VERSION
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trilens.checkpoint.files import move_into_place, temporary_path
+from trilens.checkpoint.gguf.families import Family, find_family
+from trilens.checkpoint.gguf.formats import GgufFormat, check_packed, fitting_plan
+from trilens.checkpoint.gguf.layout import Slot, left_out, slots, with_fallbacks
+from trilens.checkpoint.gguf.reader import read_gguf
+from trilens.checkpoint.gguf.source import GgufSource
+from trilens.checkpoint.gguf.tokenizer import read_vocabulary
+from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.skeleton import Choice
+from trilens.errors import CorruptFileError, UsageError, WriteError
+from trilens.models.wording import reason
+from trilens.ternary.quantize import PerLayerQuant
+from trilens.version import __version__
+
+__all__ = ["check_place", "write_gguf"]
+
+_NO_HASH = "0" * 64  # overwritten once the tensors are there
+_FLOAT_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_Q2_0 = 42  # no type of the gguf package, so its decoder has no say
+
+
+def write_gguf(
+    source: GgufSource,
+    choices: tuple[Choice, ...],
+    plan: TernaryPlan,
+    format: GgufFormat,
+    out: Path,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[TensorReport], None] | None = None,
+) -> TernaryReport:
+    """Write a checkpoint as one GGUF file.
+
+    Everything that can be refused is refused before the file is begun. Each tensor is read back
+    from the file, decoded, and compared with what was meant, bit for bit; tensors of a type that
+    the gguf package knows are decoded by it too.
+
+    Args:
+        source: the checkpoint.
+        choices: what is to become of each of its tensors.
+        plan: how plain weights become ternary; its scales become float16.
+        format: of the ternary tensors. Kept matrices keep their dtype, kept vectors are float32.
+        out: the file, which must not exist.
+        dry_run: report what would be stored, write nothing.
+        progress: called with each tensor's report.
+
+    Raises:
+        UsageError: the architecture, the plan or the tokenizer does not fit; `out` exists.
+        NoTokenizerError: the checkpoint has no tokenizer.
+        CorruptFileError: the checkpoint lacks a tensor of the model.
+        NonFiniteError, ValueRangeError: of a matrix; see `GgufSource.matrix`.
+        WriteError: the file cannot be written.
+
+    Memory: the source is mapped; of the largest matrix up to 3 bytes per weight (trits, moved
+    rows, blocks twice), and what the rule needs. Of kept tensors, up to three times the largest.
+    """
+    family = find_family(source.config)
+    if source.plan is not None:
+        check_packed(source.plan, format)
+        plan = replace(source.plan, scale_dtype="float16")
+    plan = fitting_plan(plan, format)
+    choices = with_fallbacks(source, choices, format)
+    todo = slots(source, choices, family, format)
+    writer = GGUFWriter(None, MODEL_ARCH_NAMES[family.arch])
+    extras = family.describe(writer, source.config)
+    todo = [_made(name, values) for name, values in extras.items()] + todo
+    _describe(writer, source, todo, plan, format)
+    absent = left_out(source, choices)
+    if dry_run:
+        return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
+    _check_space(out, todo)
+    with _file_in_the_making(out) as temporary:
+        reports = _write(temporary, writer, source, family, todo, plan, format, progress)
+        _seal(temporary)
+        move_into_place(temporary, out)
+    return TernaryReport(plan, (*reports, *absent))
+
+
+def check_place(out: Path) -> None:
+    """Refuse a place that a file cannot be written to.
+
+    Raises:
+        UsageError: another ending than .gguf, something that exists, or a folder that does not.
+    """
+    if out.suffix != ".gguf":
+        raise UsageError(f"output {out} is no name of a GGUF file: let it end in .gguf")
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"output {out} exists: give a new name, or remove it first")
+    if not out.parent.is_dir():
+        raise UsageError(f"folder {out.parent} does not exist: make it first")
+
+
+def _describe(
+    writer: GGUFWriter, source: GgufSource, todo: list[Slot], plan: TernaryPlan, format: GgufFormat
+) -> None:
+    """All metadata, and what is to follow it."""
+    embedding = next(slot for slot in todo if slot.name == "token_embd.weight")
+    vocabulary = read_vocabulary(source.tokenizer, source.config, embedding.shape[0], source.name)
+    writer.add_type("model")
+    writer.add_name(source.name)
+    writer.add_file_type(format.file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    vocabulary.describe(writer)
+    writer.add_string("trilens.version", __version__)
+    writer.add_string("trilens.plan", plan.to_json())
+    writer.add_string(HASH_KEY, _NO_HASH)
+    for slot in todo:
+        # The package takes any number for a type, but names only those it can decode.
+        kind = cast("GGMLQuantizationType", slot.type_id)
+        writer.add_tensor_info(
+            slot.name, slot.shape, np.dtype(np.float32), slot.size_bytes, raw_dtype=kind
+        )
+
+
+def _made(name: str, values: NDArray[np.float32]) -> Slot:
+    return Slot(name, None, 0, values.shape, "F32", values.nbytes, 0, values=values)
+
+
+def _write(
+    temporary: Path,
+    writer: GGUFWriter,
+    source: GgufSource,
+    family: Family,
+    todo: list[Slot],
+    plan: TernaryPlan,
+    format: GgufFormat,
+    progress: Callable[[TensorReport], None] | None,
+) -> list[TensorReport]:
+    reports = []
+    try:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for slot in todo:
+            if slot.is_coded:
+                report = _write_coded(writer, source, family, slot, plan, format)
+            else:
+                data = _kept_bytes(source, family, slot)
+                _put(writer, slot, data)
+                report = slot.report(decoded_exactly=True)
+            reports.append(report)
+            if progress is not None:
+                progress(report)
+    finally:
+        writer.close()
+    return reports
+
+
+def _write_coded(
+    writer: GGUFWriter,
+    source: GgufSource,
+    family: Family,
+    slot: Slot,
+    plan: TernaryPlan,
+    format: GgufFormat,
+) -> TensorReport:
+    choice = cast("Choice", slot.choice)
+    matrix = source.matrix(choice, plan)
+    quant = matrix.quant
+    rows, cols = slot.shape
+    order = family.row_order(slot.name, rows, source.config)
+    trits = quant.trits.numpy() if order is None else quant.trits.numpy()[order]
+    scales = quant.units.per_block(quant.scales, format.block)
+    scales = scales if order is None else scales[order]
+    packed = np.empty((rows, slot.size_bytes // rows), dtype=np.uint8)
+    for first, last in row_spans(rows, cols):
+        packed[first:last] = format.codec.encode(trits[first:last], scales[first:last])
+    found = _put(writer, slot, packed).reshape(packed.shape)
+    for first, last in row_spans(rows, cols):
+        _compare(slot, format, found[first:last], trits[first:last], scales[first:last])
+    outcome, why = _outcome(quant, matrix.relative_error, matrix.was_ternary)
+    return slot.report(
+        outcome=outcome,
+        reason=why,
+        relative_error=matrix.relative_error,
+        sparsity=quant.sparsity,
+        decoded_exactly=True,
+    )
+
+
+def _outcome(quant: PerLayerQuant, error: float, was_ternary: bool) -> tuple[str, str]:
+    if not was_ternary:
+        return "ternary", ""
+    if error == 0:
+        return "already ternary", ""
+    return "ternary", "its trits are kept, its scale is rounded to float16"
+
+
+def _compare(
+    slot: Slot,
+    format: GgufFormat,
+    found: NDArray[np.uint8],
+    trits: NDArray[np.int8],
+    scales: NDArray[np.float32],
+) -> None:
+    """Decode rows of the file and compare them with what was meant.
+
+    Raises:
+        WriteError: they differ.
+    """
+    try:
+        decoded = format.codec.decode(found, trits.shape)
+    except CorruptFileError as cause:
+        raise WriteError(f"{slot.name} does not decode ({cause}): check the disk") from cause
+    same = np.array_equal(decoded.trits, trits)
+    same = same and decoded.scales is not None and np.array_equal(decoded.scales, scales)
+    if same and format.type_id != _Q2_0:
+        weights = np.repeat(scales, format.block, axis=1) * trits
+        by_package = dequantize(found, GGMLQuantizationType(format.type_id))
+        # Compared as bits: −0 and 0 are equal as numbers.
+        same = np.array_equal(by_package.view(np.uint32), weights.view(np.uint32))
+    if not same:
+        raise WriteError(f"{slot.name} decodes to other weights than were coded: check the disk")
+
+
+def _kept_bytes(source: GgufSource, family: Family, slot: Slot) -> NDArray[np.uint8]:
+    """What a kept tensor is in the file.
+
+    Shapes: → [size_bytes]
+    """
+    if slot.values is not None or slot.choice is None:
+        return np.ascontiguousarray(slot.values).view(np.uint8).reshape(-1)
+    values: Tensor = source.tensor(slot.choice.name)
+    if slot.transposed:
+        values = values.T
+    order = family.row_order(slot.name, slot.shape[0], source.config)
+    if order is not None:
+        values = values[torch.from_numpy(order)]
+    values = values.to(_FLOAT_DTYPES[slot.type_id])
+    if slot.offset:
+        values = values + slot.offset
+    return values.contiguous().view(torch.uint8).reshape(-1).numpy()
+
+
+def _put(writer: GGUFWriter, slot: Slot, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Write a tensor, and read it back.
+
+    Shapes: data [...] uint8 → [size_bytes]
+
+    Raises:
+        WriteError: other bytes came back.
+    """
+    (stream,) = cast("list[Any]", writer.fout)
+    begin = writer.ggml_pad(stream.tell(), writer.data_alignment)
+    writer.write_tensor_data(data)
+    stream.flush()
+    with Path(stream.name).open("rb") as again:
+        again.seek(begin)
+        found = np.frombuffer(again.read(slot.size_bytes), dtype=np.uint8)
+    if not np.array_equal(found, data.reshape(-1)):
+        raise WriteError(f"{stream.name} does not hold what was written to it: check the disk")
+    return found
+
+
+def _seal(temporary: Path) -> None:
+    """Read the header back, put the tensors' hash in it, and flush to disk."""
+    file = read_gguf(temporary)
+    digest = data_hash(file)
+    header = file.content.bytes(0, file.data_begin).tobytes()
+    with temporary.open("r+b") as stream:
+        stream.seek(header.index(_NO_HASH.encode()))
+        stream.write(digest.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _file_in_the_making(out: Path) -> Iterator[Path]:
+    """A place beside the file; whatever happens, nothing stays there."""
+    temporary = temporary_path(out)
+    try:
+        yield temporary
+    except OSError as cause:
+        raise WriteError(f"{out} cannot be written: {reason(cause)}") from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_space(out: Path, todo: list[Slot]) -> None:
+    needed = sum(slot.size_bytes for slot in todo)
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise WriteError(
+            f"folder {out.parent} has {free} bytes of free space: the file needs {needed}"
+        )

@@ -1,0 +1,96 @@
+"""The demo model as a GGUF file, in the engine that such files are made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import trilens
+from engines.engine import Engine, compare, engine_rounding, reference, reference_logits
+from trilens.checkpoint.gguf import FORMATS, validate_gguf
+
+DEMO = Path(trilens.__file__).parent / "demo" / "transformer"
+PLAN = trilens.TernaryPlan(rule="exact", per="row", scale_dtype="float16")
+PROMPT = "def read_lines(path):\n    "
+TEXTS = [
+    PROMPT,
+    "The quick brown fox doesn't jump; it's 12345 times too lazy.\n\n\tEnd  of   text ",
+    "naïve café ☕ 東京 — “quoted” <b>html</b> 3.14159e-10\r\n",
+    "    for i in range(10):\n        print(i)\n",
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return reference(DEMO, tmp_path_factory.mktemp("demo") / "ternary", PLAN)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, trilens.checkpoint.TernaryReport, Engine]:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    report = trilens.ternarize(DEMO, path, plan=PLAN, format=request.param)
+    engine = Engine(path)
+    request.addfinalizer(engine.close)
+    return request.param, path, report, engine
+
+
+def test_no_matrix_falls_back(exported: Any) -> None:
+    name, path, report, _ = exported
+    assert report.fallbacks == ()
+    assert all(tensor.decoded_exactly for tensor in report.tensors)
+    coded = {tensor.name for tensor in validate_gguf(path).coded}
+    assert len(coded) == 4 * 7
+    assert {tensor.type for tensor in validate_gguf(path).coded} == {FORMATS[name].codec.name}
+
+
+def test_text_becomes_the_same_tokens(exported: Any) -> None:
+    *_, engine = exported
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    for text in TEXTS:
+        assert engine.tokenize(text, special=True) == tokenizer(text)["input_ids"]
+
+
+def test_logits_differ_by_the_rounding_of_activations_alone(exported: Any, dense: Any) -> None:
+    """With the engine's 8-bit activations in the reference, both agree to float32's rounding.
+
+    A sum that rounds the other way moves one 8-bit number by one, and from there on the two runs
+    differ by as much as two roundings do: so most of many short texts must agree, not all.
+    """
+    name, _, _, engine = exported
+    ids = AutoTokenizer.from_pretrained(DEMO)("".join(TEXTS))["input_ids"]
+    short = [compare(engine, dense, name, ids[n : n + 6]) for n in range(0, 96, 6)]
+    # Measured 7e-6 at most where nothing fell the other way.
+    assert np.median([one.beyond_rounding for one in short]) < 1e-4
+    long = compare(engine, dense, name, ids[:96])
+    # Measured 0.30 (Q2_0) and 0.56 (TQ1_0, TQ2_0) of logits with a standard deviation of 3.3.
+    assert 0 < long.rounding < 0.25 * long.spread
+    # Two roundings of the same size in different places: at most their sum.
+    assert long.difference < 2 * long.rounding
+
+
+def test_64_greedy_tokens(exported: Any, dense: Any) -> None:
+    """One token at a time, as a user generates; a near tie may fall either way."""
+    name, _, _, engine = exported
+    ids = list(AutoTokenizer.from_pretrained(DEMO)(PROMPT)["input_ids"])
+    n_prompt = len(ids)
+    for _ in range(64):
+        ids.append(int(reference_logits(dense, ids)[-1].argmax()))
+    exact = reference_logits(dense, ids)
+    with engine_rounding(dense, name):
+        tolerance = 2 * np.abs(reference_logits(dense, ids) - exact).max()
+    found = list(engine.logits(ids[:n_prompt])[-1:])
+    found += [engine.next_logits(token) for token in ids[n_prompt:-1]]
+    clear = 0
+    for logits, wanted, token in zip(found, exact[n_prompt - 1 :], ids[n_prompt:], strict=False):
+        second, first = np.sort(wanted)[-2:]
+        if first - second > tolerance:
+            assert int(logits.argmax()) == token
+            clear += 1
+    # Measured 46 (TQ1_0, TQ2_0) and 54 (Q2_0), and all 64 tokens are the same.
+    assert clear >= 16  # the others are near ties: a test of none would prove nothing
