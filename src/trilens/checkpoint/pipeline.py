@@ -334,8 +334,6 @@ def _config(job: _Job) -> dict[str, Any]:
         "rule": job.plan.rule,
         "per": job.plan.per,
         "group_size": job.plan.group_size,
-        "storage": job.plan.storage,
-        "overrides": _overrides(job),
         "layers": [
             choice.target.removesuffix(".weight")
             for choice in job.choices
@@ -344,6 +342,10 @@ def _config(job: _Job) -> dict[str, Any]:
         "merged": any(choice.storage == "merged" for choice in job.choices),
         "experts": sorted({_ending(c.target) for c in job.choices if c.storage == "experts"}),
     }
+    if job.plan.storage != "two_bit":
+        config["quantization_config"]["storage"] = job.plan.storage
+    if overrides := _overrides(job):
+        config["quantization_config"]["overrides"] = overrides
     return config
 
 

@@ -130,11 +130,13 @@ class TernaryPlan:
         return kept
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON; entries and storage where they say something."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         entries = {name: entry.to_dict() for name, entry in self.matrices.items()}
         lists = {"keep": list(self.keep), "only": list(self.only)}
-        return {**values, **lists, "matrices": entries}
+        values |= {**lists, "matrices": entries}
+        silent = {"matrices": {}, "storage": "two_bit"}
+        return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
