@@ -14,8 +14,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready
 	@$(VENV)/bin/trilens demo
 
+# One process a core, one thread each: the models are too small for more.
 test: $(VENV)/.ready
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 # llama.cpp is built from its source package: a C++ compiler, and about four minutes of one core.
 $(VENV)/.engines: $(VENV)/.ready

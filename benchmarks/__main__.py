@@ -7,6 +7,7 @@ import sys
 
 NAMES = (
     "overhead",
+    "gate_overhead",
     "long_attention",
     "attention_questions --json",
     "effective_attention --json",
@@ -14,6 +15,8 @@ NAMES = (
     "quantize",
     "checkpoint",
     "plan",
+    "checkpoint_2gb",
+    "perplexity",
 )
 
 

@@ -15,10 +15,12 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.common import save
 from trilens.ternary.blocks import CODECS
 from trilens.ternary.fused import pack_absmean
 from trilens.ternary.packing import TwoBit
@@ -61,8 +63,8 @@ def times_of(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, np
     return {name: np.array([min(ms), np.median(ms)]) for name, ms in found.items()}
 
 
-def speed() -> None:
-    """Ratios on one 4096 × 11008 float32 matrix in memory."""
+def speed() -> dict[str, Any]:
+    """Times and ratios, best and median, on one 4096 × 11008 float32 matrix in memory."""
     weights = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(0))
     array = weights.numpy()
     work: dict[str, Callable[[], object]] = {
@@ -92,17 +94,25 @@ def speed() -> None:
         ("exact per row / absmean per row", ms["exact row"] / ms["absmean row"], "at most 20"),
         ("exact per row / pack", ms["exact row"] / ms["pack"], "at most 20"),
     ]
+    figures: dict[str, Any] = {"matrix": f"{ROWS}x{COLS} float32", "ms": {}, "ratios": {}}
+    for name, (best, median) in ms.items():
+        figures["ms"][name] = {"best": round(best, 2), "median": round(median, 2)}
     for what, (best, median), wanted in ratios:
         print(f"  {what:32} {best:8.2f} {median:8.2f}    ({wanted})")
+        if median == median:  # gguf may not be there
+            found = {"best": round(best, 2), "median": round(median, 2), "asked": wanted}
+            figures["ratios"][what] = found
     alpha, packed = torch_expression(weights)
     ours = pack_absmean(weights, "w")
     differing = int(np.count_nonzero(packed.numpy() != ours.codes))
     print(f"  scale {ours.scale!r}, PyTorch's {float(alpha)!r}; {differing} bytes differ")
+    return figures
 
 
-def codecs() -> None:
+def codecs() -> dict[str, Any]:
     """Milliseconds for a million trits, there and back."""
     trits = torch.randint(-1, 2, (1024, 1024), dtype=torch.int8)
+    figures = {}
     for name, codec in CODECS.items():
         scales = None if codec.scale_block is None else 0.5
         data = codec.encode(trits, scales)
@@ -114,16 +124,19 @@ def codecs() -> None:
             3,
         )
         there, back = times["there"][0], times["back"][0]
+        figures[name] = {"encode_ms": round(there, 3), "decode_ms": round(back, 3)}
         print(f"  {name:8} {codec.bits_per_weight:7.4f} bits {there:8.2f} ms {back:8.2f} ms")
+    return figures
 
 
-def ladder() -> None:
+def ladder() -> list[dict[str, Any]]:
     """Relative errors and times on 4 million synthetic weights."""
     rng = np.random.default_rng(0)
     kinds = {
         "Gaussian": rng.standard_normal((1024, 4096)).astype(np.float32),
         "Laplace": rng.laplace(size=(1024, 4096)).astype(np.float32),
     }
+    figures = []
     print("rule            per           Gaussian  Laplace   ms")
     for rule, options in LADDER:
         per = f"group {options['group_size']}" if "group_size" in options else options.get("per")
@@ -136,6 +149,9 @@ def ladder() -> None:
         print(
             f"{rule:15} {per or 'tensor':12}" + "".join(f"{e:9.4f}" for e in errors), f"{ms:6.0f}"
         )
+        found = dict(zip(kinds, (round(e, 4) for e in errors), strict=True))
+        figures.append({"rule": rule, "per": per or "tensor", **found, "ms": round(ms)})
+    return figures
 
 
 def large() -> None:
@@ -181,9 +197,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="also 2·10⁸ and 2³¹ weights")
     arguments = parser.parse_args()
-    speed()
-    codecs()
-    ladder()
+    figures = {"speed": speed(), "codecs_million_trits": codecs(), "relative_errors": ladder()}
+    save("quantize", figures)
     if arguments.large:
         large()
         huge()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
-from trilens.storage import read_tensors, write_tensors
+from trilens.storage import json_text, read_tensors, write_tensors
 
 MANIFEST = {"format": "test.kind", "version": 3, "words": ["Grüße", "\n"]}
 
@@ -62,3 +63,10 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(CorruptFileError):
             read_tensors(path, "test.kind", 3)
+
+
+def test_json_has_no_word_for_nan() -> None:
+    value = {"a": [1.5, float("nan"), (float("inf"), {"b": -float("inf")})], "c": "NaN", "d": True}
+    wanted = {"a": [1.5, None, [None, {"b": None}]], "c": "NaN", "d": True}
+    assert json.loads(json_text(value)) == wanted
+    assert json_text("Größe", indent=None) == '"Größe"'

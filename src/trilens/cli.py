@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -26,6 +25,7 @@ from trilens.models.tokens import token_strings
 from trilens.report.demo import print_side_by_side
 from trilens.report.families import print_families
 from trilens.report.text import print_inspection
+from trilens.storage import json_text
 from trilens.version import __version__
 
 __all__ = ["app", "convert", "demo", "families", "inspect", "main"]
@@ -145,7 +145,7 @@ def _inspect(
 
 def _print(inspection: Inspection, how: str) -> None:
     if how == "json":
-        typer.echo(json.dumps(inspection.to_dict(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(inspection.to_dict()))
     else:
         print_inspection(inspection, console())
 
@@ -172,7 +172,7 @@ def demo(
             shown[name] = _inspect(lens, f"demo {name}", text, None, top_k, effective)
         if output == "json":
             models = [inspection.to_dict() for inspection in shown.values()]
-            typer.echo(json.dumps(models, ensure_ascii=False, indent=2))
+            typer.echo(json_text(models))
             return
         out = console()
         for inspection in shown.values():
@@ -258,7 +258,7 @@ def families(
     with one_line_errors(debug):
         table = load_families()
         if output == "json":
-            typer.echo(json.dumps(table.to_dict(), ensure_ascii=False, indent=2))
+            typer.echo(json_text(table.to_dict()))
         else:
             print_families(table, console())
 

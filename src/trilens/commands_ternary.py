@@ -1,12 +1,11 @@
 """The commands `ternarize` and `validate`.
 
 Exit codes: 0 done; 1 `validate` found damage, or the output can't be written; 2 an argument is
-wrong, or the source can't be used.
+wrong, the source can't be used, or there is nothing to validate.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +16,12 @@ from trilens.checkpoint.gguf import GgufReport, validate_gguf
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
+from trilens.demo.evaluate import checked_heldout_documents
 from trilens.errors import CorruptFileError, UsageError
+from trilens.storage import json_text
 
 __all__ = ["register"]
 
@@ -66,6 +68,14 @@ def _ternarize(
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            "--sample",
+            help="Text to measure source and result on: a file, a folder, stdlib, or demo (the "
+            "demo model's held-out text).",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes, read headers only, write nothing.")
     ] = False,
@@ -81,8 +91,8 @@ def _ternarize(
 ) -> None:
     """Write a ternary copy of a checkpoint.
 
-    Prints each matrix's weight error. A model that was not trained for ternary weights is usually
-    unusable afterwards.
+    Prints each matrix's weight error and, with --sample, the perplexity before and after. A model
+    that was not trained for ternary weights is usually unusable afterwards.
     """
     with one_line_errors(
         debug, stopped="stopped; run the same command again (a directory goes on from here)"
@@ -99,7 +109,13 @@ def _ternarize(
         plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         written, printed = _formats(formats or [])
         report = ternarize(
-            source, out, plan=plan, format=written, dry_run=dry_run, revision=revision
+            source,
+            out,
+            plan=plan,
+            format=written,
+            dry_run=dry_run,
+            revision=revision,
+            sample=None if sample is None else _sample(sample),
         )
         _print(report, printed)
 
@@ -127,6 +143,14 @@ def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
     return TernaryPlan.load(file)
 
 
+def _sample(word: str) -> Sample:
+    """The text behind `--sample`; a file of that name comes before a word."""
+    if word == "demo" and not Path(word).exists():
+        documents = checked_heldout_documents()
+        return Sample("demo", tuple(document.text for document in documents))
+    return Sample.read(word)
+
+
 def _validate(
     path: Annotated[
         Path,
@@ -142,7 +166,7 @@ def _validate(
             return
         report = validate(path)
         if output == "json":
-            typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+            typer.echo(json_text(report.to_dict()))
             return
         typer.echo(
             f"{path}: undamaged. {len(report.coded)} matrices hold legal codes and finite scales; "
@@ -153,7 +177,7 @@ def _validate(
 
 def _print_gguf(report: GgufReport, path: Path, output: str) -> None:
     if output == "json":
-        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(report.to_dict()))
         return
     hashed = (
         "the tensors have the hash that the file names"
@@ -171,7 +195,7 @@ def _print_gguf(report: GgufReport, path: Path, output: str) -> None:
 
 def _print(report: TernaryReport, output: str) -> None:
     if output == "json":
-        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(report.to_dict()))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("matrix", overflow="fold")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -14,9 +15,24 @@ from torch import Tensor
 
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["json_text", "read_tensors", "write_tensors"]
 
 _KEY = "trilens"
+
+
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """JSON that every reader takes: NaN and infinities, which it has no word for, become null."""
+    return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:

@@ -76,6 +76,7 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
     cases = [
         (("validate", out), 1, "truncated"),
         (("validate", tmp_path / "nowhere"), 2, "nowhere"),
+        (("validate", source), 2, "has no trilens-ternary.json: it was not written by"),
         (("ternarize", source, "-o", tmp_path / "x", "--keep", "nothing"), 2, "matches no tensor"),
         (("ternarize", source, "-o", tmp_path / "x", "--rule", "magic"), 2, "magic"),
         (("ternarize", tmp_path / "nowhere", "-o", tmp_path / "x"), 2, "nowhere"),

@@ -244,7 +244,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         if "trilens-ternary.json" in content(out):
             validate(out)
         else:
-            with pytest.raises(CorruptFileError, match=r"has no trilens-ternary\.json"):
+            with pytest.raises(ModelNotFoundError, match=r"has no trilens-ternary\.json"):
                 validate(out)
         ternarize(source, out)
         found = {n: b for n, b in content(out).items() if not n.endswith(".partial")}

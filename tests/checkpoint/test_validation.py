@@ -244,7 +244,7 @@ def test_hostile_shard_names_in_the_index(good: Path, tmp_path: Path) -> None:
 def test_what_is_no_ternary_checkpoint(single: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         validate(tmp_path / "nowhere")
-    with pytest.raises(CorruptFileError, match="not written by trilens"):
+    with pytest.raises(ModelNotFoundError, match="not written by trilens"):
         validate(tmp_path)
     folder = tmp_path / "out"
     shutil.copytree(single, folder)

@@ -251,7 +251,7 @@ def test_other_ranks(shape):
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, 7, b"text", {"input_ids": [1]}, {1, 2}, object()], ids=repr
+    "prompt", [None, 7, b"text", {"input_ids": [1]}, {1, 2}, Ellipsis], ids=repr
 )
 def test_what_is_no_prompt(prompt):
     assert type(prompt).__name__ in refusal(UsageError, prompt)

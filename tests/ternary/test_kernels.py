@@ -61,6 +61,8 @@ def test_loops_are_bit_identical(shape: tuple[int, int], dtype: type) -> None:
         assert np.array_equal(ours[0], theirs[0])
         assert np.array_equal(ours[1], theirs[1])
         assert theirs[0].sum() == flat.size
+    values = weights(shape, np.float32, seed=2).reshape(-1)
+    assert compiled.squared_sums(flat, values) == reference.squared_sums(flat, values)
     for cut in (np.abs(flat[0]), dtype(0), dtype(np.inf)):
         packed = [np.empty(-(-flat.size // 4), dtype=np.uint8) for _ in range(2)]
         compiled.two_bit(flat, cut, packed[0])
@@ -73,6 +75,11 @@ def test_sums_against_float64(dtype: type) -> None:
     x = weights((3, 1003), dtype)
     exact = np.abs(x.astype(np.float64)).sum(axis=1)
     assert plain.abs_sums(x) == pytest.approx(exact, rel=1e-14)
+    values = weights((3, 1003), np.float32, seed=4)
+    truth = x.astype(np.longdouble)
+    assert plain.squared_sums(x.reshape(-1), values.reshape(-1)) == pytest.approx(
+        [float(((truth - values) ** 2).sum()), float((truth**2).sum())], rel=1e-13
+    )
     cuts = np.array([[-1.0, 2.0]] * 3, dtype=dtype)
     counts, sums = plain.cells(x, cuts)
     inside = (x >= -1) & (x <= 2)

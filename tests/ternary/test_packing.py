@@ -19,7 +19,6 @@ from trilens.errors import (
     ValueRangeError,
 )
 from trilens.ternary.blocks import CODECS, find_codec
-from trilens.ternary.packing import csr_is_smaller, csr_size_bytes
 from trilens.ternary.quantize import PerLayerQuant
 
 NAMES = sorted(CODECS)
@@ -330,17 +329,3 @@ class TestWithQuants:
             quant.units.per_block(quant.scales, 256)
         with pytest.raises(ShapeError, match="no whole number of blocks of 500"):
             quant.units.per_block(quant.scales, 500)
-
-
-class TestSparse:
-    def test_size(self) -> None:
-        assert csr_size_bytes(10, 7) == 5 * 7 + 8 * 10
-
-    def test_only_where_it_is_smaller(self) -> None:
-        # 5(1−s) + 8/cols < 0.25: with 4096 columns from s = 0.9504 on
-        rows, cols = 16, 4096
-        edge = (0.25 - 8 / cols) / 5
-        below, above = int(rows * cols * edge) - 1, int(rows * cols * edge) + 2
-        assert csr_is_smaller(rows, cols, below)
-        assert not csr_is_smaller(rows, cols, above)
-        assert not csr_is_smaller(rows, 32, 0)  # the ends of rows alone take a quarter byte each

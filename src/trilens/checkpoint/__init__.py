@@ -3,10 +3,13 @@
 from trilens.checkpoint.integration import TrilensConfig
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.report import SampleReport, TensorReport, TernaryReport
+from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 
 __all__ = [
+    "Sample",
+    "SampleReport",
     "TensorReport",
     "TernaryPlan",
     "TernaryReport",

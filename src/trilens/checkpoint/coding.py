@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.files import MappedFile, ShardWriter
@@ -18,8 +17,10 @@ from trilens.checkpoint.report import Outcome, TensorReport
 from trilens.checkpoint.skeleton import Choice
 from trilens.errors import WriteError
 from trilens.models.weights import TensorHeader
-from trilens.ternary.compact import compact_rows, expand_rows
-from trilens.ternary.linear import pack_rows, unpack_rows
+from trilens.ternary.compact import compact_rows
+from trilens.ternary.kernels import parallel_map
+from trilens.ternary.linear import pack_rows
+from trilens.ternary.packing import Base3, TwoBit
 from trilens.ternary.quantize import PerLayerQuant, Scale
 from trilens.ternary.units import resolve_units
 
@@ -153,11 +154,8 @@ def code_tensor(
             scale_dtype=plan.scale_dtype,
         )
         _write_matrix(writer, choice.packed_as, quant, index, plan.storage)
-        if len(matrices) == 1:
-            error, energy = quant.relative_error(matrix), 1.0
-        else:
-            error += quant.mse(matrix) * math.prod(quant.shape)
-            energy += _energy(stored_matrix)
+        of_error, of_energy = quant.energies(matrix)
+        error, energy = error + of_error, energy + of_energy
         zeros += quant.sparsity
         was_ternary = was_ternary and quant.was_ternary
         del quant  # before the next one is made
@@ -236,30 +234,24 @@ def _write_codes(
 ) -> None:
     rows, cols = trits.shape
     in_byte = CODES_PER_BYTE[storage]
-    pack, unpack = (pack_rows, unpack_rows) if storage == "two_bit" else (compact_rows, expand_rows)
+    pack, codec = (pack_rows, TwoBit()) if storage == "two_bit" else (compact_rows, Base3())
     row_bytes = math.ceil(cols / in_byte)
     begin = writer.slots[name].begin + index * rows * row_bytes
-    for first, last in _row_blocks(rows, cols):
+
+    def write(rows_of_block: tuple[int, int]) -> None:
+        first, last = rows_of_block
         part = trits[first:last]
         offset = begin + first * row_bytes
         writer.put(offset, pack(part).numpy())
-        found = torch.from_numpy(writer.get(offset, (last - first) * row_bytes).copy())
-        decoded = unpack(found.reshape(last - first, row_bytes), cols)
-        if not torch.equal(decoded, part):
+        found = writer.get(offset, (last - first) * row_bytes)
+        decoded = codec.decode(found, (last - first, in_byte * row_bytes)).trits
+        if not np.array_equal(decoded[:, :cols], part.numpy()):
             raise WriteError(f"{name} decodes to other trits than were coded: check the disk")
+
+    parallel_map(write, _row_blocks(rows, cols))
 
 
 def _row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
     step = max(1, _ROWS_WEIGHTS // cols)
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
-
-
-def _energy(matrix: Tensor) -> float:
-    rows, cols = matrix.shape
-    parts: list[float] = []
-    # PROMOTE: squares of 2e8 weights add up to 0.665 of the truth in float32
-    for first, last in _row_blocks(rows, cols):
-        values: NDArray[np.float64] = matrix[first:last].double().numpy()
-        parts.append(float(np.sum(values * values)))
-    return math.fsum(parts)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from trilens.errors import CorruptFileError, WriteError
 from trilens.models.wording import reason
+from trilens.storage import json_text
 
 __all__ = [
     "DTYPE_BYTES",
@@ -40,7 +41,7 @@ _TEMPORARY = ".{}.partial"
 
 def json_bytes(value: Any) -> bytes:
     """The one way in which this package writes JSON files."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, indent=1) + "\n").encode()
 
 
 def sha256_of(file: Path) -> str:
@@ -64,7 +65,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as stream:
+        temporary.unlink(missing_ok=True)  # a link of that name would lead the writing elsewhere
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -146,7 +148,8 @@ class ShardWriter:
         self._temporary = temporary_path(path)
         self._header, self.slots = _layout(entries)
         try:
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._temporary.unlink(missing_ok=True)  # as in `write_whole`
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except OSError as cause:
             raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
         self._open = True

@@ -21,8 +21,9 @@ from trilens.checkpoint.names import (
 )
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
-from trilens.errors import CorruptFileError, UsageError
+from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.models.weights import read_json
+from trilens.ternary.kernels import parallel_map
 
 __all__ = ["Journal", "Order", "fingerprint", "manifest_bytes", "read_manifest"]
 
@@ -31,7 +32,9 @@ _KIND = "trilens-ternary-checkpoint"
 
 def fingerprint(files: list[Path]) -> dict[str, Any]:
     """Size, hash of the header and hash of the content of every file that goes into the output."""
-    return {file.name: _of_file(file) for file in sorted(files, key=lambda file: file.name)}
+    ordered = sorted(files, key=lambda file: file.name)
+    # Hashing releases the interpreter's lock: shards side by side.
+    return dict(zip([file.name for file in ordered], parallel_map(_of_file, ordered), strict=True))
 
 
 def _of_file(file: Path) -> dict[str, Any]:
@@ -51,14 +54,16 @@ class Order:
         source: The fingerprint of the source's files.
         plan: The plan.
         code_version: The version of trilens.
+        sample: Hash of the text to measure on, or None.
     """
 
     source: dict[str, Any]
     plan: TernaryPlan
     code_version: str
+    sample: str | None = None
 
     @classmethod
-    def of(cls, files: list[Path], plan: TernaryPlan) -> Self:
+    def of(cls, files: list[Path], plan: TernaryPlan, sample: str | None = None) -> Self:
         """The order for a source and a plan, by this version of trilens.
 
         Raises:
@@ -68,7 +73,7 @@ class Order:
             code_version = version("trilens")
         except PackageNotFoundError:
             code_version = "not installed"
-        return cls(fingerprint(files), plan, code_version)
+        return cls(fingerprint(files), plan, code_version, sample)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -78,6 +83,7 @@ class Order:
             "code_version": self.code_version,
             "source": self.source,
             "plan": self.plan.to_dict(),
+            **({"sample": self.sample} if self.sample else {}),
         }
 
     def check_same(self, found: dict[str, Any], where: Path) -> None:
@@ -167,7 +173,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a manifest and check it against its own hash.
 
     Raises:
-        CorruptFileError: there is none, it is damaged, or of another format version.
+        ModelNotFoundError: there is none.
+        CorruptFileError: it is damaged, or of another format version.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -177,7 +184,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if unfinished
             else ("it was not written by trilens ternarize, or saved anew since")
         )
-        raise CorruptFileError(f"{folder} has no {MANIFEST_NAME}: {why}")
+        raise ModelNotFoundError(f"{folder} has no {MANIFEST_NAME}: {why}")
     found = read_json(path, CorruptFileError)
     if found.get("kind") != _KIND:
         raise CorruptFileError(f"{path} is not the manifest of a ternary checkpoint")

@@ -27,6 +27,7 @@ from trilens.checkpoint.names import (
 )
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
+from trilens.checkpoint.sample import Baseline, Sample
 from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
@@ -89,6 +90,7 @@ def ternarize(
     format: Format = "trilens",
     dry_run: bool = False,
     revision: str | None = None,
+    sample: Sample | None = None,
     progress: Callable[[TensorReport], None] | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
@@ -110,21 +112,32 @@ def ternarize(
             of an earlier call.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
+        sample: a text on which source and result are measured; the finding stands in the report
+            and in the model card.
         progress: called with each tensor's report.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
-            source is quantized already, or `dst` holds something else or another order's output.
+            source is quantized already, or `dst` holds something else or another order's output;
+            a sample and a dry run, a GGUF file, or a source that is no causal language model.
+        TextError: a sample that is too short.
         LoadError: the source cannot be read; see `trilens.errors`.
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
         WriteError: the output cannot be written.
 
     Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
-    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`).
+    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`). With a sample the whole
+    model is loaded, once before and once after.
     """
     gguf_format = find_format(format)
     if gguf_format is not None:
+        if sample is not None:
+            raise UsageError(
+                f"a sample cannot be measured on a {format} file: transformers does not run it. "
+                "Write a directory with the sample, then the GGUF file from that directory, which "
+                "keeps every trit"
+            )
         return _to_gguf(src, Path(dst), plan, gguf_format, revision, dry_run, progress)
     if format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
@@ -134,20 +147,36 @@ def ternarize(
             "pass a gguf format, for example gguf-tq2_0, or another name"
         )
     job = _read(src, plan or TernaryPlan(), revision)
+    if dry_run and sample is not None:
+        raise UsageError(
+            f"sample {sample.name!r} cannot be measured in a dry run, which writes no model: leave "
+            "one of them out"
+        )
     if dry_run:
         tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
-    out = _folder(Path(dst), job.folder)
-    order = Order.of([*job.files, job.folder / CONFIG_NAME, *job.side_files], job.plan)
+    out = Path(dst)
+    _check_folder(out, job.folder)
+    order = Order.of(
+        [*job.files, job.folder / CONFIG_NAME, *job.side_files],
+        job.plan,
+        sample.sha256 if sample else None,
+    )
     if (out / MANIFEST_NAME).is_file():
         order.check_same(read_manifest(out), out / MANIFEST_NAME)
         (out / JOURNAL_NAME).unlink(missing_ok=True)
         return validate(out)
+    # Measured first: a sample that is no good is refused before anything is written.
+    baseline = Baseline.of(sample, job.folder) if sample else None
+    _make_folder(out)
     _check_space(out, job)
     journal = Journal(out, order)
     tensors, digests = _write_shards(out, job, journal, progress)
-    report = TernaryReport(job.plan, tuple(tensors))
-    digests |= _write_side_files(out, job, report)
+    digests |= _write_side_files(out, job)
+    measured = baseline.against(out) if baseline else None
+    report = TernaryReport(job.plan, tuple(tensors), sample=measured)
+    write_whole(out / CARD_NAME, model_card(report).encode())
+    digests[CARD_NAME] = sha256_of(out / CARD_NAME)
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
@@ -230,10 +259,9 @@ def _side_files(folder: Path) -> tuple[Path, ...]:
     )
 
 
-def _folder(out: Path, source: Path) -> Path:
+def _check_folder(out: Path, source: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in out.iterdir()}
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
         same = out.resolve() == source.resolve()
     except OSError as cause:
         raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
@@ -242,7 +270,13 @@ def _folder(out: Path, source: Path) -> Path:
     left_over = {name for name in names if name.startswith(".") and name.endswith(".partial")}
     if names - left_over and not names & {MANIFEST_NAME, JOURNAL_NAME}:
         raise UsageError(f"directory {out} is not empty: give a new one")
-    return out
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
 
 
 def _check_space(out: Path, job: _Job) -> None:
@@ -292,16 +326,15 @@ def _write_shard(
         return writer.commit(), reports
 
 
-def _write_side_files(out: Path, job: _Job, report: TernaryReport) -> dict[str, str]:
+def _write_side_files(out: Path, job: _Job) -> dict[str, str]:
     index = _index(job)
     if index is not None:
         name, content = index
         write_whole(out / name, json_bytes(content))
     for path in job.side_files:
         write_whole(out / path.name, path.read_bytes())
-    write_whole(out / CARD_NAME, model_card(report).encode())
     write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
-    names = [path.name for path in job.side_files] + [CARD_NAME, CONFIG_NAME]
+    names = [path.name for path in job.side_files] + [CONFIG_NAME]
     return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from trilens.checkpoint.plan import TernaryPlan
 
-__all__ = ["Outcome", "TensorReport", "TernaryReport"]
+__all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
 Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out"]
 
@@ -58,6 +58,60 @@ class TensorReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleReport:
+    """Perplexity of one text before and after.
+
+    Attributes:
+        name: What the text is called.
+        n_tokens: Predicted tokens.
+        perplexity_before: Of the source, in its own dtype.
+        perplexity_after: Of the ternary checkpoint on the same tokens; infinite where its logits
+            are not finite.
+    """
+
+    name: str
+    n_tokens: int
+    perplexity_before: float
+    perplexity_after: float
+
+    @property
+    def ratio(self) -> float:
+        """After over before: 1 is no damage."""
+        return self.perplexity_after / self.perplexity_before
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words."""
+        return (
+            f"Perplexity on {self.name} ({self.n_tokens} tokens): {self.perplexity_before:.4g} "
+            f"before, {self.perplexity_after:.4g} after, {self.ratio:.3g} times as much."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; null where a number is infinite."""
+        values = {**asdict(self), "ratio": self.ratio}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report that `to_dict` gave these values.
+
+        Raises:
+            TypeError, KeyError: values that are none.
+        """
+        name, n_tokens = values["name"], values["n_tokens"]
+        before, after = values["perplexity_before"], values["perplexity_after"]
+        after = math.inf if after is None else after
+        numbers = all(isinstance(value, int | float) for value in (before, after))
+        if not (isinstance(name, str) and type(n_tokens) is int and numbers and before > 0):
+            raise TypeError("the entry of the sample has values of the wrong kind")
+        return cls(name, n_tokens, float(before), float(after))
+
+
+@dataclass(frozen=True, slots=True)
 class TernaryReport:
     """What `ternarize` did, or in a dry run would do.
 
@@ -65,11 +119,13 @@ class TernaryReport:
         plan: The plan that was followed.
         tensors: Every tensor of the checkpoint.
         dry_run: Nothing was written.
+        sample: The perplexity of a text before and after, where one was given.
     """
 
     plan: TernaryPlan
     tensors: tuple[TensorReport, ...]
     dry_run: bool = False
+    sample: SampleReport | None = None
 
     @property
     def matrices(self) -> tuple[TensorReport, ...]:
@@ -111,12 +167,16 @@ class TernaryReport:
             return (
                 "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
                 "model computes what it computed before."
-            )
+            ) + (f" {self.sample.sentence}" if self.sample else "")
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
             f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
-            "that was not trained for ternary weights is usually unusable after this. Weight "
-            "errors do not measure the damage: compare perplexity and outputs before any use."
+            "that was not trained for ternary weights is usually unusable after this. "
+        ) + (
+            f"{self.sample.sentence} One text is a sample: compare outputs before any use."
+            if self.sample
+            else "The damage was not measured, and weight errors do not tell it: give a text "
+            "(--sample) and compare outputs before any use."
         )
 
     def table(self) -> list[dict[str, Any]]:
@@ -142,6 +202,7 @@ class TernaryReport:
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
             "verdict": self.verdict,
+            "sample": self.sample.to_dict() if self.sample else None,
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -152,4 +213,10 @@ class TernaryReport:
             TensorReport(**{**tensor, "shape": tuple(tensor["shape"])})
             for tensor in values["tensors"]
         )
-        return cls(TernaryPlan.from_dict(values["plan"]), tuple(tensors), values["dry_run"])
+        sample = values.get("sample")
+        return cls(
+            TernaryPlan.from_dict(values["plan"]),
+            tuple(tensors),
+            values["dry_run"],
+            None if sample is None else SampleReport.from_dict(sample),
+        )

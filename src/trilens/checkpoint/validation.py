@@ -40,7 +40,7 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
         The report of the run that wrote it.
 
     Raises:
-        ModelNotFoundError: no such directory.
+        ModelNotFoundError: no such directory, or no manifest in it.
         CorruptFileError: says which file or tensor is damaged, and how.
     """
     folder = Path(path)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,20 +98,24 @@ class TensorHeader:
         return self.end - self.begin
 
 
-def read_json(path: Path, error: type[LoadError]) -> dict[str, Any]:
+def read_json(path: Path, error: type[LoadError], *, unique_keys: bool = False) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
     Args:
         path: the file.
         error: the class to raise: `ConfigError` for settings, `CorruptFileError` for files about
             weights.
+        unique_keys: refuse a key that is there twice, of which JSON readers take either.
 
     Raises:
         LoadError: of the class `error`, when the file cannot be read, is not UTF-8 JSON or is not
             an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(
+            text, object_pairs_hook=_once(f"{path} is malformed", error) if unique_keys else None
+        )
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
     except UnicodeDecodeError as cause:
@@ -127,6 +132,17 @@ def read_json(path: Path, error: type[LoadError]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise error(f"{path} holds a JSON {type(found).__name__}: an object is needed")
     return found
+
+
+def _once(what: str, error: type[LoadError]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            raise error(f"{what}: {clip(counts.most_common(1)[0][0])} is there twice")
+        return found
+
+    return pairs_once
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
@@ -167,16 +183,11 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
 
 
 def _parse_header(file: Path, text: bytes, *, start: int) -> Iterator[TensorHeader]:
-    def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CorruptFileError(f"{file} has a malformed header: {clip(twice)} is there twice")
-        return found
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs_once)
+        header = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_once(f"{file} has a malformed header", CorruptFileError),
+        )
     except (ValueError, RecursionError) as cause:
         raise CorruptFileError(
             f"{file} has a malformed header: not valid JSON ({reason(cause)})"
@@ -246,15 +257,21 @@ def shard_names(index: Path) -> tuple[str, ...]:
     """Read the shard file names of an index, each once, in order of first mention.
 
     Raises:
-        CorruptFileError: the index cannot be read, has no `weight_map`, or names a file outside its
-            own directory.
+        CorruptFileError: the index cannot be read, has no `weight_map` or a key twice, names a file
+            outside its own directory, or files that differ only by case.
     """
-    weight_map = read_json(index, CorruptFileError).get("weight_map")
+    weight_map = read_json(index, CorruptFileError, unique_keys=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} has no weight_map from tensor names to shard files")
     for name in weight_map.values():
         _check_file_name(index, name)
-    return tuple(dict.fromkeys(weight_map.values()))
+    names = tuple(dict.fromkeys(weight_map.values()))
+    if len({name.casefold() for name in names}) < len(names):
+        raise CorruptFileError(
+            f"{index} names weight files that differ only by case: many file systems hold one of "
+            "them; rename them"
+        )
+    return names
 
 
 def _check_file_name(source: Path, name: Any) -> None:
@@ -271,7 +288,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
     Raises:
         UnsafeFormatError: only pickled weights are there. They are never opened.
-        CorruptFileError: the index is malformed or names shards that are missing.
+        CorruptFileError: the index is malformed or names shards that are missing, or a file is a
+            link that leads out of the checkpoint.
         LoadError: there are no weights, or only ones that trilens does not read.
     """
     names = _names_in(folder)
@@ -285,7 +303,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if explicit is not None and explicit.endswith(".safetensors"):
         return _existing(folder, (explicit,), folder / "config.json")
     if explicit is None and (folder / SINGLE_NAME).is_file():
-        return (folder / SINGLE_NAME,)
+        return _existing(folder, (SINGLE_NAME,), folder / SINGLE_NAME)
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
         return _existing(folder, shard_names(index), index)
@@ -326,7 +344,22 @@ def _existing(folder: Path, names: tuple[str, ...], source: Path) -> tuple[Path,
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
             f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
         )
+    for name in names:
+        _check_link(folder, name)
     return tuple(folder / name for name in names)
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """Refuse a link out of the checkpoint; the hub's cache links snapshots to its own blobs."""
+    if not (folder / name).is_symlink():
+        return
+    target, home = (folder / name).resolve(), folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(place) for place in homes):
+        raise CorruptFileError(
+            f"{folder / name} is a link that leads out of the checkpoint, to {target}: put the file "
+            "itself there, or give the directory that holds it"
+        )
 
 
 def refusal(source: str, names: list[str]) -> LoadError:
@@ -354,7 +387,14 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     files = weight_files(folder)
     found: dict[str, TensorHeader] = {}
     for file in files:
-        found.update(read_header(file))
+        tensors = read_header(file)
+        twice = next((name for name in tensors if name in found), None)
+        if twice is not None:
+            raise CorruptFileError(
+                f"{folder} holds tensor {clip(twice)} twice, in {found[twice].file.name} and "
+                f"{file.name}: remove one of the files"
+            )
+        found.update(tensors)
     index = folder / (explicit_name(folder) or INDEX_NAME)
     if index.name.endswith(".index.json") and files[0].name != SINGLE_NAME:
         named = read_json(index, CorruptFileError)["weight_map"]

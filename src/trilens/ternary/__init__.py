@@ -1,15 +1,16 @@
 """Weights to trits {−1, 0, +1} and back.
 
-`quantize` has the result, `rules` what makes it, `packing` and `blocks` the exact codecs; the rest
-is how it is done: `source` reads weights in blocks, `units` says what shares a scale, `scan`,
-`exact` and `alternating` look at units, `engine` puts it together over `kernels`.
+`quantize` has the result, `rules` what makes it, `packing`, `blocks` and `sparse` the exact codecs;
+the rest is how it is done: `source` reads weights in blocks, `units` says what shares a scale,
+`scan`, `exact` and `alternating` look at units, `engine` puts it together over `kernels`.
 """
 
 from trilens.ternary.blocks import CODECS, find_codec
 from trilens.ternary.fused import PackedQuant, pack_absmean
-from trilens.ternary.packing import Codec, Unpacked, csr_is_smaller, csr_size_bytes
+from trilens.ternary.packing import Codec, Unpacked
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules import RULES
+from trilens.ternary.sparse import decode_csr, encode_csr, encode_smallest
 from trilens.ternary.units import Units
 
 __all__ = [
@@ -20,8 +21,9 @@ __all__ = [
     "PerLayerQuant",
     "Units",
     "Unpacked",
-    "csr_is_smaller",
-    "csr_size_bytes",
+    "decode_csr",
+    "encode_csr",
+    "encode_smallest",
     "find_codec",
     "pack_absmean",
 ]

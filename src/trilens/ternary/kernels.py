@@ -59,6 +59,9 @@ class Kernels(Protocol):
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What `cells` gives, from sorted units."""
 
+    def squared_sums(self, x: FloatArray, values: NDArray[np.float32]) -> tuple[float, float]:
+        """Σ(x − value)² and Σx²."""
+
     def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
         """Two-bit codes of a flat block, four to a byte."""
 
@@ -70,6 +73,7 @@ class _Plain:
     histogram = staticmethod(plain.histogram)
     best_prefix = staticmethod(plain.best_prefix)
     sorted_cells = staticmethod(plain.sorted_cells)
+    squared_sums = staticmethod(plain.squared_sums)
     two_bit = staticmethod(plain.two_bit)
 
 
@@ -83,6 +87,7 @@ class _Compiled:
         "_codes",
         "_histogram",
         "_sorted_cells",
+        "_squared_sums",
         "_two_bit",
     )
 
@@ -93,6 +98,7 @@ class _Compiled:
         self._histogram = _compile(numba, loops.histogram)
         self._best_prefix = _compile(numba, loops.best_prefix)
         self._sorted_cells = _compile(numba, loops.sorted_cells)
+        self._squared_sums = _compile(numba, loops.squared_sums)
         self._two_bit = _compile(numba, loops.two_bit)
 
     def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
@@ -134,6 +140,11 @@ class _Compiled:
         counts, sums = np.empty(shape, dtype=np.int64), np.empty(shape)
         self._sorted_cells(_read_only(ascending), prefix, _read_only(cuts), counts, sums)
         return counts, sums
+
+    def squared_sums(self, x: FloatArray, values: NDArray[np.float32]) -> tuple[float, float]:
+        out = np.empty(2)
+        self._squared_sums(_read_only(x), values, out)
+        return float(out[0]), float(out[1])
 
     def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
         self._two_bit(_read_only(x), cut, out)

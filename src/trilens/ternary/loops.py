@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["abs_sums", "best_prefix", "cells", "codes", "histogram", "sorted_cells", "two_bit"]
+__all__ = [
+    "abs_sums",
+    "best_prefix",
+    "cells",
+    "codes",
+    "histogram",
+    "sorted_cells",
+    "squared_sums",
+    "two_bit",
+]
 
 LANES = 64
 _STEP = 256
@@ -120,6 +129,39 @@ def sorted_cells(ascending: Any, prefix: Any, cuts: Any, counts: Any, sums: Any)
             last = low
         counts[unit, n_cuts] = length - last
         sums[unit, n_cuts] = prefix[unit, length] - prefix[unit, last]
+
+
+def squared_sums(x: Any, values: Any, out: Any) -> None:
+    """See `plain.squared_sums`."""
+    errors = np.zeros((2, LANES), dtype=np.float64)
+    energies = np.zeros((2, LANES), dtype=np.float64)
+    length = x.shape[0]
+    half = length // (2 * LANES) * LANES
+    for i in range(0, half, LANES):
+        for stream in range(2):
+            at = stream * half + i
+            step, near = x[at : at + LANES], values[at : at + LANES]
+            lane_errors, lane_energies = errors[stream], energies[stream]
+            for j in range(LANES):
+                truth = np.float64(step[j])
+                error = truth - np.float64(near[j])
+                lane_errors[j] += error * error
+                lane_energies[j] += truth * truth
+    for j in range(LANES):
+        errors[0, j] += errors[1, j]
+        energies[0, j] += energies[1, j]
+    for i in range(2 * half, length):
+        truth = np.float64(x[i])
+        error = truth - np.float64(values[i])
+        errors[0, (i - 2 * half) % LANES] += error * error
+        energies[0, (i - 2 * half) % LANES] += truth * truth
+    width = LANES // 2
+    while width > 0:
+        for j in range(width):
+            errors[0, j] += errors[0, j + width]
+            energies[0, j] += energies[0, j + width]
+        width //= 2
+    out[0], out[1] = errors[0, 0], energies[0, 0]
 
 
 def two_bit(x: Any, cut: Any, out: Any) -> None:

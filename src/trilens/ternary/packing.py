@@ -36,8 +36,6 @@ __all__ = [
     "as_bytes",
     "as_trits",
     "check_multiples",
-    "csr_is_smaller",
-    "csr_size_bytes",
     "rows_and_cols",
     "stacked",
 ]
@@ -206,16 +204,6 @@ class BitNet:
         raw = as_bytes(data, self.size_bytes(shape), f"{self.name} codes of shape {tuple(shape)}")
         _refuse(_HAS_CODE_3[raw], raw, f"{self.name} codes", "holds the code 3")
         return Unpacked(_unstacked(raw).reshape(tuple(shape)), None)
-
-
-def csr_size_bytes(rows: int, n_nonzero: int) -> int:
-    """Bytes of the nonzero trits alone: 4 for a column and 1 for a trit each, 8 for a row's end."""
-    return 5 * n_nonzero + 8 * rows
-
-
-def csr_is_smaller(rows: int, cols: int, n_nonzero: int) -> bool:
-    """Whether storing the nonzero trits alone beats two bits for each: above about 95 % zeros."""
-    return 4 * csr_size_bytes(rows, n_nonzero) < rows * cols
 
 
 def as_trits(trits: Trits) -> NDArray[np.int8]:

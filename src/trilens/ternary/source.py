@@ -120,6 +120,8 @@ class WeightsView:
 
     def _native(self, part: NDArray[Any] | Tensor) -> FloatArray:
         if isinstance(part, Tensor):
+            if part.dtype == torch.bfloat16 and part.device.type == "cpu":
+                return _widened(part)
             part = part.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         return np.ascontiguousarray(part, dtype=self.dtype).reshape(-1)
 
@@ -191,6 +193,15 @@ def _array(weights: NDArray[Any] | Sequence[Any], name: str) -> NDArray[Any]:
             "dequantize or convert them first"
         )
     return array
+
+
+def _widened(part: Tensor) -> FloatArray:
+    """bfloat16 is the upper half of float32.
+
+    Not `Tensor.to`: its own threads would fight with those of `parallel_map`.
+    """
+    bits = part.contiguous().view(torch.uint16).numpy().reshape(-1).astype(np.uint32)
+    return np.left_shift(bits, 16, out=bits).view(np.float32)
 
 
 def _target_shape(
