@@ -17,6 +17,8 @@ NAMES = (
     "plan",
     "checkpoint_2gb",
     "perplexity",
+    "compare",
+    "ternary_linear",
 )
 
 

@@ -1,4 +1,4 @@
-"""What a ternary checkpoint costs to write, to check, to load and to run.
+"""What a ternary checkpoint costs to write, to check and to load.
 
 One block of a Llama of 8B's widths (4096 and 14336), random bfloat16 weights; the largest tensor
 has 58.7M weights (117 MB). Memory is anonymous memory (`RssAnon`): the mapped source is not in it,
@@ -11,17 +11,14 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import paired, peak_memory, save
+from benchmarks.common import peak_memory, save
 from trilens.checkpoint import TernaryPlan, ternarize, validate
-from trilens.ternary.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 
 PLANS = {
@@ -88,32 +85,12 @@ def pipeline(source: Path, root: Path) -> dict[str, Any]:
     return figures
 
 
-def layer() -> dict[str, Any]:
-    """One 4096 × 4096 layer against `nn.Linear`."""
-    torch.manual_seed(0)
-    quant = PerLayerQuant.quantize(torch.randn(4096, 4096), "w")
-    packed = TernaryLinear.from_quant(quant)
-    figures: dict[str, Any] = {"packed_bits_per_weight": packed.bits_per_weight}
-    for dtype in (torch.float32, torch.bfloat16):
-        dense = nn.Linear(4096, 4096, bias=False, dtype=dtype)
-        dense.weight.data.copy_(quant.reconstruct())
-        for tokens in (1, 256):
-            x = torch.randn(tokens, 4096).to(dtype)
-            with torch.no_grad():
-                assert torch.equal(packed(x), dense(x))
-                medians = paired({"packed": partial(packed, x), "dense": partial(dense, x)}, 5)
-            figures[f"{dtype}, {tokens} tokens, ms"] = {
-                name: round(1000 * value, 2) for name, value in medians.items()
-            }
-    return figures
-
-
 def main() -> None:
     """Measure and keep."""
     with tempfile.TemporaryDirectory() as root:
         make(Path(root) / "source")
         figures = pipeline(Path(root) / "source", Path(root))
-    save("checkpoint", {**figures, "layer 4096 x 4096": layer()})
+    save("checkpoint", figures)
 
 
 if __name__ == "__main__":

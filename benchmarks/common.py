@@ -23,15 +23,18 @@ __all__ = ["PeakMemory", "llama_88m", "paired", "peak_bytes", "peak_memory", "ra
 RESULTS = Path(__file__).parent / "results"
 
 
-def llama_88m(positions: int = 4096) -> LlamaForCausalLM:
-    """An 88M-parameter Llama with random weights: 12 layers × 12 heads, width 768."""
+def llama_88m(positions: int = 4096, vocab_size: int = 4096) -> LlamaForCausalLM:
+    """An 88M-parameter Llama with random weights: 12 layers × 12 heads, width 768.
+
+    A larger vocabulary than 4096 adds 768 parameters for each token.
+    """
     config = LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,
         num_hidden_layers=12,
         num_attention_heads=12,
         num_key_value_heads=12,
-        vocab_size=4096,
+        vocab_size=vocab_size,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
     )

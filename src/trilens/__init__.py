@@ -9,6 +9,8 @@ cap.attention.top_attended_positions(layer=3, from_position=-1, k=5)
 
 from __future__ import annotations
 
+from trilens.analysis.comparison.result import Comparison
+from trilens.analysis.comparison.run import CompareOptions, compare
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache, GateSpec
@@ -25,6 +27,8 @@ __all__ = [
     "ActivationCache",
     "AttentionCache",
     "Capture",
+    "CompareOptions",
+    "Comparison",
     "FullActivationCache",
     "GateCache",
     "GateSpec",
@@ -37,6 +41,7 @@ __all__ = [
     "TernaryPlan",
     "TrilensError",
     "__version__",
+    "compare",
     "ternarize",
     "validate",
 ]

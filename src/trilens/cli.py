@@ -11,9 +11,10 @@ import typer
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers import logging as transformers_logging
 
-from trilens import commands_sensitivity
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
+from trilens.commands_compare import register as register_compare
+from trilens.commands_sensitivity import register as register_sensitivity
 from trilens.commands_ternary import register
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo import DEMO_MODELS, demo_path, training_record
@@ -264,7 +265,8 @@ def families(
 
 
 register(app)
-commands_sensitivity.register(app)
+register_compare(app)
+register_sensitivity(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

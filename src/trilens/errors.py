@@ -8,6 +8,7 @@
     │   ├── ValueRangeError      a number outside its allowed range
     │   ├── NonFiniteError       NaN or Inf where numbers are needed
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
+    │   ├── IncomparableError    two models that cannot be compared
     │   └── TooLargeError        the answer would need more memory than allowed without saying so
     ├── PromptError              a prompt that this model cannot read
     │   ├── EmptyPromptError
@@ -46,6 +47,7 @@ __all__ = [
     "CorruptFileError",
     "DtypeError",
     "EmptyPromptError",
+    "IncomparableError",
     "LoadError",
     "MemoryShortError",
     "ModelNotFoundError",
@@ -104,6 +106,10 @@ class NonFiniteError(UsageError, ValueError):
 
 class NotStoredError(UsageError, LookupError):
     """Asked for something that this capture or cache does not hold."""
+
+
+class IncomparableError(UsageError):
+    """Two models, or parts of them, that cannot be compared."""
 
 
 class TooLargeError(UsageError):

@@ -52,7 +52,11 @@ def test_load_save_and_load_again(model_type: str, plan: str, tmp_path: Path) ->
     first = logits(model, model_type)
     assert not torch.equal(first, logits(load(source), model_type))
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(load(tmp_path / "again"), model_type), first)
+    again = load(tmp_path / "again")
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], held) for name, held in model.state_dict().items())
+    # Dense experts lie where the file has them; the last bits of a product depend on alignment.
+    torch.testing.assert_close(logits(again, model_type), first, rtol=1e-5, atol=1e-5)
     once, twice = tensors(tmp_path / "out"), tensors(tmp_path / "again")
     for tensor in packed:
         name = tensor.name.removesuffix(".weight") + ".codes"

@@ -357,8 +357,8 @@ def _check_link(folder: Path, name: str) -> None:
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(place) for place in homes):
         raise CorruptFileError(
-            f"{folder / name} is a link that leads out of the checkpoint, to {target}: put the file "
-            "itself there, or give the directory that holds it"
+            f"{folder / name} is a link that leads out of the checkpoint, to {target}: "
+            "put the file itself there, or give the directory that holds it"
         )
 
 

@@ -1,16 +1,16 @@
 """`TernaryLinear`: a linear layer whose weight stays packed, two bits for each trit.
 
 A packed matrix is a few tensors (`Packed`): the codes 1 + t, four to a byte along each row, lowest
-bits first, and one scale per matrix, row or group of a row. It is unpacked for the length of one
-multiplication, to exactly the matrix that a dense layer would hold, so the result is the dense
-layer's, bit for bit.
+bits first, and one scale per matrix, row or group of a row. `multiply` computes with it and never
+unpacks the whole matrix; the result is that of the dense layer, which would hold `Packed.dense`,
+but for the order in which sums are taken.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trilens.errors import CorruptFileError, ShapeError
+from trilens.ternary.multiply import multiply, multiply_back
 from trilens.ternary.packing import TwoBit
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -144,6 +145,19 @@ class Packed:
             values += self._spread(self.offset)
         return values.to(dtype)
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Some rows, by reference. For one matrix.
+
+        Shapes: [rows, cols] → [stop − start, cols]
+        """
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            shared = not name.endswith("codes") and tensor.shape[0] == 1
+            return tensor if shared else tensor[start:stop]
+
+        parts: dict[str, Any] = {name: part(name, tensor) for name, tensor in self.parts.items()}
+        return replace(self, **parts)
+
     def _plane(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         trits = unpack_rows(codes, self.cols, dtype)
         return trits.mul_(self._spread(scale.to(dtype)))
@@ -162,14 +176,14 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
         ctx.packed, ctx.dtype = packed, x.dtype
         ctx.has_bias = bias is not None
-        return functional.linear(x, packed.dense(x.dtype), bias)
+        return multiply(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         to_x, to_bias, _ = ctx.needs_input_grad
         # Under autocast the gradient comes in another dtype than the input had.
-        by_x = (grad @ ctx.packed.dense(grad.dtype)).to(ctx.dtype) if to_x else None
+        by_x = multiply_back(grad, ctx.packed).to(ctx.dtype) if to_x else None
         by_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None
         return by_x, by_bias, None
 
@@ -350,14 +364,14 @@ class TernaryLinear(nn.Module):
 
         Shapes: x [..., in_features] → [..., out_features], in the dtype of x
 
-        Memory: the unpacked matrix in the dtype of x, for the length of the call.
+        Memory: see `multiply`: two megabytes, and what a few inputs are prepared to.
         """
         bias = self.bias
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         if wants and torch.is_grad_enabled():
             found: Tensor = _Multiply.apply(x, bias, self.packed)  # type: ignore[no-untyped-call]
             return found
-        return functional.linear(x, self.packed.dense(x.dtype), bias)
+        return multiply(x, self.packed, bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -1,0 +1,96 @@
+"""What a comparison costs: all questions to two models, against two plain forward passes.
+
+An 88M-parameter Llama with random weights and 32,000 tokens (9 layers × 12 heads, width 768), and
+a copy of it with noise on every weight; 64 prompts of 256 tokens.
+
+`--prompts N` and `--rounds N` make a shorter run; its result is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import peak_memory, ratios, save
+from trilens import CompareOptions, Lens, compare
+
+PROMPTS, TOKENS, ROUNDS = 64, 256, 3
+BATCH = CompareOptions().batch_size
+
+
+def models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """The model, and what became of it."""
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=9,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=32_000,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    before = LlamaForCausalLM(config).eval()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        for parameter in after.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+    return before, after
+
+
+def main() -> None:
+    """Measure, and keep a whole run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    chosen = parser.parse_args()
+    pair = models()
+    lenses = [Lens(model) for model in pair]
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 32_000, (chosen.prompts, TOKENS), generator=generator)
+
+    def plain() -> None:
+        with torch.no_grad():
+            for batch in prompts.split(BATCH):
+                for model in pair:
+                    model(input_ids=batch, use_cache=False)
+
+    def asked(which: Any, some: torch.Tensor = prompts) -> Callable[[], Any]:
+        options = CompareOptions(lens=which)
+        return lambda: compare(lenses[0], lenses[1], iter(some), options=options)
+
+    runs = {
+        "two plain passes": plain,
+        "compare": asked("last"),
+        "compare, no lens": asked("none"),
+        "compare, lens at all positions": asked("all"),
+    }
+    memory = {}
+    for n in (max(1, chosen.prompts // 4), chosen.prompts):
+        asked("last", prompts[:BATCH])()
+        with peak_memory() as peak:
+            asked("last", prompts[:n])()
+        memory[str(n)] = round(peak.extra_bytes / 1e6)
+    figures = {
+        "parameters": sum(p.numel() for p in pair[0].parameters()),
+        "prompts": chosen.prompts,
+        "tokens": TOKENS,
+        "batch_size": BATCH,
+        "rounds": chosen.rounds,
+        "runs": ratios(runs, chosen.rounds),
+        "peak_extra_mb_by_prompts": memory,
+    }
+    if (chosen.prompts, chosen.rounds) == (PROMPTS, ROUNDS):
+        save("compare", figures)
+    else:
+        print(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""At which layer the final top token appears, before and after.
+
+The residual stream after each block goes through the model's own final norm and unembedding; a
+position settles at the first layer from which on the top token is that of the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trilens.analysis.comparison.rows import Row, change
+from trilens.lens import Lens
+
+__all__ = ["LensAccumulator", "settle_layers"]
+
+_MODULE = "logit_lens"
+_CHUNK_ELEMENTS = 1 << 23  # of logits
+
+
+class LensAccumulator:
+    """Takes the settle layers of positions of both models.
+
+    Memory:
+        a number per layer.
+    """
+
+    __slots__ = ("_counts", "_n_layers")
+
+    def __init__(self, n_layers: int) -> None:
+        self._n_layers = n_layers
+        self._counts = torch.zeros(2, n_layers, dtype=torch.int64)
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Settle layers of the same positions.
+
+        Shapes:
+            before, after int64 [positions].
+        """
+        for side, layers in enumerate((before, after)):
+            self._counts[side] += torch.bincount(layers, minlength=self._n_layers)
+
+    def rows(self) -> list[Row]:
+        """Share of positions that have settled, per layer, and the mean settle layer."""
+        total = int(self._counts[0].sum())
+        if not total:
+            return []
+        settled = (self._counts.cumsum(-1).double() / total).tolist()
+        rows = [
+            change("settled", settled[0][layer], settled[1][layer], module=_MODULE, layer=layer)
+            for layer in range(self._n_layers)
+        ]
+        means = (self._counts * torch.arange(self._n_layers)).sum(-1).double() / total
+        rows.append(change("settle_layer", *means.tolist(), module=_MODULE))
+        return rows
+
+
+def settle_layers(lens: Lens, residuals: Sequence[Tensor]) -> Tensor:
+    """First layer from which on the top token is that of the last layer.
+
+    Shapes:
+        residuals one [positions, d_model] per layer; returns int64 [positions], on the CPU.
+
+    Memory:
+        logits of some positions at a time, 32 MB in float32.
+    """
+    layers, positions = len(residuals), len(residuals[0])
+    vocab = lens.anatomy.vocab or 1
+    step = max(1, _CHUNK_ELEMENTS // (layers * vocab))
+    found = []
+    for start in range(0, positions, step):
+        # Layers of a model may lie on several devices; the unembedding is on the last one's.
+        device = residuals[-1].device
+        some = torch.stack([x[start : start + step].to(device) for x in residuals])
+        top = lens.unembed(some).argmax(-1).cpu()
+        other = (top != top[-1]).long()
+        # One beyond the last layer that says something else; 0 where none does.
+        beyond = torch.arange(1, layers + 1)[:, None] * other
+        found.append(beyond.amax(0))
+    return torch.cat(found)

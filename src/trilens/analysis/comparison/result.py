@@ -1,0 +1,231 @@
+"""`Comparison`: everything that was found between two models, frozen, as one long-form table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from torch import Tensor
+
+from trilens.analysis.comparison.heads import RoleChange
+from trilens.analysis.comparison.rows import METRICS, Row
+from trilens.analysis.comparison.saving import read_rows, write_rows, write_whole
+from trilens.capture import ModelInfo
+from trilens.errors import (
+    CorruptFileError,
+    ModelNotFoundError,
+    NotStoredError,
+    UsageError,
+    WriteError,
+)
+from trilens.storage import read_tensors, write_tensors
+
+__all__ = ["Comparison", "NamedArray"]
+
+_FORMAT = "trilens.comparison"
+_VERSION = 1
+_MANIFEST, _TABLE, _ARRAYS = "comparison.json", "table.parquet", "arrays.safetensors"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedArray:
+    """A tensor whose axes have names, one per dimension."""
+
+    axes: tuple[str, ...]
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """Two models on the same tokens: what differs in what they say, and inside.
+
+    Every number stands in a row (layer, module, head, metric, before, after, delta). Of a quantity
+    that each model has, before and after are the two values; of a divergence between the two,
+    `before` is what the model before gives against itself (0, or 1 for a cosine or a share that
+    agrees), so that `delta` is exactly 0 everywhere where the models are equal. `rows.METRICS` says
+    what each metric is.
+
+    Attributes:
+        before: which model it was.
+        after: likewise.
+        n_prompts: prompts that both read.
+        n_tokens: their tokens.
+        options: what was asked, as plain values.
+        rows: the table.
+        role_changes: heads that gained or lost a role.
+        arrays: what is too long for rows, with named axes: the KL of each token, the average
+            openness of each unit, the settle layer of each position.
+        notes: what could not be compared, in words.
+    """
+
+    before: ModelInfo
+    after: ModelInfo
+    n_prompts: int
+    n_tokens: int
+    options: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    role_changes: tuple[RoleChange, ...]
+    arrays: Mapping[str, NamedArray]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({self.before.model_class} and {self.after.model_class}: "
+            f"{self.n_prompts} prompts, {self.n_tokens} tokens, {len(self.rows)} rows, "
+            f"{len(self.role_changes)} role changes)"
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict per row: layer, module, head, metric, before, after, delta."""
+        return [asdict(row) for row in self.rows]
+
+    def select(
+        self, metric: str, *, layer: int | None = None, module: str | None = None
+    ) -> list[Row]:
+        """The rows of a metric, of one layer or module where they are named.
+
+        Raises:
+            UsageError: there is no such metric.
+        """
+        if metric not in METRICS:
+            raise UsageError(f"metric {metric!r} is none of {', '.join(METRICS)}")
+        return [
+            row
+            for row in self.rows
+            if row.metric == metric
+            and (layer is None or row.layer == layer)
+            and (module is None or row.module == module)
+        ]
+
+    def row(self, metric: str) -> Row:
+        """The one row of a metric that is there once, such as `kl_nats_mean`.
+
+        Raises:
+            UsageError: there is no such metric, or it has several rows.
+            NotStoredError: this comparison has no row of it.
+        """
+        found = self.select(metric)
+        if not found:
+            raise NotStoredError(f"metric {metric!r} was not measured: {METRICS[metric]}")
+        if len(found) > 1:
+            raise UsageError(f"metric {metric!r} has {len(found)} rows: ask select()")
+        return found[0]
+
+    def to_pandas(self) -> Any:
+        """The table as a pandas DataFrame; layer and head are nullable integers.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UsageError(
+                "pandas is not installed: pip install 'trilens[pandas]', or use table()"
+            ) from error
+        names = [field.name for field in fields(Row)]
+        frame = pandas.DataFrame(self.table(), columns=names)
+        return frame.astype({"layer": "Int64", "head": "Int64"})
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder: the table (Parquet), the arrays (safetensors), a manifest (JSON).
+
+        The manifest is written last: a folder without one is not whole.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UsageError: the path is a file.
+            WriteError: a file can't be written.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file: name a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _MANIFEST).unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"{folder} can't be written: {error.strerror}") from error
+        write_rows(folder / _TABLE, self.rows)
+        tensors = {name: array.tensor for name, array in self.arrays.items()}
+        axes = {name: list(array.axes) for name, array in self.arrays.items()}
+        head = {"format": _FORMAT, "version": _VERSION, "axes": axes}
+        write_tensors(folder / _ARRAYS, tensors, head)
+        manifest = {
+            **head,
+            **self.to_dict(),
+            "files": {"table": _TABLE, "arrays": _ARRAYS},
+        }
+        del manifest["table"]
+        body = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
+        write_whole(folder / _MANIFEST, lambda file: file.write(body.encode()))
+        return folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison without its arrays, as JSON can hold it.
+
+        JSON has no infinity: "inf", "-inf" and "nan" stand for what is not finite.
+        """
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "n_prompts": self.n_prompts,
+            "n_tokens": self.n_tokens,
+            "options": dict(self.options),
+            "role_changes": [asdict(each) for each in self.role_changes],
+            "notes": list(self.notes),
+            "table": [{name: _plain(value) for name, value in row.items()} for row in self.table()],
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; nothing in the files is executed.
+
+        Raises:
+            ModelNotFoundError: no such folder, or one without a manifest.
+            CorruptFileError: damaged, of another kind or of another version.
+        """
+        folder = Path(path)
+        if not (folder / _MANIFEST).is_file():
+            raise ModelNotFoundError(f"{folder} is no saved comparison: it has no {_MANIFEST}")
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise CorruptFileError(f"{folder / _MANIFEST} can't be read: {error}") from error
+        kind = manifest.get("format") if isinstance(manifest, dict) else None
+        if kind != _FORMAT or manifest.get("version") != _VERSION:
+            raise CorruptFileError(
+                f"{folder / _MANIFEST} is {kind!r}: a {_FORMAT} of version {_VERSION} is needed"
+            )
+        tensors, _ = read_tensors(folder / _ARRAYS, _FORMAT, _VERSION)
+        rows = read_rows(folder / _TABLE)
+        try:
+            arrays = {
+                name: NamedArray(tuple(axes), tensors[name])
+                for name, axes in manifest["axes"].items()
+            }
+            return cls(
+                before=ModelInfo(**manifest["before"]),
+                after=ModelInfo(**manifest["after"]),
+                n_prompts=manifest["n_prompts"],
+                n_tokens=manifest["n_tokens"],
+                options=MappingProxyType(manifest["options"]),
+                rows=rows,
+                role_changes=tuple(RoleChange(**each) for each in manifest["role_changes"]),
+                arrays=MappingProxyType(arrays),
+                notes=tuple(manifest["notes"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(f"{folder} is not a whole comparison: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

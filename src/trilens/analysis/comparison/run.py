@@ -1,0 +1,329 @@
+"""`compare`: two models on the same tokens, one batch of each held at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+from trilens.analysis.comparison.attention import EFFECTIVE, SOFTMAX, AttentionAccumulator
+from trilens.analysis.comparison.compatible import check_comparable
+from trilens.analysis.comparison.gates import GateAccumulator
+from trilens.analysis.comparison.heads import RoleAccumulator, repeated_probe
+from trilens.analysis.comparison.logit_lens import LensAccumulator, settle_layers
+from trilens.analysis.comparison.outside import OutsideAccumulator, OutsideResult, outside_rows
+from trilens.analysis.comparison.residual import ResidualAccumulator
+from trilens.analysis.comparison.result import Comparison, NamedArray
+from trilens.analysis.comparison.sites import Sites, common_sites, refuse_nonfinite
+from trilens.analysis.comparison.weights import weight_rows
+from trilens.caches.activation import FullActivationCache
+from trilens.caches.patterns import Pattern
+from trilens.capture import Capture, ModelInfo
+from trilens.errors import (
+    CaptureError,
+    EmptyPromptError,
+    IncomparableError,
+    NonFiniteError,
+    UsageError,
+    ValueRangeError,
+)
+from trilens.lens import Lens, PromptLike
+from trilens.models.tokens import max_positions_of, read_prompt, vocab_size_of
+
+__all__ = ["CompareOptions", "compare"]
+
+_LENSES = ("last", "all", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """How to compare.
+
+    Attributes:
+        lens: logit lens of the last token of each prompt, of all tokens (about as dear as a
+            forward pass for each layer's unembedding), or none.
+        batch_size: prompts in one forward pass.
+        gate_threshold: a unit is dead below this mean openness and saturated above 1 − it.
+        role_threshold: a head has a role from this score on, in (0, 1].
+        seed: of the bootstrap.
+        add_special_tokens: for text prompts, as the tokenizer does.
+
+    Raises:
+        UsageError: lens is none of the three.
+        ValueRangeError: a number outside its range.
+    """
+
+    lens: Literal["last", "all", "none"] = "last"
+    batch_size: int = 4
+    gate_threshold: float = 0.1
+    role_threshold: float = 0.4
+    seed: int = 0
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.lens not in _LENSES:
+            raise UsageError(f"lens {self.lens!r} is not an option: 'last', 'all' or 'none'")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
+            raise ValueRangeError(f"batch_size {self.batch_size!r} is not a whole number")
+        if self.batch_size < 1:
+            raise ValueRangeError(f"batch_size {self.batch_size} is out of range: it is at least 1")
+        if not 0 <= self.gate_threshold <= 0.5:
+            raise ValueRangeError(f"gate_threshold {self.gate_threshold} is out of range: [0, 0.5]")
+        if not 0 < self.role_threshold <= 1:
+            raise ValueRangeError(f"role_threshold {self.role_threshold} is out of range: (0, 1]")
+
+
+def compare(
+    before: Lens | str | Path,
+    after: Lens | str | Path,
+    prompts: Iterable[PromptLike],
+    *,
+    options: CompareOptions | None = None,
+) -> Comparison:
+    """Run two models of equal shape on the same tokens and say what differs, outside and inside.
+
+    Outside: perplexity, KL divergence, top tokens. Inside, per layer: residual stream, attention
+    (of recurrent layers the effective attention), what heads do, gates, logit lens, weights.
+
+    Args:
+        before: the reference: a lens, a checkpoint directory or a hub id.
+        after: what became of it: ternary, fine-tuned, in another dtype, a later checkpoint.
+        prompts: texts, lists of token ids or tensors; read once, so that a generator will do.
+        options: see `CompareOptions`.
+
+    Returns:
+        A frozen comparison. Equal models give a delta of exactly 0 in every row.
+
+    Raises:
+        IncomparableError: the models differ in tokenizer, vocabulary, depth or shapes.
+        EmptyPromptError: no prompts at all, or one with nothing to predict.
+        NonFiniteError: NaN or Inf, naming the model, the prompt and the first layer.
+        PromptError, LoadError, AnatomyError: as `Lens.capture` and `Lens.from_pretrained`.
+
+    Memory
+        One batch of captures of each model; besides that 4 bytes per token and some numbers per
+        head and gate unit, however many prompts there are.
+    """
+    chosen = options or CompareOptions()
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise UsageError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
+    left, right = _lens(before), _lens(after)
+    check_comparable(left, right)
+    run = _Run(left, right, chosen)
+    for batch in _batches(prompts, left, right, chosen):
+        run.add(batch)
+    return run.result()
+
+
+class _Run:
+    def __init__(self, before: Lens, after: Lens, options: CompareOptions) -> None:
+        self.lenses = (before, after)
+        self.options = options
+        self.sites: Sites = common_sites(before, after)
+        masked = type(before.model) in MODEL_FOR_MASKED_LM_MAPPING.values()
+        self.outside = OutsideAccumulator(next_token=not masked, seed=options.seed)
+        self.speaks = bool(before.anatomy.unembedding) and bool(after.anatomy.unembedding)
+        self.fewest = 1 if masked or not self.speaks else 2
+        self.residual = ResidualAccumulator()
+        self.attention = AttentionAccumulator()
+        self.gates = GateAccumulator(options.gate_threshold)
+        self.lens = LensAccumulator(before.n_layers)
+        self.settled: list[Tensor] = []
+        self.models: list[ModelInfo] = []
+        self.n_prompts = self.n_tokens = 0
+
+    def add(self, batch: Sequence[Tensor]) -> None:
+        for number, ids in enumerate(batch, start=self.n_prompts):
+            if len(ids) < self.fewest:
+                raise EmptyPromptError(
+                    f"prompt {number} has {len(ids)} token: {self.fewest} or more are needed, or "
+                    "there is nothing to predict"
+                )
+        before, after = (self._captures(lens, batch) for lens in self.lenses)
+        while before:
+            self._take(before.pop(0), after.pop(0))
+
+    def _captures(self, lens: Lens, batch: Sequence[Tensor]) -> list[Capture]:
+        captures = lens.capture_many(
+            batch,
+            batch_size=len(batch),
+            residual="all",
+            attention=bool(self.sites.attention),
+            effective=bool(self.sites.effective),
+            gates=bool(self.sites.gates),
+            logits="all",
+        )
+        return list(captures)
+
+    def _take(self, before: Capture, after: Capture) -> None:
+        pair = (before, after)
+        for side, capture in zip(("before", "after"), pair, strict=True):
+            refuse_nonfinite(capture, side, self.n_prompts)
+        if before.logits is not None and after.logits is not None:
+            try:
+                self.outside.add(before.logits, after.logits, before.token_ids)
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"prompt {self.n_prompts}: {error}; the residual stream is finite after every "
+                    "layer, so that the final norm or the unembedding is where to look"
+                ) from error
+        streams = [_full(capture) for capture in pair]
+        for layer in streams[0].layers:
+            stream, other = (each.get_layer(layer) for each in streams)
+            if stream is not None and other is not None:
+                self.residual.add(layer, stream, other)
+        for layer, module in self._modules().items():
+            self.attention.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
+        if before.gates is not None and after.gates is not None:
+            for name, layer in self.sites.gates:
+                self.gates.add(name, layer, before.gates, after.gates)
+        if self.speaks and self.options.lens != "none":
+            first = 0 if self.options.lens == "all" else -1
+            settled = [
+                settle_layers(lens, [stream[first:] for stream in each.activations])
+                for lens, each in zip(self.lenses, streams, strict=True)
+            ]
+            self.lens.add(settled[0], settled[1])
+            self.settled.append(torch.stack(settled).int())
+        self.n_tokens += len(before.token_ids)
+        self.n_prompts += 1
+        self.models = [before.model, after.model]
+
+    def _modules(self) -> dict[int, str]:
+        return {
+            **dict.fromkeys(self.sites.attention, SOFTMAX),
+            **dict.fromkeys(self.sites.effective, EFFECTIVE),
+        }
+
+    def result(self) -> Comparison:
+        if not self.n_prompts:
+            raise EmptyPromptError("prompts are empty: there is nothing to compare; give some")
+        outside = self.outside.result() if self.speaks else None
+        roles = self._roles()
+        rows = [
+            *(outside_rows(outside) if outside is not None else ()),
+            *self.residual.rows(),
+            *self.attention.rows(),
+            *(roles.rows() if roles else ()),
+            *self.gates.rows(),
+            *self.lens.rows(),
+            *weight_rows(*self.lenses),
+        ]
+        notes = list(self.sites.notes)
+        if not self.speaks:
+            notes.append("a model without an unembedding: nothing outside is compared")
+        return Comparison(
+            before=self.models[0],
+            after=self.models[1],
+            n_prompts=self.n_prompts,
+            n_tokens=self.n_tokens,
+            options=MappingProxyType(asdict(self.options)),
+            rows=tuple(rows),
+            role_changes=tuple(roles.changes(self.options.role_threshold) if roles else ()),
+            arrays=MappingProxyType(self._arrays(outside)),
+            notes=tuple(notes),
+        )
+
+    def _roles(self) -> RoleAccumulator | None:
+        """What heads do, on a probe of repeated tokens that both models read."""
+        layers = self._modules()
+        probes, half = repeated_probe(self.lenses[0].model)
+        if not layers or not probes:
+            return None
+        roles = RoleAccumulator(half)
+        wanted: dict[str, Any] = {
+            "residual": None,
+            # Asked for no logits, some models run their last layers for the last token alone.
+            "logits": "last",
+            "attention": bool(self.sites.attention),
+            "effective": bool(self.sites.effective),
+        }
+        runs = (lens.capture_many(probes, batch_size=2, **wanted) for lens in self.lenses)
+        for before, after in zip(*runs, strict=True):
+            for layer, module in layers.items():
+                roles.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
+        return roles
+
+    def _arrays(self, outside: OutsideResult | None) -> dict[str, NamedArray]:
+        arrays: dict[str, NamedArray] = {}
+        if outside is not None:
+            # A copy: the result's own array is read-only, which torch warns of.
+            kl = torch.from_numpy(outside.token_kl_nats.copy())
+            arrays["token_kl_nats"] = NamedArray(("predictions",), kl)
+            counts = torch.from_numpy(outside.prompt_tokens)
+            arrays["prompt_predictions"] = NamedArray(("prompts",), counts)
+            if outside.nll_nats_before is not None:
+                nll = torch.from_numpy(outside.prompt_nll_nats)
+                arrays["prompt_nll_nats"] = NamedArray(("prompts", "before_after"), nll)
+        if self.settled:
+            settled = torch.cat(self.settled, dim=1)
+            arrays["settle_layer"] = NamedArray(("before_after", "positions"), settled)
+        for unit in self.gates.units():
+            pair = torch.stack([unit.before, unit.after])
+            name = f"openness.{unit.layer}.{unit.name}"
+            arrays[name] = NamedArray(("before_after", "units"), pair)
+        return arrays
+
+
+def _lens(model: Lens | str | Path) -> Lens:
+    if isinstance(model, Lens):
+        return model
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"a model to compare is a {type(model).__name__}: give a Lens, a checkpoint directory "
+            "or a hub id"
+        )
+    return Lens.from_pretrained(str(model))
+
+
+def _batches(
+    prompts: Iterable[PromptLike], before: Lens, after: Lens, options: CompareOptions
+) -> Iterator[list[Tensor]]:
+    """Token ids, neighbours of one length together, read by both tokenizers where there are two."""
+    batch: list[Tensor] = []
+    for number, prompt in enumerate(prompts):
+        ids = _ids(prompt, before if before.tokenizer is not None else after, before, options)
+        if isinstance(prompt, str) and None not in (before.tokenizer, after.tokenizer):
+            other = _ids(prompt, after, after, options)
+            if not torch.equal(ids, other):
+                raise IncomparableError(
+                    f"tokenizers differ: prompt {number} is {ids[:6].tolist()} … "
+                    f"({len(ids)} tokens) before and {other[:6].tolist()} … ({len(other)} tokens) "
+                    "after; give token ids, if the same ids mean the same to both models"
+                )
+        if batch and (len(batch) == options.batch_size or len(ids) != len(batch[0])):
+            yield batch
+            batch = []
+        batch.append(ids)
+    if batch:
+        yield batch
+
+
+def _ids(prompt: PromptLike, reader: Lens, lens: Lens, options: CompareOptions) -> Tensor:
+    return read_prompt(
+        prompt,
+        tokenizer=reader.tokenizer,
+        vocab_size=vocab_size_of(lens.model),
+        max_positions=max_positions_of(lens.model),
+        add_special_tokens=options.add_special_tokens,
+    ).ids
+
+
+def _full(capture: Capture) -> FullActivationCache:
+    residual = capture.residual
+    return residual if isinstance(residual, FullActivationCache) else FullActivationCache()
+
+
+def _unsigned(capture: Capture, layer: int) -> Pattern:
+    """The pattern of a layer; a recurrent layer's through the view without signs."""
+    attention = capture.attention
+    if attention is None:
+        raise CaptureError(f"layer {layer} gave no pattern in this pass; it gave one to the probe")
+    return attention.relu_l1().pattern(layer)
