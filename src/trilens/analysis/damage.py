@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from trilens.analysis.comparison.outside import OutsideAccumulator
 from trilens.errors import EmptyPromptError, NonFiniteError, TooLargeError
 from trilens.lens import Lens
 from trilens.models.running import device_of, forward_arguments
@@ -23,7 +23,6 @@ __all__ = ["Damage", "Yardstick"]
 
 _KEPT_BYTES = 4 << 30
 _BATCH_TOKENS = 2048
-_ROWS = 512  # rows of the vocabulary that are compared at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,34 +82,37 @@ class Yardstick:
         self._batches = _batches(usable)
         self._kept: list[Tensor] = []
         self.n_tokens = sum(batch.numel() - len(batch) for batch in self._batches)
-        total = 0.0
+        own = OutsideAccumulator()
         for batch in self._batches:
             logits = self._forward(batch)
-            if not bool(torch.isfinite(logits.amax(-1)).all()):
-                raise NonFiniteError("the model's own logits hold NaN or Inf: nothing to measure")
-            total += _nll_sum(logits, batch)
+            try:
+                _add(own, logits, logits, batch)
+            except NonFiniteError as cause:
+                raise NonFiniteError(
+                    "the model's own logits hold NaN or Inf: nothing to measure"
+                ) from cause
             self._kept.append(logits.clone())
-        self.nll_nats = total / self.n_tokens
+        self.nll_nats = own.result().nll_nats_before or 0.0
 
     def measure(self) -> Damage:
         """Compare the model as it is now with the one of the beginning."""
-        nll = kl = 0.0
-        for batch, before in zip(self._batches, self._kept, strict=True):
-            logits = self._forward(batch)
-            nll += _nll_sum(logits, batch)
-            kl += _kl_sum(before, logits)
-        nll, kl = nll / self.n_tokens - self.nll_nats, kl / self.n_tokens
-        if not (math.isfinite(nll) and math.isfinite(kl)):
-            nll = kl = math.inf
-        return Damage(nll, max(kl, 0.0), self.n_tokens)
+        found = OutsideAccumulator()
+        try:
+            for batch, before in zip(self._batches, self._kept, strict=True):
+                _add(found, before, self._forward(batch), batch)
+        except NonFiniteError:
+            return Damage(math.inf, math.inf, self.n_tokens)
+        result = found.result()
+        nll = (result.nll_nats_after or 0.0) - (result.nll_nats_before or 0.0)
+        return Damage(nll, result.kl_nats_mean, self.n_tokens)
 
     def _forward(self, ids: Tensor) -> Tensor:
-        """Logits that predict something: [batch, seq − 1, vocab]."""
+        """Logits [batch, seq, vocab]."""
         model = self._lens.model
         arguments = forward_arguments(model, ids.to(device_of(model)), None)
         with evaluating(model), torch.inference_mode(False), torch.no_grad():
             logits: Tensor = model(**arguments).logits
-        return logits[:, :-1]
+        return logits
 
 
 def _batches(blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -125,25 +127,6 @@ def _batches(blocks: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _nll_sum(logits: Tensor, ids: Tensor) -> float:
-    labels = ids[:, 1:].to(logits.device)
-    total = 0.0
-    for rows, right in zip(_rows(logits), torch.split(labels.reshape(-1), _ROWS), strict=True):
-        # PROMOTE: a mean over thousands of tokens in bfloat16 keeps two digits
-        loss = functional.cross_entropy(rows.float(), right, reduction="none")
-        total += float(loss.double().sum())
-    return total
-
-
-def _kl_sum(before: Tensor, after: Tensor) -> float:
-    total = 0.0
-    for p, q in zip(_rows(before), _rows(after), strict=True):
-        log_p, log_q = (functional.log_softmax(rows.float(), dim=-1) for rows in (p, q))
-        # A token that p excludes counts nothing: 0 · Inf would be NaN.
-        gap = torch.where(log_p > -math.inf, log_p - log_q, 0.0)
-        total += float((log_p.exp() * gap).sum(-1).double().sum())
-    return total
-
-
-def _rows(logits: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(logits.reshape(-1, logits.shape[-1]), _ROWS)
+def _add(into: OutsideAccumulator, before: Tensor, after: Tensor, ids: Tensor) -> None:
+    for block in zip(before, after, ids, strict=True):
+        into.add(*block)
