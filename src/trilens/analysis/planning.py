@@ -258,7 +258,7 @@ def _choose(
             least = 8 * sum(front[0].size_bytes for front in fronts) / n_weights
             raise UsageError(
                 f"budget of {options.budget_bits} bits is out of range: the smallest plan takes "
-                f"{least:.4f} bits per weight"
+                f"{least:.4f} bits per weight: pass that or more"
             )
         steps = _within(steps, room)
 
