@@ -33,11 +33,18 @@ def saved(model_type: str, folder: Path, shard_size: str = "50GB", **changes: An
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """`from_pretrained` as a user calls it, without transformers' progress bars."""
+    """`from_pretrained` as a user calls it, without transformers' progress bars.
+
+    Weights mapped from a file lie at any address, and the order of a sum follows the alignment: each
+    gets memory of its own here, so that equal weights give equal bits.
+    """
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -57,6 +57,20 @@ def test_logits_none_asks_the_model_for_less_but_changes_nothing(lens: Lens, ids
         assert torch.equal(a.get_layer(layer), b.get_layer(layer))
 
 
+@pytest.mark.parametrize("model_type", ["gemma4", "gemma4_unified"])
+def test_layers_that_share_keys_see_every_position(model_type: str) -> None:
+    lens = Lens(build(model_type))
+    asked: dict = {"residual": "all", "attention": True, "gates": True}
+    whole = lens.capture(prompt_ids(model_type), **asked)
+    short = lens.capture(prompt_ids(model_type), logits=None, **asked)
+    for layer in range(lens.n_layers):
+        assert torch.equal(short.residual.get_layer(layer), whole.residual.get_layer(layer))
+        assert torch.equal(short.attention.get_layer(layer), whole.attention.get_layer(layer))
+    for name in whole.gates.names:
+        for layer in whole.gates.layers(name):
+            assert torch.equal(short.gates.get(name, layer), whole.gates.get(name, layer))
+
+
 def test_chosen_layers_only(lens: Lens, ids: torch.Tensor) -> None:
     cap = lens.capture(ids, layers=[2, 0, 2], attention=True, gates=True)
     assert cap.residual.layers == (0, 2)

@@ -46,7 +46,9 @@ def forward_arguments(
     if "return_dict" in known:
         arguments["return_dict"] = True
     if not logits and "logits_to_keep" in known:
-        arguments["logits_to_keep"] = 1
+        # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
+        # index it speaks of logits alone.
+        arguments["logits_to_keep"] = torch.tensor([ids.shape[-1] - 1], device=ids.device)
     return arguments
 
 
