@@ -35,8 +35,8 @@ def saved(model_type: str, folder: Path, shard_size: str = "50GB", **changes: An
 def load(folder: Path, **options: Any) -> Any:
     """`from_pretrained` as a user calls it, without transformers' progress bars.
 
-    Weights mapped from a file lie at any address, and the order of a sum follows the alignment: each
-    gets memory of its own here, so that equal weights give equal bits.
+    Weights mapped from a file lie at any address, and the order of a sum follows the alignment:
+    each gets memory of its own here, so that equal weights give equal bits.
     """
     logging.disable_progress_bar()
     with warnings.catch_warnings():
