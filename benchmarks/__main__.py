@@ -15,6 +15,7 @@ NAMES = (
     "quantize",
     "checkpoint",
     "calibrated",
+    "plan",
     "checkpoint_2gb",
     "perplexity",
     "compare",

@@ -40,6 +40,7 @@ FLOORS = {
     "demo": 7,
     "console": 7,
     "commands_compare": 7,
+    "commands_sensitivity": 7,
     "commands_ternary": 7,
     "cli": 7,
     "__main__": 7,

@@ -14,6 +14,7 @@ from transformers import logging as transformers_logging
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.capture import Capture
 from trilens.commands_compare import register as register_compare
+from trilens.commands_sensitivity import register as register_sensitivity
 from trilens.commands_ternary import register
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo import DEMO_MODELS, demo_path, training_record
@@ -265,6 +266,7 @@ def families(
 
 register(app)
 register_compare(app)
+register_sensitivity(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

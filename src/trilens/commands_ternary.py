@@ -69,6 +69,13 @@ def _ternarize(
     scale_dtype: Annotated[
         str, typer.Option("--scale-dtype", help="float16, bfloat16 or float32.")
     ] = "float32",
+    storage: Annotated[
+        str, typer.Option("--storage", help="two_bit, or compact: 1.6 bits, scales in their dtype.")
+    ] = "two_bit",
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", help="A plan file of trilens plan, instead of the options above."),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -132,10 +139,16 @@ def _ternarize(
     with one_line_errors(
         debug, stopped="stopped; run the same command again (a directory goes on from here)"
     ):
-        options: dict[str, Any] = {"rule": rule, "per": per, "scale_dtype": scale_dtype}
-        plan = TernaryPlan(
-            **options, group_size=group_size, keep=tuple(keep or ()), only=tuple(only or ())
-        )
+        options: dict[str, Any] = {
+            "rule": rule,
+            "group_size": group_size,
+            "per": per,
+            "keep": tuple(keep or ()),
+            "only": tuple(only or ()),
+            "scale_dtype": scale_dtype,
+            "storage": storage,
+        }
+        plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         written, printed = _formats(formats or [])
         wanted = {"tokens": tokens, "length": length, "seed": seed, "max_damage": max_damage}
         calibration = _calibration(calibrate, evaluate, wanted)
@@ -164,6 +177,17 @@ def _formats(given: list[str]) -> tuple[Any, str]:
             "json at most once"
         )
     return (written or ["trilens"])[0], (printed or ["table"])[0]
+
+
+def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
+    """The plan of a file; options beside it would contradict it."""
+    plain = TernaryPlan()
+    given = [name for name, value in options.items() if value not in {getattr(plain, name), None}]
+    if given:
+        raise UsageError(
+            f"--plan and --{given[0].replace('_', '-')} are both given: the plan file says it all"
+        )
+    return TernaryPlan.load(file)
 
 
 def _sample(word: str) -> Sample:

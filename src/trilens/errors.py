@@ -27,6 +27,7 @@
     │   └── SeveralStreamsError  the residual has more than one stream
     ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
+    ├── RestoreError             weights that were replaced for a while did not come back
     └── CaptureError             a forward pass that did not give what was asked
         ├── SilentSiteError      a requested site that did not fire
         ├── AttentionPathError   attention that goes through no supported path
@@ -61,6 +62,7 @@ __all__ = [
     "PromptError",
     "PromptTooLongError",
     "RecurrentStateError",
+    "RestoreError",
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
@@ -182,6 +184,10 @@ class DamageError(TrilensError):
 
 class WriteError(TrilensError):
     """A file that could not be written: no space, no permission, or it is in use."""
+
+
+class RestoreError(TrilensError):
+    """Weights that were replaced for a while did not come back as they were."""
 
 
 class CaptureError(TrilensError):

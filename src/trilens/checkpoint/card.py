@@ -20,6 +20,8 @@ def model_card(report: TernaryReport) -> str:
         for tensor in report.tensors
         if tensor.outcome == "kept" and not tensor.is_matrix
     )
+    mixed = "" if not plan.matrices else f", {len(plan.matrices)} matrices by entries of their own"
+    bits = "1.6 bits each, five to a byte" if plan.storage == "compact" else "two bits each"
     lines = [
         "---",
         "library_name: transformers",
@@ -32,8 +34,9 @@ def model_card(report: TernaryReport) -> str:
         "",
         report.verdict,
         "",
-        f"- Rule: `{plan.rule}`, one scale per {scales}, scales rounded to {plan.scale_dtype}.",
-        f"- {len(report.coded)} matrices are stored as trits −1, 0, +1, in two bits each "
+        f"- Rule: `{plan.rule}`, one scale per {scales}, scales rounded to {plan.scale_dtype}"
+        f"{mixed}.",
+        f"- {len(report.coded)} matrices are stored as trits −1, 0, +1, in {bits} "
         "(`planes`: two trits), every one decoded from the file and compared bit for bit.",
         f"- Tensors: {report.size_bytes:,} bytes, {report.size_bytes_before:,} before; "
         f"{report.bits_per_weight:.2f} bits per weight over all tensors.",

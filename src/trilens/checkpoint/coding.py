@@ -13,20 +13,34 @@ from torch import Tensor
 
 from trilens.checkpoint.files import MappedFile, ShardWriter
 from trilens.checkpoint.names import part_name
-from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.plan import Storage, TernaryPlan
 from trilens.checkpoint.report import Outcome, TensorReport
 from trilens.checkpoint.skeleton import Choice
 from trilens.errors import WriteError
 from trilens.models.weights import TensorHeader
 from trilens.ternary.calibrated import n_planes_of
+from trilens.ternary.compact import compact_rows
 from trilens.ternary.kernels import parallel_map
 from trilens.ternary.linear import pack_rows
-from trilens.ternary.packing import TwoBit
+from trilens.ternary.packing import Base3, TwoBit
 from trilens.ternary.quantize import PerLayerQuant, Scale
 from trilens.ternary.rules import RuleName
 from trilens.ternary.units import resolve_units
 
-__all__ = ["CodedBefore", "Entry", "code_tensor", "entries", "planned", "tensor_of"]
+__all__ = [
+    "CODES_PER_BYTE",
+    "CodedBefore",
+    "Entry",
+    "code_tensor",
+    "entries",
+    "packed_parts",
+    "planned",
+    "tensor_of",
+]
+
+CODES_PER_BYTE: dict[Storage, int] = {"two_bit": 4, "compact": 5}
+
+_SCALE_DTYPES = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 
 Entry = tuple[str, str, tuple[int, ...], int]
 """Name, dtype, shape and bytes of a tensor in the output."""
@@ -51,9 +65,8 @@ class _Sizes:
     rows: int
     cols: int
 
-    @property
-    def codes(self) -> tuple[int, ...]:
-        return (*self.lead, self.rows, math.ceil(self.cols / 4))
+    def codes(self, plan: TernaryPlan) -> tuple[int, ...]:
+        return (*self.lead, self.rows, math.ceil(self.cols / CODES_PER_BYTE[plan.storage]))
 
     def scale(self, plan: TernaryPlan) -> tuple[int, ...]:
         if plan.per == "tensor":
@@ -73,20 +86,38 @@ def entries(choice: Choice, header: TensorHeader, plan: TernaryPlan) -> list[Ent
     if choice.storage == "kept":
         return [(choice.name, header.dtype, header.shape, header.size_bytes)]
     sizes = _sizes(choice, header.shape)
-    codes, scale = sizes.codes, sizes.scale(plan)
-    wanted = [("codes", "U8", codes), ("scale", "F32", scale)]
-    if plan.rule == "asymmetric":
-        wanted.append(("offset", "F32", scale))
-    if n_planes_of(plan.rule) == 2:
-        wanted += [("second_codes", "U8", codes), ("second_scale", "F32", scale)]
+    found = packed_parts(sizes.lead, sizes.rows, sizes.cols, plan.of(choice.name))
     return [
-        (
-            part_name(choice.packed_as, part),
-            dtype,
-            shape,
-            math.prod(shape) * (4 if dtype == "F32" else 1),
-        )
-        for part, dtype, shape in wanted
+        (part_name(choice.packed_as, part), dtype, shape, size_bytes)
+        for part, dtype, shape, size_bytes in found
+    ]
+
+
+def packed_parts(
+    lead: tuple[int, ...], rows: int, cols: int, plan: TernaryPlan
+) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """What a matrix, or n experts, become in the output.
+
+    Args:
+        lead: leading dimensions: none for one matrix, (n,) for experts.
+        rows: outputs.
+        cols: inputs.
+        plan: of this matrix.
+
+    Returns:
+        Name, dtype, shape and bytes of each packed part.
+    """
+    sizes = _Sizes(lead, rows, cols)
+    codes, scale = sizes.codes(plan), sizes.scale(plan)
+    dtype, width = _SCALE_DTYPES[plan.scale_dtype if plan.storage == "compact" else "float32"]
+    wanted = [("codes", "U8", codes), ("scale", dtype, scale)]
+    if plan.rule == "asymmetric":
+        wanted.append(("offset", dtype, scale))
+    if n_planes_of(plan.rule) == 2:
+        wanted += [("second_codes", "U8", codes), ("second_scale", dtype, scale)]
+    return [
+        (part, kind, shape, math.prod(shape) * (1 if kind == "U8" else width))
+        for part, kind, shape in wanted
     ]
 
 
@@ -133,6 +164,7 @@ def code_tensor(
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
         return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=new is not None)
+    plan = plan.of(choice.name)
     stored = tensor_of(header, file)
     matrices = stored if stored.ndim == 3 else stored[None]
     error = energy = zeros = 0.0
@@ -155,7 +187,7 @@ def code_tensor(
         else:
             quant, output_error, other_rule = coded
             output_errors.append(output_error)
-        _write_matrix(writer, choice.packed_as, quant, index)
+        _write_matrix(writer, choice.packed_as, quant, index, plan.storage)
         of_error, of_energy = quant.energies(matrix)
         error, energy = error + of_error, energy + of_energy
         zeros += quant.sparsity
@@ -218,34 +250,45 @@ def _report(
     )
 
 
-def _write_matrix(writer: ShardWriter, name: str, quant: PerLayerQuant, index: int) -> None:
-    _write_codes(writer, part_name(name, "codes"), quant.trits, index)
+def _write_matrix(
+    writer: ShardWriter, name: str, quant: PerLayerQuant, index: int, storage: Storage
+) -> None:
+    _write_codes(writer, part_name(name, "codes"), quant.trits, index, storage)
     if quant.second_trits is not None:
-        _write_codes(writer, part_name(name, "second_codes"), quant.second_trits, index)
+        _write_codes(writer, part_name(name, "second_codes"), quant.second_trits, index, storage)
     scales: dict[str, Scale | None] = {
         "scale": quant.scale,
         "offset": quant.offset,
         "second_scale": quant.second_scale,
     }
+    kind = torch.float32
+    if storage == "compact" and quant.scale_dtype is not None:
+        kind = getattr(torch, quant.scale_dtype)
     for part, values in scales.items():
         if values is not None:
-            flat = np.asarray(values, dtype="<f4").reshape(-1)
+            # They were rounded to this dtype before they were used: nothing is lost.
+            exact = torch.from_numpy(np.asarray(values, dtype=np.float32).reshape(-1).copy())
+            flat = exact.to(kind).view(torch.uint8).numpy()
             slot = writer.slots[part_name(name, part)]
-            writer.put(slot.begin + index * flat.nbytes, flat.view(np.uint8))
+            writer.put(slot.begin + index * flat.nbytes, flat)
 
 
-def _write_codes(writer: ShardWriter, name: str, trits: Tensor, index: int) -> None:
+def _write_codes(
+    writer: ShardWriter, name: str, trits: Tensor, index: int, storage: Storage
+) -> None:
     rows, cols = trits.shape
-    row_bytes = math.ceil(cols / 4)
+    in_byte = CODES_PER_BYTE[storage]
+    pack, codec = (pack_rows, TwoBit()) if storage == "two_bit" else (compact_rows, Base3())
+    row_bytes = math.ceil(cols / in_byte)
     begin = writer.slots[name].begin + index * rows * row_bytes
 
     def write(rows_of_block: tuple[int, int]) -> None:
         first, last = rows_of_block
         part = trits[first:last]
         offset = begin + first * row_bytes
-        writer.put(offset, pack_rows(part).numpy())
+        writer.put(offset, pack(part).numpy())
         found = writer.get(offset, (last - first) * row_bytes)
-        decoded = TwoBit().decode(found, (last - first, 4 * row_bytes)).trits
+        decoded = codec.decode(found, (last - first, in_byte * row_bytes)).trits
         if not np.array_equal(decoded[:, :cols], part.numpy()):
             raise WriteError(f"{name} decodes to other trits than were coded: check the disk")
 

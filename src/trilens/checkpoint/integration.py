@@ -8,8 +8,10 @@ unpacked on the way in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,14 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from trilens.checkpoint.coding import CODES_PER_BYTE
 from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, part_name
+from trilens.checkpoint.plan import Storage
 from trilens.checkpoint.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
 from trilens.ternary.calibrated import n_planes_of
-from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3
+from trilens.ternary.compact import expand_rows, is_compact
+from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
 
@@ -40,6 +45,8 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: paths of the layers that are packed in memory.
         merged: whether there are packed tensors that transformers merges or splits.
         experts: last names of the parameters that hold a matrix for each of many experts.
+        storage: how codes lie in the file; in memory they are packed in two bits.
+        overrides: parameter → rule, per and group_size that differ from the general ones.
 
     Raises:
         ConfigError: a version or an option that this trilens does not know.
@@ -54,6 +61,8 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: Sequence[str] = (),
         merged: bool = False,
         experts: Sequence[str] = (),
+        storage: str = "two_bit",
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -74,6 +83,26 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.layers = list(layers)
         self.merged = merged
         self.experts = list(experts)
+        if storage not in get_args(Storage):
+            raise ConfigError(
+                f"quantization_config has the storage {storage!r}: this trilens does not know it"
+            )
+        self.storage = storage
+        self.overrides = {name: dict(options) for name, options in (overrides or {}).items()}
+
+    def of(self, target: str, model: Any) -> Mapping[str, Any]:
+        """Rule, per and group size of one parameter, under its name in the model.
+
+        Args:
+            target: the parameter.
+            model: the model; the checkpoint's class may have another prefix.
+        """
+        plain = {"rule": self.rule, "per": self.per, "group_size": self.group_size}
+        prefix = f"{model.base_model_prefix}."
+        for spelling in (target, target.removeprefix(prefix), prefix + target):
+            if spelling in self.overrides:
+                return {**plain, **self.overrides[spelling]}
+        return plain
 
 
 class Unpack(ConversionOps):  # type: ignore[misc]
@@ -109,7 +138,8 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             (parts,) = _collect(input_dict, prefix)
             module = module_at(model, name.rpartition(".")[0])
             turned = bool(getattr(module, "is_transposed", False))
-            dense = self._dense(parts, name, held.dtype, held.shape[-2 if turned else -1])
+            cols = held.shape[-2 if turned else -1]
+            dense = self._dense(parts, name, held.dtype, cols, self._group_size(name, model))
             return {name: dense.transpose(-1, -2).contiguous() if turned else dense}
         found: dict[str, Any] = {}
         for key, value in input_dict.items():
@@ -117,18 +147,48 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             if part not in PARTS:
                 found[key] = value
             elif part == "codes":
-                # Only rows of a multiple of 4 are stored this way.
+                group_size = self._group_size(name, model)
                 found[f"{stem}.weight"] = [
-                    self._dense(parts, key, held.dtype, 4 * parts["codes"].shape[-1])
+                    self._dense(parts, key, held.dtype, self._cols(parts, name, model), group_size)
                     for parts in _collect(input_dict, f"{stem}.")
                 ]
         return found
 
-    def _dense(self, parts: dict[str, Tensor], name: str, dtype: torch.dtype, cols: int) -> Tensor:
-        for part, tensor in parts.items():
-            if part.endswith("codes") and holds_code_3(tensor):
-                raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
-        return Packed(**parts, cols=cols, group_size=self.config.group_size).dense(dtype)
+    def _group_size(self, name: str, model: Any) -> int | None:
+        found: int | None = self.config.of(name, model)["group_size"]
+        return found
+
+    def _cols(self, parts: dict[str, Tensor], name: str, model: Any) -> int:
+        """The length of rows: a multiple of 4 by the pipeline's rule; written down if compact."""
+        found: int = self.config.of(name, model).get("cols", 4 * parts["codes"].shape[-1])
+        return found
+
+    def _dense(
+        self,
+        parts: dict[str, Tensor],
+        name: str,
+        dtype: torch.dtype,
+        cols: int,
+        group_size: int | None,
+    ) -> Tensor:
+        two_bit = {
+            part: _two_bit(tensor, cols, name, self.config.storage)
+            if part.endswith("codes")
+            else tensor
+            for part, tensor in parts.items()
+        }
+        return Packed(**two_bit, cols=cols, group_size=group_size).dense(dtype)
+
+
+def _two_bit(codes: Tensor, cols: int, name: str, storage: str) -> Tensor:
+    """Codes as they lie in memory, from those of the file; illegal ones are refused."""
+    if storage == "compact":
+        if not is_compact(codes):
+            raise CorruptFileError(f"{name} holds a byte above 242: five trits make at most that")
+        return pack_rows(expand_rows(codes.cpu(), cols)).to(codes.device)
+    if holds_code_3(codes):
+        raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
+    return codes
 
 
 def _collect(input_dict: dict[str, Any], prefix: str) -> list[dict[str, Tensor]]:
@@ -192,15 +252,25 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
             if found is None:
                 continue  # a bare model has no place for what only the full one has
             parent, _dot, name = found.rpartition(".")
-            setattr(model.get_submodule(parent), name, _packed_like(model, found, config))
+            setattr(model.get_submodule(parent), name, _packed_like(model, found, path, config))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for path, module in model.named_modules():
+        for path, module in list(model.named_modules()):
+            if isinstance(module, _Arriving):
+                parent, _dot, name = path.rpartition(".")
+                module = module.arrived(path)  # noqa: PLW2901
+                setattr(model.get_submodule(parent), name, module)
             if isinstance(module, TernaryLinear):
                 for parameter in module.packed.parts.values():
                     parameter.requires_grad_(False)
                 if module.codes.device.type != "meta":
                     module.check(path)
+        if getattr(model.config, "rescale_every", 0):
+            # Such a model would divide weights in place and halve its residual to match; packed
+            # weights cannot be divided. Without both it computes the same.
+            model.config.rescale_every = 0
+        # What is saved from now on is what lies in memory.
+        self.quantization_config.storage = "two_bit"
         # Saving turns the conversions around: it must find transformers' own.
         originals = {id(new): old for new, old in self._changed}
         used = [originals.get(id(c), c) for c in model._weight_conversions]
@@ -226,22 +296,80 @@ def _path_in(model: Any, path: str) -> str | None:
     return None
 
 
-def _packed_like(model: Any, path: str, config: TrilensConfig) -> TernaryLinear:
+class _Arriving(TernaryLinear):
+    """A layer with room for compact codes, as long as a checkpoint is read."""
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weight in two-bit codes; some models look at weights while they load."""
+        held = super().packed
+        second = None if held.second_codes is None else self._codes("second_codes")
+        return replace(held, codes=self._codes("codes"), second_codes=second)
+
+    def arrived(self, path: str) -> TernaryLinear:
+        """The layer that computes, with what was read.
+
+        Raises:
+            CorruptFileError: a byte that is no five trits.
+            ConfigError: the codes were left on disk.
+        """
+        if self.codes.is_meta:
+            raise ConfigError(
+                f"{path} is offloaded, but its codes are compact: load the model onto a device "
+                'that holds it, or make the checkpoint with storage="two_bit"'
+            )
+        new = TernaryLinear(
+            self.in_features,
+            self.out_features,
+            bias=False,
+            per_row=self.scale.shape[0] > 1,
+            group_size=self.group_size,
+            transposed=self.transposed,
+            device="meta",
+            dtype=self._like.dtype,
+        )
+        new._like = self._like
+        for name in (*PARTS, "bias"):
+            setattr(new, name, getattr(self, name))
+        for name in ("codes", "second_codes"):
+            if getattr(self, name) is not None:
+                codes = self._codes(name, f"{name} of {path}")
+                setattr(new, name, nn.Parameter(codes, requires_grad=False))
+        return new.train(self.training)
+
+    def make_room(self) -> None:
+        """Replace the empty two-bit codes by room for what the file holds."""
+        for name in ("codes", "second_codes"):
+            codes = getattr(self, name)
+            if codes is not None:
+                width = math.ceil(self.in_features / CODES_PER_BYTE["compact"])
+                room = codes.new_zeros((self.out_features, width))
+                setattr(self, name, nn.Parameter(room, requires_grad=False))
+
+    def _codes(self, part: str, name: str = "codes") -> Tensor:
+        return _two_bit(getattr(self, part).data, self.in_features, name, "compact")
+
+
+def _packed_like(model: Any, path: str, stored: str, config: TrilensConfig) -> TernaryLinear:
     old = model.get_submodule(path)
+    options = config.of(f"{stored}.weight", model)
     transposed = isinstance(old, Conv1D)
     first, second = old.weight.shape
-    new = TernaryLinear(
+    layer = _Arriving if config.storage == "compact" else TernaryLinear
+    new = layer(
         first if transposed else second,
         second if transposed else first,
         bias=old.bias is not None,
-        per_row=config.per != "tensor",
-        group_size=config.group_size,
-        has_offset=config.rule == "asymmetric",
-        has_second=n_planes_of(config.rule) == 2,
+        per_row=options["per"] != "tensor",
+        group_size=options["group_size"],
+        has_offset=options["rule"] == "asymmetric",
+        has_second=n_planes_of(options["rule"]) == 2,
         transposed=transposed,
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
+    if isinstance(new, _Arriving):
+        new.make_room()
     new.train(old.training)
     return new
 

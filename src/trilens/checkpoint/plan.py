@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias, get_args
 
+from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
+from trilens.models.wording import reason
 from trilens.ternary.calibrated import CalibratedName, check_rule
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.rules import RuleName
 from trilens.ternary.units import Per, resolve_units
 
-__all__ = ["TernaryPlan"]
+__all__ = ["Storage", "TernaryPlan"]
+
+Storage: TypeAlias = Literal["two_bit", "compact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,11 @@ class TernaryPlan:
             given, else "tensor". Of experts stored in one tensor, each matrix has its own.
         keep: Regular expressions (searched in tensor names) of matrices to keep as they are.
         only: Regular expressions of the matrices to make ternary; empty means all.
-        scale_dtype: What scales are rounded to before they are used; they are stored as float32.
+        scale_dtype: What scales are rounded to before they are used.
+        storage: "two_bit": codes of two bits and float32 scales, as they lie in memory; "compact":
+            five trits to a byte (1.6 bits each) and scales of `scale_dtype`, turned into the former
+            when loaded.
+        matrices: What some matrices become, by tensor name: it goes before all other options.
 
     Raises:
         UsageError: an option that does not exist, or an expression that is not valid.
@@ -45,6 +55,8 @@ class TernaryPlan:
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     scale_dtype: ScaleDtype = "float32"
+    storage: Storage = "two_bit"
+    matrices: Mapping[str, MatrixPlan] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Check every option, and settle what they imply."""
@@ -55,13 +67,26 @@ class TernaryPlan:
                 f"scale dtype {self.scale_dtype!r} is unknown: "
                 f"pass {', '.join(get_args(ScaleDtype))}"
             )
+        if self.storage not in get_args(Storage):
+            raise UsageError(
+                f"storage {self.storage!r} is unknown: pass {', '.join(get_args(Storage))}"
+            )
+        object.__setattr__(self, "matrices", _entries(self.matrices))
         object.__setattr__(self, "per", units.per)
         object.__setattr__(self, "group_size", units.group_size)
         object.__setattr__(self, "keep", _expressions("keep", self.keep))
         object.__setattr__(self, "only", _expressions("only", self.only))
 
+    def of(self, name: str) -> TernaryPlan:
+        """The plan for one matrix that is not kept: no entries and expressions, its own options."""
+        entry = self.matrices.get(name)
+        bare = replace(self, keep=(), only=(), matrices={})
+        if entry is None or entry.rule == "keep":
+            return bare
+        return replace(bare, rule=entry.rule, per=entry.per, group_size=entry.group_size)
+
     def chosen(self, names: Iterable[str], all_names: Iterable[str]) -> dict[str, str]:
-        """Which of the matrices the expressions keep, and why.
+        """Which of the matrices the plan keeps, and why.
 
         Args:
             names: The matrices that can be made ternary.
@@ -72,9 +97,16 @@ class TernaryPlan:
 
         Raises:
             UsageError: an expression in `keep` that matches no tensor, or one in `only` that
-                matches no matrix that can be made ternary.
+                matches no matrix that can be made ternary, or an entry of `matrices` for
+                something else than such a matrix.
         """
         matrices, everything = list(names), list(all_names)
+        foreign = sorted(set(self.matrices) - set(matrices))
+        if foreign:
+            raise UsageError(
+                f"plan has an entry for {foreign[0]!r}, which is no linear layer of a block that "
+                f"can be made ternary: {_hint(matrices)}"
+            )
         for expression in self.keep:
             if not any(re.search(expression, name) for name in everything):
                 raise UsageError(
@@ -88,6 +120,10 @@ class TernaryPlan:
                 )
         kept = {}
         for name in matrices:
+            if name in self.matrices:
+                if self.matrices[name].rule == "keep":
+                    kept[name] = "the plan keeps it"
+                continue
             by = next((e for e in self.keep if re.search(e, name)), None)
             if by is not None:
                 kept[name] = f"the plan keeps {by!r}"
@@ -96,8 +132,13 @@ class TernaryPlan:
         return kept
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "keep": list(self.keep), "only": list(self.only)}
+        """Plain values for JSON; entries and storage where they say something."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        entries = {name: entry.to_dict() for name, entry in self.matrices.items()}
+        lists = {"keep": list(self.keep), "only": list(self.only)}
+        values |= {**lists, "matrices": entries}
+        silent = {"matrices": {}, "storage": "two_bit"}
+        return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -108,11 +149,15 @@ class TernaryPlan:
         """
         if not isinstance(values, dict):
             raise UsageError(f"plan is a {type(values).__name__}: an object of options is needed")
-        known = {field.name for field in fields(cls)}
+        known = {option.name for option in fields(cls)}
         unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise UsageError(f"plan has no option {unknown[0]!r}: {', '.join(sorted(known))}")
-        return cls(**values)
+        entries = values.get("matrices", {})
+        if not isinstance(entries, dict):
+            raise UsageError(f"matrices of the plan are {entries!r}: an object by name is needed")
+        made = {name: MatrixPlan.from_dict(entry, name) for name, entry in entries.items()}
+        return cls(**{**values, "matrices": made})
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -120,7 +165,7 @@ class TernaryPlan:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The plan of `to_json`.
+        """The plan of `to_json`, or of a report that holds one as "plan".
 
         Raises:
             UsageError: no JSON, or as `from_dict`.
@@ -129,7 +174,23 @@ class TernaryPlan:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"plan is not valid JSON: {error}") from error
+        if isinstance(values, dict) and "plan" in values:
+            values = values["plan"]
         return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """The plan of a file: of `to_json`, or what `trilens plan` wrote.
+
+        Raises:
+            UsageError: the file cannot be read, or as `from_json`.
+        """
+        file = Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as cause:
+            raise UsageError(f"plan {file} cannot be read: {reason(cause)}") from cause
+        return cls.from_json(text)
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:
@@ -145,6 +206,15 @@ def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:
                 f"{option} expression {expression!r} is not a regular expression: {error}"
             ) from error
     return tuple(values)
+
+
+def _entries(matrices: Mapping[str, MatrixPlan]) -> dict[str, MatrixPlan]:
+    if not isinstance(matrices, Mapping):
+        raise UsageError(f"matrices is {matrices!r}: pass a mapping of tensor names")
+    for name, entry in matrices.items():
+        if not isinstance(entry, MatrixPlan):
+            raise UsageError(f"plan of matrix {name!r} is {entry!r}: pass a MatrixPlan")
+    return dict(matrices)
 
 
 def _hint(names: list[str]) -> str:

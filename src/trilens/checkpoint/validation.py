@@ -7,18 +7,18 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
+from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts, tensor_of
 from trilens.checkpoint.files import MappedFile, sha256_of
 from trilens.checkpoint.manifest import read_manifest
 from trilens.checkpoint.names import CONFIG_NAME, QUANT_METHOD, find_parts
-from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.plan import Storage, TernaryPlan
 from trilens.checkpoint.report import Outcome, TensorReport, TernaryReport
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
 from trilens.models.weights import TensorHeader, read_headers, read_json
 from trilens.models.wording import clip
-from trilens.ternary.calibrated import n_planes_of
+from trilens.ternary.compact import expand_rows, is_compact
 from trilens.ternary.linear import holds_code_3, unpack_rows
 
 __all__ = ["validate"]
@@ -141,37 +141,39 @@ def _check_coded(
     found: dict[str, TensorHeader],
     mapped: dict[Path, MappedFile],
 ) -> None:
-    wanted = {"codes", "scale"}
-    wanted |= {"offset"} if plan.rule == "asymmetric" else set()
-    wanted |= {"second_codes", "second_scale"} if n_planes_of(plan.rule) == 2 else set()
-    if set(found) != wanted:
+    plan = plan.of(tensor.name)
+    wanted = {part: dtype for part, dtype, *_ in packed_parts((), 1, 1, plan)}
+    if set(found) != set(wanted):
         raise CorruptFileError(f"tensor {tensor.name} has parts {', '.join(sorted(found))}")
     zeros = n_codes = 0
     for part, header in found.items():
         file = mapped[header.file]
         if part.endswith("codes"):
-            part_zeros, part_codes = _count_codes(tensor, header, file)
+            part_zeros, part_codes = _count_codes(tensor, header, file, plan.storage)
             zeros, n_codes = zeros + part_zeros, n_codes + part_codes
-        elif header.dtype != "F32":
-            raise CorruptFileError(f"{header.name} is stored as {header.dtype}, not as F32")
-        else:
-            values = np.frombuffer(file.bytes(header.begin, header.end).tobytes(), dtype="<f4")
-            if not np.all(np.isfinite(values)):
-                raise CorruptFileError(f"{header.name} holds NaN or Inf: scales are finite")
+        elif header.dtype != wanted[part]:
+            raise CorruptFileError(
+                f"{header.name} is stored as {header.dtype}, not as {wanted[part]}"
+            )
+        elif not bool(torch.isfinite(tensor_of(header, file)).all()):
+            raise CorruptFileError(f"{header.name} holds NaN or Inf: scales are finite")
     if tensor.sparsity is None or abs(zeros / n_codes - tensor.sparsity) > 1e-9:
         raise CorruptFileError(
             f"tensor {tensor.name} has {zeros} zeros of {n_codes} trits, not the share reported"
         )
 
 
-def _count_codes(tensor: TensorReport, header: TensorHeader, file: MappedFile) -> tuple[int, int]:
+def _count_codes(
+    tensor: TensorReport, header: TensorHeader, file: MappedFile, storage: Storage
+) -> tuple[int, int]:
     """Zeros and trits of one tensor of codes, which are legal."""
     if header.dtype != "U8" or len(header.shape) != len(tensor.shape):
         raise CorruptFileError(
             f"{header.name} is no tensor of codes: {header.dtype} {header.shape}"
         )
+    in_byte = CODES_PER_BYTE[storage]
     *lead, rows, row_bytes = header.shape
-    cols = next((n for n in tensor.shape[-2:][::-1] if math.ceil(n / 4) == row_bytes
+    cols = next((n for n in tensor.shape[-2:][::-1] if math.ceil(n / in_byte) == row_bytes
                  and rows * n == math.prod(tensor.shape[-2:])), None)  # fmt: skip
     if cols is None or tuple(lead) != tensor.shape[:-2]:
         raise CorruptFileError(
@@ -181,11 +183,23 @@ def _count_codes(tensor: TensorReport, header: TensorHeader, file: MappedFile) -
     step = max(1, _CHUNK_BYTES // row_bytes) * row_bytes
     for begin in range(header.begin, header.end, step):
         raw = file.bytes(begin, min(begin + step, header.end))
-        codes = torch.from_numpy(raw).reshape(-1, row_bytes)
-        if holds_code_3(codes):
-            raise CorruptFileError(f"{header.name} holds the code 3: codes are 0, 1 or 2")
-        trits = unpack_rows(codes, 4 * row_bytes)
+        trits = _trits(torch.from_numpy(raw).reshape(-1, row_bytes), header.name, storage)
         if trits[:, cols:].any():
             raise CorruptFileError(f"{header.name} holds trits past the end of its rows")
         zeros += trits[:, :cols].numel() - int(torch.count_nonzero(trits[:, :cols]))
     return zeros, math.prod(tensor.shape)
+
+
+def _trits(codes: torch.Tensor, name: str, storage: Storage) -> torch.Tensor:
+    """All trits of some rows, with what fills them up.
+
+    Shapes: codes uint8 [rows, bytes] → int8 [rows, 4 or 5 × bytes]
+    """
+    row_trits = CODES_PER_BYTE[storage] * codes.shape[-1]
+    if storage == "compact":
+        if not is_compact(codes):
+            raise CorruptFileError(f"{name} holds a byte above 242: five trits make at most that")
+        return expand_rows(codes, row_trits)
+    if holds_code_3(codes):
+        raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
+    return unpack_rows(codes, row_trits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trilens.checkpoint.gguf import FORMATS, validate_gguf
 from trilens.checkpoint.gguf import writer as writing
 from trilens.checkpoint.gguf.families import FAMILIES
 from trilens.checkpoint.gguf.reader import read_gguf
+from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.errors import NonFiniteError, UsageError, WriteError
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -147,6 +149,24 @@ def test_a_ternary_checkpoint_keeps_every_trit(source: Path, tmp_path: Path) -> 
     assert {tensor.relative_error for tensor in report.coded} == {0.0}
 
 
+def test_a_mixed_compact_checkpoint_keeps_every_trit(source: Path, tmp_path: Path) -> None:
+    names = [tensor.name for tensor in trilens.ternarize(source, tmp_path, dry_run=True).coded]
+    entries = {
+        names[0]: MatrixPlan("keep"),
+        names[1]: MatrixPlan("exact", group_size=256),
+        names[2]: MatrixPlan("twn", per="tensor"),
+    }
+    plan = replace(PLAN, storage="compact", matrices=entries)
+    at_once, through = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    trilens.ternarize(source, at_once, plan=plan, format="gguf-tq2_0")
+    trilens.ternarize(source, tmp_path / "src", plan=plan)
+    report = trilens.ternarize(tmp_path / "src", through, format="gguf-tq2_0")
+    found, wanted = ([tensor.data for tensor in GGUFReader(p).tensors] for p in (through, at_once))
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len(report.coded) == len(names) - 1
+    assert {tensor.relative_error for tensor in report.coded} == {0.0}
+
+
 def test_scales_beyond_float16s_digits_are_rounded_and_told(source: Path, tmp_path: Path) -> None:
     trilens.ternarize(source, tmp_path / "ternary")
     report = trilens.ternarize(tmp_path / "ternary", tmp_path / "m.gguf", format="gguf-tq2_0")
@@ -237,6 +257,10 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(source: Path, tmp_path: Pa
     [
         ({"rule": "planes"}, "'planes' does not fit gguf-tq2_0"),
         ({"rule": "asymmetric"}, "no offsets"),
+        (
+            {"matrices": {"model.layers.0.mlp.up_proj.weight": MatrixPlan("planes")}},
+            "'planes' does not fit gguf-tq2_0",
+        ),
         ({"group_size": 128}, "group size 128 does not fit gguf-tq2_0"),
         ({"scale_dtype": "bfloat16"}, "'bfloat16' does not fit"),
         ({"keep": ("nothing_like_it",)}, "matches no tensor name"),

@@ -85,14 +85,17 @@ def fitting_plan(plan: TernaryPlan, format: GgufFormat) -> TernaryPlan:
     Raises:
         UsageError: a rule, a group size or a scale dtype that the format cannot hold.
     """
-    _check_rule(plan, format)
+    for own in _each(plan):
+        _check_rule(own, format)
     if plan.scale_dtype == "bfloat16":
         raise UsageError(
             f"scale dtype 'bfloat16' does not fit {format.name}, which stores float16 scales: "
             "leave it out or pass 'float16'"
         )
-    _check_groups(plan, format)
-    return replace(plan, scale_dtype="float16")
+    for own in _each(plan):
+        _check_groups(own, format)
+    # Codes lie as the format has them, whatever the plan says of a checkpoint's.
+    return replace(plan, scale_dtype="float16", storage="two_bit")
 
 
 def check_packed(plan: TernaryPlan, format: GgufFormat) -> None:
@@ -101,8 +104,15 @@ def check_packed(plan: TernaryPlan, format: GgufFormat) -> None:
     Raises:
         UsageError: two planes, offsets, or groups that are no whole number of blocks.
     """
-    _check_rule(plan, format)
-    _check_groups(plan, format)
+    for own in _each(plan):
+        _check_rule(own, format)
+        _check_groups(own, format)
+
+
+def _each(plan: TernaryPlan) -> list[TernaryPlan]:
+    """The plan's general options, and those of every matrix with an entry of its own."""
+    coded = [name for name, entry in plan.matrices.items() if entry.rule != "keep"]
+    return [plan.of(""), *(plan.of(name) for name in coded)]
 
 
 def _check_rule(plan: TernaryPlan, format: GgufFormat) -> None:

@@ -24,6 +24,7 @@ from trilens.models.build import read_config
 from trilens.models.hub import local_folder
 from trilens.models.loading import load_tokenizer
 from trilens.models.weights import TensorHeader, read_headers, read_json
+from trilens.ternary.compact import expand_rows
 from trilens.ternary.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules import RuleName
@@ -31,6 +32,12 @@ from trilens.ternary.units import Per
 
 __all__ = ["GgufSource", "Matrix", "open_source"]
 
+_PART_DTYPES = {
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 _KNOWN_SETTINGS = frozenset(
     {
         "quant_method",
@@ -40,6 +47,8 @@ _KNOWN_SETTINGS = frozenset(
         "group_size",
         "layers",
         "merged",
+        "overrides",
+        "storage",
         "experts",
     }
 )
@@ -113,6 +122,7 @@ class GgufSource:
             return self._unpacked(choice)
         stored = self.tensor(choice.name)
         matrix = stored.T if choice.transposed else stored
+        plan = plan.of(choice.name)
         quant = PerLayerQuant.quantize(
             matrix,
             choice.name,
@@ -128,7 +138,10 @@ class GgufSource:
         parts = find_parts(report.packed_as, self._stored)
         codes, scale = (self._part(parts[part]) for part in ("codes", "scale"))
         cols = report.shape[0 if choice.transposed else 1]
-        trits = unpack_rows(codes, cols)
+        own = None if self.plan is None else self.plan.of(choice.name)
+        compact = own is not None and own.storage == "compact"
+        trits = expand_rows(codes, cols) if compact else unpack_rows(codes, cols)
+        scale = scale.float()  # in compact checkpoints of their own dtype
         halves = scale.half().float()
         if not bool(torch.isfinite(halves).all()):
             raise ValueRangeError(
@@ -136,7 +149,7 @@ class GgufSource:
                 "GGUF stores: at most 65504"
             )
         grouped = scale.shape[-1] > 1
-        group_size = self.plan.group_size if self.plan is not None and grouped else None
+        group_size = own.group_size if own is not None and grouped else None
         per: Per = "group" if grouped else "tensor" if scale.shape[-2] == 1 else "row"
         quant = PerLayerQuant.from_trits(
             trits, halves, choice.name, group_size=group_size, per=per, scale_dtype="float16"
@@ -148,8 +161,7 @@ class GgufSource:
     def _part(self, name: str) -> Tensor:
         header = self._stored[name]
         raw = np.array(self._file(header).bytes(header.begin, header.end))
-        dtype = torch.uint8 if header.dtype == "U8" else torch.float32
-        return torch.from_numpy(raw).view(dtype).reshape(header.shape)
+        return torch.from_numpy(raw).view(_PART_DTYPES[header.dtype]).reshape(header.shape)
 
     def _file(self, header: TensorHeader) -> MappedFile:
         if header.file not in self._files:

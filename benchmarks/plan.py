@@ -1,0 +1,168 @@
+"""What a mixed plan buys: perplexity on held-out text at 2.0, 2.5 and 3.0 bits per weight.
+
+    python -m benchmarks.plan [--models transformer mamba rwkv7]
+
+For each demo model: costs are measured on text it was trained on, results on files it never saw.
+Beside the plans stand uniform rules in the same compact storage, and the sensitivity of `exact` in
+groups of 128 with the rank correlation of the cheap predictor. Writes results/plan.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import save
+from trilens.analysis.candidates import of_plan
+from trilens.analysis.damage import Damage, Yardstick
+from trilens.analysis.matrices import find_matrices
+from trilens.analysis.plan_result import Costs, Planned, PlanOptions
+from trilens.analysis.planning import choose_plan, price_candidates
+from trilens.analysis.sampling import sample_blocks
+from trilens.analysis.sensitivity import measure_sensitivity
+from trilens.analysis.swap import swapped
+from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.demo import DEMO_MODELS, demo_path
+from trilens.demo.corpus import (
+    heldout_documents,
+    load_heldout_record,
+    stdlib_root,
+    training_documents,
+)
+from trilens.lens import Lens
+from trilens.models.weights import TensorHeader, read_headers
+
+BUDGETS = (2.0, 2.5, 3.0)
+REFERENCE = MatrixPlan("exact", group_size=128)
+UNIFORM = (
+    MatrixPlan("absmean", per="tensor"),
+    MatrixPlan("exact", per="row"),
+    REFERENCE,
+    MatrixPlan("asymmetric", group_size=128),
+    MatrixPlan("planes", group_size=128),
+)
+COST_TOKENS, HELD_OUT_TOKENS = 2048, 16384
+COST_LENGTH, HELD_OUT_LENGTH = 256, 512
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A demo model with text it was trained on and text it never saw."""
+
+    name: str
+    lens: Lens
+    headers: dict[str, TensorHeader]
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    @classmethod
+    def open(cls, name: str) -> Subject:
+        folder = demo_path(name)
+        root, record = stdlib_root(), load_heldout_record()
+        return cls(
+            name,
+            Lens.from_pretrained(str(folder), dtype="float32"),
+            read_headers(folder),
+            tuple(document.text for document in training_documents(root, record)),
+            tuple(document.text for document in heldout_documents(root, record)),
+        )
+
+    def cost_blocks(self, tokens: int = COST_TOKENS) -> tuple[Tensor, ...]:
+        return sample_blocks(self.lens.tokenizer, self.seen, length=COST_LENGTH, tokens=tokens)
+
+    def held_out(self, tokens: int = HELD_OUT_TOKENS) -> tuple[Tensor, ...]:
+        return sample_blocks(
+            self.lens.tokenizer, self.unseen, length=HELD_OUT_LENGTH, tokens=tokens
+        )
+
+
+def figures(damage: Damage, bits: float) -> dict[str, float]:
+    return {
+        "bits_per_weight": round(bits, 4),
+        "perplexity_ratio": round(damage.perplexity_ratio, 4),
+        "log_ratio_nats": round(damage.nll_nats, 4),
+        "kl_nats": round(damage.kl_nats, 4),
+    }
+
+
+def uniform(subject: Subject, entry: MatrixPlan, judge: Yardstick) -> dict[str, float]:
+    lens = subject.lens
+    candidate = of_plan(entry, scale_dtype="float16", storage="compact")
+    matrices = find_matrices(lens, subject.headers)
+    own = {m.target: lens.model.get_parameter(m.target).detach() for m in matrices}
+    with swapped(lens.model, {m.target: candidate.apply(m, own[m.target]) for m in matrices}):
+        damage = judge.measure()
+    size_bytes = sum(candidate.size_bytes(m) for m in matrices)
+    return figures(damage, 8 * size_bytes / sum(m.n_weights for m in matrices))
+
+
+def plans(
+    subject: Subject,
+    blocks: Sequence[Tensor],
+    held: Sequence[Tensor],
+    *,
+    costs: Costs = "measured",
+    budgets: Sequence[float] = BUDGETS,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[float, Planned]:
+    """The plan of each budget, priced once."""
+    options = PlanOptions(budget_bits=budgets[0], costs=costs)
+    prices = price_candidates(
+        subject.lens, blocks, options=options, headers=subject.headers, progress=progress
+    )
+    return {
+        budget: choose_plan(
+            subject.lens, prices, held, options=replace(options, budget_bits=budget)
+        )
+        for budget in budgets
+    }
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Everything about one model."""
+    subject = Subject.open(name)
+    blocks, held = subject.cost_blocks(), subject.held_out()
+    judge = Yardstick(subject.lens, held)
+    result: dict[str, Any] = {
+        "held_out_tokens": judge.n_tokens,
+        "perplexity": round(math.exp(judge.nll_nats), 4),
+        "uniform": {entry.label: uniform(subject, entry, judge) for entry in UNIFORM},
+        "plan": {},
+        "cpu_seconds": {},
+    }
+    base = result["uniform"][REFERENCE.label]["log_ratio_nats"]
+    kinds: tuple[Costs, ...] = ("measured", "predicted")
+    for costs in kinds:
+        start = time.process_time()
+        for budget, planned in plans(subject, blocks, held, costs=costs).items():
+            row: dict[str, Any] = figures(planned.damage, planned.bits_per_weight)
+            row["times_closer_than_exact_g128"] = round(base / planned.damage.nll_nats, 2)
+            print(name, costs, budget, row, flush=True)
+            row["choices"] = {choice.name: choice.choice for choice in planned.choices}
+            result["plan"][f"{costs} {budget}"] = row
+        result["cpu_seconds"][costs] = round(time.process_time() - start, 1)
+    found = measure_sensitivity(
+        subject.lens, blocks, rule=REFERENCE, headers=subject.headers, each_matrix=True
+    )
+    result["sensitivity"] = found.to_dict()
+    result["sensitivity"].pop("checksum")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mixed plans of the demo models.")
+    parser.add_argument("--models", nargs="+", choices=DEMO_MODELS, default=DEMO_MODELS)
+    chosen = parser.parse_args().models
+    torch.set_num_threads(1)
+    save("plan", {"models": {name: measure(name) for name in chosen}})
+
+
+if __name__ == "__main__":
+    main()
