@@ -159,11 +159,12 @@ def code_tensor(
     """
     if choice.storage == "kept":
         new = None if before is None else before.vector(choice.name)
-        raw = file.bytes(header.begin, header.end)
+        raw = old = file.bytes(header.begin, header.end)
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
-        return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=new is not None)
+        fitted = not np.array_equal(raw, old)  # a small step can round to nothing
+        return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=fitted)
     plan = plan.of(choice.name)
     stored = tensor_of(header, file)
     matrices = stored if stored.ndim == 3 else stored[None]

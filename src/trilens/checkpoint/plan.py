@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
 from trilens.models.wording import reason
-from trilens.ternary.calibrated import CalibratedName, check_rule
+from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.rules import RuleName
 from trilens.ternary.units import Per, resolve_units
@@ -84,6 +84,12 @@ class TernaryPlan:
         if entry is None or entry.rule == "keep":
             return bare
         return replace(bare, rule=entry.rule, per=entry.per, group_size=entry.group_size)
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The rules in it that need a calibration text, sorted."""
+        rules = {self.rule, *(entry.rule for entry in self.matrices.values())}
+        return tuple(sorted(rule for rule in rules if rule in CALIBRATED_RULES))
 
     def chosen(self, names: Iterable[str], all_names: Iterable[str]) -> dict[str, str]:
         """Which of the matrices the plan keeps, and why.

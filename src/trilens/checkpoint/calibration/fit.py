@@ -21,7 +21,7 @@ from trilens.checkpoint.calibration.moving import MovingMatrix
 from trilens.checkpoint.calibration.streams import Batch, Stream
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockFit", "FitOptions", "fit_block", "put_weight"]
+__all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "turned"]
 
 RunBlock = Callable[[nn.Module, Batch, Tensor], Tensor]
 """Runs a block on a batch's residual stream."""
@@ -36,12 +36,15 @@ class FitOptions:
         rate: The first step of Adam, of each value's size, for an error of 1: it is multiplied by
             the root of the block's relative error, since what is nearly right needs small steps.
             It falls to a twentieth along a cosine.
+        whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
+        whole_rate: Likewise, for a divergence of 1 nat.
         seed: Of the order of the batches.
     """
 
     passes: int = 4
-    rate: float = 0.01
-    trit_rate: float = 0.0
+    rate: float = 0.1
+    whole_passes: int = 4
+    whole_rate: float = 0.05
     seed: int = 0
 
 
@@ -67,7 +70,6 @@ def fit_block(
     quants: Mapping[str, PerLayerQuant],
     vectors: Mapping[str, torch.dtype],
     *,
-    dense: Mapping[str, Tensor],
     batches: Sequence[Batch],
     inputs: Stream,
     targets: Stream,
@@ -93,7 +95,7 @@ def fit_block(
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
     values, new_quants = _descend(
-        block, quants, dense, start, batches, inputs, targets, run, options, rate
+        block, quants, start, batches, inputs, targets, run, options, rate
     )
     new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
@@ -115,10 +117,11 @@ def fit_block(
 def put_weight(block: nn.Module, path: str, weights: Tensor) -> None:
     """Put Ŵ [out, in] in place of a layer's weight, whichever way round it holds it."""
     held = _weight_of(block, path)
-    held.copy_(weights if held.shape == weights.shape and not _turned(block, path) else weights.T)
+    held.copy_(weights if held.shape == weights.shape and not turned(block, path) else weights.T)
 
 
-def _turned(block: nn.Module, path: str) -> bool:
+def turned(block: nn.Module, path: str) -> bool:
+    """Whether a layer holds its weight as [in, out]."""
     return not isinstance(block.get_submodule(path), nn.Linear)  # else transformers' Conv1D
 
 
@@ -142,7 +145,6 @@ def _error(
 def _descend(
     block: nn.Module,
     quants: Mapping[str, PerLayerQuant],
-    dense: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
     batches: Sequence[Batch],
     inputs: Stream,
@@ -152,17 +154,13 @@ def _descend(
     rate: float,
 ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    trits = options.trit_rate > 0
-    moving = {path: MovingMatrix(q, dense[path] if trits else None) for path, q in quants.items()}
+    moving = {path: MovingMatrix(quant) for path, quant in quants.items()}
     sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
     steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
-    groups = [{"params": [f for m in moving.values() for f in m.factors] + list(steps.values())}]
-    hidden = [m.steps for m in moving.values() if m.steps is not None]
-    if hidden:
-        groups.append({"params": hidden, "lr": options.trit_rate})
-    if not groups[0]["params"] or not batches:
+    parameters = [f for m in moving.values() for f in m.factors] + list(steps.values())
+    if not parameters or not batches:
         return dict(start), dict(quants)
-    adam = torch.optim.Adam(groups, lr=rate)
+    adam = torch.optim.Adam(parameters, lr=rate)
     n_steps = options.passes * len(batches)
     falling = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * n / n_steps))
@@ -174,9 +172,9 @@ def _descend(
             given = {}
             for path, matrix in moving.items():
                 weights = matrix.weights()
-                given[f"{path}.weight"] = weights.T if _turned(block, path) else weights
+                given[f"{path}.weight"] = weights.T if turned(block, path) else weights
             given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
-            found = run(_Overridden(block, given), batch, inputs.read(batch))
+            found = run(Overridden(block, given), batch, inputs.read(batch))
             error = (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
             adam.zero_grad()
             error.backward()  # type: ignore[no-untyped-call]
@@ -187,7 +185,7 @@ def _descend(
     return values, {path: matrix.result() for path, matrix in moving.items()}
 
 
-class _Overridden(nn.Module):
+class Overridden(nn.Module):
     """A block that runs with other parameters."""
 
     def __init__(self, block: nn.Module, given: Mapping[str, Tensor]) -> None:
@@ -195,4 +193,5 @@ class _Overridden(nn.Module):
         object.__setattr__(self, "run", lambda *a, **k: functional_call(block, dict(given), a, k))
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Run the block."""
         return self.run(*args, **kwargs)  # type: ignore[operator]
