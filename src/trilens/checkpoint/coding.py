@@ -16,6 +16,7 @@ from trilens.checkpoint.names import part_name
 from trilens.checkpoint.plan import Storage, TernaryPlan
 from trilens.checkpoint.report import Outcome, TensorReport
 from trilens.checkpoint.skeleton import Choice
+from trilens.checkpoint.turning import to_be_coded
 from trilens.errors import WriteError
 from trilens.models.weights import TensorHeader
 from trilens.ternary.calibrated import n_planes_of
@@ -175,6 +176,7 @@ def code_tensor(
     for index, stored_matrix in enumerate(matrices):
         matrix = stored_matrix.T if choice.transposed else stored_matrix
         name = header.name if stored.ndim == 2 else f"{header.name}[{index}]"
+        matrix = to_be_coded(matrix, name, plan)
         coded = None if before is None else before.quant(header.name, index, matrix.shape[1], plan)
         if coded is None:
             quant = PerLayerQuant.quantize(

@@ -202,6 +202,10 @@ def _to_gguf(
 ) -> TernaryReport:
     check_place(out)
     plan = plan or TernaryPlan()
+    if plan.rotate:
+        raise UsageError(
+            "rotate cannot be said in a GGUF file: engines would not turn the inputs; leave it out"
+        )
     if plan.calibrated:
         raise UsageError(
             f"rule {plan.calibrated[0]!r} needs a calibration, which a GGUF file is not written "

@@ -8,7 +8,7 @@ from typing import Any
 from trilens.checkpoint.coding import entries
 from trilens.checkpoint.files import json_bytes, sha256_of, write_whole
 from trilens.checkpoint.job import Job
-from trilens.checkpoint.names import CONFIG_NAME, FORMAT_VERSION, QUANT_METHOD
+from trilens.checkpoint.names import CONFIG_NAME, FORMAT_VERSION, QUANT_METHOD, ROTATION
 from trilens.errors import UsageError
 from trilens.models.weights import INDEX_NAME, SINGLE_NAME, explicit_name
 
@@ -75,6 +75,8 @@ def _config(job: Job) -> dict[str, Any]:
     }
     if job.plan.storage != "two_bit":
         config["quantization_config"]["storage"] = job.plan.storage
+    if job.plan.rotate:
+        config["quantization_config"]["rotation"] = ROTATION
     if overrides := overrides_of(job):
         config["quantization_config"]["overrides"] = overrides
     return config

@@ -19,6 +19,7 @@ from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
 from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.turning import plain_weights, to_be_coded
 from trilens.errors import NonFiniteError
 from trilens.ternary.calibrated import (
     CALIBRATED_RULES,
@@ -147,9 +148,9 @@ def held_weight(block: nn.Module, matrix: Matrix) -> Tensor:
     return part.T if matrix.turned else part
 
 
-def put_matrix(block: nn.Module, matrix: Matrix, quant: PerLayerQuant) -> None:
+def put_matrix(block: nn.Module, matrix: Matrix, quant: PerLayerQuant, plan: TernaryPlan) -> None:
     """Put Ŵ into a block in place of the matrix."""
-    held_weight(block, matrix).copy_(quant.reconstruct())
+    held_weight(block, matrix).copy_(plain_weights(quant, plan))
 
 
 class _Coder:
@@ -257,25 +258,28 @@ class _Coder:
         if rule is None:
             self.code_without_inputs(matrix, "", moments)
             return
+        weight = to_be_coded(weight, matrix.name, self.job.plan)
+        moments = moments.turned() if self.job.plan.rotate else moments
         found = calibrate(weight, matrix.name, moments, rule=rule, **self.options_of(matrix))
         self._keep(matrix, found.quant, found, "")
 
     def code_without_inputs(self, matrix: Matrix, why: str, moments: Moments | None = None) -> None:
         """Code a matrix by its weights alone; `why` says why, where the rule wanted more."""
-        weight = held_weight(self.dense, matrix)
+        weight = to_be_coded(held_weight(self.dense, matrix), matrix.name, self.job.plan)
         wanted = rule_of(self.job.plan, self.rule, matrix)
         rule = cast("RuleName", self.job.plan.of(matrix.name).rule)  # where none is calibrated
         rule = rule if wanted is None else wanted.start
         quant = PerLayerQuant.quantize(weight, matrix.name, rule=rule, **self.options_of(matrix))
         error = None
         if moments is not None:
-            error = moments.output_error(quant.reconstruct().double().numpy())
+            plain = plain_weights(quant, self.job.plan)
+            error = moments.output_error(plain.double().numpy())
         n_tokens = 0 if moments is None else moments.hessian.n_tokens
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
         self._keep(matrix, quant, found, why if wanted is not None else "")
 
     def _keep(self, matrix: Matrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
-        put_matrix(self.block, matrix, quant)
+        put_matrix(self.block, matrix, quant, self.job.plan)
         self.quants[(matrix.name, matrix.expert)] = quant
         self.records.append(
             MatrixRecord(
@@ -315,6 +319,7 @@ class _Coder:
             inputs=job.ternary,
             targets=after,
             run=self.run,
+            plan=job.plan,
             options=job.fit,
         )
         if not fitted.error < float("inf"):

@@ -19,6 +19,8 @@ from torch.func import functional_call
 
 from trilens.checkpoint.calibration.moving import MovingMatrix
 from trilens.checkpoint.calibration.streams import Batch, Stream
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.turning import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "turned"]
@@ -74,6 +76,7 @@ def fit_block(
     inputs: Stream,
     targets: Stream,
     run: RunBlock,
+    plan: TernaryPlan,
     options: FitOptions,
 ) -> BlockFit:
     """Fit, and leave the block with the values that were kept.
@@ -86,6 +89,7 @@ def fit_block(
         inputs: the residual stream before the block, as the ternary blocks before give it.
         targets: after it, as the dense model gives it.
         run: how to run it.
+        plan: whether matrices are turned.
         options: how long, how fast.
     """
     before = _error(block, batches, inputs, targets, run)
@@ -95,11 +99,11 @@ def fit_block(
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
     values, new_quants = _descend(
-        block, quants, start, batches, inputs, targets, run, options, rate
+        block, quants, start, batches, inputs, targets, run, plan, options, rate
     )
     new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
-        put_weight(block, path, quant.reconstruct())
+        put_weight(block, path, plain_weights(quant, plan))
     for name, value in new_vectors.items():
         block.get_parameter(name).data.copy_(value.float())
     after = _error(block, batches, inputs, targets, run)
@@ -150,11 +154,12 @@ def _descend(
     inputs: Stream,
     targets: Stream,
     run: RunBlock,
+    plan: TernaryPlan,
     options: FitOptions,
     rate: float,
 ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    moving = {path: MovingMatrix(quant) for path, quant in quants.items()}
+    moving = {path: MovingMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
     sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
     steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     parameters = [f for m in moving.values() for f in m.factors] + list(steps.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trilens.ternary.engine import round_scales
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rotation import turn_back
 
 __all__ = ["MovingMatrix"]
 
@@ -19,12 +20,13 @@ class MovingMatrix:
 
     Args:
         quant: where it begins.
+        rotate: the matrix was turned before it was coded: its weights are turned back.
 
     Memory: beside `quant`, 12 bytes for each scale; a call of `weights` 8 bytes for each weight.
     """
 
-    def __init__(self, quant: PerLayerQuant) -> None:
-        self.quant = quant
+    def __init__(self, quant: PerLayerQuant, *, rotate: bool = False) -> None:
+        self.quant, self._rotate = quant, rotate
         units = quant.units
         self._grid = (1, 1) if quant.per == "tensor" else (units.rows, units.per_row)
         self._length = units.length if quant.per == "group" else units.cols
@@ -43,7 +45,8 @@ class MovingMatrix:
             for trits, scale in zip(self._trits, self._scales(), strict=True)
         )
         total = first + rest[0] if rest else first
-        return total if self._offset is None else total + self._spread(self._offset)
+        total = total if self._offset is None else total + self._spread(self._offset)
+        return turn_back(total) if self._rotate else total
 
     def result(self) -> PerLayerQuant:
         """The matrix as it is now, its scales rounded; a negative one turns its trits around."""

@@ -32,6 +32,7 @@ from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.files import json_bytes, write_whole
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.skeleton import Choice
+from trilens.checkpoint.turning import plain_weights
 from trilens.errors import CorruptFileError, NonFiniteError
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
@@ -272,14 +273,14 @@ class _Run:
 
         def put(block: nn.Module) -> None:
             for matrix, quant in fixed:
-                put_matrix(block, matrix, quant)
+                put_matrix(block, matrix, quant, self.plan)
 
         vectors = {}
         for inside, (name, _) in placed.vectors.items():
             new = self.store.vector(name)
             vectors[inside] = dense.get_parameter(inside).data if new is None else new
         dtypes = {inside: dtype for inside, (_, dtype) in placed.vectors.items()}
-        return FinishedBlock(put, quants, vectors, dtypes)
+        return FinishedBlock(put, quants, vectors, dtypes, self.plan)
 
     def _once_more(self) -> tuple[Stream, tuple[Batch, ...]]:
         """The residual stream of the finished model on the text set apart."""
@@ -293,7 +294,7 @@ class _Run:
             block = self.runner.block(index)
             parts.fixed(block)
             for inside, quant in parts.quants.items():
-                put_weight(block, inside, quant.reconstruct())
+                put_weight(block, inside, plain_weights(quant, self.plan))
             for inside, value in parts.vectors.items():
                 block.get_parameter(inside).data.copy_(value.float())
             with torch.no_grad():

@@ -23,6 +23,8 @@ from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.fit import FitOptions, Overridden, put_weight, turned
 from trilens.checkpoint.calibration.moving import MovingMatrix
 from trilens.checkpoint.calibration.streams import Batch, Stream
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.turning import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["FinishedBlock", "WholeFit", "fit_whole"]
@@ -39,12 +41,14 @@ class FinishedBlock:
         quants: Matrices whose scales may move, by path in the block.
         vectors: Norms and biases that may move: parameter in the block → value.
         dtypes: How each is stored.
+        plan: Whether matrices are turned.
     """
 
     fixed: Callable[[nn.Module], None]
     quants: Mapping[str, PerLayerQuant]
     vectors: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
+    plan: TernaryPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +73,10 @@ class _Block:
 
     def __init__(self, finished: FinishedBlock) -> None:
         self.finished = finished
-        self.matrices = {path: MovingMatrix(quant) for path, quant in finished.quants.items()}
+        self.matrices = {
+            path: MovingMatrix(q, rotate=finished.plan.rotate)
+            for path, q in finished.quants.items()
+        }
         self.start = {name: value.float() for name, value in finished.vectors.items()}
         self.sizes = {name: v.abs().mean().clamp_min(1e-3) for name, v in self.start.items()}
         self.steps = {
@@ -119,7 +126,7 @@ class _Model:
             return self.runner.run(index, module, call, hidden)
         quants, vectors = self.blocks[index].stored()
         for path, quant in quants.items():
-            put_weight(module, path, quant.reconstruct())
+            put_weight(module, path, plain_weights(quant, self.blocks[index].finished.plan))
         for name, value in vectors.items():
             module.get_parameter(name).data.copy_(value.float())
         return self.runner.run(index, module, call, hidden)
