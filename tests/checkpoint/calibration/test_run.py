@@ -79,7 +79,7 @@ def test_the_written_model_has_the_damage_that_was_told(
     rule: Any, small_demo: Path, tmp_path: Path
 ) -> None:
     """The measured perplexities are those of the checkpoints as transformers loads them."""
-    plan = TernaryPlan(rule, group_size=128)
+    plan = TernaryPlan(rule, group_size=128, only=("self_attn",), rotate=rule == "gptq")
     report = ternarize(small_demo, tmp_path / "out", plan=plan, calibration=calibration())
     assert report.damage is not None
     tokenizer = load_tokenizer(small_demo)
@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     ]
     seen: list[run.BlockProgress] = []
     ternarize(small_demo, out, plan=plan, calibration=calibration(), block_progress=seen.append)
-    assert {now.block for now in seen} == {1}
+    assert {now.block for now in seen} == {1, 2}  # 2: what is done when all are coded
     assert content(out) == content(tmp_path / "whole")
     with pytest.raises(UsageError, match="another calibration text"):
         ternarize(small_demo, out, plan=plan, calibration=calibration(seed=5))

@@ -43,7 +43,7 @@ class FitOptions:
         seed: Of the order of the batches.
     """
 
-    passes: int = 4
+    passes: int = 2
     rate: float = 0.1
     whole_passes: int = 4
     whole_rate: float = 0.05
