@@ -14,6 +14,7 @@ NAMES = (
     "recurrent_states --json",
     "quantize",
     "checkpoint",
+    "calibrated",
     "plan",
     "checkpoint_2gb",
     "perplexity",

@@ -1,17 +1,24 @@
 """The commands `ternarize` and `validate`.
 
 Exit codes: 0 done; 1 `validate` found damage, or the output can't be written; 2 an argument is
-wrong, the source can't be used, or there is nothing to validate.
+wrong, the source can't be used, or there is nothing to validate; 3 more damage than --max-damage
+allows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.run import BlockProgress
 from trilens.checkpoint.gguf import GgufReport, validate_gguf
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
@@ -39,7 +46,11 @@ def _ternarize(
     out: Annotated[Path, typer.Option("-o", "--output", help="New directory, or new .gguf file.")],
     rule: Annotated[
         str,
-        typer.Option("--rule", help="absmean, absmean_refit, twn, exact, asymmetric or planes."),
+        typer.Option(
+            "--rule",
+            help="absmean, absmean_refit, twn, exact, asymmetric or planes; with --calibrate also "
+            "gptq, gptq_planes, best or best_planes.",
+        ),
     ] = "absmean",
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Weights that share a scale along a row.")
@@ -79,6 +90,37 @@ def _ternarize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes, read headers only, write nothing.")
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            help="Text for calibrated rules and the damage: a file (text, JSONL, Parquet), a "
+            "folder, or stdlib.",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate",
+            help="Text to measure the damage on, never calibrated on. "
+            "[default: a tenth of the documents]",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", help="At most. [default: 65536]")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--calibration-length", help="Tokens of a block. [default: 512]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of what is drawn from the text. [default: 0]")
+    ] = None,
+    max_damage: Annotated[
+        float | None,
+        typer.Option(
+            "--max-damage", help="Largest ratio of perplexities that is written; else exit code 3."
+        ),
+    ] = None,
     formats: Annotated[
         list[str] | None,
         typer.Option(
@@ -108,15 +150,20 @@ def _ternarize(
         }
         plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         written, printed = _formats(formats or [])
-        report = ternarize(
-            source,
-            out,
-            plan=plan,
-            format=written,
-            dry_run=dry_run,
-            revision=revision,
-            sample=None if sample is None else _sample(sample),
-        )
+        wanted = {"tokens": tokens, "length": length, "seed": seed, "max_damage": max_damage}
+        calibration = _calibration(calibrate, evaluate, wanted)
+        with _shown_progress() as say:
+            report = ternarize(
+                source,
+                out,
+                plan=plan,
+                format=written,
+                dry_run=dry_run,
+                revision=revision,
+                calibration=calibration,
+                sample=None if sample is None else _sample(sample),
+                block_progress=say,
+            )
         _print(report, printed)
 
 
@@ -149,6 +196,41 @@ def _sample(word: str) -> Sample:
         documents = checked_heldout_documents()
         return Sample("demo", tuple(document.text for document in documents))
     return Sample.read(word)
+
+
+def _calibration(
+    calibrate: str | None, evaluate: str | None, options: dict[str, Any]
+) -> Calibration | None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if calibrate is None:
+        if evaluate is not None or given:
+            raise UsageError(
+                "--evaluate, --calibration-tokens, --calibration-length, --seed and --max-damage "
+                "are options of a calibration: add --calibrate FILE, FOLDER or stdlib"
+            )
+        return None
+    return Calibration.from_source(calibrate, evaluation=evaluate, **given)
+
+
+@contextmanager
+def _shown_progress() -> Iterator[Callable[[BlockProgress], None] | None]:
+    """A bar on a terminal, with the time left; nothing where stderr is no terminal."""
+    shown = Console(stderr=True)
+    if not shown.is_terminal:
+        yield None
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"),
+        console=shown, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("reading", total=None, left="")
+
+        def say(now: BlockProgress) -> None:
+            left = "" if now.seconds_left is None else f"{now.seconds_left:.0f} s left"
+            doing = f"block {now.block + 1} of {now.n_blocks}: {now.doing}"
+            bar.update(task, total=now.n_blocks, completed=now.block, description=doing, left=left)
+
+        yield say
 
 
 def _validate(
@@ -199,11 +281,13 @@ def _print(report: TernaryReport, output: str) -> None:
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("matrix", overflow="fold")
-    for name in ("shape", "bits/weight", "relative error", "zeros"):
+    calibrated = report.damage is not None
+    columns = ["shape", "bits/weight", "relative error"]
+    for name in (*columns, *(["output error"] if calibrated else []), "zeros"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("outcome", overflow="fold")
     for tensor in report.matrices:
-        table.add_row(*_cells(tensor))
+        table.add_row(*_cells(tensor, calibrated))
     console(pipe_width=140).print(table)
     absent = sum(tensor.outcome == "left out" for tensor in report.tensors)
     kept = len(report.tensors) - len(report.coded) - absent
@@ -215,13 +299,18 @@ def _print(report: TernaryReport, output: str) -> None:
     typer.echo(report.verdict)
 
 
-def _cells(tensor: TensorReport) -> tuple[str, ...]:
+def _cells(tensor: TensorReport, calibrated: bool) -> tuple[str, ...]:
     error, zeros = tensor.relative_error, tensor.sparsity
     return (
         tensor.name,
         "×".join(map(str, tensor.shape)),
         f"{tensor.bits_per_weight:.3f}",
         "–" if error is None else f"{error:.4f}",
+        *([_share(tensor.output_error)] if calibrated else []),
         "–" if zeros is None else f"{zeros:.1%}",
         tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
     )
+
+
+def _share(error: float | None) -> str:
+    return "–" if error is None else f"{error:.4f}"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from trilens.errors import AnatomyError, CaptureError, TrilensError, WriteError
+from trilens.errors import AnatomyError, CaptureError, DamageError, TrilensError, WriteError
 
 __all__ = ["DebugOption", "FormatOption", "console", "one_line_errors"]
 
@@ -29,7 +29,8 @@ def one_line_errors(
 ) -> Iterator[None]:
     """One line on stderr and an exit code instead of a traceback.
 
-    Codes: 1 the work failed, 2 an argument or file is wrong, 130 interrupted.
+    Codes: 1 the work failed, 2 an argument or file is wrong, 3 more damage than allowed,
+    130 interrupted.
 
     Args:
         debug: let the traceback through.
@@ -45,7 +46,8 @@ def one_line_errors(
             raise
         typer.echo(f"trilens: {' '.join(str(error).split())}", err=True)
         failed = isinstance(error, (AnatomyError, CaptureError, WriteError, *failures))
-        raise typer.Exit(1 if failed else 2) from None
+        refused = isinstance(error, DamageError)
+        raise typer.Exit(3 if refused else 1 if failed else 2) from None
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

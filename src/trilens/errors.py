@@ -25,6 +25,7 @@
     │   └── MemoryShortError     the weights need more memory than is free
     ├── AnatomyError             blocks, final norm or unembedding could not be proven
     │   └── SeveralStreamsError  the residual has more than one stream
+    ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
     ├── RestoreError             weights that were replaced for a while did not come back
     └── CaptureError             a forward pass that did not give what was asked
@@ -45,6 +46,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "CorruptFileError",
+    "DamageError",
     "DtypeError",
     "EmptyPromptError",
     "IncomparableError",
@@ -174,6 +176,10 @@ class AnatomyError(TrilensError):
 
 class SeveralStreamsError(AnatomyError):
     """The residual has more than one stream, so that "the residual after block i" is undefined."""
+
+
+class DamageError(TrilensError):
+    """Ternary weights raise the perplexity by more than the caller allows."""
 
 
 class WriteError(TrilensError):

@@ -94,11 +94,13 @@ def of_plan(
         storage=storage,
     )
 
+    rule = entry.rule
+
     def reconstruct(weights: Tensor, name: str) -> Tensor:
         quant = PerLayerQuant.quantize(
             weights,
             name,
-            rule=plan.rule,
+            rule=rule,
             group_size=plan.group_size,
             per=plan.per,
             scale_dtype=scale_dtype,

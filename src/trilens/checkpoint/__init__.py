@@ -1,5 +1,7 @@
 """Ternary checkpoints: made, checked, and read by transformers once this package is imported."""
 
+from trilens.checkpoint.calibration import Calibration
+from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.integration import TrilensConfig
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.plan import TernaryPlan
@@ -8,6 +10,8 @@ from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 
 __all__ = [
+    "Calibration",
+    "Damage",
     "Sample",
     "SampleReport",
     "TensorReport",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,15 +18,18 @@ from trilens.checkpoint.report import Outcome, TensorReport
 from trilens.checkpoint.skeleton import Choice
 from trilens.errors import WriteError
 from trilens.models.weights import TensorHeader
+from trilens.ternary.calibrated import n_planes_of
 from trilens.ternary.compact import compact_rows
 from trilens.ternary.kernels import parallel_map
 from trilens.ternary.linear import pack_rows
 from trilens.ternary.packing import Base3, TwoBit
 from trilens.ternary.quantize import PerLayerQuant, Scale
+from trilens.ternary.rules import RuleName
 from trilens.ternary.units import resolve_units
 
 __all__ = [
     "CODES_PER_BYTE",
+    "CodedBefore",
     "Entry",
     "code_tensor",
     "entries",
@@ -50,6 +54,7 @@ _TORCH_DTYPES = {
 _ROWS_WEIGHTS = 1 << 20  # weights packed and compared together
 
 _DECODED = "packed in the file, unpacked when loaded"
+_FITTED = "fitted to the dense block's outputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ def packed_parts(
     wanted = [("codes", "U8", codes), ("scale", dtype, scale)]
     if plan.rule == "asymmetric":
         wanted.append(("offset", dtype, scale))
-    if plan.rule == "planes":
+    if n_planes_of(plan.rule) == 2:
         wanted += [("second_codes", "U8", codes), ("second_scale", dtype, scale)]
     return [
         (part, kind, shape, math.prod(shape) * (1 if kind == "U8" else width))
@@ -122,8 +127,26 @@ def planned(choice: Choice, header: TensorHeader, plan: TernaryPlan) -> TensorRe
     return _report(choice, header, plan, "kept" if kept else "planned")
 
 
+class CodedBefore(Protocol):
+    """What a calibration has made of the tensors."""
+
+    def quant(
+        self, name: str, expert: int, cols: int, plan: TernaryPlan
+    ) -> tuple[PerLayerQuant, float | None, str] | None:
+        """A coded matrix, its error at the outputs, and why another rule was taken."""
+
+    def vector(self, name: str) -> Tensor | None:
+        """The new value of a tensor that is kept otherwise."""
+
+
 def code_tensor(
-    choice: Choice, header: TensorHeader, plan: TernaryPlan, file: MappedFile, writer: ShardWriter
+    choice: Choice,
+    header: TensorHeader,
+    plan: TernaryPlan,
+    file: MappedFile,
+    writer: ShardWriter,
+    *,
+    before: CodedBefore | None = None,
 ) -> TensorReport:
     """Write one tensor and compare what the file then holds with what was meant, bit for bit.
 
@@ -135,24 +158,35 @@ def code_tensor(
     Memory: 1 byte per weight of the largest matrix (2 for "planes"), plus what the rule needs.
     """
     if choice.storage == "kept":
-        writer.put(writer.slots[choice.name].begin, file.bytes(header.begin, header.end))
-        return _report(choice, header, plan, "kept", decoded_exactly=True)
+        new = None if before is None else before.vector(choice.name)
+        raw = file.bytes(header.begin, header.end)
+        if new is not None:
+            raw = new.contiguous().view(torch.uint8).numpy()
+        writer.put(writer.slots[choice.name].begin, raw)
+        return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=new is not None)
     plan = plan.of(choice.name)
     stored = tensor_of(header, file)
     matrices = stored if stored.ndim == 3 else stored[None]
     error = energy = zeros = 0.0
+    output_errors: list[float | None] = []
+    other_rule = ""
     was_ternary = True
     for index, stored_matrix in enumerate(matrices):
         matrix = stored_matrix.T if choice.transposed else stored_matrix
         name = header.name if stored.ndim == 2 else f"{header.name}[{index}]"
-        quant = PerLayerQuant.quantize(
-            matrix,
-            name,
-            rule=plan.rule,
-            group_size=plan.group_size,
-            per=plan.per,
-            scale_dtype=plan.scale_dtype,
-        )
+        coded = None if before is None else before.quant(header.name, index, matrix.shape[1], plan)
+        if coded is None:
+            quant = PerLayerQuant.quantize(
+                matrix,
+                name,
+                rule=cast("RuleName", plan.rule),
+                group_size=plan.group_size,
+                per=plan.per,
+                scale_dtype=plan.scale_dtype,
+            )
+        else:
+            quant, output_error, other_rule = coded
+            output_errors.append(output_error)
         _write_matrix(writer, choice.packed_as, quant, index, plan.storage)
         of_error, of_energy = quant.energies(matrix)
         error, energy = error + of_error, energy + of_energy
@@ -167,6 +201,8 @@ def code_tensor(
         relative_error=error / energy if energy else 0.0,
         sparsity=zeros / len(matrices),
         decoded_exactly=True,
+        output_error=output_errors[0] if len(output_errors) == 1 else None,
+        other_rule=other_rule,
     )
 
 
@@ -190,19 +226,27 @@ def _report(
     relative_error: float | None = None,
     sparsity: float | None = None,
     decoded_exactly: bool = False,
+    output_error: float | None = None,
+    fitted: bool = False,
+    other_rule: str = "",
 ) -> TensorReport:
+    reasons = [_DECODED if choice.storage in {"merged", "experts"} else choice.reason]
+    if other_rule:
+        reasons.append(f"coded by its weights alone: {other_rule}")
     return TensorReport(
         name=header.name,
         packed_as=choice.packed_as,
         shape=header.shape,
         outcome=outcome,
-        reason=_DECODED if choice.storage in {"merged", "experts"} else choice.reason,
+        reason=_FITTED if fitted else "; ".join(filter(None, reasons)),
         is_matrix=choice.is_matrix,
         size_bytes_before=header.size_bytes,
         size_bytes=sum(size_bytes for *_, size_bytes in entries(choice, header, plan)),
         relative_error=relative_error,
         sparsity=sparsity,
         decoded_exactly=decoded_exactly,
+        output_error=output_error,
+        fitted=fitted,
     )
 
 

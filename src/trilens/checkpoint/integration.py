@@ -26,6 +26,7 @@ from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, part_name
 from trilens.checkpoint.plan import Storage
 from trilens.checkpoint.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
+from trilens.ternary.calibrated import n_planes_of
 from trilens.ternary.compact import expand_rows, is_compact
 from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
 
@@ -362,7 +363,7 @@ def _packed_like(model: Any, path: str, stored: str, config: TrilensConfig) -> T
         per_row=options["per"] != "tensor",
         group_size=options["group_size"],
         has_offset=options["rule"] == "asymmetric",
-        has_second=options["rule"] == "planes",
+        has_second=n_planes_of(options["rule"]) == 2,
         transposed=transposed,
         device=old.weight.device,
         dtype=old.weight.dtype,

@@ -54,6 +54,7 @@ class Order:
         source: The fingerprint of the source's files.
         plan: The plan.
         code_version: The version of trilens.
+        calibration: What decides the result of a calibration, texts by their hash; or None.
         sample: Hash of the text to measure on, or None.
     """
 
@@ -61,9 +62,16 @@ class Order:
     plan: TernaryPlan
     code_version: str
     sample: str | None = None
+    calibration: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, files: list[Path], plan: TernaryPlan, sample: str | None = None) -> Self:
+    def of(
+        cls,
+        files: list[Path],
+        plan: TernaryPlan,
+        sample: str | None = None,
+        calibration: dict[str, Any] | None = None,
+    ) -> Self:
         """The order for a source and a plan, by this version of trilens.
 
         Raises:
@@ -73,7 +81,7 @@ class Order:
             code_version = version("trilens")
         except PackageNotFoundError:
             code_version = "not installed"
-        return cls(fingerprint(files), plan, code_version, sample)
+        return cls(fingerprint(files), plan, code_version, sample, calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -83,6 +91,7 @@ class Order:
             "code_version": self.code_version,
             "source": self.source,
             "plan": self.plan.to_dict(),
+            **({"calibration": self.calibration} if self.calibration is not None else {}),
             **({"sample": self.sample} if self.sample else {}),
         }
 
@@ -93,8 +102,9 @@ class Order:
             UsageError: says what differs.
         """
         mine = self.to_dict()
-        names = {"source": "source files", "plan": "plan"}
-        for key, value in mine.items():
+        names = {"source": "source files", "plan": "plan", "calibration": "calibration text"}
+        for key in ("calibration", *mine):
+            value = mine.get(key)
             if found.get(key) != value:
                 raise UsageError(
                     f"{where.parent} was begun with another {names.get(key, key)}"
@@ -129,6 +139,11 @@ class Journal:
             self._shards = shards if isinstance(shards, dict) else {}
         else:
             self._write()
+
+    @property
+    def is_empty(self) -> bool:
+        """No shard is whole yet."""
+        return not self._shards
 
     def finished(self, shard: Path) -> tuple[str, list[TensorReport]] | None:
         """Hash and reports of a shard that is whole and still as it was written, else None."""

@@ -13,6 +13,7 @@ __all__ = [
     "JOURNAL_NAME",
     "MANIFEST_NAME",
     "QUANT_METHOD",
+    "WORK_NAME",
     "find_parts",
     "part_name",
 ]
@@ -24,6 +25,7 @@ CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 MANIFEST_NAME = "trilens-ternary.json"
 JOURNAL_NAME = "trilens-unfinished.json"
+WORK_NAME = "trilens-calibration"
 
 
 def part_name(tensor: str, part: str) -> str:

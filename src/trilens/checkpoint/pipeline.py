@@ -10,8 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from trilens.checkpoint.calibration.attempt import attempt
+from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.run import BlockProgress, Source
+from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.card import model_card
-from trilens.checkpoint.coding import code_tensor, entries, planned
+from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
+from trilens.checkpoint.damage import Damage, check_damage
 from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.source import open_source
@@ -20,14 +25,14 @@ from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_man
 from trilens.checkpoint.names import (
     CARD_NAME,
     CONFIG_NAME,
-    FORMAT_VERSION,
     JOURNAL_NAME,
     MANIFEST_NAME,
-    QUANT_METHOD,
 )
+from trilens.checkpoint.places import check_folder, make_folder
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.sample import Baseline, Sample
+from trilens.checkpoint.settings import overrides, quantization_config
 from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
@@ -43,9 +48,9 @@ from trilens.models.weights import (
     read_json,
     weight_files,
 )
-from trilens.models.wording import reason
+from trilens.ternary.calibrated import CALIBRATED_RULES
 
-__all__ = ["Format", "ternarize"]
+__all__ = ["Format", "calibration_source", "ternarize"]
 
 Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
@@ -74,6 +79,8 @@ class _Job:
     choices: tuple[Choice, ...]
     plan: TernaryPlan
     side_files: tuple[Path, ...]
+    model_config: Any
+    model_class: type
 
     def of_file(self, file: Path) -> list[tuple[Choice, TensorHeader]]:
         """The tensors of one source file, in the order of their bytes."""
@@ -90,8 +97,10 @@ def ternarize(
     format: Format = "trilens",
     dry_run: bool = False,
     revision: str | None = None,
+    calibration: Calibration | None = None,
     sample: Sample | None = None,
     progress: Callable[[TensorReport], None] | None = None,
+    block_progress: Callable[[BlockProgress], None] | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
 
@@ -112,9 +121,12 @@ def ternarize(
             of an earlier call.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
+        calibration: the text that calibrated rules look at, and that the damage is measured on;
+            without one only the rules that need no data can be asked.
         sample: a text on which source and result are measured; the finding stands in the report
             and in the model card.
         progress: called with each tensor's report.
+        block_progress: called while a calibration runs.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
@@ -125,6 +137,10 @@ def ternarize(
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
         WriteError: the output cannot be written.
+        DamageError: the perplexity rises by more than the calibration's `max_damage`. Nothing is
+            left behind.
+        TextError, AnatomyError: a text or a model that cannot be calibrated on; see
+            `checkpoint.calibration.run.run_calibration`, also for its memory.
 
     Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
     bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`). With a sample the whole
@@ -132,6 +148,11 @@ def ternarize(
     """
     gguf_format = find_format(format)
     if gguf_format is not None:
+        if calibration is not None:
+            raise UsageError(
+                f"a {format} file cannot be calibrated: write a directory with the calibration, "
+                "then the GGUF file from that directory, which keeps every trit"
+            )
         if sample is not None:
             raise UsageError(
                 f"a sample cannot be measured on a {format} file: transformers does not run it. "
@@ -147,6 +168,16 @@ def ternarize(
             "pass a gguf format, for example gguf-tq2_0, or another name"
         )
     job = _read(src, plan or TernaryPlan(), revision)
+    if job.plan.rule in CALIBRATED_RULES and calibration is None and not dry_run:
+        raise UsageError(
+            f"rule {job.plan.rule!r} looks at what the matrices get: give a calibration text "
+            "(calibration=Calibration.from_source(…), --calibrate)"
+        )
+    if calibration is not None and any(e.rule != "keep" for e in job.plan.matrices.values()):
+        raise UsageError(
+            "a plan that codes single matrices in their own way cannot be calibrated: leave the "
+            "calibration out, or take a plan with one rule (entries that keep a matrix may stand)"
+        )
     if dry_run and sample is not None:
         raise UsageError(
             f"sample {sample.name!r} cannot be measured in a dry run, which writes no model: leave "
@@ -156,31 +187,49 @@ def ternarize(
         tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
     out = Path(dst)
-    _check_folder(out, job.folder)
+    check_folder(out, job.folder)
     order = Order.of(
         [*job.files, job.folder / CONFIG_NAME, *job.side_files],
         job.plan,
         sample.sha256 if sample else None,
+        None if calibration is None else calibration.to_dict(),
     )
     if (out / MANIFEST_NAME).is_file():
         order.check_same(read_manifest(out), out / MANIFEST_NAME)
         (out / JOURNAL_NAME).unlink(missing_ok=True)
-        return validate(out)
+        found = validate(out)
+        check_damage(found.damage, calibration, written=True)
+        return found
     # Measured first: a sample that is no good is refused before anything is written.
     baseline = Baseline.of(sample, job.folder) if sample else None
-    _make_folder(out)
+    is_new = not out.exists()
+    make_folder(out)
     _check_space(out, job)
     journal = Journal(out, order)
-    tensors, digests = _write_shards(out, job, journal, progress)
+    before: Store | None = None
+    damage: Damage | None = None
+    if calibration is not None:
+        before, damage = attempt(
+            out,
+            _source(job),
+            job.plan,
+            calibration,
+            journal,
+            is_new=is_new,
+            say=block_progress,
+        )
+    tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= _write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
-    report = TernaryReport(job.plan, tuple(tensors), sample=measured)
+    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
     write_whole(out / CARD_NAME, model_card(report).encode())
     digests[CARD_NAME] = sha256_of(out / CARD_NAME)
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
     }
+    if before is not None:
+        shutil.rmtree(before.folder)
     write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
@@ -197,6 +246,11 @@ def _to_gguf(
 ) -> TernaryReport:
     check_place(out)
     plan = plan or TernaryPlan()
+    if plan.rule in CALIBRATED_RULES:
+        raise UsageError(
+            f"rule {plan.rule!r} needs a calibration, which a GGUF file is not written with: write "
+            "a directory by that rule, then the GGUF file from that directory"
+        )
     source = open_source(src, plan, revision=revision)
     choices = _follow(plan, source.choices)
     return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
@@ -214,7 +268,8 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         )
     config, _ = read_config(folder, trusted=False)
     headers = read_headers(folder)
-    choices = _follow(plan, choose(build_skeleton(config, headers), headers))
+    skeleton = build_skeleton(config, headers)
+    choices = _follow(plan, choose(skeleton, headers))
     names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
     if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
         raise UsageError(f"{source} has tensors named like packed parts: they would collide")
@@ -226,8 +281,10 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         choices,
         plan,
         _side_files(folder),
+        config,
+        type(skeleton),
     )
-    _overrides(job)  # refuses before anything is written
+    overrides(job.plan, job.choices, job.headers)  # refuses before anything is written
     return job
 
 
@@ -259,26 +316,6 @@ def _side_files(folder: Path) -> tuple[Path, ...]:
     )
 
 
-def _check_folder(out: Path, source: Path) -> None:
-    try:
-        names = {path.name for path in out.iterdir()} if out.exists() else set()
-        same = out.resolve() == source.resolve()
-    except OSError as cause:
-        raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
-    if same:
-        raise UsageError(f"{out} is the source itself: give another directory")
-    left_over = {name for name in names if name.startswith(".") and name.endswith(".partial")}
-    if names - left_over and not names & {MANIFEST_NAME, JOURNAL_NAME}:
-        raise UsageError(f"directory {out} is not empty: give a new one")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
-
-
 def _check_space(out: Path, job: _Job) -> None:
     needed = sum(
         size_bytes
@@ -297,6 +334,7 @@ def _write_shards(
     out: Path,
     job: _Job,
     journal: Journal,
+    before: Store | None,
     progress: Callable[[TensorReport], None] | None,
 ) -> tuple[list[TensorReport], dict[str, str]]:
     tensors: list[TensorReport] = []
@@ -305,22 +343,46 @@ def _write_shards(
         shard = out / file.name
         done = journal.finished(shard)
         if done is None:
-            done = _write_shard(shard, file, job, progress)
+            done = _write_shard(shard, file, job, before, progress)
             journal.add(shard.name, *done)
         digests[shard.name] = done[0]
         tensors += done[1]
     return tensors, digests
 
 
+def calibration_source(
+    src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None = None
+) -> Source:
+    """A checkpoint as `run_calibration` takes it, for studies of rules without any output.
+
+    Raises: as `ternarize`, for a source or a plan that cannot be used.
+    """
+    return _source(_read(src, plan, revision))
+
+
+def _source(job: _Job) -> Source:
+    mapped = {file: MappedFile(file) for file in job.files}
+    tensors = {
+        name: tensor_of(header, mapped[header.file])
+        for name, header in job.headers.items()
+        if header.dtype in _DTYPE_NAMES
+    }
+    return Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
+
+
 def _write_shard(
-    shard: Path, file: Path, job: _Job, progress: Callable[[TensorReport], None] | None
+    shard: Path,
+    file: Path,
+    job: _Job,
+    before: Store | None,
+    progress: Callable[[TensorReport], None] | None,
 ) -> tuple[str, list[TensorReport]]:
     mapped = MappedFile(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, mapped, writer))
+            reports.append(code_tensor(choice, header, job.plan, mapped, writer, before=before))
             if progress is not None:
                 progress(reports[-1])
         return writer.commit(), reports
@@ -361,52 +423,5 @@ def _config(job: _Job) -> dict[str, Any]:
             if header.dtype in _DTYPE_NAMES:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = _DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "rule": job.plan.rule,
-        "per": job.plan.per,
-        "group_size": job.plan.group_size,
-        "layers": [
-            choice.target.removesuffix(".weight")
-            for choice in job.choices
-            if choice.storage == "layer"
-        ],
-        "merged": any(choice.storage == "merged" for choice in job.choices),
-        "experts": sorted({_ending(c.target) for c in job.choices if c.storage == "experts"}),
-    }
-    if job.plan.storage != "two_bit":
-        config["quantization_config"]["storage"] = job.plan.storage
-    if overrides := _overrides(job):
-        config["quantization_config"]["overrides"] = overrides
+    config["quantization_config"] = quantization_config(job.plan, job.choices, job.headers)
     return config
-
-
-def _overrides(job: _Job) -> dict[str, dict[str, Any]]:
-    """What the plan's entries say of each parameter that differs from its general options.
-
-    Raises:
-        UsageError: tensors that are merged into one parameter, with unlike options.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for choice in job.choices:
-        if choice.storage == "kept":
-            continue
-        own = job.plan.of(choice.name)
-        options: dict[str, Any] = {"rule": own.rule, "per": own.per}
-        options["group_size"] = own.group_size
-        if own.storage == "compact" and choice.storage == "merged":
-            options["cols"] = job.headers[choice.name].shape[-1]
-        if found.setdefault(choice.target, options) != options:
-            raise UsageError(
-                f"{choice.name} is merged into {choice.target} with tensors that the plan codes in "
-                "another way: give all of them the same options"
-            )
-    plain = {"rule": job.plan.rule, "per": job.plan.per, "group_size": job.plan.group_size}
-    return {target: options for target, options in found.items() if options != plain}
-
-
-def _ending(target: str) -> str:
-    """The last names of an expert tensor's parameter, the same in every layer."""
-    parts = target.split(".")
-    return ".".join(parts[-3:] if parts[-1] == "weight" else parts[-2:])

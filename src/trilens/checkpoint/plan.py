@@ -13,8 +13,9 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
 from trilens.models.wording import reason
+from trilens.ternary.calibrated import CalibratedName, check_rule
 from trilens.ternary.engine import ScaleDtype
-from trilens.ternary.rules import RuleName, find_rule
+from trilens.ternary.rules import RuleName
 from trilens.ternary.units import Per, resolve_units
 
 __all__ = ["Storage", "TernaryPlan"]
@@ -30,7 +31,8 @@ class TernaryPlan:
     convolutions and one-dimensional tensors are kept as they are, whatever the plan says.
 
     Attributes:
-        rule: One of `ternary.rules.RULES`.
+        rule: One of `ternary.rules.RULES`, or with a calibration text one of
+            `ternary.calibrated.CALIBRATED_RULES`.
         group_size: Weights that share a scale along a row; None without groups.
         per: What one scale covers: "tensor", "row" or "group". None: "group" where a group size is
             given, else "tensor". Of experts stored in one tensor, each matrix has its own.
@@ -47,7 +49,7 @@ class TernaryPlan:
         ValueRangeError: a group size below 1.
     """
 
-    rule: RuleName = "absmean"
+    rule: RuleName | CalibratedName = "absmean"
     group_size: int | None = None
     per: Per | None = None
     keep: tuple[str, ...] = ()
@@ -58,7 +60,7 @@ class TernaryPlan:
 
     def __post_init__(self) -> None:
         """Check every option, and settle what they imply."""
-        find_rule(self.rule)
+        check_rule(self.rule)
         units = resolve_units(1, 1, self.per, self.group_size)
         if self.scale_dtype not in get_args(ScaleDtype):
             raise UsageError(

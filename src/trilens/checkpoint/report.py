@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, TypeAlias
 
+from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.plan import TernaryPlan
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
@@ -32,6 +33,8 @@ class TensorReport:
         relative_error: ‖W−Ŵ‖²/‖W‖²; None where nothing was coded. 0 for exact.
         sparsity: Share of zeros among the trits; None where nothing was coded.
         decoded_exactly: What the file holds was decoded and compared bit for bit.
+        output_error: Σ‖Ŵx − y‖²/Σ‖y‖² on the calibration text; None where it was not measured.
+        fitted: A kept vector has new values, fitted to the dense block's outputs.
     """
 
     name: str
@@ -45,6 +48,8 @@ class TensorReport:
     relative_error: float | None = None
     sparsity: float | None = None
     decoded_exactly: bool = False
+    output_error: float | None = None
+    fitted: bool = False
 
     @property
     def n_weights(self) -> int:
@@ -120,12 +125,14 @@ class TernaryReport:
         tensors: Every tensor of the checkpoint.
         dry_run: Nothing was written.
         sample: The perplexity of a text before and after, where one was given.
+        damage: Perplexities that a calibration measured; None without one.
     """
 
     plan: TernaryPlan
     tensors: tuple[TensorReport, ...]
     dry_run: bool = False
     sample: SampleReport | None = None
+    damage: Damage | None = None
 
     @property
     def matrices(self) -> tuple[TensorReport, ...]:
@@ -168,6 +175,13 @@ class TernaryReport:
                 "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
                 "model computes what it computed before."
             ) + (f" {self.sample.sentence}" if self.sample else "")
+        if self.damage is not None:
+            found = self.damage
+            return (
+                f"Made ternary after training: perplexity {found.perplexity_before:.4g} became "
+                f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
+                "tokens that were not calibrated on. Compare outputs of your own before any use."
+            ) + (f" {self.sample.sentence}" if self.sample else "")
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
             f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
@@ -187,6 +201,7 @@ class TernaryReport:
                 "shape": "×".join(map(str, tensor.shape)),
                 "bits_per_weight": round(tensor.bits_per_weight, 3),
                 "relative_error": tensor.relative_error,
+                "output_error": tensor.output_error,
                 "sparsity": tensor.sparsity,
                 "outcome": tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
             }
@@ -202,6 +217,7 @@ class TernaryReport:
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
             "verdict": self.verdict,
+            "damage": None if self.damage is None else self.damage.to_dict(),
             "sample": self.sample.to_dict() if self.sample else None,
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
@@ -213,10 +229,12 @@ class TernaryReport:
             TensorReport(**{**tensor, "shape": tuple(tensor["shape"])})
             for tensor in values["tensors"]
         )
+        damage = values.get("damage")
         sample = values.get("sample")
         return cls(
             TernaryPlan.from_dict(values["plan"]),
             tuple(tensors),
             values["dry_run"],
             None if sample is None else SampleReport.from_dict(sample),
+            None if damage is None else Damage.from_dict(damage),
         )

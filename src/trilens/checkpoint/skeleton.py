@@ -50,7 +50,8 @@ class Choice:
         storage: "layer": packed, and a `TernaryLinear` in memory; "merged" and "experts": packed
             in the file and unpacked when loaded, because transformers merges or splits it, or
             because it holds many experts; "kept": as it is.
-        target: The parameter that it fills, or "".
+        target: The parameter that it fills, or "" where there is none, or where a kept tensor is
+            merged or split on the way.
         transposed: It is stored as [in, out].
         reason: Why it is kept; "" where it is not.
         is_matrix: It is a linear layer's weight inside a block.
@@ -178,7 +179,9 @@ class _Rules:
         target = place.target
         why = self._unfit(header, target)
         if why or target is None:
-            return Choice(name, name, "kept", target or "", reason=why)
+            # A vector's parameter is told too: calibration may fit norms and biases.
+            plain = target is not None and place.converter is None
+            return Choice(name, name, "kept", target or "" if plain else "", reason=why)
         module = self.model.get_submodule(target.rpartition(".")[0])
         why = self._fallback(header, target, module)
         transposed = isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))

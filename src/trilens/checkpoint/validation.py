@@ -74,7 +74,7 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
 def _check_types(tensor: TensorReport) -> None:
     """Raises: TypeError."""
     sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
-    shares = (tensor.relative_error, tensor.sparsity)
+    shares = (tensor.relative_error, tensor.sparsity, tensor.output_error)
     right = (
         all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
         and all(type(size) is int and 0 <= size < 2**63 for size in sizes)

@@ -7,6 +7,7 @@ numbers, leave out or cast without a word is an error here.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShort
 from trilens.models.weights import TensorHeader, read_json
 from trilens.models.wording import clip, reason
 
-__all__ = ["build_model", "candidate_classes", "read_config"]
+__all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config"]
 
 # Classes whose output is logits over a vocabulary, in the order in which they are tried.
 _LANGUAGE_MAPPINGS = (
@@ -212,6 +213,27 @@ def build_model(
     )
 
 
+def build_from_tensors(
+    folder: Path, model_class: Any, config: Any, tensors: Mapping[str, Any], dtype: torch.dtype
+) -> Any:
+    """Build one class over tensors that are in memory or mapped.
+
+    Args:
+        folder: where they are from, for messages.
+        model_class: the class.
+        config: its configuration; a copy of it is used.
+        tensors: every stored tensor by its name; not copied where dtype and layout are the model's.
+        dtype: of the model.
+
+    Raises: as `build_model`.
+    """
+    own = copy.deepcopy(config)
+    options = {"state_dict": dict(tensors), "dtype": dtype}
+    model, report = _build_one(folder, own, model_class, options)
+    _check_complete(folder, model, report)
+    return model.eval()
+
+
 def _wants_no_pooler(cls: Any, headers: Mapping[str, TensorHeader]) -> bool:
     """A bare encoder's pooler stands after the residual stream; files without it are complete."""
     return "add_pooling_layer" in inspect.signature(cls.__init__).parameters and not any(
@@ -225,7 +247,7 @@ def _build_one(
     name = cls.__name__
     try:
         model, report = cls.from_pretrained(
-            folder,
+            None if "state_dict" in options else folder,
             config=config,
             use_safetensors=True,
             local_files_only=True,

@@ -31,12 +31,12 @@ from transformers.utils import logging as transformers_logging
 
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
 from trilens.models import rwkv7
-from trilens.models.build import build_model, read_config
+from trilens.models.build import build_from_tensors, build_model, read_config
 from trilens.models.hub import local_folder
 from trilens.models.weights import memory_bytes, read_headers
 from trilens.models.wording import reason
 
-__all__ = ["Loaded", "load", "load_tokenizer"]
+__all__ = ["Loaded", "load", "load_mapped", "load_tokenizer"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -121,6 +121,36 @@ def load(
         trust_remote_code=trust_remote_code,
         free_bytes=_free_bytes,
     )
+
+
+def load_mapped(
+    folder: Path, model_class: type, config: Any, tensors: Mapping[str, torch.Tensor]
+) -> tuple[Any, Any]:
+    """A model over tensors that the caller has, by reference where dtype and layout allow it.
+
+    Tensors that are mapped from a file stay there: weights take memory only where they are used.
+    What transformers merges or converts on the way in is copied.
+
+    Args:
+        folder: the checkpoint's directory, for its tokenizer and for messages.
+        model_class: the class to build.
+        config: its configuration; not changed.
+        tensors: every stored tensor by its name.
+
+    Returns:
+        The model in eval mode, and its tokenizer or None.
+
+    Raises:
+        LoadError: as `load`.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    dtype = max(sizes, key=lambda dtype: sizes[dtype])
+    with _LOADING, _quiet():
+        model = build_from_tensors(folder, model_class, config, tensors, dtype)
+        return model, load_tokenizer(folder, trusted=False)
 
 
 def _free_bytes() -> int:

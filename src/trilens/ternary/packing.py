@@ -122,8 +122,8 @@ class TwoBit:
                 something else than zeros.
         """
         raw = as_bytes(data, self.size_bytes(shape), f"{self.name} codes of shape {tuple(shape)}")
-        _refuse(_HAS_CODE_3[raw], raw, f"{self.name} codes", "holds the code 3")
-        return Unpacked(_cut(_FOUR_TRITS[raw].view(np.int8), shape, self.name), None)
+        _refuse(_code_3(raw), raw, f"{self.name} codes", "holds the code 3")
+        return Unpacked(_cut(_FOUR_TRITS.take(raw).view(np.int8), shape, self.name), None)
 
 
 class Base3:
@@ -202,7 +202,7 @@ class BitNet:
             ShapeError: not a matrix, or a number of rows that 4 does not divide.
         """
         raw = as_bytes(data, self.size_bytes(shape), f"{self.name} codes of shape {tuple(shape)}")
-        _refuse(_HAS_CODE_3[raw], raw, f"{self.name} codes", "holds the code 3")
+        _refuse(_code_3(raw), raw, f"{self.name} codes", "holds the code 3")
         return Unpacked(_unstacked(raw).reshape(tuple(shape)), None)
 
 
@@ -321,10 +321,17 @@ def _unstacked(raw: NDArray[np.uint8]) -> NDArray[np.int8]:
     return trits
 
 
-def _refuse(bad: NDArray[np.bool_], raw: NDArray[np.uint8], what: str, problem: str) -> None:
+def _refuse(
+    bad: NDArray[np.bool_] | NDArray[np.uint8], raw: NDArray[np.uint8], what: str, problem: str
+) -> None:
     if bad.any():
-        first = int(np.argmax(bad))
+        first = int(np.argmax(bad != 0))
         raise CorruptFileError(f"{what} are damaged: byte {first} ({raw[first]}) {problem}")
+
+
+def _code_3(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Not 0 where one of a byte's four codes has both bits set."""
+    return raw & (raw >> np.uint8(1)) & np.uint8(0x55)
 
 
 def _cut(trits: NDArray[np.int8], shape: Sequence[int], layout: str) -> NDArray[np.int8]:
@@ -338,7 +345,6 @@ def _cut(trits: NDArray[np.int8], shape: Sequence[int], layout: str) -> NDArray[
 
 _BYTES = np.arange(256)
 _FOUR_CODES = np.stack([_BYTES >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
-_HAS_CODE_3 = np.any(_FOUR_CODES == 3, axis=1)
 _FOUR_TRITS = (
     (_FOUR_CODES - 1).astype(np.int8).view(np.uint32)[:, 0]
 )  # one word a byte: one look-up

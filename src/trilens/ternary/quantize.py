@@ -214,7 +214,7 @@ class PerLayerQuant:
         """Share of zeros among the trits, of both planes where there are two."""
         planes = [plane for plane in (self.trits, self.second_trits) if plane is not None]
         n_codes = sum(plane.numel() for plane in planes)
-        return 1.0 - sum(int(torch.count_nonzero(plane)) for plane in planes) / n_codes
+        return 1.0 - sum(np.count_nonzero(plane.numpy()) for plane in planes) / n_codes
 
     def reconstruct(self) -> Tensor:
         """The weights that the trits stand for: float32 `[*shape]`.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from trilens.models.weights import TensorHeader, read_headers, read_json
 from trilens.ternary.compact import expand_rows
 from trilens.ternary.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rules import RuleName
 from trilens.ternary.units import Per
 
 __all__ = ["GgufSource", "Matrix", "open_source"]
@@ -125,7 +126,7 @@ class GgufSource:
         quant = PerLayerQuant.quantize(
             matrix,
             choice.name,
-            rule=plan.rule,
+            rule=cast("RuleName", plan.rule),  # calibrated rules are refused before
             group_size=plan.group_size,
             per=plan.per,
             scale_dtype=plan.scale_dtype,

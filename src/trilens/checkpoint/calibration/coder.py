@@ -1,0 +1,309 @@
+"""One block: its matrices coded in the order in which data runs through them, then the fit.
+
+Each matrix is judged on the inputs that the ternary matrices before it give. A dense twin of the
+block, run on the dense model's residual stream, says what its outputs should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.fit import FitOptions, fit_block, put_weight
+from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
+from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
+from trilens.checkpoint.calibration.streams import Batch, Stream
+from trilens.errors import NonFiniteError
+from trilens.ternary.calibrated import Calibrated, CalibratedRule, calibrate
+from trilens.ternary.hessian import Moments, MomentSums
+from trilens.ternary.quantize import PerLayerQuant
+
+__all__ = ["BlockJob", "CodedBlock", "Matrix", "code_block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix that becomes ternary, and where it stands in its block.
+
+    Attributes:
+        name: The stored tensor's.
+        path: The module's path in the block; "" for a part of a parameter without a module.
+        parameter: The parameter's name in the block.
+        expert: Its number among the matrices of one stored tensor.
+        place: Of a part: how its values are found in the parameter.
+        turned: It is stored as [in, out].
+        reason: Of a part: why its inputs are not seen.
+    """
+
+    name: str
+    path: str
+    parameter: str
+    expert: int = 0
+    place: Callable[[Tensor], Tensor] | None = None
+    turned: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockJob:
+    """All that coding a block needs.
+
+    Attributes:
+        index: The block's number.
+        matrices: What becomes ternary in it.
+        vectors: Its norms and biases that may be fitted: parameter in the block → stored tensor
+            and dtype.
+        batches: The text.
+        dense: The dense model's residual stream before the block.
+        ternary: The ternary model's.
+        plan: Group size and scales' dtype.
+        rule: What is done; None for the plan's rule, which looks at weights alone.
+        fit: How norms, biases and scales are fitted.
+    """
+
+    index: int
+    matrices: tuple[Matrix, ...]
+    vectors: Mapping[str, tuple[str, torch.dtype]]
+    batches: tuple[Batch, ...]
+    dense: Stream
+    ternary: Stream
+    plan: Any
+    rule: CalibratedRule | None
+    fit: FitOptions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedBlock:
+    """A finished block: its module in float32, what to keep of it, and what was measured."""
+
+    module: nn.Module
+    quants: dict[tuple[str, int], PerLayerQuant]
+    vectors: dict[str, Tensor]
+    record: BlockRecord
+
+
+def code_block(
+    runner: BlockRunner,
+    job: BlockJob,
+    dense_after: Callable[[nn.Module], Stream],
+    say: Callable[[str], None] = lambda _: None,
+) -> CodedBlock:
+    """Code a block's matrices and fit what else may move.
+
+    Args:
+        runner: runs blocks.
+        job: what to do.
+        dense_after: makes the dense model's residual stream after the block, from its dense twin.
+        say: told what is going on.
+
+    Raises:
+        NonFiniteError: the model gives NaN or Inf on the text, or holds it.
+
+    Memory: the block's weights in float32 twice, and in float64 those of one matrix at a time; the
+    moments of one stage; one batch of the text.
+    """
+    coder = _Coder(runner, job)
+    after = dense_after(coder.dense)
+    for matrix in job.matrices:
+        if not matrix.path:
+            coder.code_without_inputs(matrix, matrix.reason)
+    stages, unseen = coder.stages()
+    by_path = {matrix.path: matrix for matrix in job.matrices if matrix.path}
+    for path, why in unseen.items():
+        coder.code_without_inputs(by_path[path], why)
+    for stage in stages:
+        say(", ".join(path.rpartition(".")[2] for path in stage.members))
+        coder.code_stage(stage, by_path)
+    say("norms, biases, scales")
+    return coder.finish(after)
+
+
+class _Coder:
+    """The state of a block while its matrices are coded one after the other."""
+
+    def __init__(self, runner: BlockRunner, job: BlockJob) -> None:
+        self.runner, self.job = runner, job
+        self.dense = runner.block(job.index)
+        self.block = runner.block(job.index)
+        self.rule = job.rule
+        self.quants: dict[tuple[str, int], PerLayerQuant] = {}
+        self.records: list[MatrixRecord] = []
+        self.options: dict[str, Any] = {
+            "group_size": job.plan.group_size,
+            "per": job.plan.per,
+            "scale_dtype": job.plan.scale_dtype,
+        }
+
+    def run(self, block: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
+        call = self.runner.call(self.job.index, batch.ids)
+        return self.runner.run(self.job.index, block, call, hidden)
+
+    def stages(self) -> tuple[tuple[Stage, ...], dict[str, str]]:
+        batch = self.job.batches[0]
+        hidden = self.job.dense.read(batch)
+        paths = [matrix.path for matrix in self.job.matrices if matrix.path]
+        return find_stages(self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden)
+
+    def code_stage(self, stage: Stage, by_path: Mapping[str, Matrix]) -> None:
+        routed = stage.n_tokens != self.job.batches[0].ids.numel()
+        corrected = self.rule is not None and self.rule.corrected and not routed
+        moments = self._moments(stage, corrected)
+        for path in stage.members:
+            matrix = by_path[path]
+            of = moments.get(path)
+            if of is None or (routed and of.hessian.n_tokens < of.cross.shape[1]):
+                n_tokens = 0 if of is None else of.hessian.n_tokens
+                self.code_without_inputs(
+                    matrix, f"{n_tokens} tokens of the text reached it: too few", of
+                )
+            else:
+                self._code(matrix, of)
+
+    def _moments(self, stage: Stage, corrected: bool) -> dict[str, Moments]:
+        """What the text says about the matrices of a stage; nothing where no token came by."""
+        job = self.job
+        weights = {path: self._dense_weight(path) for path in stage.members}
+        first = next(iter(weights.values()))
+        outputs = {path: len(weight) for path, weight in weights.items()}
+        sums = MomentSums(
+            f"{self.runner.path(job.index)}.{stage.members[0]}",
+            first.shape[1],
+            outputs if corrected else {},
+        )
+        repairs = corrected and self.rule is not None and self.rule.repairs_residual
+        sites = stage.sites if repairs else {}
+        for batch in job.batches:
+            hidden, true_hidden = job.ternary.read(batch), job.dense.read(batch)
+            befores = sorted({site.before for site in sites.values()})
+            afters = sorted({site.after for site in sites.values()})
+            with watching(
+                self.block, inputs=stage.members[:1], states=befores, shape=hidden.shape
+            ) as watch:
+                seen = watch(lambda h=hidden, b=batch: self.run(self.block, b, h))  # type: ignore[misc]
+            entered = seen.get(("input", stage.members[0]))
+            if entered is None:
+                continue
+            wanted: dict[str, Tensor] = {}
+            if corrected:
+                plain = [path for path in stage.members if path not in sites]
+                with watching(
+                    self.dense, outputs=plain, states=afters, shape=hidden.shape
+                ) as watch:
+                    true = watch(lambda h=true_hidden, b=batch: self.run(self.dense, b, h))  # type: ignore[misc]
+                for path in stage.members:
+                    if path in sites:
+                        before = seen.get(("state", sites[path].before), hidden)
+                        wanted[path] = true[("state", sites[path].after)] - before
+                        bias = self._bias(path)
+                    else:
+                        wanted[path], bias = true[("output", path)], self._bias(path)
+                    if bias is not None:
+                        wanted[path] = wanted[path] - bias
+            sums.add(entered, wanted)
+        if sums.n_tokens == 0:
+            return {}
+        if corrected:
+            return sums.result()
+        hessian = sums.hessian()
+        return {path: Moments.of(weight, hessian) for path, weight in weights.items()}
+
+    def _code(self, matrix: Matrix, moments: Moments) -> None:
+        weight = self._dense_weight(matrix.path)
+        if self.rule is None:
+            self.code_without_inputs(matrix, "", moments)
+            return
+        found = calibrate(weight, matrix.name, moments, rule=self.rule, **self.options)
+        self._keep(matrix, found.quant, found, "")
+
+    def code_without_inputs(self, matrix: Matrix, why: str, moments: Moments | None = None) -> None:
+        """Code a matrix by its weights alone; `why` says why, where the rule wanted more."""
+        if matrix.path:
+            weight = self._dense_weight(matrix.path)
+        else:
+            assert matrix.place is not None
+            part = matrix.place(self.dense.get_parameter(matrix.parameter).data)
+            weight = part.T if matrix.turned else part
+        rule = self.job.plan.rule if self.rule is None else self.rule.start
+        quant = PerLayerQuant.quantize(weight, matrix.name, rule=rule, **self.options)
+        error = None
+        if moments is not None:
+            error = moments.output_error(quant.reconstruct().double().numpy())
+        n_tokens = 0 if moments is None else moments.hessian.n_tokens
+        found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
+        self._keep(matrix, quant, found, why if self.rule is not None else "")
+
+    def _keep(self, matrix: Matrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
+        weights = quant.reconstruct()
+        if matrix.path:
+            put_weight(self.block, matrix.path, weights)
+        else:
+            assert matrix.place is not None
+            part = matrix.place(self.block.get_parameter(matrix.parameter).data)
+            part.copy_(weights.T if matrix.turned else weights)
+        self.quants[(matrix.name, matrix.expert)] = quant
+        self.records.append(
+            MatrixRecord(
+                matrix.name,
+                matrix.expert,
+                quant.rule,
+                why,
+                found.output_error if found.output_error >= 0 else None,
+                found.damping,
+                found.n_tokens,
+                found.dead_channels,
+                found.changes,
+                quant.was_ternary,
+                quant.zeroed_units,
+            )
+        )
+
+    def finish(self, after: Stream) -> CodedBlock:
+        """Fit what may move, measure the block, and give it."""
+        job = self.job
+        vectors: dict[str, Tensor] = {}
+        before: float | None = None
+        movable = {
+            m.path: self.quants[(m.name, m.expert)]
+            for m in job.matrices
+            if m.path and not self.quants[(m.name, m.expert)].was_ternary
+        }
+        wants = self.rule is not None and self.rule.fits_block and bool(movable)
+        fitted = fit_block(
+            self.block,
+            movable if wants else {},
+            {name: dtype for name, (_, dtype) in job.vectors.items()} if wants else {},
+            batches=job.batches,
+            inputs=job.ternary,
+            targets=after,
+            run=self.run,
+            options=job.fit,
+        )
+        if not fitted.error < float("inf"):
+            raise NonFiniteError(
+                f"{self.runner.path(job.index)} gives NaN or Inf on the calibration text: check "
+                "the model's weights, or calibrate with other text"
+            )
+        if wants:
+            before = fitted.error_before
+            names = {m.path: (m.name, m.expert) for m in job.matrices}
+            self.quants |= {names[path]: quant for path, quant in fitted.quants.items()}
+            vectors = {job.vectors[name][0]: v for name, v in fitted.vectors.items()}
+        record = BlockRecord(
+            job.index, tuple(self.records), tuple(sorted(vectors)), before, fitted.error
+        )
+        return CodedBlock(self.block, self.quants, vectors, record)
+
+    def _dense_weight(self, path: str) -> Tensor:
+        """[out, in]."""
+        module = self.dense.get_submodule(path)
+        weight = self.dense.get_parameter(f"{path}.weight").data
+        return weight if isinstance(module, nn.Linear) else weight.T
+
+    def _bias(self, path: str) -> Tensor | None:
+        bias = getattr(self.dense.get_submodule(path), "bias", None)
+        return bias.data if isinstance(bias, Tensor) else None

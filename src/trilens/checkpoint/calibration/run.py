@@ -1,0 +1,264 @@
+"""A whole calibration: block after block, kept on disk after each, and the damage at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trilens.analysis.perplexity import token_nll_nats
+from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.coder import BlockJob, code_block
+from trilens.checkpoint.calibration.fit import FitOptions
+from trilens.checkpoint.calibration.options import Calibration, Drawn, draw
+from trilens.checkpoint.calibration.placing import Placed, place_choices
+from trilens.checkpoint.calibration.store import Store
+from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
+from trilens.checkpoint.damage import Damage
+from trilens.checkpoint.files import json_bytes, write_whole
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.skeleton import Choice
+from trilens.errors import CorruptFileError, NonFiniteError
+from trilens.models.loading import load_mapped
+from trilens.models.tokens import max_positions_of, vocab_size_of
+from trilens.models.weights import read_json
+from trilens.proof import prove
+from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedRule
+
+__all__ = ["BlockProgress", "Source", "run_calibration"]
+
+_DAMAGE_NAME = "damage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProgress:
+    """Where a calibration is.
+
+    Attributes:
+        block: The block's number.
+        n_blocks: How many there are.
+        doing: What is going on in it.
+        seconds_left: Of the whole calibration, once a block is finished.
+        error: Relative error of the last finished block's output.
+    """
+
+    block: int
+    n_blocks: int
+    doing: str
+    seconds_left: float | None
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that was read.
+
+    Attributes:
+        folder: Its directory.
+        config: Its configuration.
+        model_class: The class its tensors fill.
+        tensors: The stored tensors, mapped.
+        choices: What becomes of each.
+    """
+
+    folder: Path
+    config: Any
+    model_class: type
+    tensors: Mapping[str, Tensor]
+    choices: tuple[Choice, ...]
+
+
+def run_calibration(
+    source: Source,
+    plan: TernaryPlan,
+    calibration: Calibration,
+    folder: Path,
+    *,
+    rule: CalibratedRule | None = None,
+    fit: FitOptions | None = None,
+    say: Callable[[BlockProgress], None] | None = None,
+) -> tuple[Store, Damage]:
+    """Code every matrix with the help of a text, and measure the damage.
+
+    Args:
+        source: the checkpoint.
+        plan: the rule and its options.
+        calibration: the text.
+        folder: where finished blocks are kept; of the same source, plan and text.
+        rule: a calibrated rule in place of the plan's.
+        fit: how norms, biases and scales are fitted, for rules that do so.
+        say: told of progress.
+
+    Raises:
+        TextError: text that is too short, empty or all alike.
+        AnatomyError: a model whose blocks cannot be run one by one.
+        NonFiniteError: NaN or Inf on the text.
+        LoadError, WriteError: files that cannot be read or written.
+
+    Memory: with P the weights of the largest block, c the widest input, r the rows beside it and
+    b = batch_size · length tokens: 8·P bytes for two copies in float32, 32·c² + 48·c·r for the
+    matrix at work, and a batch's activations (about 4·b·(10·d_model + 3·c) bytes, several times
+    that while norms are fitted). At the end the unembedding in float32 and b·vocab·4 for logits.
+    The model's own weights are mapped from their files.
+    """
+    store = Store(folder)
+    done = folder / _DAMAGE_NAME
+    if done.is_file():
+        return store, _read_damage(done)
+    torch.manual_seed(calibration.seed)
+    model, tokenizer = load_mapped(source.folder, source.model_class, source.config, source.tensors)
+    drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
+    anatomy = prove(model, vocab_size_of(model)).anatomy
+    placed = place_choices(model, anatomy, source.choices, source.tensors)
+    runner = BlockRunner(model, anatomy)
+    rule = rule or CALIBRATED_RULES.get(plan.rule)
+    fit = fit or FitOptions(seed=calibration.seed)
+    run = _Run(runner, placed, plan, calibration, drawn, store, say, rule, fit)
+    run.blocks()
+    damage = run.damage()
+    write_whole(done, json_bytes(damage.to_dict()))
+    return store, damage
+
+
+class _Run:
+    """The state of a calibration: streams on disk, time so far."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        placed: tuple[Placed, ...],
+        plan: TernaryPlan,
+        calibration: Calibration,
+        drawn: Drawn,
+        store: Store,
+        say: Callable[[BlockProgress], None] | None,
+        rule: CalibratedRule | None,
+        fit: FitOptions,
+    ) -> None:
+        self.rule, self.fit = rule, fit
+        self.runner, self.placed, self.plan = runner, placed, plan
+        self.calibration, self.drawn, self.store = calibration, drawn, store
+        self.say = say
+        size = calibration.batch_size
+        self.text = batches_of(drawn.blocks, size)
+        self.apart = batches_of(drawn.evaluation, size, start=self.text[-1].stop)
+        self.all = (*self.text, *self.apart)
+        self.n_tokens = self.all[-1].stop
+        self.width = runner.anatomy.d_model
+        self.began = time.monotonic()
+        self.finished_now = 0
+
+    def blocks(self) -> None:
+        """Code every block that is not finished."""
+        if not self.store.records:
+            self._write("dense", 0, lambda batch: self.runner.first(batch.ids))
+        for index in range(len(self.store.records), self.runner.n_blocks):
+            self._block(index)
+            self.finished_now += 1
+
+    def damage(self) -> Damage:
+        """Measure the perplexity of both models on the text set apart."""
+        self._tell(self.runner.n_blocks - 1, "perplexity")
+        last = self.runner.n_blocks
+        before = self._perplexity(self._stream("dense", last))
+        after = self._perplexity(self._stream("ternary", last))
+        fallbacks = tuple(
+            f"{matrix.name}{f'[{matrix.expert}]' if matrix.expert else ''}: {matrix.reason}"
+            for record in self.store.records
+            for matrix in record.matrices
+            if matrix.reason
+        )
+        return Damage(
+            before,
+            after,
+            sum(batch.ids.numel() - len(batch.ids) for batch in self.apart),
+            self.drawn.n_tokens,
+            self.drawn.refused,
+            fallbacks,
+        )
+
+    def _block(self, index: int) -> None:
+        placed = self.placed[index]
+        dense = self._stream("dense", index)
+        ternary = self._stream("ternary", index) if index else dense
+        job = BlockJob(
+            index,
+            placed.matrices,
+            placed.vectors,
+            self.text,
+            dense,
+            ternary,
+            self.plan,
+            self.rule,
+            self.fit,
+        )
+
+        def after(stream: Stream, block: nn.Module) -> Callable[[Batch], Tensor]:
+            def make(batch: Batch) -> Tensor:
+                call = self.runner.call(index, batch.ids)
+                with torch.no_grad():
+                    return self.runner.run(index, block, call, stream.read(batch))
+
+            return make
+
+        def dense_after(block: nn.Module) -> Stream:
+            self._tell(index, "dense block")
+            return self._write("dense", index + 1, after(dense, block))
+
+        coded = code_block(self.runner, job, dense_after, lambda doing: self._tell(index, doing))
+        self._write("ternary", index + 1, after(ternary, coded.module))
+        self.store.add(coded.record, coded.quants, coded.vectors)
+        for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
+            self._path(name, index).unlink(missing_ok=True)
+
+    def _perplexity(self, stream: Stream) -> float:
+        total, count = 0.0, 0
+        for batch in self.apart:
+            logits = self.runner.logits(batch.ids, stream.read(batch))
+            for row, ids in zip(logits, batch.ids, strict=True):
+                total += float(token_nll_nats(row, ids).double().sum())
+                count += len(ids) - 1
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the loss over {count} tokens of the evaluation text is {total}: the logits hold "
+                "NaN or Inf"
+            )
+        mean = total / count
+        return math.exp(mean) if mean < 709 else math.inf
+
+    def _path(self, name: str, index: int) -> Path:
+        return self.store.folder / f"{name}-{index:05d}.f32"
+
+    def _stream(self, name: str, index: int) -> Stream:
+        return Stream(self._path(name, index), self.width, self.n_tokens)
+
+    def _write(self, name: str, index: int, make: Callable[[Batch], Tensor]) -> Stream:
+        path, _ = write_stream(self._path(name, index), self.all, make)
+        return Stream(path, self.width, self.n_tokens)
+
+    def _tell(self, index: int, doing: str) -> None:
+        if self.say is None:
+            return
+        left = None
+        if self.finished_now:
+            spent = time.monotonic() - self.began
+            left = spent / self.finished_now * (self.runner.n_blocks - index)
+        records = self.store.records
+        error = records[-1].error if records else None
+        self.say(BlockProgress(index, self.runner.n_blocks, doing, left, error))
+
+
+def _read_damage(path: Path) -> Damage:
+    values = read_json(path, CorruptFileError)
+    try:
+        return Damage.from_dict(values)
+    except (KeyError, TypeError) as cause:
+        raise CorruptFileError(
+            f"{path} is no record of a damage: begin in a new directory"
+        ) from cause

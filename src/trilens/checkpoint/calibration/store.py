@@ -1,0 +1,189 @@
+"""What a calibration has finished, on disk after each block, so that a killed run goes on there.
+
+One safetensors file for each block holds its packed matrices and new vectors; a JSON file beside
+it, written last, says that the block is whole and what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trilens.checkpoint.files import json_bytes, write_whole
+from trilens.errors import CorruptFileError, TrilensError
+from trilens.models.weights import read_json
+from trilens.ternary.linear import Packed, unpack_rows
+from trilens.ternary.quantize import PerLayerQuant
+
+__all__ = ["BlockRecord", "MatrixRecord", "Store"]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRecord:
+    """How one matrix was coded.
+
+    Attributes:
+        name: The stored tensor's.
+        expert: Its number among the matrices of one tensor.
+        rule: The rule that made it.
+        reason: Why another rule than the plan's was taken, or "".
+        output_error: Σ‖Ŵx − y‖²/Σ‖y‖² on the calibration text; None where no input was seen.
+        damping: What was added to the Hessian's diagonal, of its mean.
+        n_tokens: Inputs seen.
+        dead_channels: Input channels that were always 0.
+        changes: Trits changed by coordinate descent.
+        was_ternary: It was ternary already.
+        zeroed_units: As in `PerLayerQuant`.
+    """
+
+    name: str
+    expert: int
+    rule: str
+    reason: str = ""
+    output_error: float | None = None
+    damping: float | None = None
+    n_tokens: int = 0
+    dead_channels: int = 0
+    changes: int = 0
+    was_ternary: bool = False
+    zeroed_units: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """What a finished block says.
+
+    Attributes:
+        index: Its number.
+        matrices: Its coded matrices.
+        vectors: Stored tensors that have new values.
+        error_before_fit: Relative error of its output over the text, before the fit of vectors
+            and scales; None where nothing was fitted.
+        error: The same at the end.
+    """
+
+    index: int
+    matrices: tuple[MatrixRecord, ...]
+    vectors: tuple[str, ...]
+    error_before_fit: float | None
+    error: float
+
+
+class Store:
+    """A directory of finished blocks.
+
+    Args:
+        folder: made where it is missing.
+
+    Raises:
+        CorruptFileError: a finished block's files do not fit together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.records: list[BlockRecord] = []
+        while self._json(len(self.records)).is_file():
+            self.records.append(self._read(len(self.records)))
+
+    def add(
+        self,
+        record: BlockRecord,
+        quants: Mapping[tuple[str, int], PerLayerQuant],
+        vectors: Mapping[str, Tensor],
+    ) -> None:
+        """Keep a finished block.
+
+        Args:
+            record: what was measured.
+            quants: its matrices, by tensor name and expert.
+            vectors: new values, by tensor name, in the dtype in which they are stored.
+        """
+        tensors = {f"vector/{name}": value.contiguous() for name, value in vectors.items()}
+        for (name, expert), quant in quants.items():
+            for part, tensor in Packed.of(quant).parts.items():
+                tensors[f"{part}/{expert}/{name}"] = tensor.contiguous()
+        write_whole(self._tensors(record.index), save(tensors))
+        write_whole(self._json(record.index), json_bytes(asdict(record)))
+        self.records.append(record)
+
+    def vector(self, name: str) -> Tensor | None:
+        """The new value of a stored tensor, or None where it keeps its own."""
+        for record in self.records:
+            if name in record.vectors:
+                with safe_open(self._tensors(record.index), "pt") as file:
+                    found: Tensor = file.get_tensor(f"vector/{name}")
+                    return found
+        return None
+
+    def quant(
+        self, name: str, expert: int, cols: int, plan: Any
+    ) -> tuple[PerLayerQuant, float | None, str] | None:
+        """A coded matrix as it was, its error at the outputs, and why another rule was taken.
+
+        Args:
+            name: the stored tensor's.
+            expert: its number among the matrices of one tensor.
+            cols: its columns.
+            plan: what it was coded by.
+
+        Returns:
+            None where there is no such matrix.
+
+        Raises:
+            CorruptFileError: its block's file does not hold it.
+        """
+        for record in self.records:
+            for matrix in record.matrices:
+                if (matrix.name, matrix.expert) == (name, expert):
+                    quant = self._quant(record.index, matrix, cols, plan)
+                    return quant, matrix.output_error, matrix.reason
+        return None
+
+    def _quant(self, index: int, matrix: MatrixRecord, cols: int, plan: Any) -> PerLayerQuant:
+        path = self._tensors(index)
+        end = f"/{matrix.expert}/{matrix.name}"
+        try:
+            with safe_open(path, "pt") as file:
+                names = [key for key in file.keys() if key.endswith(end)]  # noqa: SIM118
+                parts = {key.removesuffix(end): file.get_tensor(key) for key in names}
+            second = parts.get("second_codes")
+            made = PerLayerQuant.from_trits(
+                unpack_rows(parts["codes"], cols).contiguous(),
+                parts["scale"],
+                matrix.name,
+                group_size=plan.group_size,
+                per=plan.per,
+                offset=parts.get("offset"),
+                second_trits=None if second is None else unpack_rows(second, cols).contiguous(),
+                second_scale=parts.get("second_scale"),
+                rule=matrix.rule,
+                scale_dtype=plan.scale_dtype,
+            )
+        except (OSError, KeyError, ValueError, TrilensError) as cause:
+            raise CorruptFileError(f"{path} does not hold {matrix.name}: {cause}") from cause
+        return replace(made, was_ternary=matrix.was_ternary, zeroed_units=matrix.zeroed_units)
+
+    def _read(self, index: int) -> BlockRecord:
+        values = read_json(self._json(index), CorruptFileError)
+        try:
+            matrices = tuple(MatrixRecord(**matrix) for matrix in values["matrices"])
+            rest = {**values, "matrices": matrices, "vectors": tuple(values["vectors"])}
+            record = BlockRecord(**rest)
+        except (KeyError, TypeError) as cause:
+            raise CorruptFileError(f"{self._json(index)} is no record of a block") from cause
+        if not self._tensors(index).is_file():
+            raise CorruptFileError(f"{self._tensors(index)} is missing: begin in a new directory")
+        return record
+
+    def _json(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.json"
+
+    def _tensors(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"

@@ -1,0 +1,103 @@
+"""Residual streams of a whole text, on disk: memory holds one batch of them.
+
+A stream is one file of float32 [tokens, d_model], batch after batch. It is written beside its place
+and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trilens.analysis.perplexity import batches_of_blocks
+from trilens.errors import CorruptFileError, WriteError
+from trilens.models.wording import reason
+
+__all__ = ["Batch", "Stream", "batches_of", "write_stream"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Blocks that run together.
+
+    Attributes:
+        ids: int64 [batch, seq].
+        start: Where its first token stands in the streams.
+    """
+
+    ids: Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One past its last token."""
+        return self.start + self.ids.numel()
+
+
+def batches_of(blocks: Sequence[Tensor], batch_size: int, start: int = 0) -> tuple[Batch, ...]:
+    """Neighbouring blocks of equal length, numbered through."""
+    found = []
+    for group in batches_of_blocks(blocks, batch_size):
+        found.append(Batch(torch.stack(group), start))
+        start = found[-1].stop
+    return tuple(found)
+
+
+class Stream:
+    """A stream that was written.
+
+    Args:
+        path: its file.
+        width: d_model.
+
+    Raises:
+        CorruptFileError: the file is missing or of another size.
+    """
+
+    def __init__(self, path: Path, width: int, n_tokens: int) -> None:
+        self.path, self.width = path, width
+        size = path.stat().st_size if path.is_file() else -1
+        if size != 4 * width * n_tokens:
+            raise CorruptFileError(
+                f"{path} is missing or of another size: begin in a new directory"
+            )
+
+    def read(self, batch: Batch) -> Tensor:
+        """Shapes: → float32 [batch, seq, d_model]."""
+        count = (batch.stop - batch.start) * self.width
+        values = np.fromfile(self.path, "<f4", count, offset=4 * self.width * batch.start)
+        return torch.from_numpy(values).reshape(*batch.ids.shape, self.width)
+
+
+def write_stream(
+    path: Path, batches: Sequence[Batch], make: Callable[[Batch], Tensor]
+) -> tuple[Path, int]:
+    """Write what `make` gives for each batch; the batches follow one another from 0.
+
+    Returns:
+        The path, and d_model.
+
+    Raises:
+        WriteError: no space, no permission.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    width = 0
+    try:
+        with temporary.open("wb") as file:
+            for batch in batches:
+                hidden = make(batch)
+                width = hidden.shape[-1]
+                file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
+    return path, width

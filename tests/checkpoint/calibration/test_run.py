@@ -1,0 +1,276 @@
+"""Calibration from end to end, on tiny models of several kinds and on the demo transformer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from checkpoint_cases import load, saved, tensors
+from gguf_cases import saved_with_tokenizer
+from trilens.analysis.perplexity import measure_perplexity
+from trilens.checkpoint import Calibration, TernaryPlan, ternarize, validate
+from trilens.checkpoint.calibration import run
+from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.options import draw
+from trilens.checkpoint.calibration.store import Store
+from trilens.checkpoint.gguf import validate_gguf
+from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.checkpoint.pipeline import calibration_source
+from trilens.cli import app
+from trilens.demo import demo_path
+from trilens.errors import DamageError, NonFiniteError, TextError, UsageError
+from trilens.proof import prove
+
+DOCUMENTS = tuple(
+    "\n".join(f"def f{i}_{j}(x, y):\n    return x * {i} + y - {j}\n" for j in range(30))
+    for i in range(12)
+)
+SMALL = {"tokens": 512, "evaluation_tokens": 256, "length": 64, "batch_size": 4}
+
+
+def calibration(**changes: Any) -> Calibration:
+    return Calibration(DOCUMENTS, **{**SMALL, **changes})
+
+
+def tiny(model_type: str, folder: Path) -> Path:
+    """A tiny random checkpoint with a tokenizer of single characters, which fits its vocabulary."""
+    saved(model_type, folder)
+    letters = sorted({letter for text in DOCUMENTS for letter in text} - {" "})
+    words = {"<unk>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
+    assert len(words) <= load(folder).config.get_text_config().vocab_size
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo transformer's first two layers."""
+    folder = tmp_path_factory.mktemp("small") / "src"
+    model = load(demo_path("transformer"))
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_path("transformer") / name, folder / name)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("rule", ["exact", "gptq", "best_planes"])
+def test_the_written_model_has_the_damage_that_was_told(
+    rule: Any, small_demo: Path, tmp_path: Path
+) -> None:
+    """The measured perplexities are those of the checkpoints as transformers loads them."""
+    plan = TernaryPlan(rule, group_size=128)
+    report = ternarize(small_demo, tmp_path / "out", plan=plan, calibration=calibration())
+    assert report.damage is not None
+    tokenizer = load_tokenizer(small_demo)
+    blocks = draw(calibration(), tokenizer, longest=512).evaluation
+    for folder, found in (
+        (small_demo, report.damage.perplexity_before),
+        (tmp_path / "out", report.damage.perplexity_after),
+    ):
+        wanted = measure_perplexity(load(folder, dtype=torch.float32), blocks).value
+        assert found == pytest.approx(wanted, rel=1e-4)
+    assert validate(tmp_path / "out") == report
+    assert not (tmp_path / "out" / "trilens-calibration").exists()
+    assert all(tensor.output_error is not None for tensor in report.coded)
+    fitted = [tensor.name for tensor in report.tensors if tensor.fitted]
+    before, after = tensors(small_demo), tensors(tmp_path / "out")
+    changed = [n for n in before if n in after and not torch.equal(before[n], after[n])]
+    assert sorted(fitted) == sorted(changed)
+    assert rule.startswith("best") or not fitted
+
+
+def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None:
+    """The relative error of the last block's output over the text."""
+    errors = {}
+    for rule in ("exact", "gptq", "best", "best_planes"):
+        plan = TernaryPlan(rule, group_size=128, only=("self_attn",))  # type: ignore[arg-type]
+        folder = tmp_path / rule
+        store, _ = run.run_calibration(
+            calibration_source(small_demo, plan), plan, calibration(), folder
+        )
+        last = store.records[-1]
+        errors[rule] = last.error
+        if rule.startswith("best"):
+            assert last.error_before_fit is not None and last.error < last.error_before_fit
+        assert [record.index for record in Store(folder).records] == [0, 1]
+    assert 3 * errors["best_planes"] < errors["best"]
+    assert 2 * errors["best"] < errors["gptq"] < errors["exact"]
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
+    small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = TernaryPlan("best", group_size=128, only=(r"(q|down)_proj",))
+    ternarize(small_demo, tmp_path / "whole", plan=plan, calibration=calibration())
+
+    class Killed(BaseException):
+        pass
+
+    def killed(now: run.BlockProgress) -> None:
+        if now.block == 1 and "down_proj" in now.doing:
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        ternarize(small_demo, out, plan=plan, calibration=calibration(), block_progress=killed)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "trilens-calibration",
+        "trilens-unfinished.json",
+    ]
+    seen: list[run.BlockProgress] = []
+    ternarize(small_demo, out, plan=plan, calibration=calibration(), block_progress=seen.append)
+    assert {now.block for now in seen} == {1}
+    assert content(out) == content(tmp_path / "whole")
+    with pytest.raises(UsageError, match="another calibration text"):
+        ternarize(small_demo, out, plan=plan, calibration=calibration(seed=5))
+
+
+def test_too_much_damage_is_refused_before_anything_is_written(
+    small_demo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    plan = TernaryPlan("absmean")
+    with pytest.raises(DamageError, match="nothing was written"):
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+    assert not out.exists()
+    out.mkdir()  # an empty directory of the caller's stays
+    with pytest.raises(DamageError):
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+    assert not list(out.iterdir())
+    report = ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1e9))
+    assert report.damage is not None and report.damage.ratio > 1.01
+    with pytest.raises(DamageError, match="written before"):
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+
+
+def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in DOCUMENTS))
+    common = ["ternarize", str(small_demo), "--rule", "gptq"]
+    given = ["--calibrate", str(text), "--calibration-tokens", "512", "--calibration-length", "64"]
+    strict = ["ternarize", str(small_demo), *given, "--max-damage", "1.001"]
+    refused = CliRunner().invoke(app, [*strict, "-o", str(tmp_path / "a")])
+    assert refused.exit_code == 3
+    assert "Traceback" not in refused.output and refused.stderr.count("\n") == 1
+    done = CliRunner().invoke(app, [*common, *given, "-o", str(tmp_path / "b")])
+    assert done.exit_code == 0, done.output
+    assert "output error" in done.output and "perplexity" in done.output
+    missing = CliRunner().invoke(app, [*common, "-o", str(tmp_path / "c")])
+    assert missing.exit_code == 2 and "--calibrate" in missing.stderr
+    lone = CliRunner().invoke(
+        app, ["ternarize", str(small_demo), "-o", str(tmp_path / "c"), "--max-damage", "2"]
+    )
+    assert lone.exit_code == 2 and "--calibrate" in lone.stderr
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "gpt_oss", "qwen3", "mamba", "gpt_neox"])
+def test_other_kinds_of_models(model_type: str, tmp_path: Path) -> None:
+    """Biases, Conv1D, merged and stacked experts, recurrent blocks."""
+    source = tiny(model_type, tmp_path / "src")
+    plan = TernaryPlan("best", group_size=16)
+    report = ternarize(source, tmp_path / "out", plan=plan, calibration=calibration())
+    assert report.damage is not None
+    assert any(tensor.fitted for tensor in report.tensors)  # float32 vectors: every step counts
+    blocks = draw(calibration(), load_tokenizer(source), longest=512).evaluation
+    wanted = measure_perplexity(load(tmp_path / "out", dtype=torch.float32), blocks).value
+    assert report.damage.perplexity_after == pytest.approx(wanted, rel=1e-3)
+    unseen = {"mixtral": "experts", "gpt_oss": "experts", "mamba": "dt_proj"}
+    fallbacks = report.damage.fallbacks
+    assert bool(fallbacks) == (model_type in unseen)
+    assert all(unseen[model_type] in text for text in fallbacks)
+    validate(tmp_path / "out")
+
+
+def test_what_cannot_be_calibrated(tmp_path: Path, small_demo: Path) -> None:
+    with pytest.raises(UsageError, match="calibration text"):
+        ternarize(small_demo, tmp_path / "out", plan=TernaryPlan("best"))
+    model = load(small_demo)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    token = load_tokenizer(small_demo)(DOCUMENTS[0])["input_ids"][3]
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    model.save_pretrained(tmp_path / "wild")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_demo / name, tmp_path / "wild" / name)
+    with pytest.raises(NonFiniteError, match="calibration text"):
+        ternarize(
+            tmp_path / "wild",
+            tmp_path / "out",
+            plan=TernaryPlan("gptq"),
+            calibration=calibration(),
+        )
+    short = Calibration(("too short",), (DOCUMENTS[0],))
+    with pytest.raises(TextError, match="too short"):
+        ternarize(small_demo, tmp_path / "out", plan=TernaryPlan("gptq"), calibration=short)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_keeps_calibrated_trits(tmp_path: Path) -> None:
+    source = saved_with_tokenizer(tmp_path / "src", max_position_embeddings=64)
+    plan = TernaryPlan("gptq", per="row")
+    with pytest.raises(UsageError, match="directory"):
+        ternarize(source, tmp_path / "m.gguf", plan=plan, format="gguf-tq2_0")
+    report = ternarize(source, tmp_path / "out", plan=plan, calibration=calibration(length=32))
+    written = ternarize(tmp_path / "out", tmp_path / "m.gguf", format="gguf-tq2_0")
+    assert written.plan.rule == "gptq"
+    assert len(written.coded) == len(report.coded)
+    assert validate_gguf(tmp_path / "m.gguf").hash_checked
+
+
+def test_the_runner_leaves_no_hook_behind(small_demo: Path) -> None:
+    model = load(small_demo)
+    anatomy = prove(model, 2048).anatomy
+    runner = BlockRunner(model, anatomy)
+    ids = torch.arange(20)[None]
+    runner.call(1, ids)
+    runner.first(ids)
+    for block in anatomy.blocks:
+        assert "forward" not in block.module.__dict__
+        assert not block.module._forward_pre_hooks and not block.module._forward_hooks
+
+
+def test_compact_storage_of_a_calibrated_rule_loses_nothing(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "src")
+    plan = TernaryPlan("best", group_size=16, scale_dtype="float16")
+    wide = ternarize(source, tmp_path / "wide", plan=plan, calibration=calibration())
+    plan = replace(plan, storage="compact")
+    small = ternarize(source, tmp_path / "small", plan=plan, calibration=calibration())
+    validate(tmp_path / "small")
+    assert small.size_bytes < wide.size_bytes
+    one, two = (load(tmp_path / name).state_dict() for name in ("wide", "small"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_mixed_plan_is_not_calibrated(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "src")
+    name = ternarize(source, "nowhere", dry_run=True).coded[0].name
+    mixed = TernaryPlan("gptq", per="row", matrices={name: MatrixPlan("exact")})
+    with pytest.raises(UsageError, match="codes single matrices in their own way"):
+        ternarize(source, tmp_path / "out", plan=mixed, calibration=calibration())
+    assert not (tmp_path / "out").exists()
+    kept = replace(mixed, matrices={name: MatrixPlan("keep")})
+    ternarize(source, tmp_path / "out", plan=kept, calibration=calibration())
+    assert torch.equal(tensors(tmp_path / "out")[name], tensors(source)[name])
