@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.checkpoint.plan import Storage, TernaryPlan
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RULES, RuleName
+from trilens.ternary.rules import RULES
 
 __all__ = ["GROUP_SIZES", "KEEP", "Candidate", "data_free", "of_plan"]
 
@@ -95,11 +94,13 @@ def of_plan(
         storage=storage,
     )
 
+    rule = entry.rule
+
     def reconstruct(weights: Tensor, name: str) -> Tensor:
         quant = PerLayerQuant.quantize(
             weights,
             name,
-            rule=cast("RuleName", plan.rule),
+            rule=rule,
             group_size=plan.group_size,
             per=plan.per,
             scale_dtype=scale_dtype,

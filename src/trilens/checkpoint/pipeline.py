@@ -32,7 +32,8 @@ from trilens.checkpoint.places import check_folder, make_folder
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.sample import Baseline, Sample
-from trilens.checkpoint.side_files import DTYPE_NAMES, overrides_of, write_side_files
+from trilens.checkpoint.settings import overrides
+from trilens.checkpoint.side_files import DTYPE_NAMES, write_side_files
 from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
@@ -134,6 +135,11 @@ def ternarize(
         raise UsageError(
             f"rule {job.plan.rule!r} looks at what the matrices get: give a calibration text "
             "(calibration=Calibration.from_source(…), --calibrate)"
+        )
+    if calibration is not None and any(e.rule != "keep" for e in job.plan.matrices.values()):
+        raise UsageError(
+            "a plan that codes single matrices in their own way cannot be calibrated: leave the "
+            "calibration out, or take a plan with one rule (entries that keep a matrix may stand)"
         )
     if dry_run and sample is not None:
         raise UsageError(
@@ -241,7 +247,7 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         config,
         type(skeleton),
     )
-    overrides_of(job)  # refuses before anything is written
+    overrides(job.plan, job.choices, job.headers)  # refuses before anything is written
     return job
 
 

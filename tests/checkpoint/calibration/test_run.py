@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.gguf import validate_gguf
+from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.checkpoint.pipeline import calibration_source
 from trilens.cli import app
 from trilens.demo import demo_path
@@ -248,3 +250,27 @@ def test_the_runner_leaves_no_hook_behind(small_demo: Path) -> None:
     for block in anatomy.blocks:
         assert "forward" not in block.module.__dict__
         assert not block.module._forward_pre_hooks and not block.module._forward_hooks
+
+
+def test_compact_storage_of_a_calibrated_rule_loses_nothing(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "src")
+    plan = TernaryPlan("best", group_size=16, scale_dtype="float16")
+    wide = ternarize(source, tmp_path / "wide", plan=plan, calibration=calibration())
+    plan = replace(plan, storage="compact")
+    small = ternarize(source, tmp_path / "small", plan=plan, calibration=calibration())
+    validate(tmp_path / "small")
+    assert small.size_bytes < wide.size_bytes
+    one, two = (load(tmp_path / name).state_dict() for name in ("wide", "small"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_mixed_plan_is_not_calibrated(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "src")
+    name = ternarize(source, "nowhere", dry_run=True).coded[0].name
+    mixed = TernaryPlan("gptq", per="row", matrices={name: MatrixPlan("exact")})
+    with pytest.raises(UsageError, match="codes single matrices in their own way"):
+        ternarize(source, tmp_path / "out", plan=mixed, calibration=calibration())
+    assert not (tmp_path / "out").exists()
+    kept = replace(mixed, matrices={name: MatrixPlan("keep")})
+    ternarize(source, tmp_path / "out", plan=kept, calibration=calibration())
+    assert torch.equal(tensors(tmp_path / "out")[name], tensors(source)[name])
