@@ -39,6 +39,7 @@ FLOORS = {
     "families": 5,
     "demo": 7,
     "console": 7,
+    "text_option": 7,
     "commands_compare": 7,
     "commands_sensitivity": 7,
     "commands_ternary": 7,

@@ -26,9 +26,9 @@ from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
-from trilens.demo.evaluate import checked_heldout_documents
 from trilens.errors import CorruptFileError, UsageError
 from trilens.storage import json_text
+from trilens.text_option import documents_of
 
 __all__ = ["register"]
 
@@ -106,7 +106,7 @@ def _ternarize(
         str | None,
         typer.Option(
             "--evaluate",
-            help="Text to measure the damage on, never calibrated on. "
+            help="Text to measure the damage on, never calibrated on; also demo. "
             "[default: a tenth of the documents]",
         ),
     ] = None,
@@ -197,10 +197,7 @@ def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
 
 def _sample(word: str) -> Sample:
     """The text behind `--sample`; a file of that name comes before a word."""
-    if word == "demo" and not Path(word).exists():
-        documents = checked_heldout_documents()
-        return Sample("demo", tuple(document.text for document in documents))
-    return Sample.read(word)
+    return Sample(Path(word).name, documents_of(word))
 
 
 def _calibration(
@@ -214,7 +211,8 @@ def _calibration(
                 "are options of a calibration: add --calibrate FILE, FOLDER or stdlib"
             )
         return None
-    return Calibration.from_source(calibrate, evaluation=evaluate, **given)
+    apart = () if evaluate is None else documents_of(evaluate)
+    return Calibration(documents_of(calibrate), apart, **given)
 
 
 @contextmanager

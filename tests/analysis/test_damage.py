@@ -54,6 +54,20 @@ def test_it_is_the_mean_over_predicted_tokens(lens: Lens) -> None:
     assert yardstick.nll_nats == pytest.approx(nll(before) / n_tokens, rel=1e-5)
 
 
+def test_another_model_is_measured_by_the_same_yardstick(lens: Lens, tmp_path: Path) -> None:
+    yardstick = Yardstick(lens, blocks("llama"))
+    other = opened("llama", tmp_path)
+    assert yardstick.measure(other) == Damage(0.0, 0.0, 3 * 23)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights = {name: other.model.get_parameter(name).detach() * 3}
+    with swapped(other.model, weights):
+        assert yardstick.measure() == Damage(0.0, 0.0, 3 * 23)
+        found = yardstick.measure(other)
+    with swapped(lens.model, weights):
+        assert yardstick.measure() == found
+    assert found.kl_nats > 0
+
+
 def test_a_model_that_breaks_down_has_infinite_damage(lens: Lens) -> None:
     yardstick = Yardstick(lens, blocks("llama"))
     name = "model.layers.1.mlp.down_proj.weight"

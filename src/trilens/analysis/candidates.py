@@ -17,6 +17,8 @@ from trilens.analysis.matrices import Matrix
 from trilens.checkpoint.coding import packed_parts
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.checkpoint.plan import Storage, TernaryPlan
+from trilens.errors import UsageError
+from trilens.ternary.calibrated import CALIBRATED_RULES
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules import RULES, RuleName
@@ -87,6 +89,11 @@ def of_plan(
     """
     if entry.rule == "keep":
         return KEEP
+    if entry.rule in CALIBRATED_RULES:
+        raise UsageError(
+            f"rule {entry.rule!r} needs a calibration text, which is not looked at here: take one "
+            f"of {', '.join(RULES)}, and calibrate in ternarize"
+        )
     plan = TernaryPlan(
         rule=entry.rule,
         per=entry.per,
@@ -95,11 +102,13 @@ def of_plan(
         storage=storage,
     )
 
+    rule = cast("RuleName", entry.rule)
+
     def reconstruct(weights: Tensor, name: str) -> Tensor:
         quant = PerLayerQuant.quantize(
             weights,
             name,
-            rule=cast("RuleName", plan.rule),
+            rule=rule,
             group_size=plan.group_size,
             per=plan.per,
             scale_dtype=scale_dtype,

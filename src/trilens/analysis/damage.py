@@ -84,7 +84,7 @@ class Yardstick:
         self.n_tokens = sum(batch.numel() - len(batch) for batch in self._batches)
         own = OutsideAccumulator()
         for batch in self._batches:
-            logits = self._forward(batch)
+            logits = _forward(lens, batch)
             try:
                 _add(own, logits, logits, batch)
             except NonFiniteError as cause:
@@ -94,25 +94,31 @@ class Yardstick:
             self._kept.append(logits.clone())
         self.nll_nats = own.result().nll_nats_before or 0.0
 
-    def measure(self) -> Damage:
-        """Compare the model as it is now with the one of the beginning."""
+    def measure(self, other: Lens | None = None) -> Damage:
+        """Compare a model with the one of the beginning.
+
+        Args:
+            other: a model with the same tokens; None for the own one as it is now.
+        """
         found = OutsideAccumulator()
+        lens = other or self._lens
         try:
             for batch, before in zip(self._batches, self._kept, strict=True):
-                _add(found, before, self._forward(batch), batch)
+                _add(found, before, _forward(lens, batch), batch)
         except NonFiniteError:
             return Damage(math.inf, math.inf, self.n_tokens)
         result = found.result()
         nll = (result.nll_nats_after or 0.0) - (result.nll_nats_before or 0.0)
         return Damage(nll, result.kl_nats_mean, self.n_tokens)
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        """Logits [batch, seq, vocab]."""
-        model = self._lens.model
-        arguments = forward_arguments(model, ids.to(device_of(model)), None)
-        with evaluating(model), torch.inference_mode(False), torch.no_grad():
-            logits: Tensor = model(**arguments).logits
-        return logits
+
+def _forward(lens: Lens, batch: Tensor) -> Tensor:
+    """Logits [batch, seq, vocab]."""
+    model = lens.model
+    arguments = forward_arguments(model, batch.to(device_of(model)), None)
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        logits: Tensor = model(**arguments).logits
+    return logits
 
 
 def _batches(blocks: Sequence[Tensor]) -> list[Tensor]:

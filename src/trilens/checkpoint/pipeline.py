@@ -32,7 +32,8 @@ from trilens.checkpoint.places import check_folder, make_folder
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.sample import Baseline, Sample
-from trilens.checkpoint.side_files import DTYPE_NAMES, overrides_of, write_side_files
+from trilens.checkpoint.settings import overrides
+from trilens.checkpoint.side_files import DTYPE_NAMES, write_side_files
 from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
@@ -244,7 +245,7 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
         config,
         type(skeleton),
     )
-    overrides_of(job)  # refuses before anything is written
+    overrides(job.plan, job.choices, job.headers)  # refuses before anything is written
     return job
 
 

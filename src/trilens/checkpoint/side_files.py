@@ -8,11 +8,11 @@ from typing import Any
 from trilens.checkpoint.coding import entries
 from trilens.checkpoint.files import json_bytes, sha256_of, write_whole
 from trilens.checkpoint.job import Job
-from trilens.checkpoint.names import CONFIG_NAME, FORMAT_VERSION, QUANT_METHOD, ROTATION
-from trilens.errors import UsageError
+from trilens.checkpoint.names import CONFIG_NAME
+from trilens.checkpoint.settings import quantization_config
 from trilens.models.weights import INDEX_NAME, SINGLE_NAME, explicit_name
 
-__all__ = ["DTYPE_NAMES", "overrides_of", "write_side_files"]
+__all__ = ["DTYPE_NAMES", "write_side_files"]
 
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Floating-point dtypes, as safetensors and as torch call them."""
@@ -23,7 +23,6 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
 
     Raises:
         WriteError: no space, no permission.
-        UsageError: tensors that are merged into one parameter, with unlike options.
     """
     index = _index(job)
     if index is not None:
@@ -59,54 +58,5 @@ def _config(job: Job) -> dict[str, Any]:
             if header.dtype in DTYPE_NAMES:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "rule": job.plan.rule,
-        "per": job.plan.per,
-        "group_size": job.plan.group_size,
-        "layers": [
-            choice.target.removesuffix(".weight")
-            for choice in job.choices
-            if choice.storage == "layer"
-        ],
-        "merged": any(choice.storage == "merged" for choice in job.choices),
-        "experts": sorted({_ending(c.target) for c in job.choices if c.storage == "experts"}),
-    }
-    if job.plan.storage != "two_bit":
-        config["quantization_config"]["storage"] = job.plan.storage
-    if job.plan.rotate:
-        config["quantization_config"]["rotation"] = ROTATION
-    if overrides := overrides_of(job):
-        config["quantization_config"]["overrides"] = overrides
+    config["quantization_config"] = quantization_config(job.plan, job.choices, job.headers)
     return config
-
-
-def overrides_of(job: Job) -> dict[str, dict[str, Any]]:
-    """What the plan's entries say of each parameter that differs from its general options.
-
-    Raises:
-        UsageError: tensors that are merged into one parameter, with unlike options.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for choice in job.choices:
-        if choice.storage == "kept":
-            continue
-        own = job.plan.of(choice.name)
-        options: dict[str, Any] = {"rule": own.rule, "per": own.per}
-        options["group_size"] = own.group_size
-        if own.storage == "compact" and choice.storage == "merged":
-            options["cols"] = job.headers[choice.name].shape[-1]
-        if found.setdefault(choice.target, options) != options:
-            raise UsageError(
-                f"{choice.name} is merged into {choice.target} with tensors that the plan codes in "
-                "another way: give all of them the same options"
-            )
-    plain = {"rule": job.plan.rule, "per": job.plan.per, "group_size": job.plan.group_size}
-    return {target: options for target, options in found.items() if options != plain}
-
-
-def _ending(target: str) -> str:
-    """The last names of an expert tensor's parameter, the same in every layer."""
-    parts = target.split(".")
-    return ".".join(parts[-3:] if parts[-1] == "weight" else parts[-2:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,15 @@ def test_the_runner_leaves_no_hook_behind(small_demo: Path) -> None:
     for block in anatomy.blocks:
         assert "forward" not in block.module.__dict__
         assert not block.module._forward_pre_hooks and not block.module._forward_hooks
+
+
+def test_compact_storage_of_a_calibrated_rule_loses_nothing(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "src")
+    plan = TernaryPlan("best", group_size=16, scale_dtype="float16")
+    wide = ternarize(source, tmp_path / "wide", plan=plan, calibration=calibration())
+    plan = replace(plan, storage="compact")
+    small = ternarize(source, tmp_path / "small", plan=plan, calibration=calibration())
+    validate(tmp_path / "small")
+    assert small.size_bytes < wide.size_bytes
+    one, two = (load(tmp_path / name).state_dict() for name in ("wide", "small"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
