@@ -51,6 +51,7 @@ STEPS: dict[str, CalibratedRule | None] = {
     "+ the residual stream as the target": replace(BEST, fits_block=False, fits_whole=False),
     "+ norms, biases, scales of each block": replace(BEST, fits_whole=False),
 }
+FIRST = ("exact, no text", "gptq", WHOLE)
 SEEDED = ("gptq", WHOLE)
 ROTATED = ("gptq", WHOLE)
 
@@ -95,8 +96,10 @@ def ratio_of(
 
 def runs(seeds: int) -> Iterator[tuple[str, CalibratedRule | None, int, bool, int]]:
     """What is measured, the most telling first: name, rule, planes, rotated, seed."""
-    for planes in (1, 2):
-        for name, rule in STEPS.items():
+    first = {name: STEPS[name] for name in FIRST}
+    rest = {name: rule for name, rule in STEPS.items() if name not in FIRST}
+    for planes, steps in ((1, first), (2, first), (1, rest), (2, rest)):
+        for name, rule in steps.items():
             yield name, rule, planes, False, 0
     for planes in (1, 2):
         for name in ROTATED:
