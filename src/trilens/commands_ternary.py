@@ -76,6 +76,10 @@ def _ternarize(
         Path | None,
         typer.Option("--plan", help="A plan file of trilens plan, instead of the options above."),
     ] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Turn weights and inputs by a Hadamard rotation."),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -147,6 +151,7 @@ def _ternarize(
             "only": tuple(only or ()),
             "scale_dtype": scale_dtype,
             "storage": storage,
+            "rotate": rotate,
         }
         plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         written, printed = _formats(formats or [])
