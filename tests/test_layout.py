@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -110,6 +111,8 @@ def test_no_cycles() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_all_is_explicit_and_true(name: str) -> None:
+    if name == "ternary.gpu_kernels" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed here: `make test-gpu` installs it")
     module = importlib.import_module(f"trilens.{name}".rstrip("."))
     tree = ast.parse(MODULES[name].read_text())
     public = {
