@@ -299,7 +299,7 @@ def test_a_shard_that_rotted_since_is_written_again(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "src", shard_size="150KB")
     ternarize(source, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "_write_side_files", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(pipeline, "write_side_files", lambda *_: (_ for _ in ()).throw(Killed))
         ternarize(source, tmp_path / "out")
     shard = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     raw = bytearray(shard.read_bytes())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from trilens.checkpoint.calibration.attempt import attempt
 from trilens.checkpoint.calibration.options import Calibration
@@ -17,10 +16,11 @@ from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.card import model_card
 from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
 from trilens.checkpoint.damage import Damage, check_damage
-from trilens.checkpoint.files import MappedFile, ShardWriter, json_bytes, sha256_of, write_whole
+from trilens.checkpoint.files import MappedFile, ShardWriter, sha256_of, write_whole
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.source import open_source
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
+from trilens.checkpoint.job import Job, side_files
 from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
 from trilens.checkpoint.names import (
     CARD_NAME,
@@ -32,7 +32,8 @@ from trilens.checkpoint.places import check_folder, make_folder
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.sample import Baseline, Sample
-from trilens.checkpoint.settings import overrides, quantization_config
+from trilens.checkpoint.settings import overrides
+from trilens.checkpoint.side_files import DTYPE_NAMES, write_side_files
 from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
@@ -40,10 +41,6 @@ from trilens.models import rwkv7
 from trilens.models.build import read_config
 from trilens.models.hub import local_folder
 from trilens.models.weights import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    TensorHeader,
-    explicit_name,
     read_headers,
     read_json,
     weight_files,
@@ -53,40 +50,6 @@ from trilens.ternary.calibrated import CALIBRATED_RULES
 __all__ = ["Format", "calibration_source", "ternarize"]
 
 Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
-
-_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
-_SIDE_SUFFIXES = frozenset(
-    {".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
-)
-# Other JSON files may say of the source what is not true of the output (how well it was trained).
-_SIDE_FILE = re.compile(
-    r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|chat_template"
-    r"|tekken|normalizer|(\w+_)?(pre)?processor_config).*\.json|(LICENSE|NOTICE|USE_POLICY).*",
-    re.IGNORECASE,
-)
-_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A source that was read, and what is to become of it."""
-
-    folder: Path
-    config: dict[str, Any]
-    files: tuple[Path, ...]
-    headers: dict[str, TensorHeader]
-    choices: tuple[Choice, ...]
-    plan: TernaryPlan
-    side_files: tuple[Path, ...]
-    model_config: Any
-    model_class: type
-
-    def of_file(self, file: Path) -> list[tuple[Choice, TensorHeader]]:
-        """The tensors of one source file, in the order of their bytes."""
-        return [
-            (c, self.headers[c.name]) for c in self.choices if self.headers[c.name].file == file
-        ]
 
 
 def ternarize(
@@ -219,7 +182,7 @@ def ternarize(
             say=block_progress,
         )
     tensors, digests = _write_shards(out, job, journal, before, progress)
-    digests |= _write_side_files(out, job)
+    digests |= write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
     report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
     write_whole(out / CARD_NAME, model_card(report).encode())
@@ -256,7 +219,7 @@ def _to_gguf(
     return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
 
 
-def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> _Job:
+def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> Job:
     rwkv7.register()
     folder, source = local_folder(src, revision=revision, code=False)
     raw = read_json(folder / CONFIG_NAME, ConfigError)
@@ -273,14 +236,14 @@ def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) 
     names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
     if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
         raise UsageError(f"{source} has tensors named like packed parts: they would collide")
-    job = _Job(
+    job = Job(
         folder,
         raw,
         weight_files(folder),
         headers,
         choices,
         plan,
-        _side_files(folder),
+        side_files(folder),
         config,
         type(skeleton),
     )
@@ -303,20 +266,7 @@ def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...
     )
 
 
-def _side_files(folder: Path) -> tuple[Path, ...]:
-    """Tokenizer, generation settings, licence: small files that belong to the checkpoint."""
-    return tuple(
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in _SIDE_SUFFIXES or _SIDE_FILE.fullmatch(path.name))
-        and not path.name.endswith(_WEIGHT_SUFFIXES)
-        and not path.name.startswith(".")
-        and path.name not in _NOT_COPIED
-    )
-
-
-def _check_space(out: Path, job: _Job) -> None:
+def _check_space(out: Path, job: Job) -> None:
     needed = sum(
         size_bytes
         for choice in job.choices
@@ -332,7 +282,7 @@ def _check_space(out: Path, job: _Job) -> None:
 
 def _write_shards(
     out: Path,
-    job: _Job,
+    job: Job,
     journal: Journal,
     before: Store | None,
     progress: Callable[[TensorReport], None] | None,
@@ -360,12 +310,12 @@ def calibration_source(
     return _source(_read(src, plan, revision))
 
 
-def _source(job: _Job) -> Source:
+def _source(job: Job) -> Source:
     mapped = {file: MappedFile(file) for file in job.files}
     tensors = {
         name: tensor_of(header, mapped[header.file])
         for name, header in job.headers.items()
-        if header.dtype in _DTYPE_NAMES
+        if header.dtype in DTYPE_NAMES
     }
     return Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
 
@@ -373,7 +323,7 @@ def _source(job: _Job) -> Source:
 def _write_shard(
     shard: Path,
     file: Path,
-    job: _Job,
+    job: Job,
     before: Store | None,
     progress: Callable[[TensorReport], None] | None,
 ) -> tuple[str, list[TensorReport]]:
@@ -386,42 +336,3 @@ def _write_shard(
             if progress is not None:
                 progress(reports[-1])
         return writer.commit(), reports
-
-
-def _write_side_files(out: Path, job: _Job) -> dict[str, str]:
-    index = _index(job)
-    if index is not None:
-        name, content = index
-        write_whole(out / name, json_bytes(content))
-    for path in job.side_files:
-        write_whole(out / path.name, path.read_bytes())
-    write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
-    names = [path.name for path in job.side_files] + [CONFIG_NAME]
-    return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
-
-
-def _index(job: _Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = explicit_name(job.folder)
-    if [file.name for file in job.files] in ([SINGLE_NAME], [explicit]):
-        return None
-    weight_map = {}
-    total = 0
-    for file in job.files:
-        for choice, header in job.of_file(file):
-            for name, _, _, size_bytes in entries(choice, header, job.plan):
-                weight_map[name] = file.name
-                total += size_bytes
-    return explicit or INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def _config(job: _Job) -> dict[str, Any]:
-    config = dict(job.config)
-    if not config.get("dtype") and not config.get("torch_dtype"):
-        # Without it transformers takes the first floating-point tensor's: a scale's.
-        sizes: dict[str, int] = {}
-        for header in job.headers.values():
-            if header.dtype in _DTYPE_NAMES:
-                sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
-        config["dtype"] = _DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = quantization_config(job.plan, job.choices, job.headers)
-    return config
