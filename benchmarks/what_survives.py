@@ -3,6 +3,7 @@
     python -m benchmarks.what_survives           measure, write results/what_survives.json and the
                                                  tables of docs/what-survives.md
     python -m benchmarks.what_survives --tables  write the tables from the last results alone
+    … --models mamba --parts rules plans         measure these anew, keep the rest
 
 All text but the one that costs and calibrations are made on is held out. Of every variant a real
 ternary checkpoint is written, loaded again and compared with the source. The page's words are
@@ -17,7 +18,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from trilens.analysis.damage import Damage, Yardstick
 from trilens.analysis.plan_result import Planned
 from trilens.analysis.sampling import sample_blocks
 from trilens.analysis.sensitivity import Sensitivity, measure_sensitivity
+from trilens.analysis.sensitivity import Subject as SubjectName
 from trilens.checkpoint import Calibration, TernaryPlan, ternarize
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.demo import DEMO_MODELS, demo_path
@@ -214,6 +216,19 @@ def kinds(parts: Sensitivity) -> list[dict[str, Any]]:
     ]
 
 
+def matrices(parts: Sensitivity) -> list[dict[str, Any]]:
+    """What each matrix costs alone, the dearest first."""
+    return [
+        {
+            "matrix": row.name.removesuffix(".weight"),
+            "output_error": rounded(row.output_error),
+            "kl_nats": rounded(row.kl_nats),
+            "predicted_kl_nats": rounded(row.predicted_kl_nats or 0.0),
+        }
+        for row in parts.ranked("matrix")
+    ]
+
+
 def heads(found: Comparison) -> list[dict[str, Any]]:
     """Every head, the most changed first, with what it did before and does after."""
     rows = []
@@ -292,34 +307,49 @@ def bits_by_kind(planned: Planned) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda pair: -pair[1]))
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """Everything about one model."""
-    start = time.process_time()
-    broken = variant(bench, TernaryPlan("absmean", per="tensor", **STORED), lens="all")
-    found = broken.comparison
+def broken(bench: Bench) -> dict[str, Any]:
+    """What `BROKEN` does to every part of the model."""
+    found = variant(bench, TernaryPlan("absmean", per="tensor", **STORED), lens="all").comparison
     settle = found.select("settle_layer")[0]
     parts = measure_sensitivity(
-        bench.subject.lens, bench.parts, rule=BROKEN, headers=bench.subject.headers
+        bench.subject.lens,
+        bench.parts,
+        rule=BROKEN,
+        headers=bench.subject.headers,
+        each_matrix=True,
     )
-    result: dict[str, Any] = {
+    subjects: tuple[SubjectName, ...] = ("block", "blocks", "kind", "matrix")
+    return {
         "tokens": asdict(bench.sizes),
         "held_out_tokens": bench.yardstick.n_tokens,
         "inside_tokens": found.n_tokens,
         "perplexity": rounded(math.exp(bench.yardstick.nll_nats)),
         "layers": layers(parts, found),
         "kinds": kinds(parts),
-        "rank_correlation": {
-            subject: parts.rank_correlation(subject) for subject in ("block", "blocks", "kind")
-        },
+        "matrices": matrices(parts),
+        "rank_correlation": {subject: parts.rank_correlation(subject) for subject in subjects},
         "heads": heads(found),
         "roles": [asdict(change) for change in found.role_changes],
         "gates": gates(found),
         "settle_layer": {"before": rounded(settle.before), "after": rounded(settle.after)},
-        "rules": rules(bench),
-        "plans": budgets(bench),
     }
-    result["cpu_seconds"] = round(time.process_time() - start, 1)
-    return result
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "broken": broken,
+    "rules": lambda bench: {"rules": rules(bench)},
+    "plans": lambda bench: {"plans": budgets(bench)},
+}
+
+
+def measure(bench: Bench, parts: Iterable[str] = tuple(PARTS)) -> dict[str, Any]:
+    """Everything about one model, or the parts that are named."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        start = time.process_time()
+        found |= PARTS[part](bench)
+        found[f"{part}_cpu_seconds"] = round(time.process_time() - start, 1)
+    return found
 
 
 def mean(values: Iterable[float]) -> float:
@@ -335,12 +365,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tables", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--models", nargs="*", choices=DEMO_MODELS, default=DEMO_MODELS)
+    parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=tuple(PARTS))
     given = parser.parse_args()
     file = RESULTS / "what_survives.json"
     found = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
     torch.set_num_threads(1)
     for name in () if given.tables else given.models:
-        found[name] = measure(Bench.of(Subject.open(name), demo_path(name), SIZES[name]))
+        bench = Bench.of(Subject.open(name), demo_path(name), SIZES[name])
+        found[name] = {**found.get(name, {}), **measure(bench, given.parts)}
         save("what_survives", {"models": {n: found[n] for n in DEMO_MODELS if n in found}})
     write_page(json.loads(file.read_text(encoding="utf-8")))
 

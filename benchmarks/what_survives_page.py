@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pages import replace_tables, table
 
 __all__ = ["PAGE", "tables", "write_page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "what-survives.md"
 SHOWN_HEADS = 6
 SHOWN_GATES = 6
+SHOWN_MATRICES = 6
+HAS_ROLE = 0.4
 ROLES = ("previous_token", "duplicate_token", "induction")
 
 
@@ -24,28 +27,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 
 def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Put each table between its two marks; everything else on the page stays.
-
-    Raises:
-        SystemExit: the page lacks a table's marks, or has marks that no table fills.
-    """
-    text = page.read_text(encoding="utf-8")
-    made = tables(results)
-    marks = set(re.findall(r"<!-- ([\w -]+): begin -->", text))
-    if marks != set(made):
-        odd = ", ".join(sorted(marks ^ set(made)))
-        raise SystemExit(f"{page.name}: marks and tables differ: {odd}")
-    for name, table in made.items():
-        pattern = f"<!-- {name}: begin -->.*?<!-- {name}: end -->"
-        new = f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->"
-        text = re.sub(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
+    """Put each table between its two marks; see `replace_tables`."""
+    replace_tables(page, tables(results))
 
 
 def _layers(model: dict[str, Any]) -> str:
@@ -72,7 +55,7 @@ def _layers(model: dict[str, Any]) -> str:
         )
         for row in model["layers"]
     ]
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _kinds(model: dict[str, Any]) -> str:
@@ -87,25 +70,44 @@ def _kinds(model: dict[str, Any]) -> str:
         )
         for row in model["kinds"]
     ]
-    return _table(columns, rows)
+    return table(columns, rows)
+
+
+def _matrices(model: dict[str, Any]) -> str:
+    columns = ("matrix", "output error", "KL, alone", "predicted")
+    rows = [
+        (
+            f"`{row['matrix']}`",
+            f"{row['output_error']:.2f}",
+            f"{row['kl_nats']:.3f}",
+            f"{row['predicted_kl_nats']:.3f}",
+        )
+        for row in model["matrices"][:SHOWN_MATRICES]
+    ]
+    return table(columns, rows)
 
 
 def _heads(model: dict[str, Any]) -> str:
+    """The most changed heads, and all that had a role."""
     columns = ("layer.head", "JS", "entropy", "distance", "role before → after")
     rows = []
-    for row in model["heads"][:SHOWN_HEADS]:
+    for place, row in enumerate(model["heads"]):
         role = max(ROLES, key=lambda role: row[f"{role}_score_before"])
         before, after = (row[f"{role}_score_{side}"] for side in ("before", "after"))
+        if place >= SHOWN_HEADS and before < HAS_ROLE:
+            continue
         rows.append(
             (
                 f"{row['layer']}.{row['head']}",
                 f"{row['js_nats']:.3f}",
                 f"{row['entropy_nats_before']:.2f} → {row['entropy_nats_after']:.2f}",
                 f"{row['distance_tokens_before']:.1f} → {row['distance_tokens_after']:.1f}",
-                f"{role.replace('_', '-')} {before:.2f} → {after:.2f}",
+                f"{role.replace('_', '-')} {before:.2f} → {after:.2f}"
+                if before >= HAS_ROLE
+                else "–",
             )
         )
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _gates(model: dict[str, Any]) -> str:
@@ -123,7 +125,7 @@ def _gates(model: dict[str, Any]) -> str:
         )
         for row in ranked[:SHOWN_GATES]
     ]
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _horizon(row: dict[str, Any]) -> str:
@@ -160,7 +162,7 @@ def _summary(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _rules(model: dict[str, Any]) -> str:
     rows = [(f"`{name}`", *_summary(row)) for name, row in model["rules"].items()]
-    return _table(("rule", *_SUMMARY), rows)
+    return table(("rule", *_SUMMARY), rows)
 
 
 def _plans(model: dict[str, Any]) -> str:
@@ -169,12 +171,13 @@ def _plans(model: dict[str, Any]) -> str:
         most = list(row["bits_by_kind"].items())[:3]
         spent = ", ".join(f"`{kind}` {bits:.1f}" for kind, bits in most)
         rows.append((budget, *_summary(row), spent))
-    return _table(("budget", *_SUMMARY, "most bits to"), rows)
+    return table(("budget", *_SUMMARY, "most bits to"), rows)
 
 
 _TABLES = {
     "layers": _layers,
     "kinds": _kinds,
+    "matrices": _matrices,
     "heads": _heads,
     "gates": _gates,
     "rules": _rules,

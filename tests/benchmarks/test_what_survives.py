@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.common import RESULTS
+from benchmarks.pages import shown_tables
 from benchmarks.plan import Subject
 from benchmarks.what_survives import Bench, Sizes, gates, measure, variant
 from benchmarks.what_survives_page import PAGE, tables, write_page
 
-from benchmarks import what_survives
+from benchmarks import plan, what_survives
 from sensitivity_cases import WORDS, blocks, opened, text_model
 from trilens.analysis.comparison.run import compare
 from trilens.checkpoint import TernaryPlan
@@ -107,29 +107,26 @@ def test_tables_go_between_their_marks_and_nowhere_else(
         assert len({line.count("|") for line in table.splitlines()}) == 1
     write_page(results, page)
     assert page.read_text() == once
-    page.write_text(once.replace("tiny gates: begin", "tiny doors: begin"))
+    page.write_text(once.replace("tiny gates:", "tiny doors:"))
     with pytest.raises(SystemExit, match="tiny doors, tiny gates"):
         write_page(results, page)
 
 
-def results() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "what_survives.json").read_text(encoding="utf-8"))
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
 def test_the_pages_tables_are_the_results() -> None:
-    shown = dict(
-        re.findall(
-            r"<!-- ([\w -]+): begin -->\n(.*?)\n<!-- \1: end -->",
-            PAGE.read_text("utf-8"),
-            re.DOTALL,
-        )
-    )
-    assert shown == tables(results())
+    assert shown_tables(PAGE.read_text(encoding="utf-8")) == tables(results("what_survives"))
+    found = results("plan")
+    wanted = {"figures": plan.figures_table(found), "trust": plan.trust_table(found)}
+    assert shown_tables(plan.PAGE.read_text(encoding="utf-8")) == wanted
 
 
 def test_the_results_hold_every_model_and_rule() -> None:
-    models = results()["models"]
+    assert list(results("plan")["models"]) == list(DEMO_MODELS)
+    models = results("what_survives")["models"]
     assert list(models) == list(DEMO_MODELS)
     for model in models.values():
         tried = {name.rpartition(" ")[0] for name in model["rules"]}
