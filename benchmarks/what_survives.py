@@ -81,7 +81,7 @@ class Sizes:
 SIZES = {
     "transformer": Sizes(),
     # Its scan runs step by step without a GPU, and its attention is one of 512 channels.
-    "mamba": Sizes(outside=4096, inside=512, parts=1024, costs=1024, calibration=4096),
+    "mamba": Sizes(outside=4096, inside=256, parts=1024, costs=1024, calibration=1024),
     "rwkv7": Sizes(),
 }
 
@@ -372,8 +372,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in () if given.tables else given.models:
         bench = Bench.of(Subject.open(name), demo_path(name), SIZES[name])
-        found[name] = {**found.get(name, {}), **measure(bench, given.parts)}
-        save("what_survives", {"models": {n: found[n] for n in DEMO_MODELS if n in found}})
+        for part in given.parts:
+            found[name] = {**found.get(name, {}), **measure(bench, [part])}
+            save("what_survives", {"models": {n: found[n] for n in DEMO_MODELS if n in found}})
     write_page(json.loads(file.read_text(encoding="utf-8")))
 
 
