@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-engines check bench sweep format clean
+.PHONY: demo test test-engines test-gpu check bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,14 @@ $(VENV)/.engines: $(VENV)/.ready
 
 test-engines: $(VENV)/.engines
 	$(PY) -m pytest tests/engines
+
+$(VENV)/.gpu: $(VENV)/.ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
+	@touch $@
+
+# Without a GPU in Triton's interpreter.
+test-gpu: $(VENV)/.gpu
+	$(PY) -m pytest tests/gpu
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks

@@ -12,6 +12,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,25 @@ from trilens.demo.corpus import (
 )
 from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedRule, calibrate
 from trilens.ternary.hessian import Hessian, Moments
+from trilens.ternary.rules import RuleName
 
 BEST = CALIBRATED_RULES["best"]
+WHOLE = "+ all blocks together"
 STEPS: dict[str, CalibratedRule | None] = {
     "exact, no text": None,
     "gptq": CALIBRATED_RULES["gptq"],
+    WHOLE: BEST,
     "+ scales and trits in turns": replace(
-        BEST, corrected=False, repairs_residual=False, fits_block=False
+        BEST, corrected=False, repairs_residual=False, fits_block=False, fits_whole=False
     ),
-    "+ dense outputs as the target": replace(BEST, repairs_residual=False, fits_block=False),
-    "+ the residual stream as the target": replace(BEST, fits_block=False),
-    "+ norms, biases, scales fitted": BEST,
+    "+ dense outputs as the target": replace(
+        BEST, repairs_residual=False, fits_block=False, fits_whole=False
+    ),
+    "+ the residual stream as the target": replace(BEST, fits_block=False, fits_whole=False),
+    "+ norms, biases, scales of each block": replace(BEST, fits_whole=False),
 }
+SEEDED = ("gptq", WHOLE)
+ROTATED = ("gptq", WHOLE)
 
 
 def calibration(seed: int, tokens: int, evaluation_tokens: int) -> Calibration:
@@ -60,11 +68,16 @@ def calibration(seed: int, tokens: int, evaluation_tokens: int) -> Calibration:
 
 
 def ratio_of(
-    rule: CalibratedRule | None, planes: int, options: Calibration, fit: FitOptions | None = None
+    rule: CalibratedRule | None,
+    planes: int,
+    options: Calibration,
+    fit: FitOptions | None = None,
+    *,
+    rotate: bool = False,
 ) -> tuple[float, float]:
     """Ratio of perplexities, and processor seconds."""
-    start = "exact" if planes == 1 else "planes"
-    plan = TernaryPlan(start, group_size=128)
+    start: RuleName = "exact" if planes == 1 else "planes"
+    plan = TernaryPlan(start, group_size=128, rotate=rotate)
     if rule is not None:
         rule = replace(rule, start=start)
     begun = time.process_time()
@@ -75,35 +88,61 @@ def ratio_of(
             options,
             Path(folder),
             rule=rule,
-            fit=fit,
+            fit=fit or FitOptions(seed=options.seed),
         )
     return damage.ratio, time.process_time() - begun
 
 
-def quality(seeds: int, tokens: int, evaluation_tokens: int) -> dict[str, Any]:
-    """Every step, one and two planes; the first and the last calibrated rule with all seeds."""
-    found: dict[str, Any] = {}
+def runs(seeds: int) -> Iterator[tuple[str, CalibratedRule | None, int, bool, int]]:
+    """What is measured, the most telling first: name, rule, planes, rotated, seed."""
     for planes in (1, 2):
         for name, rule in STEPS.items():
-            runs = [
-                ratio_of(rule, planes, calibration(seed, tokens, evaluation_tokens))
-                for seed in range(seeds if rule in (CALIBRATED_RULES["gptq"], BEST) else 1)
-            ]
-            ratios = [ratio for ratio, _ in runs]
-            entry = {
-                "ratio": round(math.exp(statistics.fmean(map(math.log, ratios))), 4),
-                "ratios": [round(ratio, 4) for ratio in ratios],
-                "processor_seconds": round(statistics.median(s for _, s in runs), 1),
-            }
-            found[f"{planes} plane{'s' * (planes > 1)}: {name}"] = entry
-            print(planes, name, entry, flush=True)
-        logs = [
-            math.log(found[f"{planes} plane{'s' * (planes > 1)}: {name}"]["ratio"])
-            for name in ("gptq", "+ norms, biases, scales fitted")
-        ]
-        found[f"share of gptq's log-ratio that best closes, planes {planes}"] = round(
-            1 - logs[1] / logs[0], 3
-        )
+            yield name, rule, planes, False, 0
+    for planes in (1, 2):
+        for name in ROTATED:
+            yield f"{name}, rotated", STEPS[name], planes, True, 0
+    for seed in range(1, seeds):
+        for planes in (1, 2):
+            for name in SEEDED:
+                yield name, STEPS[name], planes, False, seed
+
+
+def quality(
+    seeds: int, tokens: int, evaluation_tokens: int, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Every step, one and two planes; what is known so far is kept after each run."""
+    ratios: dict[tuple[str, int], list[float]] = {}
+    spent: dict[tuple[str, int], list[float]] = {}
+    found: dict[str, Any] = {}
+    for name, rule, planes, rotate, seed in runs(seeds):
+        options = calibration(seed, tokens, evaluation_tokens)
+        ratio, seconds = ratio_of(rule, planes, options, rotate=rotate)
+        print(planes, name, seed, round(ratio, 4), round(seconds), flush=True)
+        ratios.setdefault((name, planes), []).append(ratio)
+        spent.setdefault((name, planes), []).append(seconds)
+        found = summary(ratios, spent)
+        keep(found)
+    return found
+
+
+def summary(
+    ratios: dict[tuple[str, int], list[float]], spent: dict[tuple[str, int], list[float]]
+) -> dict[str, Any]:
+    """Means over seeds, and how much of the log-ratio that gptq leaves `best` closes."""
+    found: dict[str, Any] = {}
+    for (name, planes), values in ratios.items():
+        found[f"{planes} plane{'s' * (planes > 1)}: {name}"] = {
+            "ratio": round(math.exp(statistics.fmean(map(math.log, values))), 4),
+            "ratios": [round(ratio, 4) for ratio in values],
+            "processor_seconds": round(statistics.median(spent[(name, planes)]), 1),
+        }
+    for planes in (1, 2):
+        pairs = zip(ratios.get(("gptq", planes), []), ratios.get((WHOLE, planes), []), strict=False)
+        closed = [1 - math.log(best) / math.log(gptq) for gptq, best in pairs]
+        if closed:
+            found[f"share of gptq's log-ratio that best closes, planes {planes}"] = round(
+                statistics.fmean(closed), 3
+            )
     return found
 
 
@@ -136,12 +175,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--evaluation-tokens", type=int, default=32_768)
+    parser.add_argument("--evaluation-tokens", type=int, default=16_384)
+    parser.add_argument("--skip-quality", action="store_true")
     parser.add_argument("--size", type=int, default=4096)
     options = parser.parse_args()
     figures: dict[str, Any] = {"settings": vars(options)}
-    figures["quality"] = quality(options.seeds, options.tokens, options.evaluation_tokens)
-    save("calibrated", figures)
+    if not options.skip_quality:
+
+        def keep(found: dict[str, Any]) -> None:
+            figures["quality"] = found
+            save("calibrated", figures)
+
+        quality(options.seeds, options.tokens, options.evaluation_tokens, keep)
     figures["gptq"] = cost(options.size)
     save("calibrated", figures)
 

@@ -86,6 +86,7 @@ def test_a_bound_that_cannot_be_held_is_exit_code_3(
     [
         (("sensitivity", "--rule", "magic"), "rule 'magic' is unknown"),
         (("sensitivity", "--rule", "keep"), "changes nothing"),
+        (("sensitivity", "--rule", "gptq"), "needs a calibration text"),
         (("sensitivity", "--group-size", 0), "group size 0"),
         (("sensitivity", "--length", 4000), "at most 64 tokens"),
         (("sensitivity", "--length", 1), "1"),

@@ -49,15 +49,19 @@ def test_demo_output() -> None:
     assert ours == pytest.approx(theirs, rel=0.1, abs=0.05)
 
 
-def test_inspect_output() -> None:
-    block = next(block for block in BLOCKS if block.startswith("$ trilens inspect"))
-    command, _, shown = block.partition("\n")
-    assert command.endswith("--layers 1-2 --top-k 2")
-    prompt = "import os\nimport sys\nimport "
-    arguments = ["inspect", str(demo_path()), "-p", prompt, "--layers", "1-2", "--top-k", "2"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0
-    check(shown, result.stdout.rstrip())
+def test_compare_output(tmp_path: Path) -> None:
+    block = next(block for block in BLOCKS if block.startswith("$ trilens ternarize"))
+    first, second, shown = block.split("\n", 2)
+    source, out = str(demo_path()), str(tmp_path / "ternary")
+    for line in (first, second):
+        words_of = line.removeprefix("$ trilens ").split()
+        places = {"src/trilens/demo/transformer": source, "ternary": out}
+        arguments = [places.get(word, word.replace("src/", f"{ROOT}/src/")) for word in words_of]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0
+    assert words(shown) == words(result.stdout)
+    # bf16 arithmetic; of differences near 0 the absolute error counts.
+    assert numbers(shown) == pytest.approx(numbers(result.stdout), rel=0.05, abs=0.02)
 
 
 def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

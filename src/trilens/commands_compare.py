@@ -16,11 +16,12 @@ from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
-from trilens.analysis.text import read_documents, token_blocks
+from trilens.analysis.text import token_blocks
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.errors import NonFiniteError, UsageError
 from trilens.lens import Lens
 from trilens.report.comparison import print_comparison
+from trilens.text_option import documents_of
 
 __all__ = ["register"]
 
@@ -42,7 +43,7 @@ def _compare(
     ],
     data: Annotated[
         str,
-        typer.Option("--data", help="Text, .jsonl, .parquet, a folder, or the word stdlib."),
+        typer.Option("--data", help="Text: .txt, .jsonl, .parquet, a folder, stdlib or demo."),
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for JSON, Parquet and arrays.")
@@ -88,7 +89,7 @@ def _compare(
         conditions = [parse_condition(text) for text in fail_if or ()]
         if out is not None and out.exists() and not out.is_dir():
             raise UsageError(f"--output {out} is a file: name a folder")
-        documents = read_documents(data)
+        documents = documents_of(data)
         left, right = (
             Lens.from_pretrained(
                 name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code

@@ -25,7 +25,6 @@ from trilens.analysis.plan_result import PlanOptions
 from trilens.analysis.planning import make_plan
 from trilens.analysis.sampling import sample_blocks, set_aside
 from trilens.analysis.sensitivity import measure_sensitivity
-from trilens.analysis.text import read_documents
 from trilens.checkpoint.files import json_bytes, write_whole
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
@@ -35,6 +34,7 @@ from trilens.models.hub import local_folder
 from trilens.models.tokens import max_positions_of
 from trilens.models.weights import TensorHeader, read_headers, read_json
 from trilens.report.sensitivity import print_plan, print_sensitivity
+from trilens.text_option import documents_of
 
 __all__ = ["register"]
 
@@ -44,7 +44,7 @@ ModelArgument = Annotated[
     str, typer.Argument(help="Checkpoint directory or hub id.", metavar="MODEL")
 ]
 DataOption = Annotated[
-    str, typer.Option("--data", help="Text: .jsonl, .txt, .parquet, a folder, or stdlib.")
+    str, typer.Option("--data", help="Text: .txt, .jsonl, .parquet, a folder, stdlib or demo.")
 ]
 FieldOption = Annotated[str, typer.Option("--field", help="Key of the text in JSONL and Parquet.")]
 TokensOption = Annotated[int, typer.Option("--tokens", help="Tokens to measure on.")]
@@ -107,7 +107,7 @@ def _sensitivity(
     with one_line_errors(debug):
         options: dict[str, Any] = {"rule": rule, "per": per, "group_size": group_size}
         entry = MatrixPlan(**options)
-        documents = read_documents(data, field=field)
+        documents = documents_of(data, field=field)
         opened = _open(model, dtype, device_map, revision)
         blocks = _blocks(opened.lens, documents, length, tokens)
         with _bar() as progress:
@@ -170,11 +170,11 @@ def _plan(
         options = PlanOptions(budget_bits=budget_bits, max_ratio=max_damage, **values)
         if out is not None and out.is_dir():
             raise UsageError(f"output {out} is a directory: name a file for the plan")
-        documents = read_documents(data, field=field)
+        documents = documents_of(data, field=field)
         if held_out is None:
             documents, judged = set_aside(documents)
         else:
-            judged = read_documents(held_out, field=field)
+            judged = documents_of(held_out, field=field)
         opened = _open(model, dtype, device_map, revision)
         with _bar() as progress:
             planned = make_plan(

@@ -26,9 +26,9 @@ from trilens.checkpoint.report import TensorReport, TernaryReport
 from trilens.checkpoint.sample import Sample
 from trilens.checkpoint.validation import validate
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
-from trilens.demo.evaluate import checked_heldout_documents
 from trilens.errors import CorruptFileError, UsageError
 from trilens.storage import json_text
+from trilens.text_option import documents_of
 
 __all__ = ["register"]
 
@@ -76,6 +76,10 @@ def _ternarize(
         Path | None,
         typer.Option("--plan", help="A plan file of trilens plan, instead of the options above."),
     ] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Turn weights and inputs by a Hadamard rotation."),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
     ] = None,
@@ -102,7 +106,7 @@ def _ternarize(
         str | None,
         typer.Option(
             "--evaluate",
-            help="Text to measure the damage on, never calibrated on. "
+            help="Text to measure the damage on, never calibrated on; also demo. "
             "[default: a tenth of the documents]",
         ),
     ] = None,
@@ -147,6 +151,7 @@ def _ternarize(
             "only": tuple(only or ()),
             "scale_dtype": scale_dtype,
             "storage": storage,
+            "rotate": rotate,
         }
         plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         written, printed = _formats(formats or [])
@@ -192,10 +197,7 @@ def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
 
 def _sample(word: str) -> Sample:
     """The text behind `--sample`; a file of that name comes before a word."""
-    if word == "demo" and not Path(word).exists():
-        documents = checked_heldout_documents()
-        return Sample("demo", tuple(document.text for document in documents))
-    return Sample.read(word)
+    return Sample(Path(word).name, documents_of(word))
 
 
 def _calibration(
@@ -209,7 +211,8 @@ def _calibration(
                 "are options of a calibration: add --calibrate FILE, FOLDER or stdlib"
             )
         return None
-    return Calibration.from_source(calibrate, evaluation=evaluate, **given)
+    apart = () if evaluate is None else documents_of(evaluate)
+    return Calibration(documents_of(calibrate), apart, **given)
 
 
 @contextmanager

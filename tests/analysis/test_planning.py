@@ -146,7 +146,7 @@ def test_options_that_cannot_be(options: Any, error: type[Exception], message: s
         PlanOptions(**options)
 
 
-def test_a_budget_below_the_smallest_plan(lens: Lens) -> None:
-    options = PlanOptions(budget_bits=1.2, costs="predicted")
+def test_a_budget_below_the_smallest_plan_is_refused_unmeasured(lens: Lens) -> None:
+    options = PlanOptions(budget_bits=1.2)
     with pytest.raises(UsageError, match=r"1\.2 bits .* smallest plan takes \d\.\d+ bits"):
-        make_plan(lens, IDS, HELD, options=options, candidates=few)
+        make_plan(lens, IDS, HELD, options=options, candidates=few, progress=pytest.fail)

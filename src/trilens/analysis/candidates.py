@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from trilens.analysis.matrices import Matrix
 from trilens.checkpoint.coding import packed_parts
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.checkpoint.plan import Storage, TernaryPlan
+from trilens.errors import UsageError
+from trilens.ternary.calibrated import CALIBRATED_RULES
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RULES
+from trilens.ternary.rules import RULES, RuleName
 
 __all__ = ["GROUP_SIZES", "KEEP", "Candidate", "data_free", "of_plan"]
 
@@ -86,6 +89,11 @@ def of_plan(
     """
     if entry.rule == "keep":
         return KEEP
+    if entry.rule in CALIBRATED_RULES:
+        raise UsageError(
+            f"rule {entry.rule!r} needs a calibration text, which is not looked at here: take one "
+            f"of {', '.join(RULES)}, and calibrate in ternarize"
+        )
     plan = TernaryPlan(
         rule=entry.rule,
         per=entry.per,
@@ -94,7 +102,7 @@ def of_plan(
         storage=storage,
     )
 
-    rule = entry.rule
+    rule = cast("RuleName", entry.rule)
 
     def reconstruct(weights: Tensor, name: str) -> Tensor:
         quant = PerLayerQuant.quantize(

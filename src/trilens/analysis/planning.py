@@ -109,6 +109,10 @@ def make_plan(
     Memory: one coded copy of each matrix's candidates at a time, at the end a second copy of all
     matrices, and the logits of all tokens (`Yardstick`).
     """
+    matrices = find_matrices(lens, headers)
+    if options.budget_bits is not None:  # told now, not after minutes of measuring
+        least = [_smallest(matrix, candidates, options) for matrix in matrices]
+        _room(options.budget_bits, matrices, sum(least))
     prices = price_candidates(
         lens, blocks, options=options, headers=headers, candidates=candidates, progress=progress
     )
@@ -241,6 +245,24 @@ def _slope(a: Point, b: Point) -> float:
     return (a.kl_nats - b.kl_nats) / max(1, b.size_bytes - a.size_bytes)
 
 
+def _smallest(matrix: Matrix, candidates: Candidates, options: PlanOptions) -> int:
+    """Bytes of the smallest thing that a matrix can become."""
+    found = candidates(matrix, scale_dtype=options.scale_dtype, storage=options.storage)
+    return min(candidate.size_bytes(matrix) for candidate in found)
+
+
+def _room(budget_bits: float, matrices: Sequence[Matrix], least_bytes: int) -> int:
+    """Bytes that a budget leaves for upgrades of the smallest plan."""
+    n_weights = sum(matrix.n_weights for matrix in matrices)
+    room = math.floor(budget_bits * n_weights / 8 * (1 + 1e-12)) - least_bytes
+    if room < 0:
+        raise UsageError(
+            f"budget of {budget_bits} bits is out of range: the smallest plan takes "
+            f"{8 * least_bytes / n_weights:.4f} bits per weight: pass that or more"
+        )
+    return room
+
+
 def _choose(
     lens: Lens,
     matrices: Sequence[Matrix],
@@ -250,17 +272,9 @@ def _choose(
 ) -> tuple[list[Point], Damage]:
     """The greedy choice, and what it was measured to do."""
     steps = _steps(fronts)
-    n_weights = sum(matrix.n_weights for matrix in matrices)
     if options.budget_bits is not None:
-        room = math.floor(options.budget_bits * n_weights / 8 * (1 + 1e-12))
-        room -= sum(front[0].size_bytes for front in fronts)
-        if room < 0:
-            least = 8 * sum(front[0].size_bytes for front in fronts) / n_weights
-            raise UsageError(
-                f"budget of {options.budget_bits} bits is out of range: the smallest plan takes "
-                f"{least:.4f} bits per weight: pass that or more"
-            )
-        steps = _within(steps, room)
+        least = sum(front[0].size_bytes for front in fronts)
+        steps = _within(steps, _room(options.budget_bits, matrices, least))
 
     def measure(count: int) -> tuple[list[Point], Damage]:
         levels = [0] * len(fronts)

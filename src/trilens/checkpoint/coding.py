@@ -16,6 +16,7 @@ from trilens.checkpoint.names import part_name
 from trilens.checkpoint.plan import Storage, TernaryPlan
 from trilens.checkpoint.report import Outcome, TensorReport
 from trilens.checkpoint.skeleton import Choice
+from trilens.checkpoint.turning import to_be_coded
 from trilens.errors import WriteError
 from trilens.models.weights import TensorHeader
 from trilens.ternary.calibrated import n_planes_of
@@ -159,11 +160,12 @@ def code_tensor(
     """
     if choice.storage == "kept":
         new = None if before is None else before.vector(choice.name)
-        raw = file.bytes(header.begin, header.end)
+        raw = old = file.bytes(header.begin, header.end)
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
-        return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=new is not None)
+        fitted = not np.array_equal(raw, old)  # a small step can round to nothing
+        return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=fitted)
     plan = plan.of(choice.name)
     stored = tensor_of(header, file)
     matrices = stored if stored.ndim == 3 else stored[None]
@@ -174,6 +176,7 @@ def code_tensor(
     for index, stored_matrix in enumerate(matrices):
         matrix = stored_matrix.T if choice.transposed else stored_matrix
         name = header.name if stored.ndim == 2 else f"{header.name}[{index}]"
+        matrix = to_be_coded(matrix, name, plan)
         coded = None if before is None else before.quant(header.name, index, matrix.shape[1], plan)
         if coded is None:
             quant = PerLayerQuant.quantize(

@@ -22,13 +22,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trilens.checkpoint.coding import CODES_PER_BYTE
-from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, part_name
+from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, ROTATION, part_name
 from trilens.checkpoint.plan import Storage
 from trilens.checkpoint.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
 from trilens.ternary.calibrated import n_planes_of
 from trilens.ternary.compact import expand_rows, is_compact
 from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
+from trilens.ternary.rotation import turn_back
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
 
@@ -46,6 +47,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         merged: whether there are packed tensors that transformers merges or splits.
         experts: last names of the parameters that hold a matrix for each of many experts.
         storage: how codes lie in the file; in memory they are packed in two bits.
+        rotation: "hadamard" where the weights are turned, and their inputs are when the model runs.
         overrides: parameter → rule, per and group_size that differ from the general ones.
 
     Raises:
@@ -62,6 +64,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         merged: bool = False,
         experts: Sequence[str] = (),
         storage: str = "two_bit",
+        rotation: str | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
@@ -87,7 +90,12 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ConfigError(
                 f"quantization_config has the storage {storage!r}: this trilens does not know it"
             )
+        if rotation not in {None, ROTATION}:
+            raise ConfigError(
+                f"quantization_config has the rotation {rotation!r}: this trilens does not know it"
+            )
         self.storage = storage
+        self.rotation = rotation
         self.overrides = {name: dict(options) for name, options in (overrides or {}).items()}
 
     def of(self, target: str, model: Any) -> Mapping[str, Any]:
@@ -177,7 +185,10 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             else tensor
             for part, tensor in parts.items()
         }
-        return Packed(**two_bit, cols=cols, group_size=group_size).dense(dtype)
+        packed = Packed(**two_bit, cols=cols, group_size=group_size)
+        if self.config.rotation is None:
+            return packed.dense(dtype)
+        return turn_back(packed.dense()).to(dtype)
 
 
 def _two_bit(codes: Tensor, cols: int, name: str, storage: str) -> Tensor:
@@ -325,6 +336,7 @@ class _Arriving(TernaryLinear):
             per_row=self.scale.shape[0] > 1,
             group_size=self.group_size,
             transposed=self.transposed,
+            rotated=self.rotated,
             device="meta",
             dtype=self._like.dtype,
         )
@@ -365,6 +377,7 @@ def _packed_like(model: Any, path: str, stored: str, config: TrilensConfig) -> T
         has_offset=options["rule"] == "asymmetric",
         has_second=n_planes_of(options["rule"]) == 2,
         transposed=transposed,
+        rotated=config.rotation is not None,
         device=old.weight.device,
         dtype=old.weight.dtype,
     )

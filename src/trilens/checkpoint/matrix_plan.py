@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
 from trilens.errors import UsageError
-from trilens.ternary.rules import RuleName, find_rule
+from trilens.ternary.calibrated import CalibratedName, check_rule
+from trilens.ternary.rules import RuleName
 from trilens.ternary.units import Per, resolve_units
 
 __all__ = ["MatrixPlan", "MatrixRule"]
 
-MatrixRule: TypeAlias = RuleName | Literal["keep"]
+MatrixRule: TypeAlias = RuleName | CalibratedName | Literal["keep"]
 
 _OPTIONS = ("rule", "per", "group_size")
 
@@ -21,7 +22,8 @@ class MatrixPlan:
     """What one matrix becomes.
 
     Attributes:
-        rule: One of `ternary.rules.RULES`, or "keep".
+        rule: One of `ternary.rules.RULES`, with a calibration text one of
+            `ternary.calibrated.CALIBRATED_RULES`, or "keep".
         per: As in `TernaryPlan`; None where the matrix is kept.
         group_size: As in `TernaryPlan`.
 
@@ -42,7 +44,7 @@ class MatrixPlan:
                     "a matrix that is kept has no scales: leave per and group_size out"
                 )
             return
-        find_rule(self.rule)
+        check_rule(self.rule)
         units = resolve_units(1, 1, self.per, self.group_size)
         object.__setattr__(self, "per", units.per)
         object.__setattr__(self, "group_size", units.group_size)

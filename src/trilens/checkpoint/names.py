@@ -19,6 +19,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+ROTATION = "hadamard"
+"""What `quantization_config` calls the rotation of `ternary.rotation`."""
+
 QUANT_METHOD = "trilens"
 
 CONFIG_NAME = "config.json"

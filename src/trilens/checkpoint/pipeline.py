@@ -45,7 +45,6 @@ from trilens.models.weights import (
     read_json,
     weight_files,
 )
-from trilens.ternary.calibrated import CALIBRATED_RULES
 
 __all__ = ["Format", "calibration_source", "ternarize"]
 
@@ -131,15 +130,10 @@ def ternarize(
             "pass a gguf format, for example gguf-tq2_0, or another name"
         )
     job = _read(src, plan or TernaryPlan(), revision)
-    if job.plan.rule in CALIBRATED_RULES and calibration is None and not dry_run:
+    if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
-            f"rule {job.plan.rule!r} looks at what the matrices get: give a calibration text "
-            "(calibration=Calibration.from_source(…), --calibrate)"
-        )
-    if calibration is not None and any(e.rule != "keep" for e in job.plan.matrices.values()):
-        raise UsageError(
-            "a plan that codes single matrices in their own way cannot be calibrated: leave the "
-            "calibration out, or take a plan with one rule (entries that keep a matrix may stand)"
+            f"rule {job.plan.calibrated[0]!r} looks at what the matrices get: give a calibration "
+            "text (calibration=Calibration.from_source(…), --calibrate)"
         )
     if dry_run and sample is not None:
         raise UsageError(
@@ -209,10 +203,14 @@ def _to_gguf(
 ) -> TernaryReport:
     check_place(out)
     plan = plan or TernaryPlan()
-    if plan.rule in CALIBRATED_RULES:
+    if plan.rotate:
         raise UsageError(
-            f"rule {plan.rule!r} needs a calibration, which a GGUF file is not written with: write "
-            "a directory by that rule, then the GGUF file from that directory"
+            "rotate cannot be said in a GGUF file: engines would not turn the inputs; leave it out"
+        )
+    if plan.calibrated:
+        raise UsageError(
+            f"rule {plan.calibrated[0]!r} needs a calibration, which a GGUF file is not written "
+            "with: write a directory by that rule, then the GGUF file from that directory"
         )
     source = open_source(src, plan, revision=revision)
     choices = _follow(plan, source.choices)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
 from trilens.models.wording import reason
-from trilens.ternary.calibrated import CalibratedName, check_rule
+from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.rules import RuleName
 from trilens.ternary.units import Per, resolve_units
@@ -42,6 +42,8 @@ class TernaryPlan:
         storage: "two_bit": codes of two bits and float32 scales, as they lie in memory; "compact":
             five trits to a byte (1.6 bits each) and scales of `scale_dtype`, turned into the former
             when loaded.
+        rotate: Turn each matrix and its inputs by a Hadamard rotation (`ternary.rotation`) before
+            coding; the layers turn their inputs when they run.
         matrices: What some matrices become, by tensor name: it goes before all other options.
 
     Raises:
@@ -56,6 +58,7 @@ class TernaryPlan:
     only: tuple[str, ...] = ()
     scale_dtype: ScaleDtype = "float32"
     storage: Storage = "two_bit"
+    rotate: bool = False
     matrices: Mapping[str, MatrixPlan] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class TernaryPlan:
             raise UsageError(
                 f"storage {self.storage!r} is unknown: pass {', '.join(get_args(Storage))}"
             )
+        if not isinstance(self.rotate, bool):
+            raise UsageError(f"rotate is {self.rotate!r}: pass True or False")
         object.__setattr__(self, "matrices", _entries(self.matrices))
         object.__setattr__(self, "per", units.per)
         object.__setattr__(self, "group_size", units.group_size)
@@ -84,6 +89,12 @@ class TernaryPlan:
         if entry is None or entry.rule == "keep":
             return bare
         return replace(bare, rule=entry.rule, per=entry.per, group_size=entry.group_size)
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The rules in it that need a calibration text, sorted."""
+        rules = {self.rule, *(entry.rule for entry in self.matrices.values())}
+        return tuple(sorted(rule for rule in rules if rule in CALIBRATED_RULES))
 
     def chosen(self, names: Iterable[str], all_names: Iterable[str]) -> dict[str, str]:
         """Which of the matrices the plan keeps, and why.
@@ -137,7 +148,7 @@ class TernaryPlan:
         entries = {name: entry.to_dict() for name, entry in self.matrices.items()}
         lists = {"keep": list(self.keep), "only": list(self.only)}
         values |= {**lists, "matrices": entries}
-        silent = {"matrices": {}, "storage": "two_bit"}
+        silent = {"matrices": {}, "storage": "two_bit", "rotate": False}
         return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     @classmethod

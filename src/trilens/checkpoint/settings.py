@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD
+from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, ROTATION
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.skeleton import Choice
 from trilens.errors import UsageError
@@ -39,6 +39,8 @@ def quantization_config(
     }
     if plan.storage != "two_bit":
         found["storage"] = plan.storage
+    if plan.rotate:
+        found["rotation"] = ROTATION
     if own := overrides(plan, choices, headers):
         found["overrides"] = own
     return found

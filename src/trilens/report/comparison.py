@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -33,7 +34,9 @@ def render_comparison(comparison: Comparison, width: int = 120) -> str:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print summary, layers, gates, role changes and weights; what was not measured is left out."""
     for side, model in (("before", comparison.before), ("after", comparison.after)):
-        name = f"{model.name} · " if model.name else ""
+        # A directory by its last name, as in inspect; a hub id whole.
+        called = Path(model.name).name if Path(model.name).is_absolute() else model.name
+        name = f"{called} · " if called else ""
         words = f"{name}{model.model_class} · {model.n_layers} layers · {model.dtype}"
         console.print(Text(f"{side:<7}{words}"))
     console.print(Text(f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens\n"))

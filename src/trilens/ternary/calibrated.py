@@ -74,6 +74,7 @@ class CalibratedRule:
         repairs_residual: Matrices that add to the residual stream aim at what the stream should be
             after them.
         fits_block: Norms, biases and scales of the block are then fitted to the dense block.
+        fits_whole: Those of all blocks are then fitted together to the dense model's logits.
     """
 
     name: str
@@ -82,6 +83,7 @@ class CalibratedRule:
     corrected: bool
     repairs_residual: bool
     fits_block: bool
+    fits_whole: bool
 
     @property
     def n_planes(self) -> int:
@@ -93,10 +95,10 @@ CALIBRATED_RULES: Mapping[str, CalibratedRule] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
-            CalibratedRule("gptq", "exact", False, False, False, False),
-            CalibratedRule("gptq_planes", "planes", False, False, False, False),
-            CalibratedRule("best", "exact", True, True, True, True),
-            CalibratedRule("best_planes", "planes", True, True, True, True),
+            CalibratedRule("gptq", "exact", False, False, False, False, False),
+            CalibratedRule("gptq_planes", "planes", False, False, False, False, False),
+            CalibratedRule("best", "exact", True, True, True, True, True),
+            CalibratedRule("best_planes", "planes", True, True, True, True, True),
         )
     }
 )

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError
+from trilens.ternary.rotation import turn
 
 __all__ = ["Hessian", "MomentSums", "Moments", "upper_factor"]
 
@@ -88,6 +89,13 @@ class Moments:
         matrix = np.asarray(weights, dtype=np.float64)
         cross = matrix @ hessian.matrix
         return cls(hessian, cross, float(np.sum(cross * matrix)))
+
+    def turned(self) -> Moments:
+        """The moments where inputs and weights are turned by `rotation.turn`."""
+        half = turn(torch.from_numpy(self.hessian.matrix))
+        matrix = turn(half.T.contiguous()).numpy()
+        hessian = Hessian(0.5 * (matrix + matrix.T), self.hessian.n_tokens)
+        return Moments(hessian, turn(torch.from_numpy(self.cross)).numpy(), self.energy)
 
     def output_error(self, weights: Matrix) -> float:
         """Σ‖Ŵx − y‖² / Σ‖y‖²: 0 for exact, 1 for nothing left.

@@ -22,6 +22,7 @@ from trilens.errors import CorruptFileError, ShapeError
 from trilens.ternary.multiply import multiply, multiply_back
 from trilens.ternary.packing import TwoBit
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rotation import turn, turn_back
 
 __all__ = ["PARTS", "Packed", "TernaryLinear", "holds_code_3", "pack_rows", "unpack_rows"]
 
@@ -204,6 +205,7 @@ class TernaryLinear(nn.Module):
         has_offset: room for the offsets of the rule "asymmetric".
         has_second: room for the second plane of the rule "planes".
         transposed: the layer stands in for one that holds its weight as [in, out].
+        rotated: the packed weight is turned by `rotation.turn`, and so is the input when it comes.
         device: as for `nn.Linear`.
         dtype: of the bias, and of `weight`.
     """
@@ -227,6 +229,7 @@ class TernaryLinear(nn.Module):
         has_offset: bool = False,
         has_second: bool = False,
         transposed: bool = False,
+        rotated: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -235,6 +238,7 @@ class TernaryLinear(nn.Module):
         self.out_features = out_features
         self.group_size = group_size
         self.transposed = transposed
+        self.rotated = rotated
         n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
         grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
         codes = (out_features, math.ceil(in_features / 4))
@@ -269,6 +273,7 @@ class TernaryLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         transposed: bool = False,
+        rotated: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """A layer that computes with a quantized matrix.
@@ -279,6 +284,7 @@ class TernaryLinear(nn.Module):
             quant: the quantized matrix; of a Conv1D, quantize the transposed weight.
             bias: copied, in `dtype`.
             transposed: see the class.
+            rotated: see the class.
             dtype: of the bias, and of `weight`.
 
         Raises:
@@ -297,6 +303,7 @@ class TernaryLinear(nn.Module):
             has_offset=quant.offset is not None,
             has_second=quant.second_trits is not None,
             transposed=transposed,
+            rotated=rotated,
             dtype=dtype,
         )
         for name, part in packed.parts.items():
@@ -327,7 +334,7 @@ class TernaryLinear(nn.Module):
         Shapes: [out_features, in_features]; transposed: [in_features, out_features]
         """
         with torch.no_grad():
-            dense = self.packed.dense(self._like.dtype)
+            dense = self._plain(self._like.dtype)
         return dense.T if self.transposed else dense
 
     @property
@@ -341,8 +348,14 @@ class TernaryLinear(nn.Module):
         Memory: 4 bytes per weight.
         """
         with torch.no_grad():
-            dense = self.packed.dense()
+            dense = self._plain(torch.float32)
         return dense.T if self.transposed else dense
+
+    def _plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], not turned."""
+        if not self.rotated:
+            return self.packed.dense(dtype)
+        return turn_back(self.packed.dense()).to(dtype)
 
     def check(self, name: str) -> None:
         """Refuse codes and scales that no quantizer makes.
@@ -366,6 +379,8 @@ class TernaryLinear(nn.Module):
 
         Memory: see `multiply`: two megabytes, and what a few inputs are prepared to.
         """
+        if self.rotated:
+            x = turn(x)
         bias = self.bias
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         if wants and torch.is_grad_enabled():
@@ -377,8 +392,9 @@ class TernaryLinear(nn.Module):
         """What `print(model)` shows."""
         scales = "row" if self.scale.shape[0] > 1 else "matrix"
         per = scales if self.group_size is None else f"group of {self.group_size}"
+        turned = ", rotated" if self.rotated else ""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, bias={self.bias is not None}, scale per {per}"
+        return f"{shape}, bias={self.bias is not None}, scale per {per}{turned}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._parameters[name] for name in PARTS}

@@ -5,21 +5,25 @@ Many inputs (`tiled`): a few hundred rows are unpacked to what a dense layer wou
 multiplied by torch, then the next ones. Both compute with the matrix that `Packed.dense` gives for
 the dtype of the input (with two planes or an offset `looked_up` leaves out its last rounding).
 
+On a GPU with Triton its kernels do both (`gpu`).
+
 What has no codes to read by address (other devices, traced or batched tensors) and what is too
 small to wait for a compiler is unpacked whole: the dense layer's result, bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trilens.ternary.gpu import multiply_on_gpu, triton_computes
+from trilens.ternary.packed_matrix import PackedMatrix
 from trilens.ternary.team import find_loop, make_job, methods, run_job
 
-__all__ = ["PackedMatrix", "multiply", "multiply_back"]
+__all__ = ["multiply", "multiply_back"]
 
 _WORTH_PACKED = 1 << 18  # weights: below, torch is done before the compiled code is loaded
 _WORTH_A_THREAD = 1 << 19  # weights times inputs
@@ -34,44 +38,6 @@ _DTYPES = frozenset({*_ROUNDING, torch.float64})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # subclasses may hold no memory of their own
 
 
-class PackedMatrix(Protocol):
-    """What is read of `linear.Packed`, for one matrix."""
-
-    @property
-    def codes(self) -> Tensor:
-        """uint8 [rows, ceil(cols / 4)]."""
-
-    @property
-    def scale(self) -> Tensor:
-        """[rows or 1, groups or 1]."""
-
-    @property
-    def cols(self) -> int:
-        """Weights in a row."""
-
-    @property
-    def group_size(self) -> int | None:
-        """Weights that share a scale in a row."""
-
-    @property
-    def offset(self) -> Tensor | None:
-        """As `scale`."""
-
-    @property
-    def second_codes(self) -> Tensor | None:
-        """As `codes`."""
-
-    @property
-    def second_scale(self) -> Tensor | None:
-        """As `scale`."""
-
-    def dense(self, dtype: torch.dtype = ...) -> Tensor:
-        """The matrix, rounded once."""
-
-    def rows(self, start: int, stop: int) -> Self:
-        """Some of its rows."""
-
-
 def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """x · Ŵᵀ + b. No gradient.
 
@@ -80,14 +46,18 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Ten
 
     Memory: 2 MB, and 32 bytes for each number in up to 12 inputs.
     """
-    if not _by_address(x, packed):
+    on_gpu = triton_computes(x, packed)
+    if not on_gpu and not _by_address(x, packed):
         return functional.linear(x, packed.dense(x.dtype), bias)
-    if torch.is_autocast_enabled("cpu"):
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
         if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype("cpu"))
+            x = x.to(torch.get_autocast_dtype(kind))
             bias = None if bias is None else bias.to(x.dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(kind, enabled=False):
             return multiply(x, packed, bias)
+    if on_gpu:
+        return multiply_on_gpu(x, packed, bias)
     flat = x.reshape(-1, packed.cols)
     method = _method(flat, packed)
     out = _tiled(flat, packed, bias) if method is None else _looked_up(flat, packed, method)

@@ -127,6 +127,10 @@ class BlockRunner:
 
         Memory: the unembedding in float32 from the first call on, and the logits.
         """
+        return self.logits_with_gradient(ids, hidden)
+
+    def logits_with_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The same, with a gradient for the residual stream where that has one."""
         head: Any = self.model.get_output_embeddings()
         if head is not None:
             head.float()

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.checkpoint.calibration.fit import FitOptions, fit_block, put_weight
+from trilens.checkpoint.calibration.fit import FitOptions, fit_block, turned
 from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.turning import plain_weights, to_be_coded
 from trilens.errors import NonFiniteError
-from trilens.ternary.calibrated import Calibrated, CalibratedRule, calibrate
+from trilens.ternary.calibrated import (
+    CALIBRATED_RULES,
+    Calibrated,
+    CalibratedRule,
+    calibrate,
+)
 from trilens.ternary.hessian import Moments, MomentSums
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rules import RuleName
 
-__all__ = ["BlockJob", "CodedBlock", "Matrix", "code_block"]
+__all__ = ["BlockJob", "CodedBlock", "Matrix", "code_block", "held_weight", "put_matrix", "rule_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ class BlockJob:
     batches: tuple[Batch, ...]
     dense: Stream
     ternary: Stream
-    plan: Any
+    plan: TernaryPlan
     rule: CalibratedRule | None
     fit: FitOptions
 
@@ -123,6 +131,28 @@ def code_block(
     return coder.finish(after)
 
 
+def rule_of(
+    plan: TernaryPlan, rule: CalibratedRule | None, matrix: Matrix
+) -> CalibratedRule | None:
+    """What is done with a matrix: the plan's own entry for it goes before `rule`."""
+    entry = plan.matrices.get(matrix.name)
+    return rule if entry is None else CALIBRATED_RULES.get(entry.rule)
+
+
+def held_weight(block: nn.Module, matrix: Matrix) -> Tensor:
+    """A matrix as a block holds it. Shapes: → [out, in]."""
+    if matrix.place is None:
+        weight = block.get_parameter(f"{matrix.path}.weight").data
+        return weight.T if turned(block, matrix.path) else weight
+    part = matrix.place(block.get_parameter(matrix.parameter).data)
+    return part.T if matrix.turned else part
+
+
+def put_matrix(block: nn.Module, matrix: Matrix, quant: PerLayerQuant, plan: TernaryPlan) -> None:
+    """Put Ŵ into a block in place of the matrix."""
+    held_weight(block, matrix).copy_(plain_weights(quant, plan))
+
+
 class _Coder:
     """The state of a block while its matrices are coded one after the other."""
 
@@ -133,10 +163,14 @@ class _Coder:
         self.rule = job.rule
         self.quants: dict[tuple[str, int], PerLayerQuant] = {}
         self.records: list[MatrixRecord] = []
-        self.options: dict[str, Any] = {
-            "group_size": job.plan.group_size,
-            "per": job.plan.per,
-            "scale_dtype": job.plan.scale_dtype,
+
+    def options_of(self, matrix: Matrix) -> dict[str, Any]:
+        """Of its scales."""
+        plan = self.job.plan.of(matrix.name)
+        return {
+            "group_size": plan.group_size,
+            "per": plan.per,
+            "scale_dtype": plan.scale_dtype,
         }
 
     def run(self, block: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
@@ -151,8 +185,10 @@ class _Coder:
 
     def code_stage(self, stage: Stage, by_path: Mapping[str, Matrix]) -> None:
         routed = stage.n_tokens != self.job.batches[0].ids.numel()
-        corrected = self.rule is not None and self.rule.corrected and not routed
-        moments = self._moments(stage, corrected)
+        rules = {path: rule_of(self.job.plan, self.rule, by_path[path]) for path in stage.members}
+        corrected = {path for path, rule in rules.items() if rule and rule.corrected and not routed}
+        repairing = {path for path in corrected if (rule := rules[path]) and rule.repairs_residual}
+        moments = self._moments(stage, corrected, repairing)
         for path in stage.members:
             matrix = by_path[path]
             of = moments.get(path)
@@ -164,19 +200,24 @@ class _Coder:
             else:
                 self._code(matrix, of)
 
-    def _moments(self, stage: Stage, corrected: bool) -> dict[str, Moments]:
-        """What the text says about the matrices of a stage; nothing where no token came by."""
+    def _moments(
+        self, stage: Stage, corrected: set[str], repairing: set[str]
+    ) -> dict[str, Moments]:
+        """What the text says about the matrices of a stage; nothing where no token came by.
+
+        Those in `corrected` should give what the dense model's give, those in `repairing` what the
+        residual stream lacks; all others what the dense matrix makes of the same input.
+        """
         job = self.job
         weights = {path: self._dense_weight(path) for path in stage.members}
         first = next(iter(weights.values()))
-        outputs = {path: len(weight) for path, weight in weights.items()}
+        outputs = {path: len(weights[path]) for path in stage.members if path in corrected}
         sums = MomentSums(
             f"{self.runner.path(job.index)}.{stage.members[0]}",
             first.shape[1],
-            outputs if corrected else {},
+            outputs,
         )
-        repairs = corrected and self.rule is not None and self.rule.repairs_residual
-        sites = stage.sites if repairs else {}
+        sites = {path: site for path, site in stage.sites.items() if path in repairing}
         for batch in job.batches:
             hidden, true_hidden = job.ternary.read(batch), job.dense.read(batch)
             befores = sorted({site.before for site in sites.values()})
@@ -190,12 +231,12 @@ class _Coder:
                 continue
             wanted: dict[str, Tensor] = {}
             if corrected:
-                plain = [path for path in stage.members if path not in sites]
+                plain = [path for path in outputs if path not in sites]
                 with watching(
                     self.dense, outputs=plain, states=afters, shape=hidden.shape
                 ) as watch:
                     true = watch(lambda h=true_hidden, b=batch: self.run(self.dense, b, h))  # type: ignore[misc]
-                for path in stage.members:
+                for path in outputs:
                     if path in sites:
                         before = seen.get(("state", sites[path].before), hidden)
                         wanted[path] = true[("state", sites[path].after)] - before
@@ -207,44 +248,38 @@ class _Coder:
             sums.add(entered, wanted)
         if sums.n_tokens == 0:
             return {}
-        if corrected:
-            return sums.result()
         hessian = sums.hessian()
-        return {path: Moments.of(weight, hessian) for path, weight in weights.items()}
+        rest = {path: weight for path, weight in weights.items() if path not in corrected}
+        return sums.result() | {path: Moments.of(w, hessian) for path, w in rest.items()}
 
     def _code(self, matrix: Matrix, moments: Moments) -> None:
         weight = self._dense_weight(matrix.path)
-        if self.rule is None:
+        rule = rule_of(self.job.plan, self.rule, matrix)
+        if rule is None:
             self.code_without_inputs(matrix, "", moments)
             return
-        found = calibrate(weight, matrix.name, moments, rule=self.rule, **self.options)
+        weight = to_be_coded(weight, matrix.name, self.job.plan)
+        moments = moments.turned() if self.job.plan.rotate else moments
+        found = calibrate(weight, matrix.name, moments, rule=rule, **self.options_of(matrix))
         self._keep(matrix, found.quant, found, "")
 
     def code_without_inputs(self, matrix: Matrix, why: str, moments: Moments | None = None) -> None:
         """Code a matrix by its weights alone; `why` says why, where the rule wanted more."""
-        if matrix.path:
-            weight = self._dense_weight(matrix.path)
-        else:
-            assert matrix.place is not None
-            part = matrix.place(self.dense.get_parameter(matrix.parameter).data)
-            weight = part.T if matrix.turned else part
-        rule = self.job.plan.rule if self.rule is None else self.rule.start
-        quant = PerLayerQuant.quantize(weight, matrix.name, rule=rule, **self.options)
+        weight = to_be_coded(held_weight(self.dense, matrix), matrix.name, self.job.plan)
+        wanted = rule_of(self.job.plan, self.rule, matrix)
+        rule = cast("RuleName", self.job.plan.of(matrix.name).rule)  # where none is calibrated
+        rule = rule if wanted is None else wanted.start
+        quant = PerLayerQuant.quantize(weight, matrix.name, rule=rule, **self.options_of(matrix))
         error = None
         if moments is not None:
-            error = moments.output_error(quant.reconstruct().double().numpy())
+            plain = plain_weights(quant, self.job.plan)
+            error = moments.output_error(plain.double().numpy())
         n_tokens = 0 if moments is None else moments.hessian.n_tokens
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
-        self._keep(matrix, quant, found, why if self.rule is not None else "")
+        self._keep(matrix, quant, found, why if wanted is not None else "")
 
     def _keep(self, matrix: Matrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
-        weights = quant.reconstruct()
-        if matrix.path:
-            put_weight(self.block, matrix.path, weights)
-        else:
-            assert matrix.place is not None
-            part = matrix.place(self.block.get_parameter(matrix.parameter).data)
-            part.copy_(weights.T if matrix.turned else weights)
+        put_matrix(self.block, matrix, quant, self.job.plan)
         self.quants[(matrix.name, matrix.expert)] = quant
         self.records.append(
             MatrixRecord(
@@ -270,17 +305,21 @@ class _Coder:
         movable = {
             m.path: self.quants[(m.name, m.expert)]
             for m in job.matrices
-            if m.path and not self.quants[(m.name, m.expert)].was_ternary
+            if m.path
+            and (rule := rule_of(self.job.plan, self.rule, m)) is not None
+            and rule.fits_block
+            and not self.quants[(m.name, m.expert)].was_ternary
         }
-        wants = self.rule is not None and self.rule.fits_block and bool(movable)
+        wants = bool(movable)
         fitted = fit_block(
             self.block,
-            movable if wants else {},
+            movable,
             {name: dtype for name, (_, dtype) in job.vectors.items()} if wants else {},
             batches=job.batches,
             inputs=job.ternary,
             targets=after,
             run=self.run,
+            plan=job.plan,
             options=job.fit,
         )
         if not fitted.error < float("inf"):
@@ -300,9 +339,8 @@ class _Coder:
 
     def _dense_weight(self, path: str) -> Tensor:
         """[out, in]."""
-        module = self.dense.get_submodule(path)
         weight = self.dense.get_parameter(f"{path}.weight").data
-        return weight if isinstance(module, nn.Linear) else weight.T
+        return weight.T if turned(self.dense, path) else weight
 
     def _bias(self, path: str) -> Tensor | None:
         bias = getattr(self.dense.get_submodule(path), "bias", None)

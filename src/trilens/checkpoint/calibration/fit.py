@@ -9,19 +9,21 @@ Source: block-wise reconstruction, BRECQ, arXiv 2102.05426, without its rounding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trilens.checkpoint.calibration.moving import MovingMatrix
 from trilens.checkpoint.calibration.streams import Batch, Stream
-from trilens.ternary.engine import round_scales
+from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.turning import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockFit", "FitOptions", "fit_block", "put_weight"]
+__all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "turned"]
 
 RunBlock = Callable[[nn.Module, Batch, Tensor], Tensor]
 """Runs a block on a batch's residual stream."""
@@ -36,11 +38,15 @@ class FitOptions:
         rate: The first step of Adam, of each value's size, for an error of 1: it is multiplied by
             the root of the block's relative error, since what is nearly right needs small steps.
             It falls to a twentieth along a cosine.
+        whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
+        whole_rate: Likewise, for a divergence of 1 nat.
         seed: Of the order of the batches.
     """
 
-    passes: int = 4
-    rate: float = 0.01
+    passes: int = 2
+    rate: float = 0.1
+    whole_passes: int = 4
+    whole_rate: float = 0.05
     seed: int = 0
 
 
@@ -70,6 +76,7 @@ def fit_block(
     inputs: Stream,
     targets: Stream,
     run: RunBlock,
+    plan: TernaryPlan,
     options: FitOptions,
 ) -> BlockFit:
     """Fit, and leave the block with the values that were kept.
@@ -82,6 +89,7 @@ def fit_block(
         inputs: the residual stream before the block, as the ternary blocks before give it.
         targets: after it, as the dense model gives it.
         run: how to run it.
+        plan: whether matrices are turned.
         options: how long, how fast.
     """
     before = _error(block, batches, inputs, targets, run)
@@ -90,11 +98,12 @@ def fit_block(
     if not before > 0:
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
-    values, scales = _descend(block, quants, start, batches, inputs, targets, run, options, rate)
-    new_quants = {path: _with_scales(quant, scales[path]) for path, quant in quants.items()}
+    values, new_quants = _descend(
+        block, quants, start, batches, inputs, targets, run, plan, options, rate
+    )
     new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
-        put_weight(block, path, quant.reconstruct())
+        put_weight(block, path, plain_weights(quant, plan))
     for name, value in new_vectors.items():
         block.get_parameter(name).data.copy_(value.float())
     after = _error(block, batches, inputs, targets, run)
@@ -112,10 +121,11 @@ def fit_block(
 def put_weight(block: nn.Module, path: str, weights: Tensor) -> None:
     """Put Ŵ [out, in] in place of a layer's weight, whichever way round it holds it."""
     held = _weight_of(block, path)
-    held.copy_(weights if held.shape == weights.shape and not _turned(block, path) else weights.T)
+    held.copy_(weights if held.shape == weights.shape and not turned(block, path) else weights.T)
 
 
-def _turned(block: nn.Module, path: str) -> bool:
+def turned(block: nn.Module, path: str) -> bool:
+    """Whether a layer holds its weight as [in, out]."""
     return not isinstance(block.get_submodule(path), nn.Linear)  # else transformers' Conv1D
 
 
@@ -144,44 +154,43 @@ def _descend(
     inputs: Stream,
     targets: Stream,
     run: RunBlock,
+    plan: TernaryPlan,
     options: FitOptions,
     rate: float,
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    planes = {path: _Planes.of(quant, _turned(block, path)) for path, quant in quants.items()}
+    moving = {path: MovingMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
     sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
-    factors = {path: [torch.zeros_like(s) for s in p.scales] for path, p in planes.items()}
-    steps = {name: torch.zeros_like(value) for name, value in start.items()}
-    moving = [f for of_path in factors.values() for f in of_path] + list(steps.values())
-    for tensor in moving:
-        tensor.requires_grad_(True)
-    if not moving or not batches:
-        return dict(start), {path: list(p.scales) for path, p in planes.items()}
-    adam = torch.optim.Adam(moving, lr=rate)
+    steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
+    parameters = [f for m in moving.values() for f in m.factors] + list(steps.values())
+    if not parameters or not batches:
+        return dict(start), dict(quants)
+    adam = torch.optim.Adam(parameters, lr=rate)
     n_steps = options.passes * len(batches)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * n / n_steps))
+    )
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.passes):
         for i in torch.randperm(len(batches), generator=generator).tolist():
             batch, wanted = batches[i], targets.read(batches[i])
-            given = {f"{path}.weight": p.weights(factors[path]) for path, p in planes.items()}
+            given = {}
+            for path, matrix in moving.items():
+                weights = matrix.weights()
+                given[f"{path}.weight"] = weights.T if turned(block, path) else weights
             given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
-            found = run(_Overridden(block, given), batch, inputs.read(batch))
+            found = run(Overridden(block, given), batch, inputs.read(batch))
             error = (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
             adam.zero_grad()
             error.backward()  # type: ignore[no-untyped-call]
             adam.step()
-            cosine.step()
+            falling.step()
     with torch.no_grad():
         values = {name: start[name] + sizes[name] * step for name, step in steps.items()}
-        scales = {
-            path: [s * (1 + f) for s, f in zip(p.scales, factors[path], strict=True)]
-            for path, p in planes.items()
-        }
-    return values, scales
+    return values, {path: matrix.result() for path, matrix in moving.items()}
 
 
-class _Overridden(nn.Module):
+class Overridden(nn.Module):
     """A block that runs with other parameters."""
 
     def __init__(self, block: nn.Module, given: Mapping[str, Tensor]) -> None:
@@ -189,90 +198,5 @@ class _Overridden(nn.Module):
         object.__setattr__(self, "run", lambda *a, **k: functional_call(block, dict(given), a, k))
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Run the block."""
         return self.run(*args, **kwargs)  # type: ignore[operator]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Planes:
-    """A matrix as a differentiable function of its scales."""
-
-    trits: list[Tensor]  # float32 [rows, cols]
-    scales: list[Tensor]  # float32 [rows or 1, groups]
-    offset: Tensor | None
-    length: int
-    turned: bool
-
-    @classmethod
-    def of(cls, quant: PerLayerQuant, turned: bool) -> _Planes:
-        units = quant.units
-        grid = (1, 1) if quant.per == "tensor" else (units.rows, units.per_row)
-
-        def on_grid(values: object) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype=np.float32).reshape(grid))
-
-        trits, scales = [quant.trits.float()], [on_grid(quant.scale)]
-        if quant.second_trits is not None and quant.second_scale is not None:
-            trits.append(quant.second_trits.float())
-            scales.append(on_grid(quant.second_scale))
-        length = units.length if quant.per == "group" else units.cols
-        offset = None if quant.offset is None else on_grid(quant.offset)
-        return cls(trits, scales, offset, length, turned)
-
-    def weights(self, factors: Sequence[Tensor]) -> Tensor:
-        total = sum(
-            trits * self._spread(scale * (1 + factor), trits.shape[1])
-            for trits, scale, factor in zip(self.trits, self.scales, factors, strict=True)
-        )
-        assert isinstance(total, Tensor)
-        if self.offset is not None:
-            total = total + self._spread(self.offset, total.shape[1])
-        return total.T if self.turned else total
-
-    def _spread(self, values: Tensor, cols: int) -> Tensor:
-        if values.shape[1] == 1:
-            return values
-        return values.repeat_interleave(self.length, dim=1)[:, :cols]
-
-
-def _with_scales(quant: PerLayerQuant, scales: Sequence[Tensor]) -> PerLayerQuant:
-    """The same trits with new scales, rounded; a negative scale turns its trits around."""
-    units = quant.units
-    planes = [quant.trits, quant.second_trits]
-    new_planes: list[Tensor | None] = [None, None]
-    new_scales: list[Tensor | None] = [None, None]
-    for i, values in enumerate(scales):
-        flat = values.reshape(-1).double().numpy()
-        rounded = round_scales(
-            np.abs(flat), quant.scale_dtype or "float32", quant.name, np.arange(units.count)
-        )
-        signs = np.where(flat < 0, -1, 1).astype(np.int8)
-        plane = planes[i]
-        assert plane is not None
-        spread = _signs(signs, quant)
-        new_planes[i], new_scales[i] = plane * spread, torch.from_numpy(rounded)
-    first = new_planes[0]
-    assert first is not None and new_scales[0] is not None
-    made = PerLayerQuant.from_trits(
-        first,
-        new_scales[0],
-        quant.name,
-        group_size=quant.group_size,
-        per=quant.per,
-        offset=quant.offset,
-        second_trits=new_planes[1],
-        second_scale=new_scales[1],
-        rule=quant.rule,
-        scale_dtype=quant.scale_dtype,
-    )
-    return replace(made, zeroed_units=quant.zeroed_units)
-
-
-def _signs(signs: np.ndarray[tuple[int], np.dtype[np.int8]], quant: PerLayerQuant) -> Tensor:
-    """One sign for each weight, or something that broadcasts to it."""
-    units = quant.units
-    if quant.per == "tensor":
-        return torch.tensor(int(signs[0]), dtype=torch.int8)
-    grid = torch.from_numpy(signs.reshape(units.rows, units.per_row))
-    if units.per_row == 1:
-        return grid
-    return grid.repeat_interleave(units.length, dim=1)[:, : units.cols]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,32 @@ from torch import Tensor, nn
 
 from trilens.analysis.perplexity import token_nll_nats
 from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.checkpoint.calibration.coder import BlockJob, code_block
-from trilens.checkpoint.calibration.fit import FitOptions
+from trilens.checkpoint.calibration.coder import (
+    BlockJob,
+    Matrix,
+    code_block,
+    held_weight,
+    put_matrix,
+    rule_of,
+)
+from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.options import Calibration, Drawn, draw
 from trilens.checkpoint.calibration.placing import Placed, place_choices
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
+from trilens.checkpoint.calibration.whole import FinishedBlock, fit_whole
 from trilens.checkpoint.damage import Damage
 from trilens.checkpoint.files import json_bytes, write_whole
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.skeleton import Choice
+from trilens.checkpoint.turning import plain_weights
 from trilens.errors import CorruptFileError, NonFiniteError
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
 from trilens.models.weights import read_json
 from trilens.proof import prove
 from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedRule
+from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockProgress", "Source", "run_calibration"]
 
@@ -41,7 +51,7 @@ class BlockProgress:
     """Where a calibration is.
 
     Attributes:
-        block: The block's number.
+        block: The block's number; `n_blocks` when all are coded.
         n_blocks: How many there are.
         doing: What is going on in it.
         seconds_left: Of the whole calibration, once a block is finished.
@@ -121,6 +131,7 @@ def run_calibration(
     fit = fit or FitOptions(seed=calibration.seed)
     run = _Run(runner, placed, plan, calibration, drawn, store, say, rule, fit)
     run.blocks()
+    run.whole()
     damage = run.damage()
     write_whole(done, json_bytes(damage.to_dict()))
     return store, damage
@@ -164,10 +175,14 @@ class _Run:
 
     def damage(self) -> Damage:
         """Measure the perplexity of both models on the text set apart."""
-        self._tell(self.runner.n_blocks - 1, "perplexity")
         last = self.runner.n_blocks
-        before = self._perplexity(self._stream("dense", last))
-        after = self._perplexity(self._stream("ternary", last))
+        self._tell(last, "perplexity")
+        before = self._perplexity(self._stream("dense", last), self.apart)
+        whole = self.store.whole
+        if whole is None or not (whole.matrices or whole.vectors):
+            after = self._perplexity(self._stream("ternary", last), self.apart)
+        else:
+            after = self._perplexity(*self._once_more())
         fallbacks = tuple(
             f"{matrix.name}{f'[{matrix.expert}]' if matrix.expert else ''}: {matrix.reason}"
             for record in self.store.records
@@ -217,9 +232,84 @@ class _Run:
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
             self._path(name, index).unlink(missing_ok=True)
 
-    def _perplexity(self, stream: Stream) -> float:
+    def whole(self) -> None:
+        """Fit all blocks together, where the rule wants it."""
+        if self.store.whole is not None or self.runner.n_blocks == 0:
+            return
+        finished = [self._finished(index) for index in range(self.runner.n_blocks)]
+        if not any(block.quants for block in finished):
+            return
+        last, began = self.runner.n_blocks, time.monotonic()
+
+        def say(share: float) -> None:
+            left = (time.monotonic() - began) * (1 - share) / share if share else None
+            self._tell(last, f"all blocks together, {share:.0%}", left)
+
+        found = fit_whole(
+            self.runner, finished, self.text, self._stream("dense", last), self.fit, say
+        )
+        quants: dict[tuple[str, int], PerLayerQuant] = {}
+        vectors: dict[str, Tensor] = {}
+        for placed, q, v in zip(self.placed, found.quants, found.vectors, strict=True):
+            names = {matrix.path: (matrix.name, matrix.expert) for matrix in placed.matrices}
+            quants |= {names[path]: quant for path, quant in q.items()}
+            vectors |= {placed.vectors[name][0]: value for name, value in v.items()}
+        self.store.finish((found.kl_nats_before, found.kl_nats), quants, vectors)
+
+    def _finished(self, index: int) -> FinishedBlock:
+        """A block as the store has it."""
+        placed, dense = self.placed[index], self.runner.block(index)
+        fixed: list[tuple[Matrix, PerLayerQuant]] = []
+        quants: dict[str, PerLayerQuant] = {}
+        for matrix in placed.matrices:
+            cols = held_weight(dense, matrix).shape[1]
+            found = self.store.quant(matrix.name, matrix.expert, cols, self.plan.of(matrix.name))
+            assert found is not None
+            rule = rule_of(self.plan, self.rule, matrix)
+            if matrix.path and rule and rule.fits_whole and not found[0].was_ternary:
+                quants[matrix.path] = found[0]
+            else:
+                fixed.append((matrix, found[0]))
+
+        def put(block: nn.Module) -> None:
+            for matrix, quant in fixed:
+                put_matrix(block, matrix, quant, self.plan)
+
+        vectors = {}
+        for inside, (name, _) in placed.vectors.items():
+            new = self.store.vector(name)
+            vectors[inside] = dense.get_parameter(inside).data if new is None else new
+        dtypes = {inside: dtype for inside, (_, dtype) in placed.vectors.items()}
+        return FinishedBlock(put, quants, vectors, dtypes, self.plan)
+
+    def _once_more(self) -> tuple[Stream, tuple[Batch, ...]]:
+        """The residual stream of the finished model on the text set apart."""
+        apart = batches_of(self.drawn.evaluation, self.calibration.batch_size)
+        n_tokens = apart[-1].stop
+        path = self.store.folder / "apart.f32"
+        write_stream(path, apart, lambda batch: self.runner.first(batch.ids))
+        for index in range(self.runner.n_blocks):
+            before = Stream(path, self.width, n_tokens)
+            parts = self._finished(index)
+            block = self.runner.block(index)
+            parts.fixed(block)
+            for inside, quant in parts.quants.items():
+                put_weight(block, inside, plain_weights(quant, self.plan))
+            for inside, value in parts.vectors.items():
+                block.get_parameter(inside).data.copy_(value.float())
+            with torch.no_grad():
+                write_stream(
+                    path,
+                    apart,
+                    lambda batch, i=index, b=block, s=before: self.runner.run(  # type: ignore[misc]
+                        i, b, self.runner.call(i, batch.ids), s.read(batch)
+                    ),
+                )
+        return Stream(path, self.width, n_tokens), apart
+
+    def _perplexity(self, stream: Stream, batches: Sequence[Batch]) -> float:
         total, count = 0.0, 0
-        for batch in self.apart:
+        for batch in batches:
             logits = self.runner.logits(batch.ids, stream.read(batch))
             for row, ids in zip(logits, batch.ids, strict=True):
                 total += float(token_nll_nats(row, ids).double().sum())
@@ -242,11 +332,10 @@ class _Run:
         path, _ = write_stream(self._path(name, index), self.all, make)
         return Stream(path, self.width, self.n_tokens)
 
-    def _tell(self, index: int, doing: str) -> None:
+    def _tell(self, index: int, doing: str, left: float | None = None) -> None:
         if self.say is None:
             return
-        left = None
-        if self.finished_now:
+        if self.finished_now and index < self.runner.n_blocks:
             spent = time.monotonic() - self.began
             left = spent / self.finished_now * (self.runner.n_blocks - index)
         records = self.store.records

@@ -21,7 +21,7 @@ from trilens.models.weights import read_json
 from trilens.ternary.linear import Packed, unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockRecord", "MatrixRecord", "Store"]
+__all__ = ["BlockRecord", "MatrixRecord", "Store", "WholeRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,23 @@ class BlockRecord:
     error: float
 
 
+@dataclass(frozen=True, slots=True)
+class WholeRecord:
+    """What the fit of all blocks together says.
+
+    Attributes:
+        matrices: Matrices with new scales: tensor name and expert.
+        vectors: Stored tensors that have new values.
+        kl_nats_before: Mean divergence of the next token on part of the text, before.
+        kl_nats: The same after.
+    """
+
+    matrices: tuple[tuple[str, int], ...]
+    vectors: tuple[str, ...]
+    kl_nats_before: float
+    kl_nats: float
+
+
 class Store:
     """A directory of finished blocks.
 
@@ -91,6 +108,7 @@ class Store:
         self.records: list[BlockRecord] = []
         while self._json(len(self.records)).is_file():
             self.records.append(self._read(len(self.records)))
+        self.whole = self._read_whole()
 
     def add(
         self,
@@ -105,21 +123,29 @@ class Store:
             quants: its matrices, by tensor name and expert.
             vectors: new values, by tensor name, in the dtype in which they are stored.
         """
-        tensors = {f"vector/{name}": value.contiguous() for name, value in vectors.items()}
-        for (name, expert), quant in quants.items():
-            for part, tensor in Packed.of(quant).parts.items():
-                tensors[f"{part}/{expert}/{name}"] = tensor.contiguous()
-        write_whole(self._tensors(record.index), save(tensors))
+        write_whole(self._tensors(record.index), save(_tensors_of(quants, vectors)))
         write_whole(self._json(record.index), json_bytes(asdict(record)))
         self.records.append(record)
 
+    def finish(
+        self,
+        kl_nats: tuple[float, float],
+        quants: Mapping[tuple[str, int], PerLayerQuant],
+        vectors: Mapping[str, Tensor],
+    ) -> None:
+        """Keep what the fit of all blocks together found: it goes before what the blocks say."""
+        record = WholeRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
+        write_whole(self._whole("safetensors"), save(_tensors_of(quants, vectors)))
+        write_whole(self._whole("json"), json_bytes(asdict(record)))
+        self.whole = record
+
     def vector(self, name: str) -> Tensor | None:
         """The new value of a stored tensor, or None where it keeps its own."""
+        if self.whole is not None and name in self.whole.vectors:
+            return _vector(self._whole("safetensors"), name)
         for record in self.records:
             if name in record.vectors:
-                with safe_open(self._tensors(record.index), "pt") as file:
-                    found: Tensor = file.get_tensor(f"vector/{name}")
-                    return found
+                return _vector(self._tensors(record.index), name)
         return None
 
     def quant(
@@ -142,12 +168,13 @@ class Store:
         for record in self.records:
             for matrix in record.matrices:
                 if (matrix.name, matrix.expert) == (name, expert):
-                    quant = self._quant(record.index, matrix, cols, plan)
+                    fitted = self.whole is not None and (name, expert) in self.whole.matrices
+                    path = self._whole("safetensors") if fitted else self._tensors(record.index)
+                    quant = self._quant(path, matrix, cols, plan)
                     return quant, matrix.output_error, matrix.reason
         return None
 
-    def _quant(self, index: int, matrix: MatrixRecord, cols: int, plan: Any) -> PerLayerQuant:
-        path = self._tensors(index)
+    def _quant(self, path: Path, matrix: MatrixRecord, cols: int, plan: Any) -> PerLayerQuant:
         end = f"/{matrix.expert}/{matrix.name}"
         try:
             with safe_open(path, "pt") as file:
@@ -182,8 +209,39 @@ class Store:
             raise CorruptFileError(f"{self._tensors(index)} is missing: begin in a new directory")
         return record
 
+    def _read_whole(self) -> WholeRecord | None:
+        path = self._whole("json")
+        if not path.is_file():
+            return None
+        values = read_json(path, CorruptFileError)
+        try:
+            matrices = tuple((str(name), int(expert)) for name, expert in values["matrices"])
+            rest = {**values, "matrices": matrices, "vectors": tuple(values["vectors"])}
+            return WholeRecord(**rest)
+        except (KeyError, TypeError, ValueError) as cause:
+            raise CorruptFileError(f"{path} is no record of a fit") from cause
+
+    def _whole(self, ending: str) -> Path:
+        return self.folder / f"whole.{ending}"
+
     def _json(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+
+def _tensors_of(
+    quants: Mapping[tuple[str, int], PerLayerQuant], vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    tensors = {f"vector/{name}": value.contiguous() for name, value in vectors.items()}
+    for (name, expert), quant in quants.items():
+        for part, tensor in Packed.of(quant).parts.items():
+            tensors[f"{part}/{expert}/{name}"] = tensor.contiguous()
+    return tensors
+
+
+def _vector(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        found: Tensor = file.get_tensor(f"vector/{name}")
+        return found

@@ -214,7 +214,8 @@ def _check_settings(settings: Any, name: str) -> None:
             f"{name} is quantized already ({method!r}): give the checkpoint with plain weights, or "
             "one that trilens ternarize wrote"
         )
-    unknown = sorted(set(settings) - _KNOWN_SETTINGS)
+    said = {key for key, value in settings.items() if value is not None}
+    unknown = sorted(said - _KNOWN_SETTINGS)
     if unknown:
         raise UsageError(
             f"{name} was made ternary with {unknown[0]!r}, which no GGUF file can say: give the "

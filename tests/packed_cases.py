@@ -1,0 +1,46 @@
+"""Packed matrices, inputs of very different sizes, and the bound that a product must keep."""
+
+from __future__ import annotations
+
+import torch
+
+from trilens.ternary.linear import Packed
+from trilens.ternary.quantize import PerLayerQuant
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RULES = ["absmean", "asymmetric", "planes"]
+
+
+def made(rows: int, cols: int, seed: int = 0, **options: object) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(rows, cols, generator=generator)
+    return Packed.of(PerLayerQuant.quantize(weights, "w", **options))
+
+
+def inputs(n: int, cols: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # Columns of very different sizes: sums in half precision would lose the small ones.
+    sizes = torch.logspace(-2, 2, cols)
+    return (torch.randn(n, cols, generator=generator) * sizes).to(dtype)
+
+
+def check(y: torch.Tensor, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> None:
+    """One rounding to the dtype, and those of a float32 sum.
+
+    A float32 sum of n terms in any order is within n · 2⁻²⁴ · Σ|terms|; rounding errors of either
+    sign make it far less, and 8 · √n covers thousands of terms. With two planes or an offset,
+    weights may be used before they are rounded: half a unit of the dtype for each.
+    """
+    weights = packed.dense(x.dtype).double()
+    expected = x.double() @ weights.T
+    size = x.double().abs() @ weights.abs().T
+    if bias is not None:
+        expected = expected + bias.double()
+        size = size + bias.double().abs()
+    bound = 8 * max(packed.cols, 1) ** 0.5 * 2**-24 * size
+    bound += expected.abs() * torch.finfo(x.dtype).eps / 2 + torch.finfo(x.dtype).tiny
+    if packed.offset is not None or packed.second_codes is not None:
+        bound += size * torch.finfo(x.dtype).eps
+    assert y.dtype == x.dtype
+    worst = ((y.double() - expected).abs() / bound).max()
+    assert float(worst) <= 1
