@@ -8,7 +8,9 @@ groups of 128, mean over calibration seeds; the text is the demo's training text
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import paired, peak_bytes, save
+from benchmarks.checkpoint import anonymous_bytes
+from benchmarks.common import RESULTS, llama_88m, paired, peak_bytes, peak_memory, save
 from trilens.checkpoint import Calibration, TernaryPlan
 from trilens.checkpoint.calibration.fit import FitOptions
 from trilens.checkpoint.calibration.run import run_calibration
@@ -51,6 +54,7 @@ STEPS: dict[str, CalibratedRule | None] = {
     "+ the residual stream as the target": replace(BEST, fits_block=False, fits_whole=False),
     "+ norms, biases, scales of each block": replace(BEST, fits_whole=False),
 }
+FIRST = ("exact, no text", "gptq", WHOLE)
 SEEDED = ("gptq", WHOLE)
 ROTATED = ("gptq", WHOLE)
 
@@ -95,8 +99,10 @@ def ratio_of(
 
 def runs(seeds: int) -> Iterator[tuple[str, CalibratedRule | None, int, bool, int]]:
     """What is measured, the most telling first: name, rule, planes, rotated, seed."""
-    for planes in (1, 2):
-        for name, rule in STEPS.items():
+    first = {name: STEPS[name] for name in FIRST}
+    rest = {name: rule for name, rule in STEPS.items() if name not in FIRST}
+    for planes, steps in ((1, first), (2, first), (1, rest), (2, rest)):
+        for name, rule in steps.items():
             yield name, rule, planes, False, 0
     for planes in (1, 2):
         for name in ROTATED:
@@ -170,25 +176,68 @@ def cost(size: int) -> dict[str, Any]:
     }
 
 
+def memory(blocks: int, tokens: int) -> dict[str, Any]:
+    """`gptq` on the 88M Llama with random weights: extra memory, and what the formula says."""
+    model = llama_88m()
+    model.model.layers = model.model.layers[:blocks]
+    model.config.num_hidden_layers = blocks
+    model.config.layer_types = None
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    width, wide = model.config.hidden_size, model.config.intermediate_size
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        model.to(torch.bfloat16).save_pretrained(source)
+        del model
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo_path("transformer") / name, source / name)
+        plan = TernaryPlan("gptq", group_size=128)
+        options = replace(calibration(0, tokens, 512), length=256, batch_size=4)
+        run = calibration_source(source, plan)
+        with peak_memory(anonymous_bytes) as peak:
+            run_calibration(run, plan, options, Path(folder) / "work")
+    at_once = 4 * 256
+    formula = 8 * block + 32 * wide**2 + 48 * wide * width + 4 * at_once * (10 * width + 3 * wide)
+    return {
+        "blocks": blocks,
+        "weights_of_a_block": block,
+        "formula_bytes": formula,
+        "extra_bytes": peak.extra_bytes,
+    }
+
+
 def main() -> None:
-    """Measure and keep."""
+    """Measure and keep; parts that are not measured now keep their last figures."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["cost", "memory", "quality"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--evaluation-tokens", type=int, default=16_384)
-    parser.add_argument("--skip-quality", action="store_true")
     parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--blocks", type=int, default=12)
     options = parser.parse_args()
-    figures: dict[str, Any] = {"settings": vars(options)}
-    if not options.skip_quality:
+    last = RESULTS / "calibrated.json"
+    figures: dict[str, Any] = json.loads(last.read_text()) if last.is_file() else {}
 
-        def keep(found: dict[str, Any]) -> None:
-            figures["quality"] = found
-            save("calibrated", figures)
+    def keep(part: str, found: dict[str, Any]) -> None:
+        figures[part] = found
+        save("calibrated", figures)
 
-        quality(options.seeds, options.tokens, options.evaluation_tokens, keep)
-    figures["gptq"] = cost(options.size)
-    save("calibrated", figures)
+    if options.only in {None, "cost"}:
+        keep("gptq", cost(options.size))
+    if options.only in {None, "memory"}:
+        keep("memory", memory(options.blocks, 2048))
+    if options.only in {None, "quality"}:
+        figures["settings"] = {
+            "tokens": options.tokens,
+            "evaluation_tokens": options.evaluation_tokens,
+            "seeds": options.seeds,
+        }
+        quality(
+            options.seeds,
+            options.tokens,
+            options.evaluation_tokens,
+            lambda found: keep("quality", found),
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from trilens.checkpoint.calibration.options import Calibration, draw
+from trilens.checkpoint.calibration.streams import batches_of, pieces_of
 from trilens.demo import demo_path
 from trilens.errors import NoTokenizerError, TextError, UsageError, ValueRangeError
 
@@ -36,6 +37,18 @@ def test_the_seed_decides_and_the_budget_holds(tokenizer: object) -> None:
     assert all(map(torch.equal, first.blocks, again.blocks))
     assert not all(map(torch.equal, first.blocks, other.blocks))
     assert {len(block) for block in first.blocks[:-1]} == {64}
+
+
+def test_pieces_are_the_same_text() -> None:
+    whole = batches_of([torch.arange(8) + 8 * i for i in range(5)] + [torch.arange(3)], 4)
+    for tokens in (1, 8, 16, 20, 10**6):
+        pieces = pieces_of(whole, tokens)
+        assert [p.start for p in pieces] == [0] + [p.stop for p in pieces[:-1]]
+        assert torch.equal(
+            torch.cat([p.ids.flatten() for p in pieces]),
+            torch.cat([b.ids.flatten() for b in whole]),
+        )
+        assert all(p.ids.numel() <= max(8, tokens) for p in pieces)
 
 
 def test_the_model_limits_the_length(tokenizer: object) -> None:

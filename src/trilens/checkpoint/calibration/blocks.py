@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trilens.checkpoint.calibration.experts import computing_one_by_one
 from trilens.errors import AnatomyError
 from trilens.models.anatomy import Anatomy
 from trilens.models.running import forward_arguments, probe_ids
@@ -82,7 +83,7 @@ class BlockRunner:
     def block(self, index: int) -> nn.Module:
         """A copy of a block in float32, in eval mode, without gradients."""
         twin = copy.deepcopy(self._blocks[index]).float().eval()
-        return twin.requires_grad_(False)
+        return computing_one_by_one(twin.requires_grad_(False))
 
     def path(self, index: int) -> str:
         """Where a block stands in the model."""

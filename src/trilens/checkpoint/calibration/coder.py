@@ -6,7 +6,7 @@ block, run on the dense model's residual stream, says what its outputs should be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.experts import expert_inputs, expert_of
 from trilens.checkpoint.calibration.fit import FitOptions, fit_block, turned
 from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
@@ -117,8 +118,10 @@ def code_block(
     """
     coder = _Coder(runner, job)
     after = dense_after(coder.dense)
-    for matrix in job.matrices:
-        if not matrix.path:
+    parts = [matrix for matrix in job.matrices if not matrix.path]
+    experts = coder.seen_experts(parts)
+    for matrix in parts:
+        if matrix.parameter not in experts:
             coder.code_without_inputs(matrix, matrix.reason)
     stages, unseen = coder.stages()
     by_path = {matrix.path: matrix for matrix in job.matrices if matrix.path}
@@ -127,6 +130,9 @@ def code_block(
     for stage in stages:
         say(", ".join(path.rpartition(".")[2] for path in stage.members))
         coder.code_stage(stage, by_path)
+    for name in experts:
+        say(name.rpartition(".")[2])
+        coder.code_experts(name, [matrix for matrix in parts if matrix.parameter == name])
     say("norms, biases, scales")
     return coder.finish(after)
 
@@ -137,6 +143,10 @@ def rule_of(
     """What is done with a matrix: the plan's own entry for it goes before `rule`."""
     entry = plan.matrices.get(matrix.name)
     return rule if entry is None else CALIBRATED_RULES.get(entry.rule)
+
+
+def _too_few(n_tokens: int) -> str:
+    return f"{n_tokens} tokens of the text reached it: too few"
 
 
 def held_weight(block: nn.Module, matrix: Matrix) -> Tensor:
@@ -194,9 +204,49 @@ class _Coder:
             of = moments.get(path)
             if of is None or (routed and of.hessian.n_tokens < of.cross.shape[1]):
                 n_tokens = 0 if of is None else of.hessian.n_tokens
-                self.code_without_inputs(
-                    matrix, f"{n_tokens} tokens of the text reached it: too few", of
-                )
+                self.code_without_inputs(matrix, _too_few(n_tokens), of)
+            else:
+                self._code(matrix, of)
+
+    def seen_experts(self, parts: Sequence[Matrix]) -> tuple[str, ...]:
+        """The parameters that hold experts whose products can be seen, in order."""
+        names = {
+            matrix.parameter
+            for matrix in parts
+            if self.dense.get_parameter(matrix.parameter).ndim == 3
+        }
+        if not names:
+            return ()
+        batch = self.job.batches[0]
+        hidden = self.job.dense.read(batch)
+        seen = expert_inputs(self.dense, sorted(names), lambda: self.run(self.dense, batch, hidden))
+        return tuple(dict.fromkeys(name for name, _, _ in seen))
+
+    def code_experts(self, name: str, matrices: Sequence[Matrix]) -> None:
+        """Code the experts of one parameter, each on the tokens that reach it."""
+        held = self.dense.get_parameter(name).data
+        weights = [held_weight(self.dense, matrix) for matrix in matrices]
+        experts = [expert_of(weight, held) for weight in weights]
+        sums = {
+            expert: MomentSums(
+                f"{self.runner.path(self.job.index)}.{name}[{expert}]", weight.shape[1], {}
+            )
+            for expert, weight in zip(experts, weights, strict=True)
+        }
+        for batch in self.job.batches:
+            hidden = self.job.ternary.read(batch)
+
+            def run(batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
+                return self.run(self.block, batch, hidden)
+
+            for _, expert, inputs in expert_inputs(self.block, [name], run):
+                if expert in sums:
+                    sums[expert].add(inputs, {})
+        for matrix, weight, expert in zip(matrices, weights, experts, strict=True):
+            n_tokens = sums[expert].n_tokens
+            of = Moments.of(weight, sums[expert].hessian()) if n_tokens else None
+            if of is None or n_tokens < weight.shape[1]:
+                self.code_without_inputs(matrix, _too_few(n_tokens), of)
             else:
                 self._code(matrix, of)
 
@@ -253,7 +303,7 @@ class _Coder:
         return sums.result() | {path: Moments.of(w, hessian) for path, w in rest.items()}
 
     def _code(self, matrix: Matrix, moments: Moments) -> None:
-        weight = self._dense_weight(matrix.path)
+        weight = held_weight(self.dense, matrix)
         rule = rule_of(self.job.plan, self.rule, matrix)
         if rule is None:
             self.code_without_inputs(matrix, "", moments)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trilens.checkpoint.calibration.moving import MovingMatrix
-from trilens.checkpoint.calibration.streams import Batch, Stream
+from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.turning import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
@@ -38,6 +38,7 @@ class FitOptions:
         rate: The first step of Adam, of each value's size, for an error of 1: it is multiplied by
             the root of the block's relative error, since what is nearly right needs small steps.
             It falls to a twentieth along a cosine.
+        step_tokens: Tokens that a step looks at, at least one block of them.
         whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
         whole_rate: Likewise, for a divergence of 1 nat.
         seed: Of the order of the batches.
@@ -45,6 +46,7 @@ class FitOptions:
 
     passes: int = 2
     rate: float = 0.1
+    step_tokens: int = 2048
     whole_passes: int = 4
     whole_rate: float = 0.05
     seed: int = 0
@@ -166,6 +168,7 @@ def _descend(
     if not parameters or not batches:
         return dict(start), dict(quants)
     adam = torch.optim.Adam(parameters, lr=rate)
+    batches = pieces_of(batches, options.step_tokens)
     n_steps = options.passes * len(batches)
     falling = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * n / n_steps))

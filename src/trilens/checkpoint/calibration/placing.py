@@ -16,7 +16,7 @@ from trilens.models.anatomy import Anatomy
 __all__ = ["Placed", "place_choices"]
 
 _MERGED = "transformers merges it with others when it loads them: its inputs are not seen alone"
-_EXPERTS = "its experts share one tensor: their inputs are not seen one by one"
+_EXPERTS = "its experts share one tensor, and no product of one expert alone was seen"
 
 
 @dataclass(frozen=True, slots=True)

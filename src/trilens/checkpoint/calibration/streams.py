@@ -19,7 +19,7 @@ from trilens.analysis.perplexity import batches_of_blocks
 from trilens.errors import CorruptFileError, WriteError
 from trilens.models.wording import reason
 
-__all__ = ["Batch", "Stream", "batches_of", "write_stream"]
+__all__ = ["Batch", "Stream", "batches_of", "pieces_of", "write_stream"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +46,18 @@ def batches_of(blocks: Sequence[Tensor], batch_size: int, start: int = 0) -> tup
     for group in batches_of_blocks(blocks, batch_size):
         found.append(Batch(torch.stack(group), start))
         start = found[-1].stop
+    return tuple(found)
+
+
+def pieces_of(batches: Sequence[Batch], tokens: int) -> tuple[Batch, ...]:
+    """The same text in smaller batches, of at most so many tokens or of one block."""
+    found = []
+    for batch in batches:
+        count, length = batch.ids.shape
+        rows = max(1, tokens // length)
+        for first in range(0, count, rows):
+            ids = batch.ids[first : first + rows]
+            found.append(Batch(ids, batch.start + first * length))
     return tuple(found)
 
 

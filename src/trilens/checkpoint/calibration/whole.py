@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.fit import FitOptions, Overridden, put_weight, turned
 from trilens.checkpoint.calibration.moving import MovingMatrix
-from trilens.checkpoint.calibration.streams import Batch, Stream
+from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.turning import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
@@ -205,6 +205,7 @@ def fit_whole(
     # What is nearly right needs small steps.
     rate = options.whole_rate * min(1.0, before) ** 0.5
     adam = torch.optim.Adam(moving, lr=rate)
+    batches = pieces_of(batches, options.step_tokens)
     n_steps = options.whole_passes * len(batches)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)
     generator = torch.Generator().manual_seed(options.seed)
