@@ -32,6 +32,7 @@ from benchmarks.what_survives_page import write_page
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.run import CompareOptions, compare
 from trilens.analysis.damage import Damage, Yardstick
+from trilens.analysis.matrices import find_matrices
 from trilens.analysis.plan_result import Planned
 from trilens.analysis.sampling import sample_blocks
 from trilens.analysis.sensitivity import Sensitivity, measure_sensitivity
@@ -290,19 +291,19 @@ def budgets(bench: Bench) -> dict[str, Any]:
     made = plans(bench.subject, bench.costs(), bench.outside)
     for budget, planned in made.items():
         row: dict[str, Any] = summary(variant(bench, planned.plan))
-        row["bits_by_kind"] = bits_by_kind(planned)
+        row["bits_by_kind"] = bits_by_kind(bench, planned)
         row["choices"] = {choice.name: choice.choice for choice in planned.choices}
         found[f"{budget:.1f}"] = row
         print(bench.subject.name, "plan", budget, row["perplexity_ratio"], flush=True)
     return found
 
 
-def bits_by_kind(planned: Planned) -> dict[str, float]:
+def bits_by_kind(bench: Bench, planned: Planned) -> dict[str, float]:
     """Mean bits of the matrices of each kind, most first."""
+    kind_of = {m.target: m.kind for m in find_matrices(bench.subject.lens, bench.subject.headers)}
     seen: dict[str, list[float]] = {}
     for choice in planned.choices:
-        kind = choice.name.removesuffix(".weight").rpartition(".")[2]
-        seen.setdefault(kind, []).append(choice.bits_per_weight)
+        seen.setdefault(kind_of[choice.name], []).append(choice.bits_per_weight)
     means = {kind: round(mean(bits), 2) for kind, bits in seen.items()}
     return dict(sorted(means.items(), key=lambda pair: -pair[1]))
 

@@ -131,3 +131,21 @@ def test_the_results_hold_every_model_and_rule() -> None:
     for model in models.values():
         tried = {name.rpartition(" ")[0] for name in model["rules"]}
         assert tried == {*RULES, *CALIBRATED_RULES}
+
+
+def test_what_the_page_says_in_short_is_so() -> None:
+    for model in results("what_survives")["models"].values():
+        first, *others = [row["alone_kl_nats"] for row in model["layers"]]
+        assert first > sum(sorted(others)[-2:])
+        found = {
+            name: row["perplexity_ratio"]
+            for name, row in model["rules"].items()
+            if "refused" not in row
+        }
+        for scale in what_survives.SCALES:
+            plain = {rule: found[f"{rule} {scale}"] for rule in RULES}
+            assert max(plain, key=plain.__getitem__) == "absmean"
+            assert min(plain, key=plain.__getitem__) == "planes"
+            assert plain["planes"] < 1.22
+        closer = math.log(found["exact g128"]) / math.log(model["plans"]["2.5"]["perplexity_ratio"])
+        assert 2.95 < closer < 5
