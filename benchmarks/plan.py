@@ -1,11 +1,13 @@
 """What a mixed plan buys: perplexity on held-out text at 2.0, 2.5 and 3.0 bits per weight.
 
-    python -m benchmarks.plan            measure, write results/plan.json and the page's tables
-    python -m benchmarks.plan --tables   write the tables from the last results alone
+    python -m benchmarks.plan                       measure, write results/plan.json and the tables
+    python -m benchmarks.plan --parts calibrated    some parts anew, the others as they were
+    python -m benchmarks.plan --tables              the tables from the last results alone
 
 For each demo model: costs are measured on text it was trained on, results on files it never saw.
 Beside the plans stand uniform rules in the same compact storage, and the sensitivity of `exact` in
-groups of 128 with the rank correlation of the cheap predictor.
+groups of 128 with the rank correlation of the cheap predictor. Plans with calibrated rules fit
+these on twice the tokens that costs are measured on.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, save
 from benchmarks.pages import replace_tables, table
-from trilens.analysis.candidates import of_plan
+from trilens.analysis.candidates import data_free, of_plan
 from trilens.analysis.damage import Damage, Yardstick
 from trilens.analysis.matrices import find_matrices
 from trilens.analysis.plan_result import Costs, Planned, PlanOptions
-from trilens.analysis.planning import choose_plan, price_candidates
+from trilens.analysis.planning import Candidates, choose_plan, price_candidates
 from trilens.analysis.sampling import sample_blocks
 from trilens.analysis.sensitivity import measure_sensitivity
 from trilens.analysis.swap import swapped
+from trilens.analysis.text_candidates import hessians_of, with_text
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.demo import DEMO_MODELS, demo_path
 from trilens.demo.corpus import (
@@ -55,6 +58,8 @@ UNIFORM = (
 )
 COST_TOKENS, HELD_OUT_TOKENS = 2048, 16384
 COST_LENGTH, HELD_OUT_LENGTH = 256, 512
+PLAN_PARTS = ("measured", "predicted", "calibrated")
+PARTS = ("uniform", *PLAN_PARTS, "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,19 @@ def plans(
     held: Sequence[Tensor],
     *,
     costs: Costs = "measured",
+    candidates: Candidates = data_free,
     budgets: Sequence[float] = BUDGETS,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[float, Planned]:
     """The plan of each budget, priced once."""
     options = PlanOptions(budget_bits=budgets[0], costs=costs)
     prices = price_candidates(
-        subject.lens, blocks, options=options, headers=subject.headers, progress=progress
+        subject.lens,
+        blocks,
+        options=options,
+        headers=subject.headers,
+        candidates=candidates,
+        progress=progress,
     )
     return {
         budget: choose_plan(
@@ -130,34 +141,39 @@ def plans(
     }
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Everything about one model."""
+def measure(name: str, parts: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """The parts of one model that are asked, the others as they are known."""
     subject = Subject.open(name)
     blocks, held = subject.cost_blocks(), subject.held_out()
     judge = Yardstick(subject.lens, held)
-    result: dict[str, Any] = {
-        "held_out_tokens": judge.n_tokens,
-        "perplexity": round(math.exp(judge.nll_nats), 4),
-        "uniform": {entry.label: uniform(subject, entry, judge) for entry in UNIFORM},
-        "plan": {},
-        "cpu_seconds": {},
-    }
+    result: dict[str, Any] = {"plan": {}, "cpu_seconds": {}, **known}
+    result["held_out_tokens"] = judge.n_tokens
+    result["perplexity"] = round(math.exp(judge.nll_nats), 4)
+    if "uniform" in parts:
+        result["uniform"] = {entry.label: uniform(subject, entry, judge) for entry in UNIFORM}
     base = result["uniform"][REFERENCE.label]["log_ratio_nats"]
-    kinds: tuple[Costs, ...] = ("measured", "predicted")
-    for costs in kinds:
+    for kind in (part for part in PLAN_PARTS if part in parts):
         start = time.process_time()
-        for budget, planned in plans(subject, blocks, held, costs=costs).items():
+        costs: Costs = "predicted" if kind == "predicted" else "measured"
+        candidates: Candidates = data_free
+        if kind == "calibrated":
+            matrices = find_matrices(subject.lens, subject.headers)
+            text = subject.cost_blocks(2 * COST_TOKENS)
+            candidates = with_text(hessians_of(subject.lens, matrices, text))
+        found = plans(subject, blocks, held, costs=costs, candidates=candidates)
+        for budget, planned in found.items():
             row: dict[str, Any] = figures(planned.damage, planned.bits_per_weight)
             row["times_closer_than_exact_g128"] = round(base / planned.damage.nll_nats, 2)
-            print(name, costs, budget, row, flush=True)
+            print(name, kind, budget, row, flush=True)
             row["choices"] = {choice.name: choice.choice for choice in planned.choices}
-            result["plan"][f"{costs} {budget}"] = row
-        result["cpu_seconds"][costs] = round(time.process_time() - start, 1)
-    found = measure_sensitivity(
-        subject.lens, blocks, rule=REFERENCE, headers=subject.headers, each_matrix=True
-    )
-    result["sensitivity"] = found.to_dict()
-    result["sensitivity"].pop("checksum")
+            result["plan"][f"{kind} {budget}"] = row
+        result["cpu_seconds"][kind] = round(time.process_time() - start, 1)
+    if "sensitivity" in parts:
+        ranks = measure_sensitivity(
+            subject.lens, blocks, rule=REFERENCE, headers=subject.headers, each_matrix=True
+        )
+        result["sensitivity"] = ranks.to_dict()
+        result["sensitivity"].pop("checksum")
     return result
 
 
@@ -169,11 +185,15 @@ def figures_table(results: dict[str, Any]) -> str:
         (f"`{label}` everywhere", *(_cell(model["uniform"][label]) for model in models.values()))
         for label in labels
     ]
-    first = next(iter(models.values()))
-    for name in first["plan"]:
-        costs, budget = name.split()
-        cells = [_cell(model["plan"][name]) for model in models.values()]
-        rows.append((f"plan of {budget} bits, costs {costs}", *cells))
+    words = {
+        "measured": "costs measured",
+        "predicted": "costs predicted",
+        "calibrated": "with calibrated rules",
+    }
+    for kind in PLAN_PARTS:
+        for budget in BUDGETS:
+            cells = [_cell(model["plan"][f"{kind} {budget}"]) for model in models.values()]
+            rows.append((f"plan of {budget} bits, {words[kind]}", *cells))
     return table(("", *models), rows)
 
 
@@ -193,10 +213,16 @@ def _cell(row: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mixed plans of the demo models.")
     parser.add_argument("--tables", action="store_true", help="only rewrite the page's tables")
-    if not parser.parse_args().tables:
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    file = RESULTS / "plan.json"
+    if not options.tables:
         torch.set_num_threads(1)
-        save("plan", {"models": {name: measure(name) for name in DEMO_MODELS}})
-    results = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))
+        whole = len(options.parts) == len(PARTS)
+        known = {} if whole else json.loads(file.read_text(encoding="utf-8"))["models"]
+        models = {name: measure(name, options.parts, known.get(name, {})) for name in DEMO_MODELS}
+        save("plan", {"models": models})
+    results = json.loads(file.read_text(encoding="utf-8"))
     replace_tables(PAGE, {"figures": figures_table(results), "trust": trust_table(results)})
 
 

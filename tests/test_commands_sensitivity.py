@@ -49,6 +49,24 @@ def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
     assert found["rank_correlation"]["kind"] is None
 
 
+def test_a_plan_with_calibrated_rules(model: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = run(
+        "plan", model, "--data", data, "--budget-bits", 3, "--calibrated", "-o", file,
+        "--costs", "predicted", "--tokens", 128, "--length", 64,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    entries = json.loads(file.read_text())["plan"]["matrices"]
+    assert {"best", "best_planes"} & {entry["rule"] for entry in entries.values()}
+    refused = run("ternarize", model, "-o", tmp_path / "out", "--plan", file)
+    assert refused.exit_code == 2
+    assert "--calibrate" in refused.stderr
+    done = run("ternarize", model, "-o", tmp_path / "out", "--plan", file, "--calibrate", data)
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "trilens"
+
+
 def test_a_plan_is_what_ternarize_then_does(model: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = run(
