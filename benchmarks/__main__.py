@@ -16,6 +16,7 @@ NAMES = (
     "checkpoint",
     "calibrated",
     "plan",
+    "what_survives",
     "checkpoint_2gb",
     "perplexity",
     "compare",

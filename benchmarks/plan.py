@@ -1,25 +1,29 @@
 """What a mixed plan buys: perplexity on held-out text at 2.0, 2.5 and 3.0 bits per weight.
 
-    python -m benchmarks.plan [--models transformer mamba rwkv7]
+    python -m benchmarks.plan            measure, write results/plan.json and the page's tables
+    python -m benchmarks.plan --tables   write the tables from the last results alone
 
 For each demo model: costs are measured on text it was trained on, results on files it never saw.
 Beside the plans stand uniform rules in the same compact storage, and the sensitivity of `exact` in
-groups of 128 with the rank correlation of the cheap predictor. Writes results/plan.json.
+groups of 128 with the rank correlation of the cheap predictor.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import save
+from benchmarks.common import RESULTS, save
+from benchmarks.pages import replace_tables, table
 from trilens.analysis.candidates import of_plan
 from trilens.analysis.damage import Damage, Yardstick
 from trilens.analysis.matrices import find_matrices
@@ -39,6 +43,7 @@ from trilens.demo.corpus import (
 from trilens.lens import Lens
 from trilens.models.weights import TensorHeader, read_headers
 
+PAGE = Path(__file__).parents[1] / "docs" / "sensitivity.md"
 BUDGETS = (2.0, 2.5, 3.0)
 REFERENCE = MatrixPlan("exact", group_size=128)
 UNIFORM = (
@@ -156,12 +161,43 @@ def measure(name: str) -> dict[str, Any]:
     return result
 
 
+def figures_table(results: dict[str, Any]) -> str:
+    """Uniform rules and plans of every model: ratio of perplexities and bits of each."""
+    models = results["models"]
+    labels = [entry.label for entry in UNIFORM]
+    rows = [
+        (f"`{label}` everywhere", *(_cell(model["uniform"][label]) for model in models.values()))
+        for label in labels
+    ]
+    first = next(iter(models.values()))
+    for name in first["plan"]:
+        costs, budget = name.split()
+        cells = [_cell(model["plan"][name]) for model in models.values()]
+        rows.append((f"plan of {budget} bits, costs {costs}", *cells))
+    return table(("", *models), rows)
+
+
+def trust_table(results: dict[str, Any]) -> str:
+    """Spearman's rank correlation of predicted and measured KL."""
+    rows = []
+    for name, model in results["models"].items():
+        found = model["sensitivity"]["rank_correlation"]
+        rows.append((name, *(f"{found[s]:.2f}" for s in ("block", "blocks", "kind", "matrix"))))
+    return table(("", "blocks alone", "blocks 0 … i", "kinds", "matrices"), rows)
+
+
+def _cell(row: dict[str, float]) -> str:
+    return f"{row['perplexity_ratio']:.2f} ({row['bits_per_weight']:.2f} bits)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mixed plans of the demo models.")
-    parser.add_argument("--models", nargs="+", choices=DEMO_MODELS, default=DEMO_MODELS)
-    chosen = parser.parse_args().models
-    torch.set_num_threads(1)
-    save("plan", {"models": {name: measure(name) for name in chosen}})
+    parser.add_argument("--tables", action="store_true", help="only rewrite the page's tables")
+    if not parser.parse_args().tables:
+        torch.set_num_threads(1)
+        save("plan", {"models": {name: measure(name) for name in DEMO_MODELS}})
+    results = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))
+    replace_tables(PAGE, {"figures": figures_table(results), "trust": trust_table(results)})
 
 
 if __name__ == "__main__":

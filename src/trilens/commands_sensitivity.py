@@ -21,10 +21,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from trilens.analysis import sensitivity as parts
+from trilens.analysis.candidates import data_free
+from trilens.analysis.matrices import find_matrices
 from trilens.analysis.plan_result import PlanOptions
-from trilens.analysis.planning import make_plan
+from trilens.analysis.planning import Candidates, make_plan
 from trilens.analysis.sampling import sample_blocks, set_aside
 from trilens.analysis.sensitivity import measure_sensitivity
+from trilens.analysis.text_candidates import hessians_of, with_text
 from trilens.checkpoint.files import json_bytes, write_whole
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.console import DebugOption, FormatOption, console, one_line_errors
@@ -144,6 +147,14 @@ def _plan(
         str | None,
         typer.Option("--held-out", help="Text to judge by. [default: every other document]"),
     ] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated",
+            help="Also offer the calibrated rules, fitted on --data; ternarize --plan then needs "
+            "--calibrate.",
+        ),
+    ] = False,
     costs: Annotated[
         str, typer.Option("--costs", help="measured, or predicted (faster).")
     ] = "measured",
@@ -176,13 +187,19 @@ def _plan(
         else:
             judged = documents_of(held_out, field=field)
         opened = _open(model, dtype, device_map, revision)
+        blocks = _blocks(opened.lens, documents, length, tokens)
+        candidates: Candidates = data_free
+        if calibrated:
+            matrices = find_matrices(opened.lens, opened.headers)
+            candidates = with_text(hessians_of(opened.lens, matrices, blocks))
         with _bar() as progress:
             planned = make_plan(
                 opened.lens,
-                _blocks(opened.lens, documents, length, tokens),
+                blocks,
                 _blocks(opened.lens, judged, length, _HELD_OUT_TIMES * tokens),
                 options=options,
                 headers=opened.headers,
+                candidates=candidates,
                 progress=progress,
             )
         if output == "json":

@@ -14,6 +14,7 @@ from trilens.analysis.sensitivity import measure_sensitivity
 from trilens.analysis.swap import checksum
 from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.demo import demo_path
 from trilens.errors import NonFiniteError, UsageError
 from trilens.lens import Lens
 from trilens.models.weights import read_headers
@@ -139,3 +140,10 @@ def test_what_makes_no_sense_is_refused(lens: Lens, tmp_path: Path) -> None:
     packed = Lens.from_pretrained(str(tmp_path / "out"))
     with pytest.raises(UsageError, match="packed already"):
         measure_sensitivity(packed, blocks("llama", 1))
+
+
+def test_a_kind_is_never_a_bare_number() -> None:
+    lens = Lens.from_pretrained(str(demo_path("rwkv7")), dtype="float32")
+    kinds = {matrix.kind for matrix in find_matrices(lens)}
+    assert {"o_proj", "key", "g_lora.lora.0", "g_lora.lora.2"} < kinds
+    assert not any(kind.isdigit() for kind in kinds)

@@ -32,7 +32,7 @@ class Matrix:
         target: The parameter's name in the model.
         stored: The checkpoint's tensors that fill it: one, unless transformers merges or splits.
         layer: The block that it belongs to.
-        kind: What it is in its block: "q_proj", "experts.down_proj".
+        kind: What it is in its block: "q_proj", "experts.down_proj", "a_lora.lora.2".
         lead: Leading dimensions: none for one matrix, one for experts.
         rows: Outputs.
         cols: Inputs.
@@ -92,9 +92,9 @@ def find_matrices(
             found.setdefault(choice.target, []).append(choice)
     paths = {block.path: layer for layer, block in reversed(list(enumerate(lens.anatomy.blocks)))}
     matrices = [
-        _matrix(model, target, choices, layer, stored)
+        _matrix(model, target, choices, (paths[home], home), stored)
         for target, choices in found.items()
-        if (layer := _layer(target, paths)) is not None
+        if (home := _home(target, paths)) is not None
     ]
     if not matrices:
         raise UsageError("the model has no linear layer of a block that could be made ternary")
@@ -115,21 +115,37 @@ def _in_memory(model: nn.Module) -> dict[str, TensorHeader]:
     }
 
 
-def _layer(target: str, paths: Mapping[str, int]) -> int | None:
+def _home(target: str, paths: Mapping[str, int]) -> str | None:
     """The block a parameter lies in; None for those of other parts, as a vision tower."""
     home = target
     while home:
         home = home.rpartition(".")[0]
         if home in paths:
-            return paths[home]
+            return home
     return None
+
+
+def _kind(path: str, leaf: str) -> str:
+    """What a matrix is in its block: its module's name, with those above a bare number.
+
+    Args:
+        path: of the module, in the block.
+        leaf: the parameter's name in the module.
+    """
+    parts = path.split(".")
+    first = len(parts) - 1
+    if parts[first].isdigit():
+        named = [i for i, part in enumerate(parts) if not part.isdigit()]
+        first = named[-2:][0] if named else 0
+    name = ".".join(parts[first:])
+    return name if leaf == "weight" else f"{name}.{leaf}"
 
 
 def _matrix(
     model: nn.Module,
     target: str,
     choices: list[Choice],
-    layer: int,
+    block: tuple[int, str],
     stored: Mapping[str, TensorHeader],
 ) -> Matrix:
     parameter = model.get_parameter(target)
@@ -141,12 +157,12 @@ def _matrix(
         transposed = bool(getattr(module, "is_transposed", False))
     *lead, first, second = parameter.shape
     header = stored[choices[0].name]
-    name = path.rpartition(".")[2]
+    layer, home = block
     return Matrix(
         target=target,
         stored=tuple(choice.name for choice in choices),
         layer=layer,
-        kind=name if leaf == "weight" else f"{name}.{leaf}",
+        kind=_kind(path.removeprefix(f"{home}."), leaf),
         lead=tuple(lead),
         rows=second if transposed else first,
         cols=first if transposed else second,

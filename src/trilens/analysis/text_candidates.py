@@ -1,0 +1,128 @@
+"""What a matrix can become with a text: the calibrated rules beside those that need no data.
+
+A plan prices each matrix alone, so each is calibrated on the dense model's inputs. What needs the
+other matrices (repairing what those before have lost, fits of norms and scales) is left to
+`ternarize`, whose result is usually better than what a plan was measured at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trilens.analysis.candidates import GROUP_SIZES, Candidate, data_free
+from trilens.analysis.matrices import Matrix
+from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.checkpoint.plan import Storage, TernaryPlan
+from trilens.lens import Lens
+from trilens.models.running import device_of, forward_arguments
+from trilens.taps.mode import evaluating
+from trilens.ternary.calibrated import CALIBRATED_RULES, calibrate
+from trilens.ternary.engine import ScaleDtype
+from trilens.ternary.hessian import Hessian, Moments
+
+__all__ = ["hessians_of", "with_text"]
+
+
+def hessians_of(
+    lens: Lens, matrices: Sequence[Matrix], blocks: Sequence[Tensor]
+) -> dict[str, Hessian]:
+    """H = Σ x xᵀ of what each matrix gets as input, in float64, by the name of its parameter.
+
+    Experts kept in one tensor, whose inputs no module sees, and matrices that no token reached are
+    left out.
+
+    Args:
+        lens: the model, with dense weights.
+        matrices: of the model.
+        blocks: token ids, each int64 [tokens].
+
+    Memory: 8·cols² bytes for each input of a matrix.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def listener(name: str, cols: int) -> Callable[..., None]:
+        def add(_module: nn.Module, arguments: tuple[object, ...]) -> None:
+            x = arguments[0] if arguments else None
+            if isinstance(x, Tensor) and x.shape[-1] == cols and x.numel():
+                rows = x.detach().reshape(-1, cols).cpu().double()
+                # PROMOTE: thousands of squares of very different sizes are added up
+                sums[name] = sums.get(name, 0) + rows.T @ rows
+                counts[name] = counts.get(name, 0) + len(rows)
+
+        return add
+
+    handles = []
+    try:
+        for matrix in matrices:
+            module = lens.model.get_submodule(matrix.target.rpartition(".")[0])
+            if not matrix.lead and isinstance(module, nn.Linear | Conv1D):
+                hook = listener(matrix.target, matrix.cols)
+                handles.append(module.register_forward_pre_hook(hook))
+        for block in blocks:
+            ids = block.reshape(1, -1).to(device_of(lens.model))
+            with evaluating(lens.model), torch.inference_mode(False), torch.no_grad():
+                lens.model(**forward_arguments(lens.model, ids, None))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Hessian(found.numpy(), counts[name]) for name, found in sums.items()}
+
+
+def with_text(hessians: dict[str, Hessian]) -> Callable[..., tuple[Candidate, ...]]:
+    """`data_free`, and every calibrated rule for the matrices whose inputs are known.
+
+    Args:
+        hessians: of `hessians_of`.
+    """
+
+    def candidates(
+        matrix: Matrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
+    ) -> tuple[Candidate, ...]:
+        found = data_free(matrix, scale_dtype=scale_dtype, storage=storage, keep=keep)
+        hessian = hessians.get(matrix.target)
+        if hessian is None or matrix.merged or hessian.n_tokens < matrix.cols:
+            return found  # as in ternarize: coded by the weights alone
+        entries = []
+        for rule in CALIBRATED_RULES:
+            entries.append(MatrixPlan(rule, per="row"))  # type: ignore[arg-type]
+            entries += [
+                MatrixPlan(rule, group_size=size)  # type: ignore[arg-type]
+                for size in GROUP_SIZES
+                if size < matrix.cols
+            ]
+        return (*found, *(_of_text(entry, hessian, scale_dtype, storage) for entry in entries))
+
+    return candidates
+
+
+def _of_text(
+    entry: MatrixPlan, hessian: Hessian, scale_dtype: ScaleDtype, storage: Storage
+) -> Candidate:
+    plan = TernaryPlan(
+        rule=entry.rule,  # type: ignore[arg-type]
+        per=entry.per,
+        group_size=entry.group_size,
+        scale_dtype=scale_dtype,
+        storage=storage,
+    )
+
+    def reconstruct(weights: Tensor, name: str) -> Tensor:
+        dense = weights.detach().float().cpu()
+        found = calibrate(
+            dense,
+            name,
+            Moments.of(np.asarray(dense.numpy(), dtype=np.float64), hessian),
+            rule=entry.rule,
+            group_size=plan.group_size,
+            per=plan.per,
+            scale_dtype=scale_dtype,
+        )
+        return found.quant.reconstruct()
+
+    return Candidate(entry, plan, reconstruct)
