@@ -230,7 +230,8 @@ def _shown_progress() -> Iterator[Callable[[BlockProgress], None] | None]:
 
         def say(now: BlockProgress) -> None:
             left = "" if now.seconds_left is None else f"{now.seconds_left:.0f} s left"
-            doing = f"block {now.block + 1} of {now.n_blocks}: {now.doing}"
+            coding = now.block < now.n_blocks
+            doing = f"block {now.block + 1} of {now.n_blocks}: {now.doing}" if coding else now.doing
             bar.update(task, total=now.n_blocks, completed=now.block, description=doing, left=left)
 
         yield say

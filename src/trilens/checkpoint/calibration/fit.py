@@ -44,11 +44,11 @@ class FitOptions:
         seed: Of the order of the batches.
     """
 
-    passes: int = 2
+    passes: int = 4
     rate: float = 0.1
     step_tokens: int = 2048
     whole_passes: int = 4
-    whole_rate: float = 0.05
+    whole_rate: float = 0.1
     seed: int = 0
 
 

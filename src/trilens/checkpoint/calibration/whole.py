@@ -203,7 +203,7 @@ def fit_whole(
     if not 0 < before < math.inf:
         return nothing
     # What is nearly right needs small steps.
-    rate = options.whole_rate * min(1.0, before) ** 0.5
+    rate = options.whole_rate * min(1.0, before)
     adam = torch.optim.Adam(moving, lr=rate)
     batches = pieces_of(batches, options.step_tokens)
     n_steps = options.whole_passes * len(batches)
