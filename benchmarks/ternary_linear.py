@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import BitLinear, pack_weights
 
-from benchmarks.common import llama_88m, paired, peak_memory, save
+from benchmarks.common import RESULTS, llama_88m, paired, peak_memory, save
 from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.ternary.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
@@ -40,6 +40,7 @@ KINDS = {
 }
 BATCHES = (1, 2, 4, 8, 16, 64, 256, 512)
 PROMPT, NEW = 16, 48
+RESULT = RESULTS / "ternary_linear.json"
 
 
 def in_turn(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], None]:
@@ -155,13 +156,28 @@ def load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
-def memory_of(folder: str) -> None:
-    """Print the memory that loading and decoding takes (in a process of its own)."""
+def memory_of(folder: str, *, loops: bool) -> None:
+    """Print the memory that loading and decoding takes (in a process of its own).
+
+    Args:
+        loops: load numba and the compiled loops before, whose memory is the same for any model.
+    """
     torch.set_num_threads(1)
     decode(llama_88m(64, 128).bfloat16())  # what is loaded once, whatever the model
+    if loops:
+        warm = PerLayerQuant.quantize(torch.randn(1024, 1024), "w", rule="exact", group_size=128)
+        for n_inputs in (1, PROMPT):
+            TernaryLinear.from_quant(warm)(torch.zeros(n_inputs, 1024, dtype=torch.bfloat16))
     with peak_memory() as peak:
         decode(load(folder))
     print(json.dumps({"bytes": peak.extra_bytes}))
+
+
+def _memory(folder: str, *, loops: bool) -> int:
+    command = [sys.executable, "-m", "benchmarks.ternary_linear", "--memory-of", folder]
+    command += ["--loops"] if loops else []
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(printed.splitlines()[-1])["bytes"])
 
 
 def decode_figures(vocab_size: int, rounds: int) -> dict[str, Any]:
@@ -171,11 +187,8 @@ def decode_figures(vocab_size: int, rounds: int) -> dict[str, Any]:
         llama_88m(1024, vocab_size).bfloat16().save_pretrained(folders["dense"])
         plan = TernaryPlan("exact", group_size=128)
         ternarize(folders["dense"], folders["packed"], plan=plan)
-        memory = {}
-        for name, folder in folders.items():
-            command = [sys.executable, "-m", "benchmarks.ternary_linear", "--memory-of", folder]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            memory[name] = json.loads(printed.splitlines()[-1])["bytes"]
+        memory = {name: _memory(folder, loops=False) for name, folder in folders.items()}
+        memory["packed, loops loaded before"] = _memory(folders["packed"], loops=True)
         models = {name: load(folder) for name, folder in folders.items()}
         found: dict[str, Any] = {
             "file_megabytes": {
@@ -184,6 +197,9 @@ def decode_figures(vocab_size: int, rounds: int) -> dict[str, Any]:
             },
             "peak_megabytes": {name: round(value / 1e6) for name, value in memory.items()},
             "memory_ratio": round(memory["packed"] / memory["dense"], 3),
+            "memory_ratio_loops_loaded_before": round(
+                memory["packed, loops loaded before"] / memory["dense"], 3
+            ),
         }
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -201,9 +217,10 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="only decoding")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--loops", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        memory_of(arguments.memory_of)
+        memory_of(arguments.memory_of, loops=arguments.loops)
         return
     both = arguments.layer == arguments.decode
     figures: dict[str, Any] = {}
@@ -217,7 +234,11 @@ def main() -> None:
                 f"vocabulary {size}": decode_figures(size, arguments.rounds)
                 for size in (4096, 32000)
             }
-    save("ternary_linear", figures)
+    known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    save(
+        "ternary_linear",
+        {**{k: v for k, v in known.items() if "4096" in k or "88M" in k}, **figures},
+    )
 
 
 if __name__ == "__main__":
