@@ -11,21 +11,19 @@ arXiv 2411.17525 (theorem 1 and section 4), with output errors in the place of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from trilens.analysis.damage import Yardstick
+from trilens.analysis.inputs import run_and_tell
 from trilens.analysis.matrices import Matrix
 from trilens.analysis.swap import swapped
 from trilens.errors import ShapeError
 from trilens.lens import Lens
-from trilens.models.running import device_of, forward_arguments
-from trilens.taps.mode import evaluating
 
 __all__ = ["gain", "inputs_of", "output_error", "rank_correlation"]
 
@@ -53,30 +51,11 @@ def inputs_of(
     seen: dict[str, list[Tensor]] = {}
     share = -(-_ROWS // min(8, len(blocks)))
 
-    def listener(name: str, cols: int) -> Callable[..., None]:
-        def keep(_module: nn.Module, arguments: tuple[object, ...]) -> None:
-            x = arguments[0] if arguments else None
-            if isinstance(x, Tensor) and x.shape[-1] == cols and x.numel():
-                rows = x.detach().reshape(-1, cols)
-                picks = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()
-                seen.setdefault(name, []).append(rows[picks.to(rows.device)].float().cpu())
+    def keep(name: str, rows: Tensor) -> None:
+        picks = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()
+        seen.setdefault(name, []).append(rows[picks.to(rows.device)].float().cpu())
 
-        return keep
-
-    handles = []
-    try:
-        for matrix in matrices:
-            module = lens.model.get_submodule(matrix.target.rpartition(".")[0])
-            if not matrix.lead and isinstance(module, nn.Linear | Conv1D):
-                hook = listener(matrix.target, matrix.cols)
-                handles.append(module.register_forward_pre_hook(hook))
-        for block in blocks[:8]:
-            ids = block.reshape(1, -1).to(device_of(lens.model))
-            with evaluating(lens.model), torch.inference_mode(False), torch.no_grad():
-                lens.model(**forward_arguments(lens.model, ids, None))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_and_tell(lens, matrices, blocks[:8], keep)
     return {name: torch.cat(rows)[:_ROWS] for name, rows in seen.items()}
 
 

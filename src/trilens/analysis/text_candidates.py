@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from trilens.analysis.candidates import GROUP_SIZES, Candidate, data_free
+from trilens.analysis.inputs import run_and_tell
 from trilens.analysis.matrices import Matrix
 from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.checkpoint.plan import Storage, TernaryPlan
 from trilens.lens import Lens
-from trilens.models.running import device_of, forward_arguments
-from trilens.taps.mode import evaluating
 from trilens.ternary.calibrated import CALIBRATED_RULES, calibrate
 from trilens.ternary.engine import ScaleDtype
 from trilens.ternary.hessian import Hessian, Moments
@@ -46,31 +43,13 @@ def hessians_of(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def listener(name: str, cols: int) -> Callable[..., None]:
-        def add(_module: nn.Module, arguments: tuple[object, ...]) -> None:
-            x = arguments[0] if arguments else None
-            if isinstance(x, Tensor) and x.shape[-1] == cols and x.numel():
-                rows = x.detach().reshape(-1, cols).cpu().double()
-                # PROMOTE: thousands of squares of very different sizes are added up
-                sums[name] = sums.get(name, 0) + rows.T @ rows
-                counts[name] = counts.get(name, 0) + len(rows)
+    def add(name: str, inputs: Tensor) -> None:
+        # PROMOTE: thousands of squares of very different sizes are added up
+        rows = inputs.cpu().double()
+        sums[name] = sums.get(name, 0) + rows.T @ rows
+        counts[name] = counts.get(name, 0) + len(rows)
 
-        return add
-
-    handles = []
-    try:
-        for matrix in matrices:
-            module = lens.model.get_submodule(matrix.target.rpartition(".")[0])
-            if not matrix.lead and isinstance(module, nn.Linear | Conv1D):
-                hook = listener(matrix.target, matrix.cols)
-                handles.append(module.register_forward_pre_hook(hook))
-        for block in blocks:
-            ids = block.reshape(1, -1).to(device_of(lens.model))
-            with evaluating(lens.model), torch.inference_mode(False), torch.no_grad():
-                lens.model(**forward_arguments(lens.model, ids, None))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_and_tell(lens, matrices, blocks, add)
     return {name: Hessian(found.numpy(), counts[name]) for name, found in sums.items()}
 
 
