@@ -39,15 +39,17 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return run(), time.perf_counter() - start
 
 
-def make(folder: Path) -> None:
-    """One block of random bfloat16 weights."""
+def make(
+    folder: Path, *, blocks: int = 1, vocab_size: int = 1024, shard_size: str = "50GB"
+) -> None:
+    """Blocks of a Llama of 8B's widths, random bfloat16 weights."""
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=1,
+        num_hidden_layers=blocks,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=1024,
+        vocab_size=vocab_size,
         dtype="bfloat16",
     )
     torch.manual_seed(0)
@@ -56,7 +58,7 @@ def make(folder: Path) -> None:
     model.to_empty(device="cpu").to(torch.bfloat16)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard_size)
 
 
 def pipeline(source: Path, root: Path) -> dict[str, Any]:

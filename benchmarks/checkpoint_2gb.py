@@ -21,35 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.checkpoint import PLANS, anonymous_bytes
+from benchmarks.checkpoint import PLANS, anonymous_bytes, make
 from benchmarks.common import peak_memory, save
 from trilens.checkpoint import ternarize
 from trilens.ternary.quantize import PerLayerQuant
 
 ROUNDS = 3
 _CHUNK_BYTES = 1 << 22
-
-
-def make(folder: Path) -> None:
-    """2 GB of random weights."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=4,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=16384,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    model.save_pretrained(folder, max_shard_size="560MB")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -75,7 +54,7 @@ def main() -> None:
     """Measure and keep."""
     with tempfile.TemporaryDirectory() as name:
         root, source = Path(name), Path(name) / "source"
-        make(source)
+        make(source, blocks=4, vocab_size=16384, shard_size="560MB")
         figures: dict[str, Any] = {
             "source_bytes": sum(file.stat().st_size for file in source.glob("*.safetensors")),
             "shards": len(list(source.glob("*.safetensors"))),

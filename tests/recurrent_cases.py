@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trilens.caches.patterns import Pattern
+from trilens.taps.kernels import kernel_places
 
-__all__ = ["APPLIED", "assert_consistent", "assert_gives", "normal", "recurrent", "unit"]
+__all__ = ["APPLIED", "assert_consistent", "assert_gives", "normal", "recurrent", "tamper", "unit"]
 
 # What W · v may differ from the recurrence's output, of the largest output. Weights and products in
 # float32 are off by 2⁻²⁴ of their terms, and terms cancel: a hundred times that.
@@ -79,3 +86,18 @@ def assert_consistent(pattern: Pattern) -> None:
             torch.testing.assert_close(column, own[head : head + 1, :, [seq // 2]], **close)
     columns = torch.stack([pattern.columns(range(seq), batch=i) for i in range(pattern.batch)])
     torch.testing.assert_close(columns, dense, **close)
+
+
+def tamper(patch: pytest.MonkeyPatch, model: PreTrainedModel, kernels: Iterable[str]) -> None:
+    """Let the model's kernels give a thousandth more than they computed."""
+    for namespace, name in kernel_places(model, kernels):
+        original = namespace[name]
+
+        @functools.wraps(original)
+        def other(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            result = _original(*args, **kwargs)
+            if isinstance(result, tuple):
+                return (result[0] * 1.001, *result[1:])
+            return result * 1.001
+
+        patch.setitem(namespace, name, other)

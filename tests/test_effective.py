@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recurrent_cases import tamper
 from tinymodels import build, prompt_ids
 from trilens.caches.channel_heads import ChannelHeadsPattern
 from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
@@ -24,7 +24,7 @@ from trilens.lens import Lens
 from trilens.models.gates.effective import EFFECTIVE_KERNELS, effective_of
 from trilens.models.rwkv7 import RWKV7ForCausalLM
 from trilens.models.rwkv7_config import RWKV7Config
-from trilens.taps.kernels import KernelRecord, kernel_calls, kernel_places
+from trilens.taps.kernels import KernelRecord, kernel_calls
 
 # Longer than a chunk of the tiny models' scans, and no multiple of one.
 TOKENS = 37
@@ -434,17 +434,7 @@ def test_a_kernel_that_computes_something_else_is_not_claimed(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lens = Lens(model_of(model_type))
-    for namespace, name in kernel_places(lens.model, EFFECTIVE_KERNELS):
-        original = namespace[name]
-
-        @functools.wraps(original)
-        def other(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            result = _original(*args, **kwargs)
-            if isinstance(result, tuple):
-                return (result[0] * 1.001, *result[1:])
-            return result * 1.001
-
-        monkeypatch.setitem(namespace, name, other)
+    tamper(monkeypatch, lens.model, EFFECTIVE_KERNELS)
     ids = prompt_ids(model_type, 9)
     with pytest.raises(CaptureError, match=r"layer 0 is not proven: W·v differs from the output"):
         lens.capture(ids, effective=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recurrent_cases import tamper
 from test_effective import model_of
 from tinymodels import prompt_ids
 from trilens.capture import Capture
@@ -324,17 +325,7 @@ def test_a_kernel_that_computes_something_else_is_not_claimed(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lens, ids = lens_of(model_type), prompt_ids(model_type, 9)
-    for namespace, name in kernel_places(lens.model, STATE_KINDS):
-        original = namespace[name]
-
-        @functools.wraps(original)
-        def other(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            result = _original(*args, **kwargs)
-            if isinstance(result, tuple):
-                return (result[0] * 1.001, *result[1:])
-            return result * 1.001
-
-        monkeypatch.setitem(namespace, name, other)
+    tamper(monkeypatch, lens.model, STATE_KINDS)
     names = (*KERNEL_GATES, *DECODE_KERNELS.values())
     before = {(id(space), name): space[name] for space, name in kernel_places(lens.model, names)}
     with pytest.raises(RecurrentStateError, match=r"layer 0: .* is not proven: what is read of it"):

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
 
-__all__ = ["json_text", "read_tensors", "write_tensors"]
+__all__ = ["json_text", "read_tensors", "write_tensors", "write_whole"]
 
 _KEY = "trilens"
 
@@ -61,13 +62,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, An
         stored[name] = tensor.detach().to("cpu").contiguous().clone()
     body = json.dumps({**manifest, "aliases": aliases}, ensure_ascii=False)
     data = to_bytes(stored, metadata={_KEY: body})
+    write_whole(path, lambda file: file.write(data))
+    return path
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file beside its place, flush it to disk and rename it: there is never half of one.
+
+    Args:
+        path: the file's place.
+        write: fills the open file.
+
+    Raises:
+        WriteError: it can't be written; nothing is left of it, nor where `write` fails otherwise.
+    """
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -80,7 +95,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, An
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
-    return path
 
 
 def _cannot_write(path: Path, error: OSError) -> WriteError:

@@ -93,7 +93,6 @@ def test_blocks_of_columns_change_nothing() -> None:
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_compiled_and_plain_loops_give_the_same_bits(planes: int) -> None:
-    pytest.importorskip("numba")
     weights, hessian = case(rows=70)
     grid = grid_of(weights, "group", planes)
     coded = [

@@ -113,9 +113,7 @@ def make_plan(
     if options.budget_bits is not None:  # told now, not after minutes of measuring
         least = [_smallest(matrix, candidates, options) for matrix in matrices]
         _room(options.budget_bits, matrices, sum(least))
-    prices = price_candidates(
-        lens, blocks, options=options, headers=headers, candidates=candidates, progress=progress
-    )
+    prices = _prices(lens, matrices, blocks, options, candidates, progress)
     return choose_plan(lens, prices, held_out, options=options)
 
 
@@ -132,8 +130,18 @@ def price_candidates(
 
     Args, Raises, Memory: as `make_plan`; of the options, only costs, storage and scale dtype count.
     """
+    return _prices(lens, find_matrices(lens, headers), blocks, options, candidates, progress)
+
+
+def _prices(
+    lens: Lens,
+    matrices: tuple[Matrix, ...],
+    blocks: Sequence[Tensor],
+    options: PlanOptions,
+    candidates: Candidates,
+    progress: Progress | None,
+) -> Prices:
     before = checksum(dict(lens.model.named_parameters()))
-    matrices = find_matrices(lens, headers)
     yardstick = Yardstick(lens, blocks)
     inputs = inputs_of(lens, matrices, blocks)
     fronts = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.rows import METRICS, Row
-from trilens.analysis.comparison.saving import read_rows, write_rows, write_whole
+from trilens.analysis.comparison.saving import read_rows, write_rows
 from trilens.capture import ModelInfo
 from trilens.errors import (
     CorruptFileError,
@@ -23,7 +23,7 @@ from trilens.errors import (
     UsageError,
     WriteError,
 )
-from trilens.storage import read_tensors, write_tensors
+from trilens.storage import read_tensors, write_tensors, write_whole
 
 __all__ = ["Comparison", "NamedArray"]
 

@@ -6,17 +6,15 @@ were, and other programs read the columns without parsing text. pyarrow writes i
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from trilens.analysis.comparison.rows import Row
-from trilens.errors import CorruptFileError, ModelNotFoundError, WriteError
+from trilens.errors import CorruptFileError, ModelNotFoundError
+from trilens.storage import write_whole
 
-__all__ = ["read_rows", "write_rows", "write_whole"]
+__all__ = ["read_rows", "write_rows"]
 
 _NAMES = tuple(field.name for field in fields(Row))
 
@@ -55,27 +53,3 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())
         raise CorruptFileError(f"{path} is no table of a comparison: {words}") from error
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file beside its place and rename it, so that there is never half of one.
-
-    Raises:
-        WriteError: it can't be written; nothing is left of it.
-    """
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        # mkstemp makes files for their owner alone; this one is an ordinary result.
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True) if temporary else None
-        why = error.strerror or type(error).__name__
-        raise WriteError(f"{path} can't be written: {why}; name another place") from error
