@@ -35,13 +35,13 @@ test-gpu: $(VENV)/.gpu
 	$(PY) -m pytest tests/gpu
 
 check: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check src tests benchmarks
-	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks training
+	$(VENV)/bin/ruff check src tests benchmarks training
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.ready
-	$(VENV)/bin/ruff format src tests benchmarks
-	$(VENV)/bin/ruff check --fix src tests benchmarks
+	$(VENV)/bin/ruff format src tests benchmarks training
+	$(VENV)/bin/ruff check --fix src tests benchmarks training
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import llama_88m, peak_memory, save
 from trilens.caches.attention import AttentionCache
-from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 
 
 def caches(layers: list[tuple[Tensor, Tensor]], **options: Any) -> AttentionCache:

@@ -35,9 +35,9 @@ from trilens.demo.corpus import (
     stdlib_root,
     training_documents,
 )
-from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedRule, calibrate
-from trilens.ternary.hessian import Hessian, Moments
-from trilens.ternary.rules import RuleName
+from trilens.ternary.calibrated.hessian import Hessian, Moments
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule, calibrate
+from trilens.ternary.rules.rules import RuleName
 
 BEST = CALIBRATED_RULES["best"]
 WHOLE = "+ all blocks together"

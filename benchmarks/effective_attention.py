@@ -26,11 +26,11 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 from benchmarks.common import paired, peak_memory, save
 from trilens.caches.attention import AttentionCache
-from trilens.caches.channel_pattern import ChannelPattern
-from trilens.caches.patterns import Pattern
-from trilens.caches.recurrent_pattern import RecurrentPattern
-from trilens.models.rwkv7 import RWKV7ForCausalLM
-from trilens.models.rwkv7_config import RWKV7Config
+from trilens.caches.patterns.channel.pattern import ChannelPattern
+from trilens.caches.patterns.protocol import Pattern
+from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
+from trilens.models.rwkv7.config import RWKV7Config
+from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 
 def delta(seq: int) -> Pattern:

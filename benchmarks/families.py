@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tinymodels import TYPES  # noqa: E402
 from tinymodels.checks import CheckError, sweep_one  # noqa: E402
-from trilens.families import FamilyTable  # noqa: E402
+from trilens.models.families import FamilyTable  # noqa: E402
 
 CHUNK = 12
 LEAST = {"gated": 30, "effective": 16}
 """Types that the sweep has to prove gates, and effective attention, of."""
 LAST = Path(__file__).parent / "results" / "families.json"
-SHIPPED = ROOT / "src" / "trilens" / "families.json"
+SHIPPED = ROOT / "src" / "trilens" / "models" / "families.json"
 
 
 def sweep(types: list[str]) -> list[dict]:

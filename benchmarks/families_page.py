@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trilens.families import FamilyRow, load_families, spell_short
+from trilens.models.families import FamilyRow, load_families, spell_short
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 

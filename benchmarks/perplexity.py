@@ -21,13 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import RESULTS, save
-from trilens.analysis.perplexity import measure_perplexity
-from trilens.analysis.text import token_blocks
 from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.demo import demo_path
-from trilens.demo.evaluate import checked_heldout_documents
+from trilens.demo.corpus import checked_heldout_documents
+from trilens.evaluation.perplexity import measure_perplexity
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RULES
+from trilens.ternary.rules.rules import RULES
+from trilens.text.documents import token_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 LENGTH, LIMIT_TOKENS = 512, 1 << 14

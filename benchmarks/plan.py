@@ -26,16 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, save
 from benchmarks.pages import replace_tables, table
-from trilens.analysis.candidates import data_free, of_plan
-from trilens.analysis.damage import Damage, Yardstick
-from trilens.analysis.matrices import find_matrices
-from trilens.analysis.plan_result import Costs, Planned, PlanOptions
-from trilens.analysis.planning import Candidates, choose_plan, price_candidates
-from trilens.analysis.sampling import sample_blocks
-from trilens.analysis.sensitivity import measure_sensitivity
-from trilens.analysis.swap import swapped
-from trilens.analysis.text_candidates import hessians_of, with_text
-from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.demo import DEMO_MODELS, demo_path
 from trilens.demo.corpus import (
     heldout_documents,
@@ -43,8 +34,17 @@ from trilens.demo.corpus import (
     stdlib_root,
     training_documents,
 )
-from trilens.lens import Lens
-from trilens.models.weights import TensorHeader, read_headers
+from trilens.evaluation.reference import Damage, Yardstick
+from trilens.io.safetensors_header import TensorHeader, read_headers
+from trilens.lens.lens import Lens
+from trilens.planning.calibrated_candidates import hessians_of, with_text
+from trilens.planning.candidates import data_free, of_plan
+from trilens.planning.matrices import find_matrices
+from trilens.planning.planning import Candidates, choose_plan, price_candidates
+from trilens.planning.result import Costs, Planned, PlanOptions
+from trilens.planning.sensitivity import measure_sensitivity
+from trilens.taps.parameters import swapped
+from trilens.text.token_blocks import sample_blocks
 
 PAGE = Path(__file__).parents[1] / "docs" / "sensitivity.md"
 BUDGETS = (2.0, 2.5, 3.0)

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import save
-from trilens.ternary.blocks import CODECS
-from trilens.ternary.fused import pack_absmean
-from trilens.ternary.packing import TwoBit
+from trilens.ternary.codecs.gguf_blocks import CODECS
+from trilens.ternary.codecs.packing import TwoBit
 from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rules.fused import pack_absmean
 
 ROWS, COLS = 4096, 11008
 LADDER = [

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.common import peak_memory, ratios, save
 from benchmarks.effective_attention import model
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from transformers.integrations.bitnet import BitLinear, pack_weights
 
 from benchmarks.common import RESULTS, llama_88m, paired, peak_memory, save
 from trilens.checkpoint import TernaryPlan, ternarize
-from trilens.ternary.linear import TernaryLinear
+from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 
 WIDTH = 4096

@@ -31,19 +31,19 @@ from benchmarks.plan import Subject, plans
 from benchmarks.what_survives_page import write_page
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.run import CompareOptions, compare
-from trilens.analysis.damage import Damage, Yardstick
-from trilens.analysis.matrices import find_matrices
-from trilens.analysis.plan_result import Planned
-from trilens.analysis.sampling import sample_blocks
-from trilens.analysis.sensitivity import Sensitivity, measure_sensitivity
-from trilens.analysis.sensitivity import Subject as SubjectName
 from trilens.checkpoint import Calibration, TernaryPlan, ternarize
-from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.demo import DEMO_MODELS, demo_path
 from trilens.errors import AnatomyError
-from trilens.lens import Lens
-from trilens.ternary.calibrated import CALIBRATED_RULES
-from trilens.ternary.rules import RULES
+from trilens.evaluation.reference import Damage, Yardstick
+from trilens.lens.lens import Lens
+from trilens.planning.matrices import find_matrices
+from trilens.planning.result import Planned
+from trilens.planning.sensitivity import Sensitivity, measure_sensitivity
+from trilens.planning.sensitivity import Subject as SubjectName
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES
+from trilens.ternary.rules.rules import RULES
+from trilens.text.token_blocks import sample_blocks
 
 BROKEN = MatrixPlan("absmean", per="tensor")
 """The rule whose damage is looked at part by part."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trilens.ternary.linear import Packed
+from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

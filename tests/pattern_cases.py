@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilens.caches.patterns import Pattern
-from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.patterns.protocol import Pattern
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 
 __all__ = [
     "CASES",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.caches.patterns import Pattern
+from trilens.caches.patterns.protocol import Pattern
 from trilens.taps.kernels import kernel_places
 
 __all__ = ["APPLIED", "assert_consistent", "assert_gives", "normal", "recurrent", "tamper", "unit"]

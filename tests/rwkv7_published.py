@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trilens.models.rwkv7_config import low_rank_dim
+from trilens.models.rwkv7.config import low_rank_dim
 
 __all__ = ["published_tensors"]
 

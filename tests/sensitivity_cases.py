@@ -11,7 +11,7 @@ from transformers.utils import logging
 from checkpoint_cases import saved
 from tinymodels import prompt_ids
 from trilens.demo import demo_path
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 
 __all__ = ["WORDS", "blocks", "opened", "text_model"]
 

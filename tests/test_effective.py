@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 from recurrent_cases import tamper
 from tinymodels import build, prompt_ids
-from trilens.caches.channel_heads import ChannelHeadsPattern
-from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
-from trilens.caches.patterns import Pattern
-from trilens.capture import Capture
+from trilens.caches.patterns.channel.heads import ChannelHeadsPattern
+from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftmaxPattern
+from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import AttentionPathError, CaptureError, NotStoredError, UsageError
-from trilens.lens import Lens
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
 from trilens.models.gates.effective import EFFECTIVE_KERNELS, effective_of
-from trilens.models.rwkv7 import RWKV7ForCausalLM
-from trilens.models.rwkv7_config import RWKV7Config
+from trilens.models.rwkv7.config import RWKV7Config
+from trilens.models.rwkv7.model import RWKV7ForCausalLM
 from trilens.taps.kernels import KernelRecord, kernel_calls
 
 # Longer than a chunk of the tiny models' scans, and no multiple of one.

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tinymodels import build, prompt_ids
-from trilens.capture import Capture
-from trilens.lens import Lens
-from trilens.models.rwkv7 import RWKV7ForCausalLM
-from trilens.models.rwkv7_config import RWKV7Config
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+from trilens.models.rwkv7.config import RWKV7Config
+from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 # Other lengths than the probe's: what it measured must hold for any prompt.
 TOKENS = 7

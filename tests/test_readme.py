@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import trilens
-from trilens.cli import app
+from trilens.cli.main import app
 from trilens.demo import demo_path
 
 ROOT = Path(__file__).parents[1]

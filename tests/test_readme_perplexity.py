@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from trilens.ternary.rules import RULES
+from trilens.ternary.rules.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("tensor", "row", "g128")

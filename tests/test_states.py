@@ -15,7 +15,6 @@ from torch import Tensor
 from recurrent_cases import tamper
 from test_effective import model_of
 from tinymodels import prompt_ids
-from trilens.capture import Capture
 from trilens.errors import (
     CorruptFileError,
     NotStoredError,
@@ -23,10 +22,11 @@ from trilens.errors import (
     RecurrentStateError,
     UsageError,
 )
-from trilens.lens import Lens
+from trilens.io.tensors import read_tensors, write_tensors
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.models.gates.recurrent_states import STATE_KINDS, states_of
-from trilens.storage import read_tensors, write_tensors
 from trilens.taps.kernels import kernel_calls, kernel_places
 
 # Longer than a chunk of the tiny models' scans, and no multiple of one.

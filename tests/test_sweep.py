@@ -9,8 +9,8 @@ import pytest
 from tinymodels import TYPES, build
 from tinymodels.checks import sweep_one
 from trilens.errors import AnatomyError, SeveralStreamsError
-from trilens.families import load_families
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
+from trilens.models.families import load_families
 
 # One of each mechanism: rotary and grouped queries, sinks, softcaps, sliding and chunked masks,
 # sparse top-k, latent attention, local registry, shared blocks, two calls, post-norm, MoE, hybrids.

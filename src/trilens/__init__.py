@@ -15,11 +15,11 @@ from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache, GateSpec
 from trilens.caches.states import StateCache, StateSpec
-from trilens.capture import Capture
 from trilens.checkpoint import TernaryPlan, ternarize, validate
 from trilens.errors import TrilensError
-from trilens.gating import GatingAccumulator, GatingAnalysis
-from trilens.lens import Lens
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+from trilens.statistics.gating import GatingAccumulator, GatingAnalysis
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
 

@@ -1,6 +1,6 @@
 """python -m trilens."""
 
-from trilens.cli import main
+from trilens.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks import plan, what_survives
 from benchmarks.common import RESULTS
 from benchmarks.pages import shown_tables
 from benchmarks.plan import Subject
 from benchmarks.what_survives import Bench, Sizes, gates, measure, variant
 from benchmarks.what_survives_page import PAGE, tables, write_page
-
-from benchmarks import plan, what_survives
 from sensitivity_cases import WORDS, blocks, opened, text_model
 from trilens.analysis.comparison.run import compare
 from trilens.checkpoint import TernaryPlan
 from trilens.demo import DEMO_MODELS
-from trilens.lens import Lens
-from trilens.models.weights import read_headers
-from trilens.ternary.calibrated import CALIBRATED_RULES
-from trilens.ternary.rules import RULES
+from trilens.io.safetensors_header import read_headers
+from trilens.lens.lens import Lens
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES
+from trilens.ternary.rules.rules import RULES
 
 SMALL = Sizes(outside=160, inside=96, parts=96, costs=96, calibration=256, length=32)
 

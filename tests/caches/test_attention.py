@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trilens.caches import attention
 from trilens.caches.attention import AttentionCache, rebuild_pattern
-from trilens.caches.patterns import DensePattern
-from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.patterns.protocol import DensePattern
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import (
     NonFiniteError,
     NotStoredError,

@@ -20,7 +20,7 @@ from trilens.errors import (
     UsageError,
     ValueRangeError,
 )
-from trilens.gating import GatingAnalysis
+from trilens.statistics.gating import GatingAnalysis
 
 NAME = "mlp.gate"
 

@@ -47,16 +47,16 @@ from safetensors.torch import load_file, save_file
 from checkpoint_cases import load, saved, tensors
 from tinymodels import prompt_ids
 from trilens.checkpoint.coding import entries, planned
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.pipeline import ternarize
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.skeleton import Choice
 from trilens.checkpoint.validation import validate
 from trilens.errors import CorruptFileError, TrilensError, WriteError
-from trilens.models.weights import TensorHeader, read_header, read_headers
-from trilens.ternary.blocks import CODECS
-from trilens.ternary.source import view_weights
-from trilens.ternary.sparse import decode_csr, encode_csr
-from trilens.ternary.units import resolve_units
+from trilens.io.safetensors_header import TensorHeader, read_header, read_headers
+from trilens.ternary.codecs.gguf_blocks import CODECS
+from trilens.ternary.codecs.sparse import decode_csr, encode_csr
+from trilens.ternary.granularity import resolve_units
+from trilens.ternary.weights_view import view_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from checkpoint_cases import saved
 from gguf_cases import saved_with_tokenizer
-from trilens.checkpoint.report import TernaryReport
+from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.validation import validate
-from trilens.commands_ternary import register
+from trilens.cli.commands.ternary import register
 
 APP = typer.Typer()
 register(APP)

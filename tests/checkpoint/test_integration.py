@@ -15,12 +15,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from checkpoint_cases import load, saved, tensors
 from tinymodels import forward_kwargs, prompt_ids
+from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.integration import TrilensConfig, TrilensQuantizer
 from trilens.checkpoint.pipeline import ternarize
-from trilens.checkpoint.plan import TernaryPlan
 from trilens.errors import ConfigError, CorruptFileError
-from trilens.lens import Lens
-from trilens.ternary.linear import TernaryLinear
+from trilens.lens.lens import Lens
+from trilens.ternary.packed.linear import TernaryLinear
 
 TYPES = ["llama", "gpt2", "mixtral", "gpt_oss", "granitemoe", "jetmoe", "mamba", "falcon"]
 PLANS = {"absmean": TernaryPlan(), "planes": TernaryPlan("planes", group_size=24)}

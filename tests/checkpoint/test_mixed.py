@@ -14,7 +14,7 @@ import torch
 from checkpoint_cases import load, saved, tensors
 from tinymodels import prompt_ids
 from trilens.checkpoint import TernaryPlan, TrilensConfig, ternarize, validate
-from trilens.checkpoint.matrix_plan import MatrixPlan
+from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import ConfigError, CorruptFileError, UsageError, ValueRangeError
 from trilens.ternary.quantize import PerLayerQuant
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import load, saved, tensors
 from tinymodels import prompt_ids
-from trilens.checkpoint import files, pipeline
-from trilens.checkpoint.names import part_name
+from trilens.checkpoint import pipeline
+from trilens.checkpoint.format import shards as files
+from trilens.checkpoint.format.names import part_name
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.pipeline import ternarize
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.report import TernaryReport
 from trilens.checkpoint.validation import validate
 from trilens.errors import (
     CorruptFileError,

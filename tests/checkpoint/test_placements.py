@@ -10,10 +10,10 @@ import torch
 
 from checkpoint_cases import load, saved, tensors
 from tinymodels import forward_kwargs, prompt_ids
+from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.pipeline import ternarize
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.lens import Lens
-from trilens.ternary.linear import TernaryLinear
+from trilens.lens.lens import Lens
+from trilens.ternary.packed.linear import TernaryLinear
 
 PLACEMENTS: dict[str, Any] = {
     "cpu": "cpu",

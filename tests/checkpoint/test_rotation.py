@@ -14,9 +14,9 @@ from checkpoint_cases import load, saved, tensors
 from gguf_cases import saved_with_tokenizer
 from tinymodels import forward_kwargs, prompt_ids
 from trilens.checkpoint import TernaryPlan, ternarize, validate
-from trilens.cli import app
+from trilens.cli.main import app
 from trilens.errors import ConfigError, UsageError
-from trilens.ternary.linear import TernaryLinear
+from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rotation import turn, turn_back
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import saved
-from trilens.checkpoint.files import json_bytes, sha256_of
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.shards import json_bytes, sha256_of
 from trilens.checkpoint.pipeline import ternarize
-from trilens.checkpoint.plan import TernaryPlan
 from trilens.checkpoint.validation import validate
 from trilens.errors import CorruptFileError, LoadError, ModelNotFoundError
 

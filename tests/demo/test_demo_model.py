@@ -19,9 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.batches import IGNORED_LABEL, encode_documents, heldout_windows
+from training.checkpoint import total_bytes
+from training.heads import HeadScores, induction_scores, previous_token_scores
+from training.losses import heldout_loss
+from training.optimizers import make_optimizers, orthogonalise
 from trilens.demo import DEMO_MODELS, demo_path
-from trilens.demo.batches import IGNORED_LABEL, encode_documents, heldout_windows
-from trilens.demo.checkpoint import total_bytes
 from trilens.demo.corpus import (
     HeldOutRecord,
     check_heldout,
@@ -30,9 +33,6 @@ from trilens.demo.corpus import (
     stdlib_root,
     training_documents,
 )
-from trilens.demo.heads import HeadScores, induction_scores, previous_token_scores
-from trilens.demo.losses import heldout_loss
-from trilens.demo.optimizers import make_optimizers, orthogonalise
 from trilens.errors import UsageError
 
 # Every so many windows of ALL the held-out text: a sample that is an estimate of the recorded

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trilens
+from training.batches import IGNORED_LABEL, encode_documents, heldout_windows
+from training.checkpoint import total_bytes
+from training.losses import heldout_loss
+from training.models import ARCHITECTURES, ModelOptions, build_model
 from trilens.demo import demo_path, training_record
-from trilens.demo.batches import IGNORED_LABEL, encode_documents, heldout_windows
-from trilens.demo.checkpoint import total_bytes
 from trilens.demo.corpus import check_heldout, heldout_documents, load_heldout_record, stdlib_root
-from trilens.demo.losses import heldout_loss
-from trilens.demo.models import ARCHITECTURES, ModelOptions, build_model
 
 RECURRENT = ("mamba", "rwkv7")
 # Every so many windows of all the held-out text: Mamba goes token by token on a CPU.

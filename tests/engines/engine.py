@@ -25,7 +25,7 @@ from transformers.activations import GELUTanh, NewGELUActivation, PytorchGELUTan
 from transformers.utils import logging
 
 import trilens
-from trilens.ternary.linear import TernaryLinear
+from trilens.ternary.packed.linear import TernaryLinear
 
 __all__ = [
     "Comparison",

@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
 from packed_cases import DTYPES, RULES, check, inputs, made
-from trilens.ternary import gpu, multiply
-from trilens.ternary.linear import Packed, TernaryLinear
+from trilens.ternary.packed import multiply
+from trilens.ternary.packed.gpu import dispatch as gpu
+from trilens.ternary.packed.linear import Packed, TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 
 SMALL = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinymodels import build, prompt_ids
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

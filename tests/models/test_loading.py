@@ -48,11 +48,11 @@ from trilens.errors import (
     UnsafeFormatError,
     UsageError,
 )
+from trilens.io.safetensors_header import estimate
 from trilens.models import loading
 from trilens.models.loading import Loaded, load
-from trilens.models.rwkv7 import RWKV7ForCausalLM
-from trilens.models.rwkv7_config import RWKV7Config
-from trilens.models.weights import estimate
+from trilens.models.rwkv7.config import RWKV7Config
+from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 SIZES = {
     "vocab_size": 40,

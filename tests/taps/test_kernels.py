@@ -11,7 +11,7 @@ import torch
 
 from tinymodels import build, prompt_ids
 from trilens.errors import SilentSiteError
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.taps.kernels import KERNELS, kernel_calls, kernel_places
 from trilens.taps.session import Wanted, listening

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinymodels import build, prompt_ids
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 from trilens.taps.registry import REGISTRY, attention_keys
 
 

@@ -20,7 +20,7 @@ from trilens.errors import (
     ValueRangeError,
 )
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RULES
+from trilens.ternary.rules.rules import RULES
 
 RULE_NAMES = sorted(RULES)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tinymodels import build, forward_kwargs, prompt_ids
-from trilens.capture import Capture
 from trilens.errors import AttentionPathError, TrilensError
-from trilens.families import FamilyGate, FamilyRow
-from trilens.lens import Lens
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+from trilens.models.families import FamilyGate, FamilyRow
 
 __all__ = ["CheckError", "attention_vs_eager", "check_capture", "sweep_one"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from trilens.caches.activation import FullActivationCache
-from trilens.capture import Capture
 from trilens.errors import CorruptFileError
-from trilens.gating import GatingAnalysis
+from trilens.lens.capture import Capture
+from trilens.statistics.gating import GatingAnalysis
 
 __all__ = ["Attended", "GateSummary", "Inspection", "LayerRow", "NextToken", "inspect_capture"]
 

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.caches.channel_heads import ChannelHeadsPattern
-from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
 from trilens.caches.indices import check_index
-from trilens.caches.patterns import DensePattern, Device, Moved, Pattern
-from trilens.caches.recurrent_pattern import RecurrentPattern
-from trilens.caches.relu_l1 import ReluL1Pattern
-from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.patterns.channel.heads import ChannelHeadsPattern
+from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftmaxPattern
+from trilens.caches.patterns.protocol import DensePattern, Device, Moved, Pattern
+from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
+from trilens.caches.patterns.relu_l1 import ReluL1Pattern
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.caches.storage import distinct_bytes, spell_layers
 from trilens.errors import (
     NonFiniteError,

@@ -14,7 +14,7 @@ from trilens.caches.gate_functions import GATE_FUNCTIONS, RATED_FUNCTIONS
 from trilens.caches.gate_spec import UNARY_FUNCTIONS, GateKind, GateSpec
 from trilens.caches.storage import distinct_bytes, moved, spell_layers, whole_number
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError, ValueRangeError
-from trilens.gating import GatingAnalysis
+from trilens.statistics.gating import GatingAnalysis
 
 __all__ = ["GateCache", "GateKind", "GateSpec"]
 

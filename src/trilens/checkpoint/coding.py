@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trilens.checkpoint.files import MappedFile, ShardWriter
-from trilens.checkpoint.names import part_name
-from trilens.checkpoint.plan import Storage, TernaryPlan
-from trilens.checkpoint.report import Outcome, TensorReport
-from trilens.checkpoint.skeleton import Choice
-from trilens.checkpoint.turning import to_be_coded
+from trilens.checkpoint.format.names import part_name
+from trilens.checkpoint.format.plan import Storage, TernaryPlan
+from trilens.checkpoint.format.report import Outcome, TensorReport
+from trilens.checkpoint.format.shards import MappedFile, ShardWriter
+from trilens.checkpoint.format.skeleton import Choice
+from trilens.checkpoint.rotation import to_be_coded
 from trilens.errors import WriteError
-from trilens.models.weights import TensorHeader
-from trilens.ternary.calibrated import n_planes_of
-from trilens.ternary.compact import compact_rows
-from trilens.ternary.kernels import parallel_map
-from trilens.ternary.linear import pack_rows
-from trilens.ternary.packing import Base3, TwoBit
+from trilens.io.safetensors_header import TensorHeader
+from trilens.ternary.calibrated.rules import n_planes_of
+from trilens.ternary.codecs.compact import compact_rows
+from trilens.ternary.codecs.packing import Base3, TwoBit
+from trilens.ternary.granularity import resolve_units
+from trilens.ternary.packed.linear import pack_rows
 from trilens.ternary.quantize import PerLayerQuant, Scale
-from trilens.ternary.rules import RuleName
-from trilens.ternary.units import resolve_units
+from trilens.ternary.rules.kernels import parallel_map
+from trilens.ternary.rules.rules import RuleName
 
 __all__ = [
     "CODES_PER_BYTE",

@@ -22,13 +22,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trilens.checkpoint.coding import CODES_PER_BYTE
-from trilens.checkpoint.names import FORMAT_VERSION, QUANT_METHOD, ROTATION, part_name
-from trilens.checkpoint.plan import Storage
-from trilens.checkpoint.skeleton import module_at
+from trilens.checkpoint.format.names import FORMAT_VERSION, QUANT_METHOD, ROTATION, part_name
+from trilens.checkpoint.format.plan import Storage
+from trilens.checkpoint.format.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
-from trilens.ternary.calibrated import n_planes_of
-from trilens.ternary.compact import expand_rows, is_compact
-from trilens.ternary.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
+from trilens.ternary.calibrated.rules import n_planes_of
+from trilens.ternary.codecs.compact import expand_rows, is_compact
+from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
 from trilens.ternary.rotation import turn_back
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]

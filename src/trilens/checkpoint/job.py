@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trilens.checkpoint.names import CARD_NAME, CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.skeleton import Choice
-from trilens.models.weights import TensorHeader
+from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.skeleton import Choice
+from trilens.io.safetensors_header import TensorHeader
 
 __all__ = ["Job", "side_files"]
 

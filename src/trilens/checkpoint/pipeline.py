@@ -9,42 +9,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from trilens.checkpoint.calibration.attempt import attempt
+from trilens.checkpoint.auxiliary_files import DTYPE_NAMES, write_side_files
 from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.rollback import attempt
 from trilens.checkpoint.calibration.run import BlockProgress, Source
 from trilens.checkpoint.calibration.store import Store
-from trilens.checkpoint.card import model_card
 from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
-from trilens.checkpoint.damage import Damage, check_damage
-from trilens.checkpoint.files import MappedFile, ShardWriter, sha256_of, write_whole
-from trilens.checkpoint.gguf.formats import GgufFormat, find_format
-from trilens.checkpoint.gguf.source import open_source
-from trilens.checkpoint.gguf.writer import check_place, write_gguf
-from trilens.checkpoint.job import Job, side_files
-from trilens.checkpoint.manifest import Journal, Order, manifest_bytes, read_manifest
-from trilens.checkpoint.names import (
+from trilens.checkpoint.evaluate import Baseline, Sample
+from trilens.checkpoint.format.damage import Damage, check_damage
+from trilens.checkpoint.format.manifest import Journal, Order, manifest_bytes, read_manifest
+from trilens.checkpoint.format.model_card import model_card
+from trilens.checkpoint.format.names import (
     CARD_NAME,
     CONFIG_NAME,
     JOURNAL_NAME,
     MANIFEST_NAME,
 )
-from trilens.checkpoint.places import check_folder, make_folder
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.report import TensorReport, TernaryReport
-from trilens.checkpoint.sample import Baseline, Sample
-from trilens.checkpoint.settings import overrides
-from trilens.checkpoint.side_files import DTYPE_NAMES, write_side_files
-from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.quantization_config import overrides
+from trilens.checkpoint.format.report import TensorReport, TernaryReport
+from trilens.checkpoint.format.shards import MappedFile, ShardWriter, sha256_of, write_whole
+from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.gguf.formats import GgufFormat, find_format
+from trilens.checkpoint.gguf.source import open_source
+from trilens.checkpoint.gguf.writer import check_place, write_gguf
+from trilens.checkpoint.job import Job, side_files
+from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
-from trilens.models import rwkv7
-from trilens.models.build import read_config
-from trilens.models.hub import local_folder
-from trilens.models.weights import (
+from trilens.io.hub import local_folder
+from trilens.io.safetensors_header import (
     read_headers,
     read_json,
     weight_files,
 )
+from trilens.models.build import read_config
+from trilens.models.rwkv7 import model as rwkv7
 
 __all__ = ["Format", "calibration_source", "ternarize"]
 

@@ -10,16 +10,16 @@ from typing import Any, get_args
 import torch
 
 from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts, tensor_of
-from trilens.checkpoint.files import MappedFile, sha256_of
-from trilens.checkpoint.manifest import read_manifest
-from trilens.checkpoint.names import CONFIG_NAME, QUANT_METHOD, find_parts
-from trilens.checkpoint.plan import Storage, TernaryPlan
-from trilens.checkpoint.report import Outcome, TensorReport, TernaryReport
+from trilens.checkpoint.format.manifest import read_manifest
+from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.format.plan import Storage, TernaryPlan
+from trilens.checkpoint.format.report import Outcome, TensorReport, TernaryReport
+from trilens.checkpoint.format.shards import MappedFile, sha256_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
-from trilens.models.weights import TensorHeader, read_headers, read_json
-from trilens.models.wording import clip
-from trilens.ternary.compact import expand_rows, is_compact
-from trilens.ternary.linear import holds_code_3, unpack_rows
+from trilens.io.messages import clip
+from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
+from trilens.ternary.codecs.compact import expand_rows, is_compact
+from trilens.ternary.packed.linear import holds_code_3, unpack_rows
 
 __all__ = ["validate"]
 

@@ -2,7 +2,7 @@
 
 The checkpoints are ordinary Hugging Face directories, made to be compressed and measured offline
 in seconds. They were trained from scratch on the Python standard library's own sources by
-``python -m trilens.demo.train``; ``python -m trilens.demo.evaluate`` recomputes a held-out loss.
+``python -m training.train``; ``python -m training.evaluate`` recomputes a held-out loss.
 
 Importing this package imports nothing heavy (no torch).
 """
@@ -38,7 +38,7 @@ def demo_path(name: str = "transformer") -> Path:
         raise UsageError(
             f"the demo model {name!r} is missing from this installation (no {name}/config.json "
             "beside trilens.demo); reinstall the package, or train it again with "
-            "python -m trilens.demo.train"
+            "python -m training.train"
         )
     return path
 

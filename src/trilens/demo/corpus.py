@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import sysconfig
 import tokenize
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "HeldOutCheck",
     "HeldOutRecord",
     "check_heldout",
+    "checked_heldout_documents",
     "heldout_documents",
     "load_heldout_record",
     "read_document",
@@ -166,3 +168,19 @@ def training_documents(root: Path, record: HeldOutRecord) -> list[Document]:
 def _is_skipped(name: str) -> bool:
     parts = name.split("/")
     return any(part in _SKIPPED_FOLDERS or part.startswith(_SKIPPED_PREFIXES) for part in parts)
+
+
+def checked_heldout_documents() -> list[Document]:
+    """Read the held-out files, warning on stderr when they are not the recorded ones.
+
+    Raises:
+        UsageError: none of the held-out files exists on this machine.
+    """
+    root, record = stdlib_root(), load_heldout_record()
+    check = check_heldout(root, record)
+    if not check.comparable:
+        print(f"warning: {check.message(record)}", file=sys.stderr)
+    documents = heldout_documents(root, record)
+    if not documents:
+        raise UsageError("this Python has none of the held-out modules; see heldout.json")
+    return documents

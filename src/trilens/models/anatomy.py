@@ -19,7 +19,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
-from trilens.models.relation import relate
+from trilens.models.logit_relation import relate
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
 __all__ = ["Anatomy", "Block", "find_anatomy"]

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
-from trilens.models.weights import TensorHeader, read_json
-from trilens.models.wording import clip, reason
+from trilens.io.messages import clip, reason
+from trilens.io.safetensors_header import TensorHeader, read_json
 
 __all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config"]
 

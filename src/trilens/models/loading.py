@@ -30,11 +30,11 @@ from huggingface_hub.utils.tqdm import (
 from transformers.utils import logging as transformers_logging
 
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
-from trilens.models import rwkv7
+from trilens.io.hub import local_folder
+from trilens.io.messages import reason
+from trilens.io.safetensors_header import memory_bytes, read_headers
 from trilens.models.build import build_from_tensors, build_model, read_config
-from trilens.models.hub import local_folder
-from trilens.models.weights import memory_bytes, read_headers
-from trilens.models.wording import reason
+from trilens.models.rwkv7 import model as rwkv7
 
 __all__ = ["Loaded", "load", "load_mapped", "load_tokenizer"]
 

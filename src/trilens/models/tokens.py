@@ -26,7 +26,7 @@ from trilens.errors import (
     TokenIdError,
     UsageError,
 )
-from trilens.models.wording import clip
+from trilens.io.messages import clip
 
 __all__ = [
     "Prompt",

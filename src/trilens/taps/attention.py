@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trilens.caches.patterns import DensePattern, Pattern
-from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.patterns.protocol import DensePattern, Pattern
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import AttentionPathError
 from trilens.taps.registry import AttentionCall
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from trilens.caches.channel_heads import ChannelHeadsPattern
-from trilens.caches.channel_pattern import ChannelPattern
-from trilens.caches.patterns import Pattern
+from trilens.caches.patterns.channel.heads import ChannelHeadsPattern
+from trilens.caches.patterns.channel.pattern import ChannelPattern
+from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import CaptureError, UsageError
-from trilens.models.effective import Effective, tolerance_of
 from trilens.models.gates.effective import effective_of
+from trilens.models.gates.effective_terms import Effective, tolerance_of
 from trilens.taps.kernels import KernelRecord
 
 __all__ = ["effective_patterns"]

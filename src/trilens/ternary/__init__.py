@@ -5,13 +5,13 @@ the rest is how it is done: `source` reads weights in blocks, `units` says what 
 `scan`, `exact` and `alternating` look at units, `engine` puts it together over `kernels`.
 """
 
-from trilens.ternary.blocks import CODECS, find_codec
-from trilens.ternary.fused import PackedQuant, pack_absmean
-from trilens.ternary.packing import Codec, Unpacked
+from trilens.ternary.codecs.gguf_blocks import CODECS, find_codec
+from trilens.ternary.codecs.packing import Codec, Unpacked
+from trilens.ternary.codecs.sparse import decode_csr, encode_csr, encode_smallest
+from trilens.ternary.granularity import Units
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RULES
-from trilens.ternary.sparse import decode_csr, encode_csr, encode_smallest
-from trilens.ternary.units import Units
+from trilens.ternary.rules.fused import PackedQuant, pack_absmean
+from trilens.ternary.rules.rules import RULES
 
 __all__ = [
     "CODECS",

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import DtypeError, ShapeError, UsageError, ValueRangeError
-from trilens.ternary.engine import Coded, ScaleDtype, code_units
-from trilens.ternary.kernels import kernels_for, parallel_map
-from trilens.ternary.rules import RuleName, find_rule
-from trilens.ternary.source import WeightsLike, view_weights
-from trilens.ternary.units import Per, Span, Units, resolve_units
+from trilens.ternary.granularity import Per, Span, Units, resolve_units
+from trilens.ternary.rules.coder import Coded, ScaleDtype, code_units
+from trilens.ternary.rules.kernels import kernels_for, parallel_map
+from trilens.ternary.rules.rules import RuleName, find_rule
+from trilens.ternary.weights_view import WeightsLike, view_weights
 
 __all__ = ["PerLayerQuant", "Scale"]
 

@@ -25,13 +25,13 @@ from trilens.analysis.comparison.residual import ResidualAccumulator
 from trilens.analysis.comparison.rows import METRICS, Row
 from trilens.analysis.comparison.weights import matrix_shapes, weight_rows
 from trilens.caches.attention import AttentionCache
-from trilens.caches.patterns import DensePattern
-from trilens.caches.softmax_pattern import SoftmaxPattern
+from trilens.caches.patterns.protocol import DensePattern
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import IncomparableError, NotStoredError, ShapeError, UsageError
-from trilens.gating import GatingAccumulator
-from trilens.lens import Lens
-from trilens.metrics import cosine, js_nats
-from trilens.ternary.linear import TernaryLinear
+from trilens.lens.lens import Lens
+from trilens.statistics.divergence import cosine, js_nats
+from trilens.statistics.gating import GatingAccumulator
+from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 
 

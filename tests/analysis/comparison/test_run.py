@@ -25,7 +25,7 @@ import trilens
 from tinymodels import build, prompt_ids
 from trilens import CompareOptions, Comparison, Lens, compare
 from trilens.analysis.comparison.rows import METRICS
-from trilens.cli import app
+from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import (
     CorruptFileError,
@@ -36,9 +36,9 @@ from trilens.errors import (
     UsageError,
     ValueRangeError,
 )
-from trilens.metrics import kl_nats
-from trilens.report.comparison import render_comparison
-from trilens.ternary.linear import TernaryLinear
+from trilens.report.text.comparison import render_comparison
+from trilens.statistics.divergence import kl_nats
+from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 8

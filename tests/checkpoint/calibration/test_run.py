@@ -17,19 +17,19 @@ from typer.testing import CliRunner
 
 from checkpoint_cases import load, saved, tensors
 from gguf_cases import saved_with_tokenizer
-from trilens.analysis.perplexity import measure_perplexity
 from trilens.checkpoint import Calibration, TernaryPlan, ternarize, validate
 from trilens.checkpoint.calibration import run
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.store import Store
+from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.gguf import validate_gguf
-from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.checkpoint.pipeline import calibration_source
-from trilens.cli import app
+from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import DamageError, NonFiniteError, TextError, UsageError
-from trilens.proof import prove
+from trilens.evaluation.perplexity import measure_perplexity
+from trilens.lens.proof import prove
 
 DOCUMENTS = tuple(
     "\n".join(f"def f{i}_{j}(x, y):\n    return x * {i} + y - {j}\n" for j in range(30))

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 import trilens
 from checkpoint_cases import tensors
 from gguf_cases import saved_with_tokenizer
+from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.gguf import FORMATS, validate_gguf
 from trilens.checkpoint.gguf import writer as writing
 from trilens.checkpoint.gguf.families import FAMILIES
 from trilens.checkpoint.gguf.reader import read_gguf
-from trilens.checkpoint.matrix_plan import MatrixPlan
 from trilens.errors import NonFiniteError, UsageError, WriteError
 from trilens.ternary.quantize import PerLayerQuant
 

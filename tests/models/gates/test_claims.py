@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinymodels import build, prompt_ids
 from trilens.errors import SilentSiteError, UnclaimedGateError
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 from trilens.models.gates.kernels import KERNEL_GATES, is_recorded
 from trilens.taps.kernels import kernel_calls
 

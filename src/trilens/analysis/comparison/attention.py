@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trilens.analysis.comparison.rows import Row, against_itself, change
-from trilens.caches.patterns import Pattern
+from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import IncomparableError
 
 __all__ = ["EFFECTIVE", "SOFTMAX", "AttentionAccumulator", "js_nats_of_rows"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from trilens.analysis.comparison.weights import matrix_shapes
 from trilens.errors import IncomparableError
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 
 __all__ = ["check_comparable", "differing_tokenizers"]
 

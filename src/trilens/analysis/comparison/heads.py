@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.analysis.comparison.rows import Row, change
-from trilens.caches.patterns import Pattern
-from trilens.models.running import probe_ids, text_config
+from trilens.caches.patterns.protocol import Pattern
+from trilens.models.forward_call import probe_ids, text_config
 from trilens.models.tokens import max_positions_of, vocab_size_of
 
 __all__ = ["ROLES", "RoleAccumulator", "RoleChange", "repeated_probe"]

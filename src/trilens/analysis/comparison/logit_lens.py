@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trilens.analysis.comparison.rows import Row, change
-from trilens.lens import Lens
+from trilens.lens.lens import Lens
 
 __all__ = ["LensAccumulator", "settle_layers"]
 

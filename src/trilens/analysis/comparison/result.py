@@ -15,7 +15,6 @@ from torch import Tensor
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.rows import METRICS, Row
 from trilens.analysis.comparison.saving import read_rows, write_rows
-from trilens.capture import ModelInfo
 from trilens.errors import (
     CorruptFileError,
     ModelNotFoundError,
@@ -23,7 +22,8 @@ from trilens.errors import (
     UsageError,
     WriteError,
 )
-from trilens.storage import read_tensors, write_tensors, write_whole
+from trilens.io.tensors import read_tensors, write_tensors, write_whole
+from trilens.lens.capture import ModelInfo
 
 __all__ = ["Comparison", "NamedArray"]
 

@@ -17,14 +17,13 @@ from trilens.analysis.comparison.compatible import check_comparable
 from trilens.analysis.comparison.gates import GateAccumulator
 from trilens.analysis.comparison.heads import RoleAccumulator, repeated_probe
 from trilens.analysis.comparison.logit_lens import LensAccumulator, settle_layers
-from trilens.analysis.comparison.outside import OutsideAccumulator, OutsideResult, outside_rows
+from trilens.analysis.comparison.output import outside_rows
 from trilens.analysis.comparison.residual import ResidualAccumulator
 from trilens.analysis.comparison.result import Comparison, NamedArray
 from trilens.analysis.comparison.sites import Sites, common_sites, refuse_nonfinite
 from trilens.analysis.comparison.weights import weight_rows
 from trilens.caches.activation import FullActivationCache
-from trilens.caches.patterns import Pattern
-from trilens.capture import Capture, ModelInfo
+from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import (
     CaptureError,
     EmptyPromptError,
@@ -33,7 +32,9 @@ from trilens.errors import (
     UsageError,
     ValueRangeError,
 )
-from trilens.lens import Lens, PromptLike
+from trilens.evaluation.output import OutsideAccumulator, OutsideResult
+from trilens.lens.capture import Capture, ModelInfo
+from trilens.lens.lens import Lens, PromptLike
 from trilens.models.tokens import max_positions_of, read_prompt, vocab_size_of
 
 __all__ = ["CompareOptions", "compare"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trilens.analysis.comparison.rows import Row
 from trilens.errors import CorruptFileError, ModelNotFoundError
-from trilens.storage import write_whole
+from trilens.io.tensors import write_whole
 
 __all__ = ["read_rows", "write_rows"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from trilens.capture import Capture
 from trilens.errors import CaptureError, NonFiniteError
-from trilens.lens import Lens
-from trilens.models.running import probe_ids
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+from trilens.models.forward_call import probe_ids
 from trilens.models.tokens import vocab_size_of
 
 __all__ = ["Sites", "common_sites", "refuse_nonfinite"]

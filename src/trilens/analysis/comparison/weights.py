@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from trilens.analysis.comparison.rows import Row, against_itself, change
 from trilens.errors import NonFiniteError
-from trilens.lens import Lens
-from trilens.ternary.linear import TernaryLinear
+from trilens.lens.lens import Lens
+from trilens.ternary.packed.linear import TernaryLinear
 
 __all__ = ["matrix_shapes", "weight_rows"]
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from trilens.checkpoint.calibration.experts import computing_one_by_one
 from trilens.errors import AnatomyError
 from trilens.models.anatomy import Anatomy
-from trilens.models.running import forward_arguments, probe_ids
+from trilens.models.forward_call import forward_arguments, probe_ids
 from trilens.models.tokens import vocab_size_of
 from trilens.models.trace import tensors_in
 from trilens.taps.mode import evaluating

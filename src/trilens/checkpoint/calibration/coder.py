@@ -19,18 +19,18 @@ from trilens.checkpoint.calibration.fit import FitOptions, fit_block, turned
 from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.turning import plain_weights, to_be_coded
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.rotation import plain_weights, to_be_coded
 from trilens.errors import NonFiniteError
-from trilens.ternary.calibrated import (
+from trilens.ternary.calibrated.hessian import Moments, MomentSums
+from trilens.ternary.calibrated.rules import (
     CALIBRATED_RULES,
     Calibrated,
     CalibratedRule,
     calibrate,
 )
-from trilens.ternary.hessian import Moments, MomentSums
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RuleName
+from trilens.ternary.rules.rules import RuleName
 
 __all__ = ["BlockJob", "CodedBlock", "Matrix", "code_block", "held_weight", "put_matrix", "rule_of"]
 

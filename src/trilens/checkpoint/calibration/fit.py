@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trilens.checkpoint.calibration.moving import MovingMatrix
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.turning import plain_weights
+from trilens.checkpoint.calibration.trainable import MovingMatrix
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.rotation import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "turned"]

@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from trilens.analysis.text import read_documents, token_blocks
 from trilens.errors import TextError, UsageError, ValueRangeError
+from trilens.text.documents import read_documents, token_blocks
 
 __all__ = ["Calibration", "Drawn", "draw"]
 

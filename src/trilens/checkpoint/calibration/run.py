@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilens.analysis.perplexity import token_nll_nats
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.coder import (
     BlockJob,
@@ -22,23 +21,24 @@ from trilens.checkpoint.calibration.coder import (
     put_matrix,
     rule_of,
 )
+from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_whole
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.options import Calibration, Drawn, draw
-from trilens.checkpoint.calibration.placing import Placed, place_choices
+from trilens.checkpoint.calibration.placement import Placed, place_choices
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
-from trilens.checkpoint.calibration.whole import FinishedBlock, fit_whole
-from trilens.checkpoint.damage import Damage
-from trilens.checkpoint.files import json_bytes, write_whole
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.skeleton import Choice
-from trilens.checkpoint.turning import plain_weights
+from trilens.checkpoint.format.damage import Damage
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.shards import json_bytes, write_whole
+from trilens.checkpoint.format.skeleton import Choice
+from trilens.checkpoint.rotation import plain_weights
 from trilens.errors import CorruptFileError, NonFiniteError
+from trilens.evaluation.perplexity import token_nll_nats
+from trilens.io.safetensors_header import read_json
+from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
-from trilens.models.weights import read_json
-from trilens.proof import prove
-from trilens.ternary.calibrated import CALIBRATED_RULES, CalibratedRule
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockProgress", "Source", "run_calibration"]

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trilens.checkpoint.files import json_bytes, write_whole
+from trilens.checkpoint.format.shards import json_bytes, write_whole
 from trilens.errors import CorruptFileError, TrilensError
-from trilens.models.weights import read_json
-from trilens.ternary.linear import Packed, unpack_rows
+from trilens.io.safetensors_header import read_json
+from trilens.ternary.packed.linear import Packed, unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockRecord", "MatrixRecord", "Store", "WholeRecord"]

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trilens.analysis.perplexity import batches_of_blocks
 from trilens.errors import CorruptFileError, WriteError
-from trilens.models.wording import reason
+from trilens.evaluation.perplexity import batches_of_blocks
+from trilens.io.messages import reason
 
 __all__ = ["Batch", "Stream", "batches_of", "pieces_of", "write_stream"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from trilens.checkpoint.plan import TernaryPlan
+from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.errors import UsageError
-from trilens.ternary.blocks import Q2, TQ1, TQ2
-from trilens.ternary.packing import Codec
+from trilens.ternary.codecs.gguf_blocks import Q2, TQ1, TQ2
+from trilens.ternary.codecs.packing import Codec
 
 __all__ = [
     "FLOAT_TYPES",

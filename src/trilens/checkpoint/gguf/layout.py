@@ -11,11 +11,11 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
+from trilens.checkpoint.format.report import TensorReport
+from trilens.checkpoint.format.skeleton import Choice, module_at
 from trilens.checkpoint.gguf.families import Family
 from trilens.checkpoint.gguf.formats import FLOAT_TYPES, GgufFormat, type_bytes
 from trilens.checkpoint.gguf.source import GgufSource
-from trilens.checkpoint.report import TensorReport
-from trilens.checkpoint.skeleton import Choice, module_at
 from trilens.errors import CorruptFileError, UsageError
 
 __all__ = ["Slot", "left_out", "slots", "with_fallbacks"]

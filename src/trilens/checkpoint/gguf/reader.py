@@ -16,10 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from trilens.checkpoint.files import MappedFile
+from trilens.checkpoint.format.shards import MappedFile
 from trilens.checkpoint.gguf.formats import type_bytes
 from trilens.errors import CorruptFileError, ModelNotFoundError, ShapeError
-from trilens.models.wording import clip
+from trilens.io.messages import clip
 
 __all__ = ["GgufEntry", "GgufFile", "read_gguf"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trilens.errors import UsageError
-from trilens.models.wording import clip
+from trilens.io.messages import clip
 
 __all__ = ["is_sentencepiece", "piece_scores", "prepends_space"]
 

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from trilens.checkpoint.coding import tensor_of
-from trilens.checkpoint.files import MappedFile
-from trilens.checkpoint.names import CONFIG_NAME, QUANT_METHOD, find_parts
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.report import TensorReport
-from trilens.checkpoint.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.report import TensorReport
+from trilens.checkpoint.format.shards import MappedFile
+from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, ValueRangeError
+from trilens.io.hub import local_folder
+from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
 from trilens.models.build import read_config
-from trilens.models.hub import local_folder
 from trilens.models.loading import load_tokenizer
-from trilens.models.weights import TensorHeader, read_headers, read_json
-from trilens.ternary.compact import expand_rows
-from trilens.ternary.linear import unpack_rows
+from trilens.ternary.codecs.compact import expand_rows
+from trilens.ternary.granularity import Per
+from trilens.ternary.packed.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rules import RuleName
-from trilens.ternary.units import Per
+from trilens.ternary.rules.rules import RuleName
 
 __all__ = ["GgufSource", "Matrix", "open_source"]
 

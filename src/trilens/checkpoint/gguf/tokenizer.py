@@ -17,7 +17,7 @@ from gguf import GGUFWriter, TokenType
 
 from trilens.checkpoint.gguf.sentencepiece import is_sentencepiece, piece_scores, prepends_space
 from trilens.errors import NoTokenizerError, UsageError
-from trilens.models.wording import clip
+from trilens.io.messages import clip
 
 __all__ = ["PRE_TOKENIZERS", "Vocabulary", "read_vocabulary"]
 

@@ -12,8 +12,8 @@ from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS
 from trilens.checkpoint.gguf.reader import GgufEntry, GgufFile, read_gguf
 from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
 from trilens.errors import CorruptFileError
-from trilens.models.wording import clip
-from trilens.ternary.packing import Codec
+from trilens.io.messages import clip
+from trilens.ternary.codecs.packing import Codec
 
 __all__ = ["HASH_KEY", "data_hash", "row_spans", "validate_gguf"]
 

@@ -18,7 +18,10 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.checkpoint.files import move_into_place, temporary_path
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.report import TensorReport, TernaryReport
+from trilens.checkpoint.format.shards import move_into_place, temporary_path
+from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.gguf.families import Family, find_family
 from trilens.checkpoint.gguf.formats import GgufFormat, check_packed, fitting_plan
 from trilens.checkpoint.gguf.layout import Slot, left_out, slots, with_fallbacks
@@ -26,11 +29,8 @@ from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.checkpoint.gguf.source import GgufSource
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
 from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
-from trilens.checkpoint.plan import TernaryPlan
-from trilens.checkpoint.report import TensorReport, TernaryReport
-from trilens.checkpoint.skeleton import Choice
 from trilens.errors import CorruptFileError, UsageError, WriteError
-from trilens.models.wording import reason
+from trilens.io.messages import reason
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
-from trilens.caches.recurrent_pattern import RecurrentPattern
+from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftmaxPattern
+from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
 from trilens.errors import AttentionPathError
-from trilens.models.effective import Effective
+from trilens.models.gates.effective_terms import Effective
 from trilens.models.gates.kernels import chunk_step, scan_step
 from trilens.models.gates.rglru import rglru_terms
 from trilens.models.trace import tensors_in

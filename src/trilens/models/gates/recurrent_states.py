@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilens.caches.channel_pattern import ChannelPattern, DecayedSoftmaxPattern
-from trilens.caches.recurrent_pattern import RecurrentPattern, running_maximum
-from trilens.caches.recurrent_states import (
+from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftmaxPattern
+from trilens.caches.patterns.recurrent.pattern import RecurrentPattern, running_maximum
+from trilens.caches.patterns.recurrent.states import (
     channel_states,
     matrix_reads,
     matrix_states,
@@ -27,8 +27,8 @@ from trilens.caches.recurrent_states import (
 )
 from trilens.caches.states import StatePart, StateSpec
 from trilens.errors import RecurrentStateError, TrilensError
-from trilens.models.effective import Effective, tolerance_of
 from trilens.models.gates.effective import effective_of
+from trilens.models.gates.effective_terms import Effective, tolerance_of
 
 __all__ = ["STATE_KINDS", "LayerState", "StateKind", "join_states", "states_of"]
 

@@ -1,0 +1,42 @@
+"""Rows of a comparison about the output: perplexity, KL divergence, top tokens."""
+
+from __future__ import annotations
+
+from trilens.analysis.comparison.rows import Row, against_itself, change
+from trilens.evaluation.output import OutsideResult, perplexity_of
+
+__all__ = ["outside_rows"]
+
+_MODULE = "output"
+
+
+def outside_rows(result: OutsideResult) -> list[Row]:
+    """The result as rows of the table."""
+    rows = []
+    for metric in (
+        "perplexity",
+        "nll_nats",
+        "right_probability",
+    ):
+        pair = (getattr(result, f"{metric}_before"), getattr(result, f"{metric}_after"))
+        if None not in pair:
+            rows.append(change(metric, *pair, module=_MODULE))
+    before, after = result.nll_interval_before, result.nll_interval_after
+    moved = result.nll_interval_change
+    if before is not None and after is not None and moved is not None:
+        for end in ("low", "high"):
+            pair = getattr(before, end), getattr(after, end)
+            both = [perplexity_of(value) for value in pair]
+            rows += [
+                change(f"perplexity_ci95_{end}", both[0] or 0.0, both[1] or 0.0, module=_MODULE),
+                change(f"nll_nats_ci95_{end}", *pair, module=_MODULE),
+                against_itself(f"nll_nats_change_ci95_{end}", getattr(moved, end), module=_MODULE),
+            ]
+    if result.right_probability_rms_change is not None:
+        value = result.right_probability_rms_change
+        rows.append(against_itself("right_probability_rms_change", value, module=_MODULE))
+    for metric in ("kl_nats_mean", "kl_nats_median", "kl_nats_p99", "kl_nats_max"):
+        rows.append(against_itself(metric, getattr(result, metric), module=_MODULE))
+    for metric in ("same_top1", "same_top5"):
+        rows.append(against_itself(metric, getattr(result, metric), module=_MODULE, itself=1.0))
+    return rows

@@ -1,0 +1,3 @@
+"""Softmax attention, kept as queries and keys."""
+
+__all__: list[str] = []

@@ -1,0 +1,62 @@
+"""The small files of a ternary checkpoint: configuration, index, and what is copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trilens.checkpoint.coding import entries
+from trilens.checkpoint.format.names import CONFIG_NAME
+from trilens.checkpoint.format.quantization_config import quantization_config
+from trilens.checkpoint.format.shards import json_bytes, sha256_of, write_whole
+from trilens.checkpoint.job import Job
+from trilens.io.safetensors_header import INDEX_NAME, SINGLE_NAME, explicit_name
+
+__all__ = ["DTYPE_NAMES", "write_side_files"]
+
+DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Floating-point dtypes, as safetensors and as torch call them."""
+
+
+def write_side_files(out: Path, job: Job) -> dict[str, str]:
+    """Write them, and give the hash of each by its name.
+
+    Raises:
+        WriteError: no space, no permission.
+    """
+    index = _index(job)
+    if index is not None:
+        name, content = index
+        write_whole(out / name, json_bytes(content))
+    for path in job.side_files:
+        write_whole(out / path.name, path.read_bytes())
+    write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
+    names = [path.name for path in job.side_files] + [CONFIG_NAME]
+    return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
+
+
+def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
+    explicit = explicit_name(job.folder)
+    if [file.name for file in job.files] in ([SINGLE_NAME], [explicit]):
+        return None
+    weight_map = {}
+    total = 0
+    for file in job.files:
+        for choice, header in job.of_file(file):
+            for name, _, _, size_bytes in entries(choice, header, job.plan):
+                weight_map[name] = file.name
+                total += size_bytes
+    return explicit or INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _config(job: Job) -> dict[str, Any]:
+    config = dict(job.config)
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        # Without it transformers takes the first floating-point tensor's: a scale's.
+        sizes: dict[str, int] = {}
+        for header in job.headers.values():
+            if header.dtype in DTYPE_NAMES:
+                sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
+        config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
+    config["quantization_config"] = quantization_config(job.plan, job.choices, job.headers)
+    return config

@@ -1,0 +1,106 @@
+"""Which stored tensors stand in which block of the model, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trilens.checkpoint.calibration.coder import Matrix
+from trilens.checkpoint.format.skeleton import Choice
+from trilens.errors import UsageError
+from trilens.models.anatomy import Anatomy
+
+__all__ = ["Placed", "place_choices"]
+
+_MERGED = "transformers merges it with others when it loads them: its inputs are not seen alone"
+_EXPERTS = "its experts share one tensor, and no product of one expert alone was seen"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What calibration works on in one block.
+
+    Attributes:
+        matrices: What becomes ternary.
+        vectors: Norms and biases: parameter in the block → stored tensor and its dtype.
+    """
+
+    matrices: tuple[Matrix, ...]
+    vectors: dict[str, tuple[str, torch.dtype]]
+
+
+def place_choices(
+    model: nn.Module, anatomy: Anatomy, choices: tuple[Choice, ...], tensors: Mapping[str, Tensor]
+) -> tuple[Placed, ...]:
+    """Give every block its matrices and vectors.
+
+    Args:
+        model: the model that was built over the tensors.
+        anatomy: its parts.
+        choices: what becomes of each stored tensor.
+        tensors: the stored tensors.
+
+    Raises:
+        UsageError: a matrix that is to become ternary is outside the blocks, or is not found in
+            the parameter that it fills.
+    """
+    starts = [block.path + "." for block in anatomy.blocks]
+    matrices: list[list[Matrix]] = [[] for _ in starts]
+    vectors: list[dict[str, tuple[str, torch.dtype]]] = [{} for _ in starts]
+    for choice in choices:
+        index = next((i for i, start in enumerate(starts) if choice.target.startswith(start)), None)
+        if choice.storage == "kept":
+            stored = tensors.get(choice.name)
+            if index is not None and stored is not None and stored.ndim == 1:
+                held = _parameter(model, choice.target)
+                if held is not None and held.shape == stored.shape:
+                    inside = choice.target.removeprefix(starts[index])
+                    vectors[index][inside] = (choice.name, stored.dtype)
+            continue
+        if index is None:
+            raise UsageError(
+                f"tensor {choice.name} is to become ternary, but stands outside the blocks that a "
+                "text runs through: keep it, or leave the calibration out"
+            )
+        inside = choice.target.removeprefix(starts[index])
+        matrices[index] += _matrices(choice, inside, tensors[choice.name], model)
+    return tuple(Placed(tuple(m), v) for m, v in zip(matrices, vectors, strict=True))
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor | None:
+    return dict(model.named_parameters()).get(name)
+
+
+def _matrices(choice: Choice, inside: str, stored: Tensor, model: nn.Module) -> list[Matrix]:
+    name = choice.name
+    if choice.storage == "layer":
+        return [Matrix(name, inside.removesuffix(".weight"), inside)]
+    if choice.storage == "experts":
+        return [
+            Matrix(name, "", inside, i, _expert(i), choice.transposed, _EXPERTS)
+            for i in range(len(stored))
+        ]
+    held = model.get_parameter(choice.target)
+    return [Matrix(name, "", inside, 0, _rows(held, stored, name), False, _MERGED)]
+
+
+def _expert(index: int) -> Callable[[Tensor], Tensor]:
+    return lambda parameter: parameter[index]
+
+
+def _rows(held: Tensor, stored: Tensor, name: str) -> Callable[[Tensor], Tensor]:
+    """Where a stored matrix stands in the parameter it was merged into: found by its values."""
+    rows, cols = stored.shape
+    if held.shape[-1] == cols:
+        flat = held.detach().reshape(-1, cols)
+        first = stored.to(held.dtype)
+        for start in torch.nonzero(flat[:, 0] == first[0, 0])[:, 0].tolist():
+            if torch.equal(flat[start : start + rows], first):
+                return lambda parameter: parameter.view(-1, cols)[start : start + rows]
+    raise UsageError(
+        f"tensor {name} is not found in the parameter that transformers makes of it: keep it, or "
+        "leave the calibration out"
+    )

@@ -1,0 +1,62 @@
+"""A calibration beside the place of its output: kept where it was killed, gone where it failed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.run import BlockProgress, Source, run_calibration
+from trilens.checkpoint.calibration.store import Store
+from trilens.checkpoint.format.damage import Damage, check_damage
+from trilens.checkpoint.format.manifest import Journal
+from trilens.checkpoint.format.names import WORK_NAME
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.errors import TrilensError, WriteError
+
+__all__ = ["attempt"]
+
+
+def attempt(
+    out: Path,
+    source: Source,
+    plan: TernaryPlan,
+    calibration: Calibration,
+    journal: Journal,
+    *,
+    is_new: bool,
+    say: Callable[[BlockProgress], None] | None,
+) -> tuple[Store, Damage]:
+    """Code every matrix on a text, and refuse too much damage.
+
+    What the same call would fail at again leaves nothing behind. What a kill or a full disk
+    stopped keeps its finished blocks.
+
+    Args:
+        out: the output's directory.
+        source: the checkpoint.
+        plan: the rule and its options.
+        calibration: the text.
+        journal: of the output.
+        is_new: the directory was made for this run.
+        say: told of progress.
+
+    Raises:
+        DamageError: more than `calibration` allows.
+        TrilensError: as `run_calibration`.
+    """
+    work = out / WORK_NAME
+    try:
+        store, damage = run_calibration(source, plan, calibration, work, say=say)
+        check_damage(damage, calibration)
+    except WriteError:
+        raise
+    except TrilensError:
+        if journal.is_empty:
+            shutil.rmtree(work, ignore_errors=True)
+            journal.remove()
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+        raise
+    return store, damage

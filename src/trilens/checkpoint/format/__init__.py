@@ -1,0 +1,3 @@
+"""What the files of a ternary checkpoint are called and hold."""
+
+__all__: list[str] = []

@@ -1,0 +1,240 @@
+"""What became of each tensor: a frozen report, its table and its JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, TypeAlias
+
+from trilens.checkpoint.format.damage import Damage
+from trilens.checkpoint.format.plan import TernaryPlan
+
+__all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
+
+Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One stored tensor.
+
+    Attributes:
+        name: As the source names it.
+        packed_as: The name from which those of its packed parts are made.
+        shape: Its shape in the source.
+        outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
+            exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
+            output, because it does not need it.
+        reason: Why it is kept; for an unpacked one, what happens when it is loaded.
+        is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
+            that is a fallback.
+        size_bytes_before: In the source.
+        size_bytes: In the output: codes, scales, offsets.
+        relative_error: ‖W−Ŵ‖²/‖W‖²; None where nothing was coded. 0 for exact.
+        sparsity: Share of zeros among the trits; None where nothing was coded.
+        decoded_exactly: What the file holds was decoded and compared bit for bit.
+        output_error: Σ‖Ŵx − y‖²/Σ‖y‖² on the calibration text; None where it was not measured.
+        fitted: A kept vector has new values, fitted to the dense block's outputs.
+    """
+
+    name: str
+    packed_as: str
+    shape: tuple[int, ...]
+    outcome: Outcome
+    reason: str
+    is_matrix: bool
+    size_bytes_before: int
+    size_bytes: int
+    relative_error: float | None = None
+    sparsity: float | None = None
+    decoded_exactly: bool = False
+    output_error: float | None = None
+    fitted: bool = False
+
+    @property
+    def n_weights(self) -> int:
+        """How many numbers the tensor has."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the tensor, in bits for each weight."""
+        return 8 * self.size_bytes / self.n_weights if self.n_weights else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReport:
+    """Perplexity of one text before and after.
+
+    Attributes:
+        name: What the text is called.
+        n_tokens: Predicted tokens.
+        perplexity_before: Of the source, in its own dtype.
+        perplexity_after: Of the ternary checkpoint on the same tokens; infinite where its logits
+            are not finite.
+    """
+
+    name: str
+    n_tokens: int
+    perplexity_before: float
+    perplexity_after: float
+
+    @property
+    def ratio(self) -> float:
+        """After over before: 1 is no damage."""
+        return self.perplexity_after / self.perplexity_before
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words."""
+        return (
+            f"Perplexity on {self.name} ({self.n_tokens} tokens): {self.perplexity_before:.4g} "
+            f"before, {self.perplexity_after:.4g} after, {self.ratio:.3g} times as much."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; null where a number is infinite."""
+        values = {**asdict(self), "ratio": self.ratio}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report that `to_dict` gave these values.
+
+        Raises:
+            TypeError, KeyError: values that are none.
+        """
+        name, n_tokens = values["name"], values["n_tokens"]
+        before, after = values["perplexity_before"], values["perplexity_after"]
+        after = math.inf if after is None else after
+        numbers = all(isinstance(value, int | float) for value in (before, after))
+        if not (isinstance(name, str) and type(n_tokens) is int and numbers and before > 0):
+            raise TypeError("the entry of the sample has values of the wrong kind")
+        return cls(name, n_tokens, float(before), float(after))
+
+
+@dataclass(frozen=True, slots=True)
+class TernaryReport:
+    """What `ternarize` did, or in a dry run would do.
+
+    Attributes:
+        plan: The plan that was followed.
+        tensors: Every tensor of the checkpoint.
+        dry_run: Nothing was written.
+        sample: The perplexity of a text before and after, where one was given.
+        damage: Perplexities that a calibration measured; None without one.
+    """
+
+    plan: TernaryPlan
+    tensors: tuple[TensorReport, ...]
+    dry_run: bool = False
+    sample: SampleReport | None = None
+    damage: Damage | None = None
+
+    @property
+    def matrices(self) -> tuple[TensorReport, ...]:
+        """Linear layers inside blocks, coded or not."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_matrix)
+
+    @property
+    def coded(self) -> tuple[TensorReport, ...]:
+        """Matrices that are stored as trits."""
+        return tuple(tensor for tensor in self.matrices if tensor.outcome != "kept")
+
+    @property
+    def fallbacks(self) -> tuple[TensorReport, ...]:
+        """Matrices that are kept, each with its reason."""
+        return tuple(tensor for tensor in self.matrices if tensor.outcome == "kept")
+
+    @property
+    def size_bytes_before(self) -> int:
+        """All tensors in the source."""
+        return sum(tensor.size_bytes_before for tensor in self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """All tensors in the output."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all tensors, the kept ones at their own dtype."""
+        n_weights = sum(tensor.n_weights for tensor in self.tensors)
+        return 8 * self.size_bytes / n_weights if n_weights else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """What the weight errors allow to say about the model: never that it is fine."""
+        if self.dry_run:
+            return "A dry run: nothing was written, no error was measured."
+        if all(tensor.outcome == "already ternary" for tensor in self.coded):
+            return (
+                "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
+                "model computes what it computed before."
+            ) + (f" {self.sample.sentence}" if self.sample else "")
+        if self.damage is not None:
+            found = self.damage
+            return (
+                f"Made ternary after training: perplexity {found.perplexity_before:.4g} became "
+                f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
+                "tokens that were not calibrated on. Compare outputs of your own before any use."
+            ) + (f" {self.sample.sentence}" if self.sample else "")
+        worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
+        return (
+            f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
+            "that was not trained for ternary weights is usually unusable after this. "
+        ) + (
+            f"{self.sample.sentence} One text is a sample: compare outputs before any use."
+            if self.sample
+            else "The damage was not measured, and weight errors do not tell it: give a text "
+            "(--sample) and compare outputs before any use."
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each matrix, coded ones and fallbacks."""
+        return [
+            {
+                "name": tensor.name,
+                "shape": "×".join(map(str, tensor.shape)),
+                "bits_per_weight": round(tensor.bits_per_weight, 3),
+                "relative_error": tensor.relative_error,
+                "output_error": tensor.output_error,
+                "sparsity": tensor.sparsity,
+                "outcome": tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
+            }
+            for tensor in self.matrices
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "plan": self.plan.to_dict(),
+            "dry_run": self.dry_run,
+            "size_bytes_before": self.size_bytes_before,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "verdict": self.verdict,
+            "damage": None if self.damage is None else self.damage.to_dict(),
+            "sample": self.sample.to_dict() if self.sample else None,
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report that `to_dict` gave these values."""
+        tensors = (
+            TensorReport(**{**tensor, "shape": tuple(tensor["shape"])})
+            for tensor in values["tensors"]
+        )
+        damage = values.get("damage")
+        sample = values.get("sample")
+        return cls(
+            TernaryPlan.from_dict(values["plan"]),
+            tuple(tensors),
+            values["dry_run"],
+            None if sample is None else SampleReport.from_dict(sample),
+            None if damage is None else Damage.from_dict(damage),
+        )

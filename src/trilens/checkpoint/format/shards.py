@@ -1,0 +1,242 @@
+"""Files that are written whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilens.errors import CorruptFileError, WriteError
+from trilens.io.messages import reason
+from trilens.io.tensors import json_text
+
+__all__ = [
+    "DTYPE_BYTES",
+    "MappedFile",
+    "ShardWriter",
+    "Slot",
+    "json_bytes",
+    "move_into_place",
+    "sha256_of",
+    "temporary_path",
+    "write_whole",
+]
+
+DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4}
+DTYPE_BYTES |= {"F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+"""Bytes of one number; every dtype that is not here has 1 or less."""
+
+_CHUNK_BYTES = 1 << 22
+_TEMPORARY = ".{}.partial"
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one way in which this package writes JSON files."""
+    return (json_text(value, indent=1) + "\n").encode()
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's content.
+
+    Raises:
+        CorruptFileError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as cause:
+        raise CorruptFileError(f"{file} cannot be read: {cause.strerror or cause}") from cause
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside its place, flush it to disk and rename it.
+
+    Raises:
+        WriteError: no space, no permission.
+    """
+    temporary = temporary_path(path)
+    try:
+        temporary.unlink(missing_ok=True)  # a link of that name would lead the writing elsewhere
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        move_into_place(temporary, path)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file is made before it is renamed to its place."""
+    return path.with_name(_TEMPORARY.format(path.name))
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole and flushed.
+
+    Raises:
+        OSError: as the system says.
+    """
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name too must survive a power cut
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a tensor lies in a file that is being written; bytes from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class MappedFile:
+    """A file's bytes as an array, read from disk only where they are looked at.
+
+    The mapping is private: what is written to the array stays in memory. Its pages belong to the
+    file and can be dropped by the system at any time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as cause:
+            raise CorruptFileError(f"{path} cannot be read: {reason(cause)}") from cause
+
+    def bytes(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """Shapes: → [end − begin]."""
+        if begin == end:
+            return np.empty(0, dtype=np.uint8)
+        return np.frombuffer(self._map, dtype=np.uint8, count=end - begin, offset=begin)
+
+
+class ShardWriter:
+    """One safetensors file, written at known places, read back, and renamed when it is whole.
+
+    Use as a context manager; without `commit` the file is removed.
+
+    Args:
+        path: the file's place.
+        entries: name, dtype and shape of each tensor. They are stored by falling size of their
+            numbers, so that each lies at a multiple of that size.
+
+    Raises:
+        WriteError: the file cannot be made.
+    """
+
+    def __init__(
+        self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...], int]]
+    ) -> None:
+        self.path = path
+        self._temporary = temporary_path(path)
+        self._header, self.slots = _layout(entries)
+        try:
+            self._temporary.unlink(missing_ok=True)  # as in `write_whole`
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as cause:
+            raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
+        self._open = True
+
+    def put(self, offset: int, data: NDArray[np.uint8]) -> None:
+        """Write bytes at an offset and read them back.
+
+        Raises:
+            WriteError: no space, or other bytes came back.
+        """
+        flat = np.ascontiguousarray(data).reshape(-1)
+        for start in range(0, flat.size, _CHUNK_BYTES):
+            part = flat[start : start + _CHUNK_BYTES].tobytes()
+            self._write(part, offset + start)
+            if os.pread(self._file, len(part), offset + start) != part:
+                raise WriteError(
+                    f"{self.path} does not hold what was written to it: check the disk"
+                )
+
+    def get(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes as the file now holds them.
+
+        Shapes: → [size]
+        """
+        return np.frombuffer(os.pread(self._file, size, offset), dtype=np.uint8)
+
+    def commit(self) -> str:
+        """Flush to disk, rename, and give the hash of the content."""
+        try:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._open = False
+            digest = sha256_of(self._temporary)
+            move_into_place(self._temporary, self.path)
+        except OSError as cause:
+            raise WriteError(f"{self.path} cannot be written: {reason(cause)}") from cause
+        return digest
+
+    def __enter__(self) -> Self:
+        try:
+            self.put(0, np.frombuffer(self._header, dtype=np.uint8))
+        except WriteError:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            os.close(self._file)
+            self._open = False
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, part: bytes, offset: int) -> None:
+        done = 0
+        while done < len(part):
+            try:
+                done += os.pwrite(self._file, part[done:], offset + done)
+            except OSError as cause:
+                raise WriteError(f"{self.path} cannot be written: {reason(cause)}") from cause
+
+
+def _layout(
+    entries: Sequence[tuple[str, str, tuple[int, ...], int]],
+) -> tuple[bytes, dict[str, Slot]]:
+    ordered = sorted(entries, key=lambda entry: -DTYPE_BYTES.get(entry[1], 1))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, size_bytes in ordered:
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [end, end + size_bytes],
+        }
+        end += size_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    slots = {}
+    for name, dtype, shape, _ in ordered:
+        begin, stop = header[name]["data_offsets"]
+        slots[name] = Slot(name, dtype, shape, start + begin, start + stop)
+    return len(text).to_bytes(8, "little") + text, slots

@@ -1,0 +1,3 @@
+"""The commands: parse, call, print."""
+
+__all__: list[str] = []

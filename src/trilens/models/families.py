@@ -1,0 +1,144 @@
+"""What the last family sweep found: one row per causal-LM type of transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from trilens.caches.storage import spell_layers
+from trilens.errors import CorruptFileError
+
+__all__ = ["FamilyGate", "FamilyRow", "FamilyTable", "load_families", "spell_range", "spell_short"]
+
+_FORMAT = "trilens.families"
+_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyGate:
+    """One proven gate of a model type.
+
+    Attributes:
+        kind: as in `GateSpec`: sigmoid, activation, decay, step, linear or router.
+        range: lowest and highest attainable value; None where there is no bound.
+        layers: where it is, in a tiny model of the type.
+    """
+
+    name: str
+    kind: str
+    range: tuple[float | None, float | None]
+    layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}, {spell_range(self.range)}): {spell_short(self.layers)}"
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """One model type in the sweep.
+
+    Attributes:
+        outcome: "full" (residual of every block, every softmax attention layer), "residual"
+            (attention goes a way that can't be captured, or there is none) or "refused".
+        attention: layers with captured softmax attention.
+        effective: recurrent layers with proven effective attention.
+        gates: proven gates.
+        reason: why not full, in words; empty where full.
+        no_effective: why a recurrent layer has no effective attention; empty where there is none.
+    """
+
+    model_type: str
+    model_class: str
+    outcome: str
+    n_layers: int
+    attention: tuple[int, ...]
+    effective: tuple[int, ...]
+    gates: tuple[FamilyGate, ...]
+    reason: str
+    no_effective: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyTable:
+    """The whole sweep, and the versions it ran on."""
+
+    transformers: str
+    torch: str
+    rows: tuple[FamilyRow, ...]
+
+    def count(self) -> dict[str, int]:
+        """Rows per outcome."""
+        return dict(Counter(row.outcome for row in self.rows))
+
+    @property
+    def n_gated(self) -> int:
+        """Types with a proven gate."""
+        return sum(1 for row in self.rows if row.gates)
+
+    @property
+    def n_effective(self) -> int:
+        """Types with proven effective attention."""
+        return sum(1 for row in self.rows if row.effective)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict with format and version."""
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FamilyTable:
+        """Rebuild what `to_dict` gave.
+
+        Raises:
+            CorruptFileError: another format or version, or not whole.
+        """
+        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
+            raise CorruptFileError(f"not {_FORMAT} version {_VERSION}")
+        try:
+            rows = tuple(_row(row) for row in data["rows"])
+            return cls(transformers=data["transformers"], torch=data["torch"], rows=rows)
+        except (KeyError, TypeError) as error:
+            raise CorruptFileError(f"{_FORMAT} is not whole: {error}") from error
+
+
+def _row(plain: dict[str, Any]) -> FamilyRow:
+    gates = tuple(
+        FamilyGate(
+            name=gate["name"],
+            kind=gate["kind"],
+            range=(gate["range"][0], gate["range"][1]),
+            layers=tuple(gate["layers"]),
+        )
+        for gate in plain["gates"]
+    )
+    layers = {key: tuple(plain[key]) for key in ("attention", "effective")}
+    return FamilyRow(**{**plain, **layers, "gates": gates})
+
+
+def load_families() -> FamilyTable:
+    """The table that ships with the package."""
+    text = files("trilens.models").joinpath("families.json").read_text(encoding="utf-8")
+    return FamilyTable.from_dict(json.loads(text))
+
+
+def spell_short(layers: Sequence[int]) -> str:
+    """Layer numbers alone: `0–3`, `0, 2`, `–` for none."""
+    return spell_layers(layers).removeprefix("layers ").removeprefix("layer ") if layers else "–"
+
+
+def spell_range(bounds: tuple[float | None, float | None]) -> str:
+    """The values that a gate can have: `0 … 1`, `≥ −0.278`, `any`."""
+    low, high = (None if b is None or math.isinf(b) else _number(b) for b in bounds)
+    if low is None and high is None:
+        return "any"
+    if high is None:
+        return f"≥ {low}"
+    return f"≤ {high}" if low is None else f"{low} … {high}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")

@@ -1,0 +1,136 @@
+"""A cheap guess of the damage that a changed matrix does: output error × downstream gain.
+
+The output error is ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on inputs X that the matrix gets for real text; experts
+kept in one tensor, whose inputs no module sees, have ‖W−Ŵ‖² / ‖W‖² instead. The gain says what an
+output error of 1 would cost: the KL that one random perturbation of the matrix causes, over that
+perturbation's own output error. One gain, of one short forward pass, serves every rule.
+
+Source: the linearity of the loss in the relative error, and its factor from inserted noise, of
+arXiv 2411.17525 (theorem 1 and section 4), with output errors in the place of weight errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trilens.errors import ShapeError
+from trilens.evaluation.reference import Yardstick
+from trilens.lens.lens import Lens
+from trilens.planning.matrices import Matrix, input_sizes
+from trilens.taps.inputs import observe_inputs
+from trilens.taps.parameters import swapped
+
+__all__ = ["gain", "inputs_of", "output_error", "rank_correlation"]
+
+_NOISE = 0.1
+"""‖noise‖² / ‖W‖² of the perturbation: near what ternary weights lose, above the rounding of
+bfloat16."""
+
+_ROWS = 256
+
+
+def inputs_of(
+    lens: Lens, matrices: Sequence[Matrix], blocks: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """What the matrices get as input: up to 256 tokens of each, spread over the first blocks.
+
+    Shapes: → per parameter float32 [tokens, cols]
+
+    Args:
+        lens: the model.
+        matrices: of the model; those whose inputs no module sees are left out.
+        blocks: token ids, each [tokens]; the first eight are used.
+
+    Memory: 1 KB for each input of each matrix.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    share = -(-_ROWS // min(8, len(blocks)))
+
+    def keep(name: str, rows: Tensor) -> None:
+        picks = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()
+        seen.setdefault(name, []).append(rows[picks.to(rows.device)].float().cpu())
+
+    observe_inputs(lens.model, input_sizes(matrices), blocks[:8], keep)
+    return {name: torch.cat(rows)[:_ROWS] for name, rows in seen.items()}
+
+
+def output_error(matrix: Matrix, before: Tensor, after: Tensor, inputs: Tensor | None) -> float:
+    """The squared error of the matrix's outputs, relative to their own squares.
+
+    Shapes: before, after as the parameter; inputs [tokens, cols]
+
+    Args:
+        matrix: what is compared.
+        before: its weights.
+        after: what they become.
+        inputs: what it multiplies; None counts the error of the weights.
+
+    Returns:
+        0 for no error, 1 where nothing is left; 0 too where there are no outputs.
+    """
+    error = energy = 0.0
+    for old, new in zip(matrix.of(before), matrix.of(after), strict=True):
+        weights = old.float().cpu()
+        gap = weights - new.float().cpu()
+        if inputs is not None:
+            gap, weights = inputs @ gap.T, inputs @ weights.T
+        error += float(gap.double().square().sum())
+        energy += float(weights.double().square().sum())
+    return error / energy if energy else 0.0
+
+
+def gain(
+    lens: Lens, matrix: Matrix, yardstick: Yardstick, inputs: Tensor | None, *, seed: int = 0
+) -> float:
+    """KL in nats for an output error of 1, as one random perturbation tells.
+
+    Args:
+        lens: the model, with its own weights.
+        matrix: what is perturbed, for the length of the call.
+        yardstick: the tokens to measure on.
+        inputs: as for `output_error`.
+        seed: of the perturbation.
+
+    Memory: two copies of the matrix.
+    """
+    weights = lens.model.get_parameter(matrix.target).detach()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(weights.shape, generator=generator)
+    size = (_NOISE * weights.float().square().mean().cpu()).sqrt()
+    changed = (weights.float().cpu() + size * noise).to(weights.dtype)
+    error = output_error(matrix, weights, changed, inputs)
+    if error == 0:
+        return 0.0
+    with swapped(lens.model, {matrix.target: changed.to(weights.device)}):
+        return yardstick.measure().kl_nats / error
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's: Pearson's correlation of the ranks, equal values sharing their mean rank.
+
+    Returns:
+        In [−1, 1]; None below three pairs, or where one side is all equal.
+
+    Raises:
+        ShapeError: sequences of unlike length.
+    """
+    if len(a) != len(b):
+        raise ShapeError(f"sequences of {len(a)} and {len(b)} values cannot be paired")
+    if len(a) < 3:
+        return None
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b)]
+    x, y = (values - values.mean() for values in ranks)
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale else None
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    means: NDArray[np.float64] = last - (counts - 1) / 2
+    return means[inverse]

@@ -1,0 +1,125 @@
+"""What is asked of a plan, and the plan with what it was measured to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from trilens.checkpoint.format.plan import Storage, TernaryPlan
+from trilens.errors import UsageError, ValueRangeError
+from trilens.evaluation.reference import Damage
+from trilens.ternary.rules.coder import ScaleDtype
+
+__all__ = ["Costs", "MatrixChoice", "PlanOptions", "Planned"]
+
+Costs: TypeAlias = Literal["measured", "predicted"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What is asked of a plan.
+
+    Attributes:
+        budget_bits: Most bits per weight over all matrices that can be made ternary, kept ones
+            counted as they are stored; None without a budget.
+        max_ratio: Highest ratio of perplexities on the held-out tokens; None without a bound.
+        costs: "measured", or "predicted" from one perturbation of each matrix.
+        storage: As in `TernaryPlan`.
+        scale_dtype: As in `TernaryPlan`.
+
+    Raises:
+        UsageError: an option that does not exist, or neither a budget nor a bound.
+        ValueRangeError: a budget that is not above 0, or a bound below 1.
+    """
+
+    budget_bits: float | None = None
+    max_ratio: float | None = None
+    costs: Costs = "measured"
+    storage: Storage = "compact"
+    scale_dtype: ScaleDtype = "float16"
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        if self.budget_bits is None and self.max_ratio is None:
+            raise UsageError("a plan needs a budget of bits, a bound on the damage, or both")
+        if self.budget_bits is not None and not 0 < self.budget_bits < math.inf:
+            raise ValueRangeError(
+                f"budget of {self.budget_bits} bits is out of range: pass a number above 0"
+            )
+        if self.max_ratio is not None and not 1 <= self.max_ratio < math.inf:
+            raise ValueRangeError(
+                f"highest perplexity ratio {self.max_ratio} is out of range: pass 1 or more"
+            )
+        if self.costs not in get_args(Costs):
+            raise UsageError(f"costs {self.costs!r} are unknown: pass {', '.join(get_args(Costs))}")
+        TernaryPlan(storage=self.storage, scale_dtype=self.scale_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixChoice:
+    """What a plan does with one matrix.
+
+    Attributes:
+        name: The parameter.
+        stored: The checkpoint's tensors that fill it.
+        choice: What it becomes: "exact g128", "keep".
+        bits_per_weight: What that takes.
+        output_error: Of its outputs, relative.
+        cost_kl_nats: The KL that it was reckoned at, alone.
+    """
+
+    name: str
+    stored: tuple[str, ...]
+    choice: str
+    bits_per_weight: float
+    output_error: float
+    cost_kl_nats: float
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what it was measured to do.
+
+    Attributes:
+        plan: For `ternarize`.
+        options: What was asked.
+        choices: One for each matrix, in the model's order.
+        bits_per_weight: Over all matrices that can be made ternary, as they will be stored.
+        damage: Measured on held-out tokens with the whole plan in the model.
+        nll_nats: Mean negative log-likelihood of the unchanged model on them.
+        n_measured: Candidates whose KL was measured to make it.
+    """
+
+    plan: TernaryPlan
+    options: PlanOptions
+    choices: tuple[MatrixChoice, ...]
+    bits_per_weight: float
+    damage: Damage
+    nll_nats: float
+    n_measured: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the damage is within the bound; True without one."""
+        bound = self.options.max_ratio
+        return bound is None or self.damage.perplexity_ratio <= bound
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: what was measured, then the plan itself."""
+        return {
+            "kind": "trilens-plan",
+            "asked": {name: getattr(self.options, name) for name in PlanOptions.__slots__},
+            "measured": {
+                "bits_per_weight": self.bits_per_weight,
+                "perplexity_ratio": self.damage.perplexity_ratio,
+                "nll_nats": self.damage.nll_nats,
+                "kl_nats": self.damage.kl_nats,
+                "held_out_tokens": self.damage.n_tokens,
+            },
+            "costs": [
+                {name: getattr(choice, name) for name in MatrixChoice.__slots__}
+                for choice in self.choices
+            ],
+            "plan": self.plan.to_dict(),
+        }

@@ -1,0 +1,3 @@
+"""Results as text for a terminal."""
+
+__all__: list[str] = []

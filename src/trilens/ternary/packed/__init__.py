@@ -1,0 +1,3 @@
+"""Products with packed matrices."""
+
+__all__: list[str] = []

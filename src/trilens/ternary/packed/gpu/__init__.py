@@ -1,0 +1,3 @@
+"""Products with packed matrices on a GPU."""
+
+__all__: list[str] = []

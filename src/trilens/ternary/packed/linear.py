@@ -1,0 +1,407 @@
+"""`TernaryLinear`: a linear layer whose weight stays packed, two bits for each trit.
+
+A packed matrix is a few tensors (`Packed`): the codes 1 + t, four to a byte along each row, lowest
+bits first, and one scale per matrix, row or group of a row. `multiply` computes with it and never
+unpacks the whole matrix; the result is that of the dense layer, which would hold `Packed.dense`,
+but for the order in which sums are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trilens.errors import CorruptFileError, ShapeError
+from trilens.ternary.codecs.packing import TwoBit
+from trilens.ternary.packed.multiply import multiply, multiply_back
+from trilens.ternary.quantize import PerLayerQuant
+from trilens.ternary.rotation import turn, turn_back
+
+__all__ = ["PARTS", "Packed", "TernaryLinear", "holds_code_3", "pack_rows", "unpack_rows"]
+
+PARTS = ("codes", "scale", "offset", "second_codes", "second_scale")
+"""The tensors of a packed matrix; the last three only for the rules that make them."""
+
+_CODE_3 = 0b01010101
+_FOUR_TRITS = torch.tensor(
+    [[(byte >> shift & 3) - 1 for shift in (0, 2, 4, 6)] for byte in range(256)]
+)  # of each byte: one look-up for four trits
+
+
+def pack_rows(trits: Tensor) -> Tensor:
+    """Trits to two-bit codes, each row by itself; a row's last byte is filled up with zeros.
+
+    Shapes: trits int8 [..., cols] → uint8 [..., ceil(cols / 4)]
+
+    Raises:
+        DtypeError, ShapeError, ValueRangeError: no trits; see `packing.as_trits`.
+    """
+    missing = -trits.shape[-1] % 4 if trits.ndim else 0
+    whole = functional.pad(trits, (0, missing)) if missing else trits
+    codes = torch.from_numpy(TwoBit().encode(whole))
+    return codes.reshape(*trits.shape[:-1], -1)
+
+
+def unpack_rows(codes: Tensor, cols: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Two-bit codes back to trits; what a last byte holds past `cols` is not looked at.
+
+    Shapes: codes uint8 [..., ceil(cols / 4)] → [..., cols] of `dtype`
+    """
+    table = _FOUR_TRITS.to(device=codes.device, dtype=dtype)
+    return functional.embedding(codes.int(), table).flatten(-2)[..., :cols]
+
+
+def holds_code_3(codes: Tensor) -> bool:
+    """Whether any of the codes is 3, which is no trit.
+
+    Shapes: codes uint8 [...]
+    """
+    return bool((codes & (codes >> 1) & _CODE_3).any())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Packed matrices: Ŵ = scale · trits (+ second_scale · second_trits) (+ offset).
+
+    Shapes: lead are the leading dimensions, none for one matrix, one for experts
+
+    Attributes:
+        codes: uint8 [*lead, rows, ceil(cols / 4)].
+        scale: [*lead, rows or 1, groups or 1].
+        cols: Weights in a row.
+        group_size: Weights that share a scale in a row; None where a row has one scale.
+        offset: As `scale`, or None.
+        second_codes: As `codes`, or None.
+        second_scale: As `scale`, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    cols: int
+    group_size: int | None = None
+    offset: Tensor | None = None
+    second_codes: Tensor | None = None
+    second_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, quant: PerLayerQuant) -> Self:
+        """Pack one quantized matrix.
+
+        Raises:
+            ShapeError: not a matrix.
+        """
+        if len(quant.shape) != 2:
+            raise ShapeError(f"weights {quant.name!r} have shape {quant.shape}: pass a matrix")
+        units = quant.units
+        grid = (1, 1) if quant.per == "tensor" else (units.rows, units.per_row)
+
+        def scales(values: Any) -> Tensor | None:
+            if values is None:
+                return None
+            return torch.from_numpy(np.array(values, dtype=np.float32).reshape(grid))
+
+        return cls(
+            codes=pack_rows(quant.trits),
+            scale=torch.from_numpy(quant.scales.reshape(grid).copy()),
+            cols=quant.shape[1],
+            group_size=quant.group_size,
+            offset=scales(quant.offset),
+            second_codes=None if quant.second_trits is None else pack_rows(quant.second_trits),
+            second_scale=scales(quant.second_scale),
+        )
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that are there, by their names in `PARTS`."""
+        found = {name: getattr(self, name) for name in PARTS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all the parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrices, rounded once to `dtype`.
+
+        Shapes: → [*lead, rows, cols]
+
+        Memory: the matrices in `dtype`, and up to 2 bytes for each weight on the way.
+        """
+        if self.offset is None and self.second_codes is None:
+            # Rounding commutes with a factor of −1, 0 or 1: no detour over float32.
+            return self._plane(self.codes, self.scale, dtype)
+        # PROMOTE: a sum of two terms in bfloat16 would be rounded three times instead of once
+        values = self._plane(self.codes, self.scale, torch.float32)
+        if self.second_codes is not None and self.second_scale is not None:
+            values += self._plane(self.second_codes, self.second_scale, torch.float32)
+        if self.offset is not None:
+            values += self._spread(self.offset)
+        return values.to(dtype)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Some rows, by reference. For one matrix.
+
+        Shapes: [rows, cols] → [stop − start, cols]
+        """
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            shared = not name.endswith("codes") and tensor.shape[0] == 1
+            return tensor if shared else tensor[start:stop]
+
+        parts: dict[str, Any] = {name: part(name, tensor) for name, tensor in self.parts.items()}
+        return replace(self, **parts)
+
+    def _plane(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        trits = unpack_rows(codes, self.cols, dtype)
+        return trits.mul_(self._spread(scale.to(dtype)))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One number per group to one per weight, where rows have more than one group."""
+        if self.group_size is None or values.shape[-1] == 1:
+            return values
+        return values.repeat_interleave(self.group_size, dim=-1)[..., : self.cols]
+
+
+class _Multiply(torch.autograd.Function):
+    """x · Wᵀ that keeps the packed weight for the backward pass, not the dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+        ctx.packed, ctx.dtype = packed, x.dtype
+        ctx.has_bias = bias is not None
+        return multiply(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        to_x, to_bias, _ = ctx.needs_input_grad
+        # Under autocast the gradient comes in another dtype than the input had.
+        by_x = multiply_back(grad, ctx.packed).to(ctx.dtype) if to_x else None
+        by_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None
+        return by_x, by_bias, None
+
+
+class TernaryLinear(nn.Module):
+    """A linear layer with a packed ternary weight: y = x · Ŵᵀ + b.
+
+    Stands in for `nn.Linear`, and for transformers' transposed `Conv1D`, whose weight is held as
+    [out, in] here. The packed parts are parameters without a gradient: the input and the bias have
+    one. `.to(dtype)` and `.half()` change what the layer computes in, never codes and scales.
+
+    Args:
+        in_features: length of the input's last dimension.
+        out_features: of the output's.
+        bias: whether a bias is added.
+        per_row: one scale or more for each row, else one for the matrix.
+        group_size: weights of a row that share a scale; None for whole rows.
+        has_offset: room for the offsets of the rule "asymmetric".
+        has_second: room for the second plane of the rule "planes".
+        transposed: the layer stands in for one that holds its weight as [in, out].
+        rotated: the packed weight is turned by `rotation.turn`, and so is the input when it comes.
+        device: as for `nn.Linear`.
+        dtype: of the bias, and of `weight`.
+    """
+
+    codes: nn.Parameter
+    scale: nn.Parameter
+    offset: nn.Parameter | None
+    second_codes: nn.Parameter | None
+    second_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+    _like: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        per_row: bool = False,
+        group_size: int | None = None,
+        has_offset: bool = False,
+        has_second: bool = False,
+        transposed: bool = False,
+        rotated: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.transposed = transposed
+        self.rotated = rotated
+        n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
+        grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
+        codes = (out_features, math.ceil(in_features / 4))
+
+        def part(wanted: bool, shape: tuple[int, int], fill: int | None) -> nn.Parameter | None:
+            if not wanted:
+                return None
+            kind = torch.float32 if fill is None else torch.uint8
+            # A byte of 0x55 is four zeros: a layer nobody has filled yet gives its bias.
+            empty = torch.full(shape, fill or 0, dtype=kind, device=device)
+            return nn.Parameter(empty, requires_grad=False)
+
+        shapes = {
+            "codes": part(True, codes, _CODE_3),
+            "scale": part(True, grid, None),
+            "offset": part(has_offset, grid, None),
+            "second_codes": part(has_second, codes, _CODE_3),
+            "second_scale": part(has_second, grid, None),
+            "bias": nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+            if bias
+            else None,
+        }
+        for name, parameter in shapes.items():
+            self.register_parameter(name, parameter)
+        # Follows the module through .to(); remembers the dtype where there is no bias to do so.
+        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @classmethod
+    def from_quant(
+        cls,
+        quant: PerLayerQuant,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        rotated: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A layer that computes with a quantized matrix.
+
+        Shapes: quant [out_features, in_features]; bias [out_features]
+
+        Args:
+            quant: the quantized matrix; of a Conv1D, quantize the transposed weight.
+            bias: copied, in `dtype`.
+            transposed: see the class.
+            rotated: see the class.
+            dtype: of the bias, and of `weight`.
+
+        Raises:
+            ShapeError: not a matrix, or a bias of another length.
+        """
+        packed = Packed.of(quant)
+        rows, cols = quant.shape
+        if bias is not None and tuple(bias.shape) != (rows,):
+            raise ShapeError(f"bias has shape {tuple(bias.shape)}: the layer needs ({rows},)")
+        layer = cls(
+            cols,
+            rows,
+            bias=bias is not None,
+            per_row=quant.per != "tensor",
+            group_size=quant.group_size,
+            has_offset=quant.offset is not None,
+            has_second=quant.second_trits is not None,
+            transposed=transposed,
+            rotated=rotated,
+            dtype=dtype,
+        )
+        for name, part in packed.parts.items():
+            getattr(layer, name).data.copy_(part)
+        if bias is not None and layer.bias is not None:
+            layer.bias.data.copy_(bias.detach())
+        return layer
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weight, by reference."""
+        return Packed(
+            self.codes,
+            self.scale,
+            self.in_features,
+            self.group_size,
+            self.offset,
+            self.second_codes,
+            self.second_scale,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the replaced layer would hold it, unpacked anew at each access.
+
+        For code that reads a layer's weight instead of calling it. Without a gradient.
+
+        Shapes: [out_features, in_features]; transposed: [in_features, out_features]
+        """
+        with torch.no_grad():
+            dense = self._plain(self._like.dtype)
+        return dense.T if self.transposed else dense
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each weight: codes, scales and offsets."""
+        return 8 * self.packed.size_bytes / (self.in_features * self.out_features)
+
+    def reconstruct(self) -> Tensor:
+        """The weight in float32, in the orientation of the replaced layer.
+
+        Memory: 4 bytes per weight.
+        """
+        with torch.no_grad():
+            dense = self._plain(torch.float32)
+        return dense.T if self.transposed else dense
+
+    def _plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], not turned."""
+        if not self.rotated:
+            return self.packed.dense(dtype)
+        return turn_back(self.packed.dense()).to(dtype)
+
+    def check(self, name: str) -> None:
+        """Refuse codes and scales that no quantizer makes.
+
+        Args:
+            name: what the error calls the layer.
+
+        Raises:
+            CorruptFileError: a code 3, or a scale that is not finite.
+        """
+        for part, tensor in self.packed.parts.items():
+            if part.endswith("codes") and holds_code_3(tensor):
+                raise CorruptFileError(f"{part} of {name} hold the code 3: codes are 0, 1 or 2")
+            if not part.endswith("codes") and not bool(torch.isfinite(tensor).all()):
+                raise CorruptFileError(f"{part} of {name} holds NaN or Inf: it must be finite")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply.
+
+        Shapes: x [..., in_features] → [..., out_features], in the dtype of x
+
+        Memory: see `multiply`: two megabytes, and what a few inputs are prepared to.
+        """
+        if self.rotated:
+            x = turn(x)
+        bias = self.bias
+        wants = x.requires_grad or (bias is not None and bias.requires_grad)
+        if wants and torch.is_grad_enabled():
+            found: Tensor = _Multiply.apply(x, bias, self.packed)  # type: ignore[no-untyped-call]
+            return found
+        return multiply(x, self.packed, bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        scales = "row" if self.scale.shape[0] > 1 else "matrix"
+        per = scales if self.group_size is None else f"group of {self.group_size}"
+        turned = ", rotated" if self.rotated else ""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, scale per {per}{turned}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self._parameters[name] for name in PARTS}
+        kept = {name: part.data for name, part in before.items() if part is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():
+            new = self._parameters[name]
+            if new is not None and new.dtype != old.dtype:
+                self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
+        return self

@@ -1,0 +1,172 @@
+"""The hot loops in plain NumPy: what the compiled ones must equal, bit for bit.
+
+Sums have a fixed order, so that the two agree exactly and results do not depend on the number of
+threads. `cells` and `histogram` add weight after weight. `abs_sums` adds every 64th weight to one
+of 64 lanes, for two halves of the unit apart; then come the weights that the halves left over, and
+the lanes are folded in halves.
+
+Shapes
+    x       [units, length] float32 or float64
+    cuts    [units, n_cuts] of x's dtype, ascending, n_cuts even. A weight's cell is the number of
+            cuts at or below it in the lower half plus those strictly below it in the upper half:
+            a weight on a cut belongs to the side of the middle cell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilens.ternary.weights_view import FloatArray
+
+__all__ = [
+    "LANES",
+    "abs_sums",
+    "best_prefix",
+    "bins",
+    "cells",
+    "codes",
+    "histogram",
+    "sorted_cells",
+    "squared_sums",
+    "two_bit",
+]
+
+LANES = 64
+
+
+def abs_sums(x: FloatArray) -> NDArray[np.float64]:
+    """Σ|w| of each unit."""
+    n_units, length = x.shape
+    magnitudes = np.abs(x)
+    half = length // (2 * LANES) * LANES
+    # PROMOTE: Σ|w| over 2e8 weights drifts in float32 (0.277 of the truth, added one by one)
+    halves = np.add.reduce(
+        magnitudes[:, : 2 * half].reshape(n_units, 2, -1, LANES), axis=2, dtype=np.float64
+    )
+    lanes: NDArray[np.float64] = halves[:, 0] + halves[:, 1]
+    for start in range(2 * half, length, LANES):
+        step = magnitudes[:, start : start + LANES]
+        lanes[:, : step.shape[1]] += step
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    totals: NDArray[np.float64] = lanes[:, 0]
+    return totals
+
+
+def codes(x: FloatArray, cuts: FloatArray) -> NDArray[np.int8]:
+    """The cell of each weight, counted from the middle one: −1, 0, +1 for two cuts."""
+    half = cuts.shape[1] // 2
+    found = np.full(x.shape, -half, dtype=np.int8)
+    for j in range(half):
+        found += x >= cuts[:, j : j + 1]
+    for j in range(half, 2 * half):
+        found += x > cuts[:, j : j + 1]
+    return found
+
+
+def cells(x: FloatArray, cuts: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """How many weights are in each cell and their sum, `[units, n_cuts + 1]` each."""
+    n_units, width = x.shape[0], cuts.shape[1] + 1
+    index = codes(x, cuts).astype(np.int64)
+    index += np.arange(n_units)[:, None] * width + width // 2
+    flat = index.reshape(-1)
+    counts, sums = _count(flat, x.reshape(-1), n_units * width)
+    return counts.reshape(n_units, width), sums.reshape(n_units, width)
+
+
+def histogram(
+    x: FloatArray, base: int, shift: int, n_bins: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """How many |w| fall in each bin and their sum, `[n_bins]` each.
+
+    A bin is a range of float32 bit patterns, which are ordered as the magnitudes are: bin
+    (bits(|w|) >> shift) − base, and everything outside goes to the first or last bin.
+
+    Shapes: x [length]
+    """
+    return _count(bins(x, base, shift, n_bins), np.abs(x), n_bins)
+
+
+def bins(x: FloatArray, base: int, shift: int, n_bins: int) -> NDArray[np.int64]:
+    """The bin of each weight, as `histogram` counts them."""
+    with np.errstate(over="ignore", under="ignore"):  # float64 beyond float32 keeps its order
+        bits = np.abs(x).astype(np.float32).view(np.int32)
+    return np.clip((bits >> shift).astype(np.int64) - base, 0, n_bins - 1)
+
+
+def best_prefix(ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The k that maximises (Σ of the k largest)²/k, and that Σ, per unit.
+
+    The smallest such k, carried on to the end of a run of equal magnitudes.
+
+    Shapes: ascending [units, length], sorted magnitudes
+    """
+    n_units, length = ascending.shape
+    sums = np.cumsum(ascending[:, ::-1], axis=1, dtype=np.float64)
+    best = np.argmax(sums * sums / np.arange(1, length + 1), axis=1)
+    for unit in range(n_units):
+        while (
+            best[unit] + 1 < length
+            and ascending[unit, length - 2 - best[unit]] == ascending[unit, length - 1 - best[unit]]
+        ):
+            best[unit] += 1
+    return best + 1, sums[np.arange(n_units), best]
+
+
+def sorted_cells(
+    ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What `cells` gives, from sorted units and float64 cuts.
+
+    Shapes: ascending [units, length], prefix [units, length + 1] with prefix[:, i] the sum of the
+    i smallest, cuts [units, n_cuts] → two of [units, n_cuts + 1]
+    """
+    n_units, length = ascending.shape
+    half = cuts.shape[1] // 2
+    below = np.empty((n_units, cuts.shape[1] + 2), dtype=np.int64)  # weights left of each cut
+    below[:, 0], below[:, -1] = 0, length
+    for j in range(2 * half):
+        cut = cuts[:, j : j + 1]
+        left = ascending < cut if j < half else ascending <= cut
+        below[:, j + 1] = np.count_nonzero(left, axis=1)
+    sums = np.take_along_axis(prefix, below, axis=1)
+    return below[:, 1:] - below[:, :-1], sums[:, 1:] - sums[:, :-1]
+
+
+def squared_sums(x: FloatArray, values: NDArray[np.float32]) -> tuple[float, float]:
+    """Σ(x − value)² and Σx², in float64 and in the order of `abs_sums`.
+
+    Shapes: x [length], values [length]
+    """
+    # PROMOTE: squares of 2e8 weights add up to 0.665 of the truth in float32
+    truth = x.astype(np.float64)
+    error = truth - values
+    found = abs_sums(np.stack([error * error, truth * truth]))
+    return float(found[0]), float(found[1])
+
+
+def two_bit(x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
+    """Codes 1 + trit of a flat block, four to a byte, the first in the lowest bits.
+
+    The trit of w is +1 for w > cut, −1 for w < −cut, else 0. The last byte is filled up with the
+    code of 0.
+
+    Shapes: x [length], out [ceil(length / 4)]
+    """
+    code = np.ones(-(-x.size // 4) * 4, dtype=np.uint8)
+    code[: x.size] += x > cut
+    code[: x.size] -= x < -cut
+    words = code.view("<u4")
+    out[:] = (words | words >> 6 | words >> 12 | words >> 18).astype(np.uint8)
+
+
+def _count(
+    index: NDArray[np.int64], values: FloatArray, n: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    counts: NDArray[Any] = np.bincount(index, minlength=n)
+    sums: NDArray[Any] = np.bincount(index, weights=values, minlength=n)
+    return counts.astype(np.int64, copy=False), sums

@@ -1,0 +1,156 @@
+"""The rules that need no data: from the weights of a unit to its scale and trits.
+
+Relative error ‖W−Ŵ‖²/‖W‖² as measured on 4 million synthetic weights (`benchmarks/quantize.py`):
+
+    rule            per         Gaussian   Laplace
+    absmean         tensor      .264       .393
+    absmean_refit   tensor      .213       .318
+    twn             tensor      .192       .282
+    exact           tensor      .190       .264
+    exact           group 128   .187       .256
+    asymmetric      group 128   .181       .249
+    planes          tensor      .031       .058
+    planes          group 128   .028       .051
+
+A rule takes units of one length and their Σ|w| `[units]`, none of them NaN or Inf, and gives a
+`Fit`. Units that are ternary already are taken out of its hands afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilens.errors import UsageError
+from trilens.ternary.rules.alternating import CellCounts, alternate, cell_counts
+from trilens.ternary.rules.exact import best_survivors
+from trilens.ternary.rules.fits import Fit, one_plane
+from trilens.ternary.rules.unit_scan import UnitScan
+
+__all__ = [
+    "RULES",
+    "Rule",
+    "RuleName",
+    "absmean",
+    "absmean_refit",
+    "asymmetric",
+    "exact",
+    "find_rule",
+    "planes",
+    "twn",
+]
+
+Rule: TypeAlias = Callable[[UnitScan, NDArray[np.float64]], Fit]
+"""From units and their Σ|w| `[units]` to a fit."""
+
+RuleName: TypeAlias = Literal["absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes"]
+
+_TRITS = np.array([-1.0, 0.0, 1.0])
+_ASYMMETRIC_BOOK = np.stack([_TRITS, np.ones(3)], axis=1)
+_PLANES_BOOK = np.stack([np.repeat(_TRITS, 3), np.tile(_TRITS, 3)], axis=1)
+
+
+def absmean(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
+    """α = mean|w|; ±1 where |w| > α/2, a tie is 0.
+
+    Source: BitNet b1.58, arXiv 2402.17764.
+    """
+    scales = abs_sums / scan.length
+    return one_plane(0.5 * scales, scales)
+
+
+def absmean_refit(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
+    """The trits of `absmean` with the α that is best for them: the mean |w| where they are not 0.
+
+    Source: the least-squares scale of arXiv 1605.04711, equation 4.
+    """
+    cuts = 0.5 * abs_sums / scan.length
+    return one_plane(cuts, _mean(*scan.survivors(cuts)))
+
+
+def twn(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
+    """±1 where |w| > 0.7·mean|w|; α = mean |w| of these.
+
+    Source: Ternary Weight Networks, arXiv 1605.04711, equations 4 and 6.
+    """
+    cuts = 0.7 * abs_sums / scan.length
+    return one_plane(cuts, _mean(*scan.survivors(cuts)))
+
+
+def exact(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
+    """The trits and α with the least squared error there is.
+
+    Source: arXiv 1605.04711, equation 5, maximised without its approximation.
+    """
+    cuts, counts, sums = best_survivors(scan, abs_sums)
+    return one_plane(cuts, _mean(counts, sums))
+
+
+def asymmetric(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
+    """Ŵ = αT + μ: the nearest of three equally spaced levels, α and μ by least squares, in turns.
+
+    Begins at `exact`, which it can only improve on, and at the levels around the units' mean.
+
+    Source: PT²-LLM, arXiv 2510.03267.
+    """
+    start = exact(scan, abs_sums).scales
+    counts = cell_counts(scan)
+    best = alternate(counts, _ASYMMETRIC_BOOK, np.append(start, np.zeros_like(start), axis=1))
+    centre, spread = _centre(counts, scan.length)
+    other = alternate(counts, _ASYMMETRIC_BOOK, np.stack([1.5 * spread, centre], axis=1))
+    return best.with_better(np.arange(scan.n_units), other).fit(offset=True)
+
+
+def planes(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
+    """Ŵ = α₁T₁ + α₂T₂: the nearest of nine levels, both scales by least squares, in turns.
+
+    Begins at `exact`, which it can only improve on, and at nine equally spaced levels.
+
+    Source: PTQTP, arXiv 2509.16989.
+    """
+    start = exact(scan, abs_sums).scales
+    counts = cell_counts(scan)
+    best = alternate(counts, _PLANES_BOOK, np.append(start, np.zeros_like(start), axis=1))
+    step = 0.65 * abs_sums / scan.length  # 0.52σ for a Gaussian
+    other = alternate(counts, _PLANES_BOOK, np.stack([3 * step, step], axis=1))
+    return best.with_better(np.arange(scan.n_units), other).fit(offset=False)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "absmean": absmean,
+        "absmean_refit": absmean_refit,
+        "twn": twn,
+        "exact": exact,
+        "asymmetric": asymmetric,
+        "planes": planes,
+    }
+)
+
+
+def find_rule(name: str) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in RULES:
+        raise UsageError(f"rule {name!r} is unknown: the rules are {', '.join(RULES)}")
+    return RULES[name]
+
+
+def _mean(counts: NDArray[np.int64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0)
+
+
+def _centre(units: CellCounts, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The units' mean, and their mean distance from it."""
+    _, sums = units.cells(np.zeros((units.n_units, 2)))
+    centre = np.sum(sums, axis=1) / length
+    counts, sums = units.cells(np.stack([centre, centre], axis=1))
+    distance = (sums[:, 2] - counts[:, 2] * centre) - (sums[:, 0] - counts[:, 0] * centre)
+    return centre, distance / length

@@ -1,0 +1,3 @@
+"""Text to measure on: documents from files, and the token blocks that a model reads."""
+
+__all__: list[str] = []

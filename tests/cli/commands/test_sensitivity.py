@@ -1,0 +1,157 @@
+"""`trilens sensitivity` and `trilens plan` as a user sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sensitivity_cases import WORDS, text_model
+from trilens.checkpoint import ternarize
+from trilens.cli.main import app
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_model(tmp_path_factory.mktemp("text") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.jsonl"
+    lines = [json.dumps({"text": f"# part {i}\n{WORDS}"}) for i in range(4)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+FAST = ("--tokens", 64, "--length", 32)
+
+
+def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
+    result = run("sensitivity", model, "--data", data, "--rule", "exact", *FAST)
+    assert result.exit_code == 0, result.stderr
+    for word in ("block 1", "blocks 0–1", "q_proj", "down_proj", "rank correlation", "SHA-256"):
+        assert word in result.stdout
+    values = run(
+        "sensitivity", model, "--data", data, "--rule", "exact", *FAST, "--format", "json",
+        "--no-predict",
+    )  # fmt: skip
+    found = json.loads(values.stdout)
+    assert found["rule"] == "exact tensor"
+    assert found["n_tokens"] == 64 - 2
+    assert len(found["rows"]) == 2 + 7 + 2
+    assert found["rank_correlation"]["kind"] is None
+
+
+def test_a_plan_with_calibrated_rules(model: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = run(
+        "plan", model, "--data", data, "--budget-bits", 3, "--calibrated", "-o", file,
+        "--costs", "predicted", "--tokens", 128, "--length", 64,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    entries = json.loads(file.read_text())["plan"]["matrices"]
+    assert {"best", "best_planes"} & {entry["rule"] for entry in entries.values()}
+    refused = run("ternarize", model, "-o", tmp_path / "out", "--plan", file)
+    assert refused.exit_code == 2
+    assert "--calibrate" in refused.stderr
+    done = run("ternarize", model, "-o", tmp_path / "out", "--plan", file, "--calibrate", data)
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "trilens"
+
+
+def test_a_plan_is_what_ternarize_then_does(model: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = run(
+        "plan", model, "--data", data, "--budget-bits", 3, "-o", file, "--costs", "predicted", *FAST
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "held-out tokens: perplexity ×" in result.stdout
+    content = json.loads(file.read_text())
+    assert content["measured"]["bits_per_weight"] <= 3
+    assert len(content["plan"]["matrices"]) == 14
+    done = run("ternarize", model, "-o", tmp_path / "out", "--plan", file, "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    matrices = [tensor for tensor in report["tensors"] if tensor["is_matrix"]]
+    size_bytes = sum(tensor["size_bytes"] for tensor in matrices)
+    n_weights = sum(tensor["shape"][0] * tensor["shape"][1] for tensor in matrices)
+    assert 8 * size_bytes / n_weights == pytest.approx(content["measured"]["bits_per_weight"])
+    assert report["plan"] == content["plan"]
+
+
+def test_a_bound_that_cannot_be_held_is_exit_code_3(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ("--costs", "predicted", "--budget-bits", 2, "--max-damage", 1, *FAST)
+    result = run("plan", model, "--data", data, "-o", file, *arguments)
+    assert "perplexity × 1." in result.stdout.replace("\n", " ")
+    assert result.exit_code == 3
+    assert "damage is beyond the bound" in result.stderr
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sensitivity", "--rule", "magic"), "rule 'magic' is unknown"),
+        (("sensitivity", "--rule", "keep"), "changes nothing"),
+        (("sensitivity", "--rule", "gptq"), "needs a calibration text"),
+        (("sensitivity", "--group-size", 0), "group size 0"),
+        (("sensitivity", "--length", 4000), "at most 64 tokens"),
+        (("sensitivity", "--length", 1), "1"),
+        (("sensitivity", "--tokens", 1), "1"),
+        (("sensitivity", "--dtype", "int3"), "int3"),
+        (("sensitivity", "--field", "body"), "'body'"),
+        (("plan",), "a budget of bits"),
+        (("plan", "--budget-bits", 0.5), "smallest plan takes"),
+        (("plan", "--budget-bits", "nan"), "budget of nan"),
+        (("plan", "--max-damage", 0.5), "ratio 0.5 is out of range"),
+        (("plan", "--budget-bits", 2, "--costs", "guessed"), "costs 'guessed'"),
+        (("plan", "--budget-bits", 2, "--storage", "zip"), "storage 'zip'"),
+        (("plan", "--budget-bits", 2, "--held-out", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: tuple[object, ...], message: str, model: Path, data: Path
+) -> None:
+    command, *options = arguments
+    result = run(command, model, "--data", data, *FAST, *options)
+    assert result.exit_code == 2, result.stdout
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_wrong_files_are_named(model: Path, data: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    assert run("sensitivity", model, "--data", empty).exit_code == 2
+    assert run("sensitivity", tmp_path / "no", "--data", data).exit_code == 2
+    line = tmp_path / "line.txt"
+    line.write_text("one line")
+    result = run("plan", model, "--data", line, "--budget-bits", 2)
+    assert "held out" in result.stderr
+    result = run("plan", model, "--data", data, "--budget-bits", 2, "-o", tmp_path)
+    assert "is a directory" in result.stderr
+    ternarize(model, tmp_path / "ternary")
+    result = run("sensitivity", tmp_path / "ternary", "--data", data)
+    assert result.exit_code == 2
+    assert "quantized already" in result.stderr
+    plan = tmp_path / "plan.json"
+    plan.write_text("{")
+    result = run("ternarize", model, "-o", tmp_path / "x", "--plan", plan)
+    assert (result.exit_code, "not valid JSON" in result.stderr) == (2, True)
+    result = run("ternarize", model, "-o", tmp_path / "x", "--plan", tmp_path / "absent.json")
+    assert (result.exit_code, "cannot be read" in result.stderr) == (2, True)
+    plan.write_text("{}")
+    result = run("ternarize", model, "-o", tmp_path / "x", "--plan", plan, "--rule", "exact")
+    assert (result.exit_code, "--plan and --rule" in result.stderr) == (2, True)

@@ -1,0 +1,109 @@
+"""A capture survives saving and loading, answer for answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinymodels import build, prompt_ids
+from trilens.errors import CorruptFileError, NotStoredError
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "deepseek_v32", "qwen3_next"])
+@pytest.mark.parametrize("residual", ["last", "all"])
+def test_save_and_load(model_type: str, residual: str, tmp_path: Path) -> None:
+    lens = Lens(build(model_type))
+    gates = bool(lens.gate_layers)
+    cap = lens.capture(prompt_ids(model_type), residual=residual, attention=True, gates=gates)
+    back = Capture.load(cap.save(tmp_path / "a.tlc"))
+    assert back.tokens == cap.tokens
+    assert back.model == cap.model
+    assert torch.equal(back.logits, cap.logits)
+    assert torch.equal(back.token_ids, cap.token_ids)
+    assert type(back.residual) is type(cap.residual)
+    for layer in cap.residual.layers:
+        assert torch.equal(back.residual.get_layer(layer), cap.residual.get_layer(layer))
+    assert back.attention.layers == cap.attention.layers
+    for layer in cap.attention.layers:
+        ours, theirs = cap.attention.pattern(layer), back.attention.pattern(layer)
+        assert all(torch.equal(t, theirs.tensors()[name]) for name, t in ours.tensors().items())
+        assert ours.params() == theirs.params()
+        # A saved q is contiguous, and the sums of another layout round differently: 1e-6.
+        difference = back.attention.get_layer(layer) - cap.attention.get_layer(layer)
+        assert difference.abs().max() <= 1e-6
+        ours, theirs = back.attention.entropy(layer), cap.attention.entropy(layer)
+        assert np.allclose(ours, theirs, rtol=0, atol=1e-5)
+    if gates:
+        assert back.gates.names == cap.gates.names
+        for name in cap.gates.names:
+            for layer in cap.gates.layers(name):
+                assert torch.equal(back.gates.get(name, layer), cap.gates.get(name, layer))
+                assert back.gates.spec(name, layer) == cap.gates.spec(name, layer)
+
+
+def test_a_mask_shared_by_all_layers_is_stored_once(tmp_path: Path) -> None:
+    lens = Lens(build("deepseek_v3"))
+    cap = lens.capture(prompt_ids("deepseek_v3"), attention=True)
+    path = cap.save(tmp_path / "a.tlc")
+    names = [name for name in load_file(path) if name.endswith(".mask")]
+    assert len(names) <= 1
+
+
+def test_empty_capture_and_repr(tmp_path: Path) -> None:
+    lens = Lens(build("llama"))
+    cap = lens.capture(prompt_ids("llama"), residual=None, logits=None)
+    back = Capture.load(cap.save(tmp_path / "a.tlc"))
+    assert back.residual is None and back.logits is None and back.attention is None
+    assert "nothing" in repr(cap)
+    assert "residual" in repr(lens.capture(prompt_ids("llama")))
+
+
+def test_nbytes_counts_each_storage_once() -> None:
+    lens = Lens(build("llama"))
+    cap = lens.capture(prompt_ids("llama"), residual=None, logits=None, attention=True)
+    seen = {}
+    for layer in cap.attention.layers:
+        for tensor in cap.attention.pattern(layer).tensors().values():
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    assert cap.nbytes == sum(seen.values()) + cap.token_ids.untyped_storage().nbytes()
+
+
+def test_to_moves_everything() -> None:
+    lens = Lens(build("llama"))
+    cap = lens.capture(prompt_ids("llama"), attention=True, gates=True).to("meta")
+    assert cap.logits.device.type == "meta"
+    assert cap.residual.get_layer(0).device.type == "meta"
+    assert cap.attention.pattern(0).tensors()["q"].device.type == "meta"
+    assert cap.gates.pre("mlp.gate", 0).device.type == "meta"
+
+
+def test_top_tokens() -> None:
+    lens = Lens(build("llama"))
+    cap = lens.capture(prompt_ids("llama"))
+    top = cap.top_tokens(4)
+    expected = cap.logits[-1].softmax(-1)
+    assert [t for t, _ in top] == expected.topk(4).indices.tolist()
+    assert all(p == pytest.approx(float(expected[t])) for t, p in top)
+    with pytest.raises(NotStoredError, match="logits"):
+        lens.capture(prompt_ids("llama"), logits=None).top_tokens()
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    lens = Lens(build("llama"))
+    path = lens.capture(prompt_ids("llama"), attention=True).save(tmp_path / "a.tlc")
+    tensors = load_file(path)
+    save_file(tensors, tmp_path / "plain.safetensors")
+    with pytest.raises(CorruptFileError, match=r"not a trilens\.capture"):
+        Capture.load(tmp_path / "plain.safetensors")
+    body = {"format": "trilens.capture", "version": 1, "tokens": [], "aliases": {}}
+    save_file(tensors, tmp_path / "part.tlc", metadata={"trilens": json.dumps(body)})
+    with pytest.raises(CorruptFileError, match="not a whole capture"):
+        Capture.load(tmp_path / "part.tlc")

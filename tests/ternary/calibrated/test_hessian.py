@@ -1,0 +1,100 @@
+"""The moments of inputs and outputs: what they say is what the sums over tokens say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trilens.errors import NonFiniteError, ShapeError, UsageError
+from trilens.ternary.calibrated.hessian import Hessian, Moments, MomentSums, upper_factor
+
+
+def text(tokens: int = 400, cols: int = 24, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    mix = generator.standard_normal((cols, cols)) * np.exp(generator.standard_normal(cols))
+    return generator.standard_normal((tokens, cols)) @ mix
+
+
+def summed(x: np.ndarray, y: np.ndarray, parts: int = 3) -> Moments:
+    sums = MomentSums("x", x.shape[1], {"w": y.shape[1]})
+    for one, other in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
+        sums.add(torch.from_numpy(one), {"w": torch.from_numpy(other)})
+    return sums.result()["w"]
+
+
+def test_output_error_is_that_of_the_tokens() -> None:
+    generator = np.random.default_rng(1)
+    x, other = text(), text(seed=2)
+    dense = generator.standard_normal((10, 24))
+    y = other @ dense.T
+    coded = dense + 0.3 * generator.standard_normal(dense.shape)
+    wanted = np.sum((x @ coded.T - y) ** 2) / np.sum(y**2)
+    assert summed(x, y).output_error(coded) == pytest.approx(wanted, rel=1e-9)
+    assert summed(x, y).hessian.n_tokens == 400
+
+
+def test_no_weights_are_better_than_the_best_ones() -> None:
+    """The target is the least-squares solution, up to its ridge."""
+    x = text(tokens=4000)
+    dense = np.random.default_rng(1).standard_normal((10, 24))
+    bent = np.eye(24) + 0.2 * np.random.default_rng(2).standard_normal((24, 24))
+    y = x @ bent @ dense.T
+    moments = summed(x, y)
+    solution = np.linalg.lstsq(x, y, rcond=None)[0].T
+    best = moments.output_error(moments.best_weights(dense))
+    assert moments.output_error(solution) <= best * (1 + 1e-9)
+    assert best < 0.5 * moments.output_error(dense)
+
+
+def test_equal_inputs_leave_the_weights_alone() -> None:
+    dense = np.random.default_rng(1).standard_normal((10, 24))
+    x = text()
+    assert summed(x, x @ dense.T).best_weights(dense) == pytest.approx(dense, abs=1e-8)
+    moments = Moments.of(dense, summed(x, x @ dense.T).hessian)
+    assert moments.best_weights(dense) == pytest.approx(dense, abs=1e-12)
+    assert moments.output_error(dense) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    x = text()
+    hessian = Hessian(x.T @ x, len(x))
+    order = np.random.default_rng(0).permutation(24)
+    upper = upper_factor(hessian, order, 0.01)
+    assert np.array_equal(upper, np.triu(upper))
+    damped = x.T @ x + 0.01 * hessian.mean_diagonal * np.eye(24)
+    inverse = np.linalg.inv(damped[np.ix_(order, order)])
+    assert upper.T @ upper == pytest.approx(inverse, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dead", "singular", "zero"])
+def test_singular_hessians_have_a_factor(kind: str) -> None:
+    x = text()
+    x[:, 3] = 0
+    if kind == "singular":
+        x = x[:5]
+    if kind == "zero":
+        x = 0 * x
+    hessian = Hessian(x.T @ x, len(x))
+    assert hessian.dead[3]
+    upper = upper_factor(hessian, np.arange(24), 0.003)
+    assert np.all(np.isfinite(upper)) and np.all(np.diag(upper) > 0)
+
+
+def test_what_is_refused() -> None:
+    sums = MomentSums("layer 3", 24, {})
+    with pytest.raises(UsageError, match="layer 3"):
+        sums.result()
+    with pytest.raises(ShapeError, match="24"):
+        sums.add(torch.zeros(4, 23), {})
+    bad = torch.zeros(4, 24)
+    bad[2, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="inputs of layer 3 hold 1"):
+        sums.add(bad, {})
+    with pytest.raises(NonFiniteError, match="positive definite"):
+        upper_factor(Hessian(-np.eye(4), 1), np.arange(4), 0.01)
+    sums = MomentSums("x", 24, {"w": 2})
+    with pytest.raises(ShapeError, match="tokens"):
+        sums.add(torch.zeros(4, 24), {"w": torch.zeros(3, 2)})
+    with pytest.raises(NonFiniteError, match="outputs of w"):
+        sums.add(torch.zeros(4, 24), {"w": torch.full((4, 2), float("inf"))})

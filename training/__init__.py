@@ -1,0 +1,1 @@
+"""The code that trained the demo models; not part of the package."""
