@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint_2gb    (5 GB of disk, 3 GB of memory)
 
-Four blocks of a Llama of 8B's widths, random bfloat16 weights. The yardstick reads every source
+Four blocks of a Llama of 8B's widths, random bfloat16 weights. The reference reads every source
 file and writes it to a new one, flushed to disk. Both run in turn, round by round, with the source
 in the page cache. `cpu_ratio` compares processor seconds, system time included: it hardly depends
 on what else the machine does.

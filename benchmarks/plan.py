@@ -34,7 +34,7 @@ from trilens.demo.corpus import (
     stdlib_root,
     training_documents,
 )
-from trilens.evaluation.reference import Damage, Yardstick
+from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import TensorHeader, read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.calibrated_candidates import hessians_of, with_text
@@ -93,7 +93,7 @@ class Subject:
         )
 
 
-def figures(damage: Damage, bits: float) -> dict[str, float]:
+def figures(damage: Degradation, bits: float) -> dict[str, float]:
     return {
         "bits_per_weight": round(bits, 4),
         "perplexity_ratio": round(damage.perplexity_ratio, 4),
@@ -102,7 +102,7 @@ def figures(damage: Damage, bits: float) -> dict[str, float]:
     }
 
 
-def uniform(subject: Subject, entry: MatrixPlan, judge: Yardstick) -> dict[str, float]:
+def uniform(subject: Subject, entry: MatrixPlan, judge: ReferenceLogits) -> dict[str, float]:
     lens = subject.lens
     candidate = of_plan(entry, scale_dtype="float16", storage="compact")
     matrices = find_matrices(lens, subject.headers)
@@ -145,7 +145,7 @@ def measure(name: str, parts: Sequence[str], known: dict[str, Any]) -> dict[str,
     """The parts of one model that are asked, the others as they are known."""
     subject = Subject.open(name)
     blocks, held = subject.cost_blocks(), subject.held_out()
-    judge = Yardstick(subject.lens, held)
+    judge = ReferenceLogits(subject.lens, held)
     result: dict[str, Any] = {"plan": {}, "cpu_seconds": {}, **known}
     result["held_out_tokens"] = judge.n_tokens
     result["perplexity"] = round(math.exp(judge.nll_nats), 4)

@@ -35,7 +35,7 @@ from trilens.checkpoint import Calibration, TernaryPlan, ternarize
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.demo import DEMO_MODELS, demo_path
 from trilens.errors import AnatomyError
-from trilens.evaluation.reference import Damage, Yardstick
+from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.lens.lens import Lens
 from trilens.planning.matrices import find_matrices
 from trilens.planning.result import Planned
@@ -97,7 +97,7 @@ class Bench:
     inside: tuple[Tensor, ...]
     outside: tuple[Tensor, ...]
     parts: tuple[Tensor, ...]
-    yardstick: Yardstick
+    reference: ReferenceLogits
 
     @classmethod
     def of(cls, subject: Subject, folder: Path, sizes: Sizes) -> Bench:
@@ -109,8 +109,8 @@ class Bench:
         outside = blocks(subject.unseen, sizes.outside)
         inside = blocks(subject.unseen, sizes.inside)
         parts = blocks(subject.unseen, sizes.parts)
-        yardstick = Yardstick(subject.lens, outside)
-        return cls(subject, folder, sizes, inside, outside, parts, yardstick)
+        reference = ReferenceLogits(subject.lens, outside)
+        return cls(subject, folder, sizes, inside, outside, parts, reference)
 
     def costs(self) -> tuple[Tensor, ...]:
         return sample_blocks(
@@ -135,7 +135,7 @@ class Variant:
     """A ternary copy: what it takes, how far it is off outside, and the comparison inside."""
 
     bits_per_weight: float
-    damage: Damage
+    damage: Degradation
     comparison: Comparison
 
 
@@ -148,7 +148,7 @@ def variant(bench: Bench, plan: TernaryPlan, *, lens: Literal["all", "none"] = "
         after = Lens.from_pretrained(str(out), dtype="float32")
         options = CompareOptions(lens=lens, batch_size=16)
         found = compare(bench.subject.lens, after, bench.inside, options=options)
-        damage = bench.yardstick.measure(after)
+        damage = bench.reference.measure(after)
     matrices = [tensor for tensor in report.tensors if tensor.is_matrix and can_be_coded(tensor)]
     n_weights = sum(tensor.n_weights for tensor in matrices)
     bits = 8 * sum(tensor.size_bytes for tensor in matrices) / n_weights
@@ -322,9 +322,9 @@ def broken(bench: Bench) -> dict[str, Any]:
     subjects: tuple[SubjectName, ...] = ("block", "blocks", "kind", "matrix")
     return {
         "tokens": asdict(bench.sizes),
-        "held_out_tokens": bench.yardstick.n_tokens,
+        "held_out_tokens": bench.reference.n_tokens,
         "inside_tokens": found.n_tokens,
-        "perplexity": rounded(math.exp(bench.yardstick.nll_nats)),
+        "perplexity": rounded(math.exp(bench.reference.nll_nats)),
         "layers": layers(parts, found),
         "kinds": kinds(parts),
         "matrices": matrices(parts),

@@ -18,7 +18,7 @@ from trilens.cli.main import app
 from trilens.errors import ConfigError, UsageError
 from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rotation import turn, turn_back
+from trilens.ternary.rotation import rotate, rotate_back
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "mamba", "falcon"]
 
@@ -29,7 +29,7 @@ def logits(model, model_type: str) -> torch.Tensor:
 
 
 def by_hand(source: Path, folder: Path, coded: list[str], plan: TernaryPlan) -> Path:
-    """A dense checkpoint whose matrices were turned, coded and turned back."""
+    """A dense checkpoint whose matrices were rotated, coded and rotated back."""
     saved_files = {file.name: file for file in source.iterdir() if file.is_file()}
     folder.mkdir()
     for name, file in saved_files.items():
@@ -49,9 +49,9 @@ def turned_and_back(weights: torch.Tensor, name: str, plan: TernaryPlan) -> torc
     conv = ".c_" in name or ("experts." in name and name.endswith(("gate_up_proj", "down_proj")))
     matrix = weights.T if conv else weights
     quant = PerLayerQuant.quantize(
-        turn(matrix), name, rule=plan.rule, per=plan.per, group_size=plan.group_size
+        rotate(matrix), name, rule=plan.rule, per=plan.per, group_size=plan.group_size
     )
-    found = turn_back(quant.reconstruct())
+    found = rotate_back(quant.reconstruct())
     return (found.T if conv else found).contiguous()
 
 
@@ -78,7 +78,7 @@ def test_the_model_computes_with_the_weights_turned_back(model_type: str, tmp_pa
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "olmo2", "gpt_neox", "falcon", "qwen3"])
 def test_turning_alone_changes_no_logits(model_type: str, tmp_path: Path) -> None:
-    """Weights and inputs turned, nothing made ternary: float32 logits stay within 1e-4."""
+    """Weights and inputs rotated, nothing made ternary: float32 logits stay within 1e-4."""
     source = saved(model_type, tmp_path / "src")
     model = load(source)
     wanted = logits(model, model_type)
@@ -87,9 +87,9 @@ def test_turning_alone_changes_no_logits(model_type: str, tmp_path: Path) -> Non
         module = model.get_submodule(tensor.name.removesuffix(".weight"))
         conv = not isinstance(module, torch.nn.Linear)
         weights = module.weight.data.T if conv else module.weight.data
-        turned = turn(weights)
-        module.weight.data = turned.T if conv else turned
-        module.register_forward_pre_hook(lambda _m, args: (turn(args[0]), *args[1:]))
+        rotated = rotate(weights)
+        module.weight.data = rotated.T if conv else rotated
+        module.register_forward_pre_hook(lambda _m, args: (rotate(args[0]), *args[1:]))
     found = logits(model, model_type)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-4)
 
@@ -109,7 +109,7 @@ def test_compact_storage_and_the_command(tmp_path: Path) -> None:
 
 
 def test_outliers_cost_less(tmp_path: Path) -> None:
-    """Weights of a heavy-tailed kind; turned, they are as Gaussian ones."""
+    """Weights of a heavy-tailed kind; rotated, they are as Gaussian ones."""
     torch.manual_seed(0)
     model = load(saved("llama", tmp_path / "plain"))
     for name, parameter in model.named_parameters():
@@ -118,11 +118,11 @@ def test_outliers_cost_less(tmp_path: Path) -> None:
             parameter.data = drawn
     model.save_pretrained(tmp_path / "src")
     errors = {}
-    for rotate in (False, True):
-        plan = TernaryPlan("exact", per="row", rotate=rotate)
-        report = ternarize(tmp_path / "src", tmp_path / f"out{rotate}", plan=plan)
+    for rotated in (False, True):
+        plan = TernaryPlan("exact", per="row", rotate=rotated)
+        report = ternarize(tmp_path / "src", tmp_path / f"out{rotated}", plan=plan)
         lost = [t.relative_error for t in report.coded if t.relative_error is not None]
-        errors[rotate] = sum(lost) / len(lost)
+        errors[rotated] = sum(lost) / len(lost)
     assert errors[True] + 0.03 < errors[False]  # long rows: 0.19 against 0.26
     assert tensors(tmp_path / "outTrue").keys() == tensors(tmp_path / "outFalse").keys()
 

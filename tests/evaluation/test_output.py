@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
-from trilens.evaluation.output import OutsideAccumulator, OutsideResult
+from trilens.evaluation.output import OutputAccumulator, OutputResult
 
 
 def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def compared(*prompts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> OutsideResult:
-    tally = OutsideAccumulator()
+def compared(*prompts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> OutputResult:
+    tally = OutputAccumulator()
     for before, after, ids in prompts:
         tally.add(before, after, ids)
     return tally.result()
@@ -58,7 +58,7 @@ def test_sums_are_those_of_a_slow_reference(vocab: int, dtype: torch.dtype) -> N
     assert result.perplexity_before == pytest.approx(
         math.exp(np.sum(nll, 0)[0] / len(kl)), rel=1e-6
     )
-    assert result.right_probability_rms_change == pytest.approx(
+    assert result.target_probability_rms_change == pytest.approx(
         np.sqrt(np.mean(np.square(right))), rel=1e-5
     )
     if dtype != torch.bfloat16:  # bfloat16 logits are full of ties
@@ -71,7 +71,7 @@ def test_equal_logits_are_exactly_equal() -> None:
     assert not result.token_kl_nats.any()
     assert (result.kl_nats_mean, result.kl_nats_p99, result.kl_nats_max) == (0, 0, 0)
     assert (result.same_top1, result.same_top5) == (1, 1)
-    assert result.right_probability_rms_change == 0
+    assert result.target_probability_rms_change == 0
     assert result.nll_nats_before == result.nll_nats_after
     assert result.nll_interval_change is not None
     assert (result.nll_interval_change.low, result.nll_interval_change.high) == (0, 0)
@@ -109,12 +109,12 @@ def test_the_interval_covers_the_mean_and_is_seeded() -> None:
 
 def test_without_next_tokens_every_position_counts() -> None:
     (before, after, ids), *_ = prompts(50)
-    tally = OutsideAccumulator(next_token=False)
+    tally = OutputAccumulator(next_token=False)
     tally.add(before, after, ids)
     result = tally.result()
     assert result.n_tokens == len(ids)
     assert result.perplexity_before is None and result.perplexity_ratio is None
-    assert result.right_probability_rms_change is None
+    assert result.target_probability_rms_change is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -123,7 +123,7 @@ def test_nan_names_model_and_token_and_leaves_nothing_behind(bad: float, side: i
     (before, after, ids), other, *_ = prompts(5000)
     pair = [before.clone(), after.clone()]
     pair[side][4, 4321] = bad
-    tally = OutsideAccumulator()
+    tally = OutputAccumulator()
     with pytest.raises(NonFiniteError, match=rf"{('before', 'after')[side]}.*token 4"):
         tally.add(pair[0], pair[1], ids)
     tally.add(*other)
@@ -133,7 +133,7 @@ def test_nan_names_model_and_token_and_leaves_nothing_behind(bad: float, side: i
 
 def test_what_does_not_fit_is_refused() -> None:
     (before, after, ids), *_ = prompts(50)
-    tally = OutsideAccumulator()
+    tally = OutputAccumulator()
     with pytest.raises(UsageError, match="nothing was compared"):
         tally.result()
     with pytest.raises(ShapeError, match=r"\[7, 50\] before and \[7, 49\] after"):

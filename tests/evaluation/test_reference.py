@@ -9,7 +9,7 @@ import torch
 from sensitivity_cases import blocks, opened
 from trilens.errors import EmptyPromptError, NonFiniteError, TooLargeError
 from trilens.evaluation import reference as damage
-from trilens.evaluation.reference import Damage, Yardstick
+from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.lens.lens import Lens
 from trilens.statistics.divergence import kl_nats
 from trilens.taps.parameters import swapped
@@ -26,16 +26,16 @@ def _logits(lens: Lens, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_unchanged_model_has_exactly_no_damage(lens: Lens) -> None:
-    assert Yardstick(lens, blocks("llama")).measure() == Damage(0.0, 0.0, 3 * 23)
+    assert ReferenceLogits(lens, blocks("llama")).measure() == Degradation(0.0, 0.0, 3 * 23)
 
 
 def test_it_is_the_mean_over_predicted_tokens(lens: Lens) -> None:
     ids = [*blocks("llama"), blocks("llama", 1, 7)[0]]
     name = "model.layers.0.self_attn.q_proj.weight"
     before = [_logits(lens, block) for block in ids]
-    yardstick = Yardstick(lens, ids)
+    reference = ReferenceLogits(lens, ids)
     with swapped(lens.model, {name: lens.model.get_parameter(name).detach() * 3}):
-        found = yardstick.measure()
+        found = reference.measure()
         after = [_logits(lens, block) for block in ids]
     kl = [kl_nats(b, a) for b, a in zip(before, after, strict=True)]
     n_tokens = sum(len(values) for values in kl)
@@ -47,42 +47,42 @@ def test_it_is_the_mean_over_predicted_tokens(lens: Lens) -> None:
             for rows, block in pairs
         )
 
-    assert found.n_tokens == yardstick.n_tokens == n_tokens
+    assert found.n_tokens == reference.n_tokens == n_tokens
     assert found.kl_nats == pytest.approx(sum(v.sum() for v in kl) / n_tokens, rel=1e-4)
     assert found.nll_nats == pytest.approx((nll(after) - nll(before)) / n_tokens, abs=1e-5)
     assert found.perplexity_ratio == pytest.approx(math.exp(found.nll_nats))
-    assert yardstick.nll_nats == pytest.approx(nll(before) / n_tokens, rel=1e-5)
+    assert reference.nll_nats == pytest.approx(nll(before) / n_tokens, rel=1e-5)
 
 
 def test_another_model_is_measured_by_the_same_yardstick(lens: Lens, tmp_path: Path) -> None:
-    yardstick = Yardstick(lens, blocks("llama"))
+    reference = ReferenceLogits(lens, blocks("llama"))
     other = opened("llama", tmp_path)
-    assert yardstick.measure(other) == Damage(0.0, 0.0, 3 * 23)
+    assert reference.measure(other) == Degradation(0.0, 0.0, 3 * 23)
     name = "model.layers.0.self_attn.q_proj.weight"
     weights = {name: other.model.get_parameter(name).detach() * 3}
     with swapped(other.model, weights):
-        assert yardstick.measure() == Damage(0.0, 0.0, 3 * 23)
-        found = yardstick.measure(other)
+        assert reference.measure() == Degradation(0.0, 0.0, 3 * 23)
+        found = reference.measure(other)
     with swapped(lens.model, weights):
-        assert yardstick.measure() == found
+        assert reference.measure() == found
     assert found.kl_nats > 0
 
 
 def test_a_model_that_breaks_down_has_infinite_damage(lens: Lens) -> None:
-    yardstick = Yardstick(lens, blocks("llama"))
+    reference = ReferenceLogits(lens, blocks("llama"))
     name = "model.layers.1.mlp.down_proj.weight"
     broken = torch.full_like(lens.model.get_parameter(name), torch.nan)
     with swapped(lens.model, {name: broken}):
-        found = yardstick.measure()
+        found = reference.measure()
         with pytest.raises(NonFiniteError, match="own logits hold NaN"):
-            Yardstick(lens, blocks("llama"))
+            ReferenceLogits(lens, blocks("llama"))
     assert (found.nll_nats, found.kl_nats) == (math.inf, math.inf)
     assert found.perplexity_ratio == math.inf
 
 
 def test_no_token_to_predict(lens: Lens) -> None:
     with pytest.raises(EmptyPromptError, match="no token to predict"):
-        Yardstick(lens, [torch.tensor([5])])
+        ReferenceLogits(lens, [torch.tensor([5])])
 
 
 def test_logits_that_do_not_fit_are_refused(
@@ -90,4 +90,4 @@ def test_logits_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.setattr(damage, "_KEPT_BYTES", 1000)
     with pytest.raises(TooLargeError, match="take fewer tokens"):
-        Yardstick(lens, blocks("llama"))
+        ReferenceLogits(lens, blocks("llama"))

@@ -13,7 +13,7 @@ from trilens.checkpoint import TernaryPlan
 from trilens.lens.lens import Lens
 from trilens.planning.calibrated_candidates import hessians_of, with_text
 from trilens.planning.candidates import data_free
-from trilens.planning.matrices import Matrix, find_matrices
+from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.planning import make_plan
 from trilens.planning.predictor import output_error
 from trilens.planning.result import PlanOptions
@@ -87,7 +87,7 @@ def test_a_plan_takes_the_rules_with_less_error(tmp_path: Path) -> None:
     text = blocks("llama", 4)
     offered = with_text(hessians_of(lens, find_matrices(lens), text))
 
-    def few(matrix: Matrix, **options: object) -> list:
+    def few(matrix: ModelMatrix, **options: object) -> list:
         wanted = {"exact row", "gptq row", "best row", "planes row", "best_planes row"}
         return [each for each in offered(matrix, **options) if each.name in wanted]
 

@@ -14,11 +14,11 @@ from sensitivity_cases import blocks, opened
 from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError, ValueRangeError
-from trilens.evaluation.reference import Damage, Yardstick
+from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import KEEP, Candidate, data_free, of_plan
-from trilens.planning.matrices import Matrix, find_matrices
+from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.planning import make_plan
 from trilens.planning.result import PlanOptions
 from trilens.taps.parameters import checksum
@@ -30,7 +30,7 @@ FEW = [
 ]
 
 
-def few(matrix: Matrix, **options: Any) -> Sequence[Candidate]:
+def few(matrix: ModelMatrix, **options: Any) -> Sequence[Candidate]:
     """Fewer candidates than there are, so that tests take less time."""
     return [*(of_plan(entry, **options) for entry in FEW), KEEP]
 
@@ -63,9 +63,9 @@ def test_a_plan_does_in_a_checkpoint_what_was_measured(model_type: str, tmp_path
     bits = 8 * sum(tensor.size_bytes for tensor in matrices) / n_weights
     assert bits == pytest.approx(planned.bits_per_weight)
     assert bits <= 6
-    yardstick = Yardstick(lens, held)
+    reference = ReferenceLogits(lens, held)
     lens.model = load(tmp_path / "out").eval()
-    damage = yardstick.measure()
+    damage = reference.measure()
     # RWKV-4 halves its residual on the way, a packed one does not: its norms' ε weighs otherwise.
     loose = 30 if model_type == "rwkv" else 1
     assert damage.nll_nats == pytest.approx(planned.damage.nll_nats, abs=1e-5 * loose)
@@ -95,7 +95,7 @@ def test_a_bound_alone_takes_no_more_bits_than_it_needs(lens: Lens) -> None:
     assert planned.bits_per_weight < 32
     steps = sorted({choice.choice for choice in planned.choices})
     assert steps != ["keep"]
-    assert not replace(planned, damage=Damage(math.log(1.51), 0.1, 9)).holds
+    assert not replace(planned, damage=Degradation(math.log(1.51), 0.1, 9)).holds
 
 
 def test_every_rule_and_grouping_is_a_candidate(lens: Lens) -> None:

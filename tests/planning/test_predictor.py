@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sensitivity_cases import blocks, opened
 from trilens.errors import ShapeError
-from trilens.evaluation.reference import Yardstick
+from trilens.evaluation.reference import ReferenceLogits
 from trilens.planning.matrices import find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error, rank_correlation
 from trilens.taps.parameters import checksum
@@ -66,11 +66,11 @@ def test_a_gain_is_the_same_again_and_leaves_nothing_behind(tmp_path: Path) -> N
     lens = opened("llama", tmp_path)
     ids = blocks("llama")
     before = checksum(dict(lens.model.named_parameters()))
-    yardstick = Yardstick(lens, ids)
+    reference = ReferenceLogits(lens, ids)
     matrix = find_matrices(lens)[0]
     inputs = inputs_of(lens, [matrix], ids)[matrix.target]
-    found = gain(lens, matrix, yardstick, inputs)
-    assert found == gain(lens, matrix, yardstick, inputs) > 0
-    assert found != gain(lens, matrix, yardstick, inputs, seed=1)
+    found = gain(lens, matrix, reference, inputs)
+    assert found == gain(lens, matrix, reference, inputs) > 0
+    assert found != gain(lens, matrix, reference, inputs, seed=1)
     assert checksum(dict(lens.model.named_parameters())) == before
     assert not any(module._forward_pre_hooks for module in lens.model.modules())

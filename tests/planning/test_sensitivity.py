@@ -12,7 +12,7 @@ from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.demo import demo_path
 from trilens.errors import NonFiniteError, UsageError
-from trilens.evaluation.reference import Yardstick
+from trilens.evaluation.reference import ReferenceLogits
 from trilens.io.safetensors_header import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.matrices import find_matrices
@@ -33,7 +33,7 @@ def test_every_part_of_every_family(model_type: str, tmp_path: Path) -> None:
         lens, ids, rule=EXACT, headers=headers, predict=model_type == "mamba"
     )
     assert found.checksum == before == checksum(dict(lens.model.named_parameters()))
-    assert Yardstick(lens, ids).nll_nats == found.nll_nats
+    assert ReferenceLogits(lens, ids).nll_nats == found.nll_nats
     matrices = find_matrices(lens, headers)
     assert [row.name for row in found.of("block")] == [str(i) for i in range(lens.n_layers)]
     assert {row.name for row in found.of("kind")} == {matrix.kind for matrix in matrices}
@@ -62,9 +62,9 @@ def test_all_blocks_together_are_the_checkpoint_that_ternarize_writes(
     plan = TernaryPlan(rule="exact", group_size=16)
     report = ternarize(tmp_path / "src", tmp_path / "out", plan=plan)
     written = load(tmp_path / "out").eval()
-    yardstick = Yardstick(lens, ids)
+    reference = ReferenceLogits(lens, ids)
     lens.model = written
-    damage = yardstick.measure()
+    damage = reference.measure()
     last = found.of("blocks")[-1]
     # RWKV-4 halves its residual on the way, a packed one does not: its norms' ε weighs otherwise.
     loose = 30 if model_type == "rwkv" else 1

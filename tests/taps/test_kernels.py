@@ -14,7 +14,7 @@ from trilens.errors import SilentSiteError
 from trilens.lens.lens import Lens
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.taps.kernels import KERNELS, kernel_calls, kernel_places
-from trilens.taps.session import Wanted, listening
+from trilens.taps.session import CaptureRequest, listening
 
 NAMES = (*KERNEL_GATES, *DECODE_KERNELS.values())
 
@@ -116,7 +116,7 @@ def test_a_session_gives_the_arguments_by_layer() -> None:
     model, ids = build("jamba"), prompt_ids("jamba", 6)
     lens = Lens(model)
     layers = lens.gate_layers["mixer.dt"]
-    wanted = Wanted(layers, None, (6,), (), {}, kernels=layers)
+    wanted = CaptureRequest(layers, None, (6,), (), {}, kernels=layers)
     with torch.no_grad(), listening(model, lens.anatomy, wanted) as recording:
         model(input_ids=ids, use_cache=False)
     with torch.no_grad(), kernel_calls(model) as calls:
@@ -128,7 +128,7 @@ def test_a_session_gives_the_arguments_by_layer() -> None:
         assert torch.equal(ours.arguments["B"], plain.arguments["B"])
         assert torch.equal(ours.result, plain.result)
     without = next(i for i in range(lens.n_layers) if i not in layers)
-    missing = Wanted((without,), None, (6,), (), {}, kernels=(without,))
+    missing = CaptureRequest((without,), None, (6,), (), {}, kernels=(without,))
     with (
         pytest.raises(SilentSiteError, match=f"recurrence of layer {without}"),
         torch.no_grad(),

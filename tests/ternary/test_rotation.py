@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from trilens.ternary.rotation import block_orders, hadamard, turn, turn_back
+from trilens.ternary.rotation import block_orders, hadamard, rotate, rotate_back
 
 WIDTHS = [1, 2, 3, 7, 12, 16, 20, 28, 36, 40, 48, 65, 96, 100, 112, 144, 160, 256, 320, 344, 576]
 
@@ -24,10 +24,10 @@ def test_turned_and_turned_back(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(5, 3, width, generator=generator, dtype=torch.float64)
     w = torch.randn(7, width, generator=generator, dtype=torch.float64)
-    assert torch.allclose(turn_back(turn(x)), x, rtol=0, atol=1e-12)
-    assert torch.allclose(turn(turn_back(x)), x, rtol=0, atol=1e-12)
-    assert torch.allclose(turn(x) @ turn(w).T, x @ w.T, rtol=0, atol=1e-11 * math.sqrt(width))
-    q = turn(torch.eye(width, dtype=torch.float64))
+    assert torch.allclose(rotate_back(rotate(x)), x, rtol=0, atol=1e-12)
+    assert torch.allclose(rotate(rotate_back(x)), x, rtol=0, atol=1e-12)
+    assert torch.allclose(rotate(x) @ rotate(w).T, x @ w.T, rtol=0, atol=1e-11 * math.sqrt(width))
+    q = rotate(torch.eye(width, dtype=torch.float64))
     assert torch.allclose(q @ q.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
     assert sum(block_orders(width)) == width
 
@@ -42,18 +42,18 @@ def test_the_blocks_are_as_large_as_may_be() -> None:
 def test_outliers_are_spread() -> None:
     x = torch.zeros(4096)
     x[17] = 64.0
-    assert float(turn(x).abs().max()) == pytest.approx(1.0, rel=1e-5)
-    flat = turn(torch.ones(4096))  # a mean does not gather in one place: signs differ
+    assert float(rotate(x).abs().max()) == pytest.approx(1.0, rel=1e-5)
+    flat = rotate(torch.ones(4096))  # a mean does not gather in one place: signs differ
     assert float(flat.abs().max()) < 8
 
 
 def test_dtypes() -> None:
     x = torch.randn(3, 96)
-    assert turn(x.bfloat16()).dtype == torch.bfloat16
-    exact = turn(x.bfloat16().double())
-    assert torch.allclose(turn(x.bfloat16()).double(), exact, atol=0.02)
-    assert torch.allclose(turn(x).double(), turn(x.double()), atol=1e-5)
-    assert turn(torch.zeros(0, 8)).shape == (0, 8)
+    assert rotate(x.bfloat16()).dtype == torch.bfloat16
+    exact = rotate(x.bfloat16().double())
+    assert torch.allclose(rotate(x.bfloat16()).double(), exact, atol=0.02)
+    assert torch.allclose(rotate(x).double(), rotate(x.double()), atol=1e-5)
+    assert rotate(torch.zeros(0, 8)).shape == (0, 8)
     x.requires_grad_(True)
-    turn(x).sum().backward()
-    assert x.grad is not None and torch.allclose(x.grad, turn_back(torch.ones(3, 96)), atol=1e-5)
+    rotate(x).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, rotate_back(torch.ones(3, 96)), atol=1e-5)

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.caches.indices import check_index
@@ -17,7 +16,7 @@ from trilens.caches.patterns.protocol import DensePattern, Device, Moved, Patter
 from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
 from trilens.caches.patterns.relu_l1 import ReluL1Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
-from trilens.caches.storage import distinct_bytes, spell_layers
+from trilens.caches.storage import Floats, distinct_bytes, spell_layers
 from trilens.errors import (
     NonFiniteError,
     NotStoredError,
@@ -32,7 +31,6 @@ __all__ = ["DENSE_LIMIT_BYTES", "AttentionCache", "rebuild_pattern"]
 #: Largest pattern that `get_layer` builds without being told to.
 DENSE_LIMIT_BYTES = 256 * 2**20
 
-Floats = NDArray[np.float32]
 
 _KINDS: Mapping[
     str,

@@ -8,16 +8,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.caches.indices import check_index
-from trilens.caches.storage import distinct_bytes, moved, spell_layers, whole_number
+from trilens.caches.storage import Floats, distinct_bytes, moved, spell_layers, whole_number
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError
 
 __all__ = ["StateCache", "StatePart", "StateSpec"]
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

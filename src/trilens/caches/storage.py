@@ -5,12 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import UsageError
 
-__all__ = ["distinct_bytes", "moved", "spell_layers", "whole_number"]
+__all__ = ["Floats", "distinct_bytes", "moved", "spell_layers", "whole_number"]
+
+Floats = NDArray[np.float32]
+"""What answers to questions are given in."""
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

@@ -29,7 +29,7 @@ from trilens.errors import ConfigError, CorruptFileError
 from trilens.ternary.calibrated.rules import n_planes_of
 from trilens.ternary.codecs.compact import expand_rows, is_compact
 from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
-from trilens.ternary.rotation import turn_back
+from trilens.ternary.rotation import rotate_back
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
 
@@ -47,7 +47,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         merged: whether there are packed tensors that transformers merges or splits.
         experts: last names of the parameters that hold a matrix for each of many experts.
         storage: how codes lie in the file; in memory they are packed in two bits.
-        rotation: "hadamard" where the weights are turned, and their inputs are when the model runs.
+        rotation: "hadamard" where weights and inputs are rotated.
         overrides: parameter → rule, per and group_size that differ from the general ones.
 
     Raises:
@@ -145,10 +145,10 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             prefix = next(iter(input_dict)).removesuffix("second_codes").removesuffix("codes")
             (parts,) = _collect(input_dict, prefix)
             module = module_at(model, name.rpartition(".")[0])
-            turned = bool(getattr(module, "is_transposed", False))
-            cols = held.shape[-2 if turned else -1]
+            rotated = bool(getattr(module, "is_transposed", False))
+            cols = held.shape[-2 if rotated else -1]
             dense = self._dense(parts, name, held.dtype, cols, self._group_size(name, model))
-            return {name: dense.transpose(-1, -2).contiguous() if turned else dense}
+            return {name: dense.transpose(-1, -2).contiguous() if rotated else dense}
         found: dict[str, Any] = {}
         for key, value in input_dict.items():
             stem, _dot, part = key.rpartition(".")
@@ -188,7 +188,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         packed = Packed(**two_bit, cols=cols, group_size=group_size)
         if self.config.rotation is None:
             return packed.dense(dtype)
-        return turn_back(packed.dense()).to(dtype)
+        return rotate_back(packed.dense()).to(dtype)
 
 
 def _two_bit(codes: Tensor, cols: int, name: str, storage: str) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 from trilens.checkpoint.auxiliary_files import DTYPE_NAMES, write_side_files
 from trilens.checkpoint.calibration.options import Calibration
-from trilens.checkpoint.calibration.rollback import attempt
-from trilens.checkpoint.calibration.run import BlockProgress, Source
+from trilens.checkpoint.calibration.rollback import rollback
+from trilens.checkpoint.calibration.run import BlockProgress, CalibrationSource
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
 from trilens.checkpoint.evaluate import Baseline, Sample
@@ -166,7 +166,7 @@ def ternarize(
     before: Store | None = None
     damage: Damage | None = None
     if calibration is not None:
-        before, damage = attempt(
+        before, damage = rollback(
             out,
             _source(job),
             job.plan,
@@ -300,7 +300,7 @@ def _write_shards(
 
 def calibration_source(
     src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None = None
-) -> Source:
+) -> CalibrationSource:
     """A checkpoint as `run_calibration` takes it, for studies of rules without any output.
 
     Raises: as `ternarize`, for a source or a plan that cannot be used.
@@ -308,14 +308,14 @@ def calibration_source(
     return _source(_read(src, plan, revision))
 
 
-def _source(job: Job) -> Source:
+def _source(job: Job) -> CalibrationSource:
     mapped = {file: MappedFile(file) for file in job.files}
     tensors = {
         name: tensor_of(header, mapped[header.file])
         for name, header in job.headers.items()
         if header.dtype in DTYPE_NAMES
     }
-    return Source(job.folder, job.model_config, job.model_class, tensors, job.choices)
+    return CalibrationSource(job.folder, job.model_config, job.model_class, tensors, job.choices)
 
 
 def _write_shard(

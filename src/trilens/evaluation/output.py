@@ -20,7 +20,7 @@ from torch import Tensor
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
 from trilens.statistics.divergence import kl_nats
 
-__all__ = ["Interval", "OutsideAccumulator", "OutsideResult", "perplexity_of"]
+__all__ = ["Interval", "OutputAccumulator", "OutputResult", "perplexity_of"]
 
 _CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32 a tensor; a few of them are alive at once
 _SPAN = 64
@@ -39,7 +39,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OutsideResult:
+class OutputResult:
     """How far the next-token distributions of two models are apart.
 
     Attributes:
@@ -54,9 +54,9 @@ class OutsideResult:
         same_top5: mean share of the five most probable tokens that both have, in [0, 1].
         nll_nats_before: mean negative log-likelihood of the next token; None without next tokens.
         nll_nats_after: likewise.
-        right_probability_before: mean probability of the next token.
-        right_probability_after: likewise.
-        right_probability_rms_change: root mean square of its change, in [0, 1].
+        target_probability_before: mean probability of the next token.
+        target_probability_after: likewise.
+        target_probability_rms_change: root mean square of its change, in [0, 1].
         nll_interval_before: of the mean; None with fewer than two prompts.
         nll_interval_after: likewise.
         nll_interval_change: of after − before, prompts resampled in pairs.
@@ -75,9 +75,9 @@ class OutsideResult:
     same_top5: float
     nll_nats_before: float | None
     nll_nats_after: float | None
-    right_probability_before: float | None
-    right_probability_after: float | None
-    right_probability_rms_change: float | None
+    target_probability_before: float | None
+    target_probability_after: float | None
+    target_probability_rms_change: float | None
     nll_interval_before: Interval | None
     nll_interval_after: Interval | None
     nll_interval_change: Interval | None
@@ -103,7 +103,7 @@ class OutsideResult:
         return perplexity_of(self.nll_nats_after - self.nll_nats_before)
 
 
-class OutsideAccumulator:
+class OutputAccumulator:
     """Takes the logits of two models prompt by prompt; `result()` says how far they are apart.
 
     Args:
@@ -183,7 +183,7 @@ class OutsideAccumulator:
         self._right[1] += float(likely_after.sum())
         self._square += float(np.square(likely_after - likely).sum())
 
-    def result(self) -> OutsideResult:
+    def result(self) -> OutputResult:
         """Everything seen so far; the accumulator can go on afterwards.
 
         Raises:
@@ -199,7 +199,7 @@ class OutsideAccumulator:
         told = self._next_token
         intervals = _bootstrap(nll, tokens, self._seed) if told else (None, None, None)
         before, after = nll.sum(0) / n
-        return OutsideResult(
+        return OutputResult(
             n_prompts=len(tokens),
             n_tokens=n,
             kl_nats_mean=float(wide.mean()),
@@ -210,9 +210,9 @@ class OutsideAccumulator:
             same_top5=self._top5 / (n * min(_TOP, self._vocab)),
             nll_nats_before=float(before) if told else None,
             nll_nats_after=float(after) if told else None,
-            right_probability_before=self._right[0] / n if told else None,
-            right_probability_after=self._right[1] / n if told else None,
-            right_probability_rms_change=math.sqrt(self._square / n) if told else None,
+            target_probability_before=self._right[0] / n if told else None,
+            target_probability_after=self._right[1] / n if told else None,
+            target_probability_rms_change=math.sqrt(self._square / n) if told else None,
             nll_interval_before=intervals[0],
             nll_interval_after=intervals[1],
             nll_interval_change=intervals[2],
@@ -266,11 +266,11 @@ def _chunk(p: Tensor, q: Tensor, right: Tensor, first: int) -> Tensor:
                 "its weights or its arithmetic overflow"
             )
     scratch = p - best_p
-    right_p = scratch.gather(1, right[:, None])
+    target_p = scratch.gather(1, right[:, None])
     share = scratch.exp_()
     total = share.sum(-1, keepdim=True)
     other = q - best_q
-    right_q = other.gather(1, right[:, None])
+    target_q = other.gather(1, right[:, None])
     other_log = other.exp_().sum(-1, keepdim=True).log_()
     total_log = total.log()
     # Σ p (ln p − ln q), with what does not depend on the token taken out of the sum: best_p −
@@ -284,8 +284,8 @@ def _chunk(p: Tensor, q: Tensor, right: Tensor, first: int) -> Tensor:
     common = (top_p[:, :, None] == top_q[:, None, :]).sum((1, 2))
     rows = (
         kl[:, 0],
-        (right_p - total_log)[:, 0],
-        (right_q - other_log)[:, 0],
+        (target_p - total_log)[:, 0],
+        (target_q - other_log)[:, 0],
         (top_p[:, 0] == top_q[:, 0]).float(),
         common.float(),
     )

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from trilens.errors import EmptyPromptError, NonFiniteError, TooLargeError
-from trilens.evaluation.output import OutsideAccumulator
+from trilens.evaluation.output import OutputAccumulator
 from trilens.lens.lens import Lens
 from trilens.models.forward_call import device_of, forward_arguments
 from trilens.taps.mode import evaluating
 
-__all__ = ["Damage", "Yardstick"]
+__all__ = ["Degradation", "ReferenceLogits"]
 
 _KEPT_BYTES = 4 << 30
 _BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class Degradation:
     """How far predictions moved from those of the unchanged model.
 
     Attributes:
@@ -46,7 +46,7 @@ class Damage:
         return math.exp(self.nll_nats) if self.nll_nats < 700 else math.inf
 
 
-class Yardstick:
+class ReferenceLogits:
     """The unchanged model's predictions, to measure a changed one against.
 
     Args:
@@ -82,7 +82,7 @@ class Yardstick:
         self._batches = _batches(usable)
         self._kept: list[Tensor] = []
         self.n_tokens = sum(batch.numel() - len(batch) for batch in self._batches)
-        own = OutsideAccumulator()
+        own = OutputAccumulator()
         for batch in self._batches:
             logits = _forward(lens, batch)
             try:
@@ -94,22 +94,22 @@ class Yardstick:
             self._kept.append(logits.clone())
         self.nll_nats = own.result().nll_nats_before or 0.0
 
-    def measure(self, other: Lens | None = None) -> Damage:
+    def measure(self, other: Lens | None = None) -> Degradation:
         """Compare a model with the one of the beginning.
 
         Args:
             other: a model with the same tokens; None for the own one as it is now.
         """
-        found = OutsideAccumulator()
+        found = OutputAccumulator()
         lens = other or self._lens
         try:
             for batch, before in zip(self._batches, self._kept, strict=True):
                 _add(found, before, _forward(lens, batch), batch)
         except NonFiniteError:
-            return Damage(math.inf, math.inf, self.n_tokens)
+            return Degradation(math.inf, math.inf, self.n_tokens)
         result = found.result()
         nll = (result.nll_nats_after or 0.0) - (result.nll_nats_before or 0.0)
-        return Damage(nll, result.kl_nats_mean, self.n_tokens)
+        return Degradation(nll, result.kl_nats_mean, self.n_tokens)
 
 
 def _forward(lens: Lens, batch: Tensor) -> Tensor:
@@ -133,6 +133,6 @@ def _batches(blocks: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _add(into: OutsideAccumulator, before: Tensor, after: Tensor, ids: Tensor) -> None:
+def _add(into: OutputAccumulator, before: Tensor, after: Tensor, ids: Tensor) -> None:
     for block in zip(before, after, ids, strict=True):
         into.add(*block)

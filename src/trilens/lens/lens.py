@@ -21,6 +21,7 @@ from trilens.models.gates.absent import attention_reasons
 from trilens.models.loading import load
 from trilens.models.tokens import (
     Prompt,
+    PromptLike,
     max_positions_of,
     pad_id_for,
     read_prompt,
@@ -28,18 +29,16 @@ from trilens.models.tokens import (
 )
 from trilens.models.trace import tensors_in
 from trilens.taps.effective import effective_patterns
-from trilens.taps.lock import Turns
+from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
-from trilens.taps.session import Recording, Wanted, listening
+from trilens.taps.session import CaptureRequest, Recording, listening
 
 __all__ = ["Lens"]
 
-_TURNS = Turns()
+_LOCK = CaptureLock()
 _PROBE_KINDS = 7
 
 Which = Literal["last", "all"]
-PromptLike = Any
-"""Text, a sequence of token ids, or an integer tensor or array [seq] or [1, seq]."""
 
 
 class Lens:
@@ -65,7 +64,7 @@ class Lens:
         self.model = model
         self.tokenizer = tokenizer
         self._vocab = vocab_size_of(model)
-        with _TURNS.take(model.config):
+        with _LOCK.take(model.config):
             self._proof: Proof = prove(model, self._vocab)
         self._max_positions = max_positions_of(model)
         self.unused_weights: tuple[str, ...] = ()
@@ -295,7 +294,7 @@ class Lens:
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         values = residual.reshape(1, -1, self.d_model) * self.anatomy.final_scale
-        with _TURNS.take(self.model.config), evaluating(self.model):
+        with _LOCK.take(self.model.config), evaluating(self.model):
             for path in self.anatomy.final_norm:
                 values = next(tensors_in(modules[path](values)))
             for path in self.anatomy.unembedding:
@@ -325,7 +324,7 @@ class Lens:
         effective: bool,
         layers: Iterable[int] | None,
         states: bool | Iterable[int] = False,
-    ) -> Wanted:
+    ) -> CaptureRequest:
         if residual not in ("last", "all", None):
             raise UsageError(f"residual {residual!r} is not an option: 'last', 'all' or None")
         chosen = read_layers(layers, self.n_layers)
@@ -334,7 +333,7 @@ class Lens:
         recurrent = claims.effective_within(chosen, name) if effective else ()
         lengths = tuple(len(prompt.ids) for prompt in prompts)
         remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
-        return Wanted(
+        return CaptureRequest(
             layers=chosen,
             residual=residual,
             lengths=lengths,
@@ -367,7 +366,7 @@ class Lens:
         return found
 
     def _run(
-        self, prompts: Sequence[Prompt], wanted: Wanted, logits: Which | None
+        self, prompts: Sequence[Prompt], wanted: CaptureRequest, logits: Which | None
     ) -> list[Capture]:
         """One forward pass over a padded batch, taken apart into one capture per prompt."""
         if logits not in ("last", "all", None):
@@ -393,11 +392,11 @@ class Lens:
         )
 
     def _forward(
-        self, ids: Tensor, mask: Tensor | None, wanted: Wanted, logits: bool
+        self, ids: Tensor, mask: Tensor | None, wanted: CaptureRequest, logits: bool
     ) -> tuple[Recording, Any]:
         arguments = forward_arguments(self.model, ids, mask, logits=logits)
         with (
-            _TURNS.take(self.model.config),
+            _LOCK.take(self.model.config),
             evaluating(self.model),
             torch.inference_mode(False),
             torch.no_grad(),

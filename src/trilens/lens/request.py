@@ -9,7 +9,7 @@ import numpy as np
 from trilens.caches.indices import check_index
 from trilens.errors import OutOfRangeError, UsageError
 from trilens.models.gates.claims import GateClaims
-from trilens.taps.session import StateWish
+from trilens.taps.session import StateRequest
 
 __all__ = ["read_layers", "read_states"]
 
@@ -48,7 +48,7 @@ def read_states(
     claims: GateClaims,
     model: str,
     n_layers: int,
-) -> StateWish:
+) -> StateRequest:
     """Which recurrent states a pass is to leave behind.
 
     Args:
@@ -67,7 +67,7 @@ def read_states(
     """
     positions = _positions(states, lengths)
     if states is False:
-        return StateWish()
+        return StateRequest()
     found = claims.states_within(layers, model)
     reasons = {}
     for layer in range(n_layers):
@@ -75,7 +75,7 @@ def read_states(
             reasons[layer] = "the layer is not recurrent"
         elif layer not in found:
             reasons[layer] = "the layer was not among those captured"
-    return StateWish(found, positions, reasons)
+    return StateRequest(found, positions, reasons)
 
 
 def _positions(states: bool | Iterable[int], lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -21,7 +21,7 @@ from trilens.models.gates.recurrent_states import join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
-from trilens.taps.session import Recording, Wanted
+from trilens.taps.session import CaptureRequest, Recording
 
 __all__ = ["agree", "split"]
 
@@ -29,7 +29,7 @@ __all__ = ["agree", "split"]
 def split(
     prompts: Sequence[Prompt],
     recording: Recording,
-    wanted: Wanted,
+    wanted: CaptureRequest,
     *,
     anatomy: Anatomy,
     recurrences: Mapping[int, Recurrent],
@@ -97,7 +97,7 @@ def _logits(
 
 
 def _residual(
-    recording: Recording, wanted: Wanted, row: int
+    recording: Recording, wanted: CaptureRequest, row: int
 ) -> ActivationCache | FullActivationCache | None:
     if wanted.residual is None:
         return None
@@ -112,7 +112,7 @@ def _residual(
 
 
 def _unpadded(
-    patterns: Mapping[int, Pattern], wanted: Wanted, row: int, shared: SharedMasks
+    patterns: Mapping[int, Pattern], wanted: CaptureRequest, row: int, shared: SharedMasks
 ) -> Mapping[int, Pattern]:
     if len(wanted.lengths) == 1:
         return patterns
@@ -129,7 +129,7 @@ def _cache(
     return AttentionCache.from_layers(patterns, n_model_layers=n, reasons=reasons)
 
 
-def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:
+def _gates(recording: Recording, wanted: CaptureRequest, row: int) -> GateCache | None:
     if not wanted.gates:
         return None
     batch, length = len(wanted.lengths), wanted.lengths[row]
@@ -145,7 +145,7 @@ def _gates(recording: Recording, wanted: Wanted, row: int) -> GateCache | None:
     return GateCache.from_records(values, {key: wanted.gates[key].spec for key in values})
 
 
-def _states(recording: Recording, wanted: Wanted, row: int) -> StateCache | None:
+def _states(recording: Recording, wanted: CaptureRequest, row: int) -> StateCache | None:
     wish = wanted.states
     if not wish.layers:
         return None

@@ -16,7 +16,7 @@ from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import GROUP_SIZES, Candidate, data_free
-from trilens.planning.matrices import Matrix, input_sizes
+from trilens.planning.matrices import ModelMatrix, input_sizes
 from trilens.taps.inputs import observe_inputs
 from trilens.ternary.calibrated.hessian import Hessian, Moments
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, calibrate
@@ -26,7 +26,7 @@ __all__ = ["hessians_of", "with_text"]
 
 
 def hessians_of(
-    lens: Lens, matrices: Sequence[Matrix], blocks: Sequence[Tensor]
+    lens: Lens, matrices: Sequence[ModelMatrix], blocks: Sequence[Tensor]
 ) -> dict[str, Hessian]:
     """H = Σ x xᵀ of what each matrix gets as input, in float64, by the name of its parameter.
 
@@ -61,7 +61,7 @@ def with_text(hessians: dict[str, Hessian]) -> Callable[..., tuple[Candidate, ..
     """
 
     def candidates(
-        matrix: Matrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
+        matrix: ModelMatrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
     ) -> tuple[Candidate, ...]:
         found = data_free(matrix, scale_dtype=scale_dtype, storage=storage, keep=keep)
         hessian = hessians.get(matrix.target)

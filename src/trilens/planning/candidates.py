@@ -17,7 +17,7 @@ from trilens.checkpoint.coding import packed_parts
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.errors import UsageError
-from trilens.planning.matrices import Matrix
+from trilens.planning.matrices import ModelMatrix
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.coder import ScaleDtype
@@ -48,18 +48,18 @@ class Candidate:
         """As in tables: "exact g128"."""
         return self.entry.label
 
-    def size_bytes(self, matrix: Matrix) -> int:
+    def size_bytes(self, matrix: ModelMatrix) -> int:
         """Everything stored for the matrix."""
         if self.plan is None:
             return matrix.n_weights * matrix.kept_bytes
         parts = packed_parts(matrix.lead, matrix.rows, matrix.cols, self.plan)
         return sum(size_bytes for *_, size_bytes in parts)
 
-    def bits_per_weight(self, matrix: Matrix) -> float:
+    def bits_per_weight(self, matrix: ModelMatrix) -> float:
         """Everything stored for the matrix, in bits for each weight."""
         return 8 * self.size_bytes(matrix) / matrix.n_weights
 
-    def apply(self, matrix: Matrix, weights: Tensor) -> Tensor:
+    def apply(self, matrix: ModelMatrix, weights: Tensor) -> Tensor:
         """What the parameter becomes.
 
         Shapes: weights, and what is given back: those of the parameter
@@ -119,7 +119,7 @@ def of_plan(
 
 
 def data_free(
-    matrix: Matrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
+    matrix: ModelMatrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
 ) -> tuple[Candidate, ...]:
     """Every candidate of one matrix: each rule with each grouping that its shape allows.
 

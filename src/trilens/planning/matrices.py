@@ -19,13 +19,13 @@ from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
 from trilens.ternary.packed.linear import TernaryLinear
 
-__all__ = ["Matrix", "find_matrices", "input_sizes"]
+__all__ = ["ModelMatrix", "find_matrices", "input_sizes"]
 
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class ModelMatrix:
     """One weight of a loaded model: a matrix, or the matrices of many experts in one tensor.
 
     Attributes:
@@ -66,14 +66,14 @@ class Matrix:
             yield matrix.T if self.transposed else matrix
 
 
-def input_sizes(matrices: Sequence[Matrix]) -> dict[str, int]:
+def input_sizes(matrices: Sequence[ModelMatrix]) -> dict[str, int]:
     """Parameter name → how many inputs it has, of those whose inputs one module sees."""
     return {matrix.target: matrix.cols for matrix in matrices if not matrix.lead}
 
 
 def find_matrices(
     lens: Lens, headers: Mapping[str, TensorHeader] | None = None
-) -> tuple[Matrix, ...]:
+) -> tuple[ModelMatrix, ...]:
     """The linear layers of a model's blocks that can be made ternary.
 
     Args:
@@ -152,7 +152,7 @@ def _matrix(
     choices: list[Choice],
     block: tuple[int, str],
     stored: Mapping[str, TensorHeader],
-) -> Matrix:
+) -> ModelMatrix:
     parameter = model.get_parameter(target)
     path, _, leaf = target.rpartition(".")
     module = model.get_submodule(path)
@@ -163,7 +163,7 @@ def _matrix(
     *lead, first, second = parameter.shape
     header = stored[choices[0].name]
     layer, home = block
-    return Matrix(
+    return ModelMatrix(
         target=target,
         stored=tuple(choice.name for choice in choices),
         layer=layer,

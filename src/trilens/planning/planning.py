@@ -23,11 +23,11 @@ from torch import Tensor
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.errors import RestoreError, UsageError, ValueRangeError
-from trilens.evaluation.reference import Damage, Yardstick
+from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import KEEP, Candidate, data_free
-from trilens.planning.matrices import Matrix, find_matrices
+from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error
 from trilens.planning.result import Costs, MatrixChoice, Planned, PlanOptions
 from trilens.planning.sensitivity import Progress
@@ -60,7 +60,7 @@ class Prices:
         n_measured: Candidates whose KL was measured.
     """
 
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[ModelMatrix, ...]
     fronts: tuple[tuple[Point, ...], ...]
     options: PlanOptions
     n_measured: int
@@ -107,7 +107,7 @@ def make_plan(
         RestoreError: the weights did not come back.
 
     Memory: one coded copy of each matrix's candidates at a time, at the end a second copy of all
-    matrices, and the logits of all tokens (`Yardstick`).
+    matrices, and the logits of all tokens (`ReferenceLogits`).
     """
     matrices = find_matrices(lens, headers)
     if options.budget_bits is not None:  # told now, not after minutes of measuring
@@ -135,14 +135,14 @@ def price_candidates(
 
 def _prices(
     lens: Lens,
-    matrices: tuple[Matrix, ...],
+    matrices: tuple[ModelMatrix, ...],
     blocks: Sequence[Tensor],
     options: PlanOptions,
     candidates: Candidates,
     progress: Progress | None,
 ) -> Prices:
     before = checksum(dict(lens.model.named_parameters()))
-    yardstick = Yardstick(lens, blocks)
+    reference = ReferenceLogits(lens, blocks)
     inputs = inputs_of(lens, matrices, blocks)
     fronts = []
     n_measured = 0
@@ -151,7 +151,7 @@ def _prices(
             progress(done, len(matrices), matrix.target)
         known = inputs.get(matrix.target)
         points = _front(lens, matrix, candidates, options, known)
-        priced, n = _priced(lens, matrix, points, yardstick, options.costs, known)
+        priced, n = _priced(lens, matrix, points, reference, options.costs, known)
         fronts.append(tuple(_hull(priced)))
         n_measured += n
     _check(lens, before)
@@ -177,7 +177,7 @@ def choose_plan(
         if wanted != there:
             raise UsageError(f"{name} {wanted!r} was not priced, but {there!r}: price it anew")
     before = checksum(dict(lens.model.named_parameters()))
-    judge = Yardstick(lens, held_out)
+    judge = ReferenceLogits(lens, held_out)
     chosen, damage = _choose(lens, prices.matrices, prices.fronts, options, judge)
     _check(lens, before)
     return _planned(prices.matrices, chosen, options, damage, judge.nll_nats, prices.n_measured)
@@ -190,7 +190,7 @@ def _check(lens: Lens, before: str) -> None:
 
 def _front(
     lens: Lens,
-    matrix: Matrix,
+    matrix: ModelMatrix,
     candidates: Candidates,
     options: PlanOptions,
     inputs: Tensor | None,
@@ -213,15 +213,15 @@ def _front(
 
 def _priced(
     lens: Lens,
-    matrix: Matrix,
+    matrix: ModelMatrix,
     points: Sequence[Point],
-    yardstick: Yardstick,
+    reference: ReferenceLogits,
     costs: Costs,
     inputs: Tensor | None,
 ) -> tuple[list[Point], int]:
     """The same points with their KL, and how many were measured."""
     if costs == "predicted":
-        factor = gain(lens, matrix, yardstick, inputs)
+        factor = gain(lens, matrix, reference, inputs)
         priced = [Point(p.candidate, p.size_bytes, p.error, factor * p.error) for p in points]
         return priced, 0
     own = lens.model.get_parameter(matrix.target).detach()
@@ -230,7 +230,7 @@ def _priced(
         kl_nats = 0.0
         if point.candidate is not KEEP:
             with swapped(lens.model, {matrix.target: point.candidate.apply(matrix, own)}):
-                kl_nats = yardstick.measure().kl_nats
+                kl_nats = reference.measure().kl_nats
             n_measured += 1
         found.append(Point(point.candidate, point.size_bytes, point.error, kl_nats))
     return found, n_measured
@@ -253,13 +253,13 @@ def _slope(a: Point, b: Point) -> float:
     return (a.kl_nats - b.kl_nats) / max(1, b.size_bytes - a.size_bytes)
 
 
-def _smallest(matrix: Matrix, candidates: Candidates, options: PlanOptions) -> int:
+def _smallest(matrix: ModelMatrix, candidates: Candidates, options: PlanOptions) -> int:
     """Bytes of the smallest thing that a matrix can become."""
     found = candidates(matrix, scale_dtype=options.scale_dtype, storage=options.storage)
     return min(candidate.size_bytes(matrix) for candidate in found)
 
 
-def _room(budget_bits: float, matrices: Sequence[Matrix], least_bytes: int) -> int:
+def _room(budget_bits: float, matrices: Sequence[ModelMatrix], least_bytes: int) -> int:
     """Bytes that a budget leaves for upgrades of the smallest plan."""
     n_weights = sum(matrix.n_weights for matrix in matrices)
     room = math.floor(budget_bits * n_weights / 8 * (1 + 1e-12)) - least_bytes
@@ -273,18 +273,18 @@ def _room(budget_bits: float, matrices: Sequence[Matrix], least_bytes: int) -> i
 
 def _choose(
     lens: Lens,
-    matrices: Sequence[Matrix],
+    matrices: Sequence[ModelMatrix],
     fronts: Sequence[Sequence[Point]],
     options: PlanOptions,
-    judge: Yardstick,
-) -> tuple[list[Point], Damage]:
+    judge: ReferenceLogits,
+) -> tuple[list[Point], Degradation]:
     """The greedy choice, and what it was measured to do."""
     steps = _steps(fronts)
     if options.budget_bits is not None:
         least = sum(front[0].size_bytes for front in fronts)
         steps = _within(steps, _room(options.budget_bits, matrices, least))
 
-    def measure(count: int) -> tuple[list[Point], Damage]:
+    def measure(count: int) -> tuple[list[Point], Degradation]:
         levels = [0] * len(fronts)
         for step in steps[:count]:
             levels[step.matrix] = step.to
@@ -331,8 +331,8 @@ def _within(steps: Sequence[_Step], room: int) -> list[_Step]:
 
 
 def _judged(
-    lens: Lens, matrices: Sequence[Matrix], chosen: Sequence[Point], judge: Yardstick
-) -> Damage:
+    lens: Lens, matrices: Sequence[ModelMatrix], chosen: Sequence[Point], judge: ReferenceLogits
+) -> Degradation:
     weights = {
         matrix.target: point.candidate.apply(
             matrix, lens.model.get_parameter(matrix.target).detach()
@@ -345,10 +345,10 @@ def _judged(
 
 
 def _planned(
-    matrices: Sequence[Matrix],
+    matrices: Sequence[ModelMatrix],
     chosen: Sequence[Point],
     options: PlanOptions,
-    damage: Damage,
+    damage: Degradation,
     nll_nats: float,
     n_measured: int,
 ) -> Planned:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import ShapeError
-from trilens.evaluation.reference import Yardstick
+from trilens.evaluation.reference import ReferenceLogits
 from trilens.lens.lens import Lens
-from trilens.planning.matrices import Matrix, input_sizes
+from trilens.planning.matrices import ModelMatrix, input_sizes
 from trilens.taps.inputs import observe_inputs
 from trilens.taps.parameters import swapped
 
@@ -35,7 +35,7 @@ _ROWS = 256
 
 
 def inputs_of(
-    lens: Lens, matrices: Sequence[Matrix], blocks: Sequence[Tensor]
+    lens: Lens, matrices: Sequence[ModelMatrix], blocks: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """What the matrices get as input: up to 256 tokens of each, spread over the first blocks.
 
@@ -59,7 +59,9 @@ def inputs_of(
     return {name: torch.cat(rows)[:_ROWS] for name, rows in seen.items()}
 
 
-def output_error(matrix: Matrix, before: Tensor, after: Tensor, inputs: Tensor | None) -> float:
+def output_error(
+    matrix: ModelMatrix, before: Tensor, after: Tensor, inputs: Tensor | None
+) -> float:
     """The squared error of the matrix's outputs, relative to their own squares.
 
     Shapes: before, after as the parameter; inputs [tokens, cols]
@@ -85,14 +87,19 @@ def output_error(matrix: Matrix, before: Tensor, after: Tensor, inputs: Tensor |
 
 
 def gain(
-    lens: Lens, matrix: Matrix, yardstick: Yardstick, inputs: Tensor | None, *, seed: int = 0
+    lens: Lens,
+    matrix: ModelMatrix,
+    reference: ReferenceLogits,
+    inputs: Tensor | None,
+    *,
+    seed: int = 0,
 ) -> float:
     """KL in nats for an output error of 1, as one random perturbation tells.
 
     Args:
         lens: the model, with its own weights.
         matrix: what is perturbed, for the length of the call.
-        yardstick: the tokens to measure on.
+        reference: the tokens to measure on.
         inputs: as for `output_error`.
         seed: of the perturbation.
 
@@ -107,7 +114,7 @@ def gain(
     if error == 0:
         return 0.0
     with swapped(lens.model, {matrix.target: changed.to(weights.device)}):
-        return yardstick.measure().kl_nats / error
+        return reference.measure().kl_nats / error
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.errors import UsageError, ValueRangeError
-from trilens.evaluation.reference import Damage
+from trilens.evaluation.reference import Degradation
 from trilens.ternary.rules.coder import ScaleDtype
 
 __all__ = ["Costs", "MatrixChoice", "PlanOptions", "Planned"]
@@ -95,7 +95,7 @@ class Planned:
     options: PlanOptions
     choices: tuple[MatrixChoice, ...]
     bits_per_weight: float
-    damage: Damage
+    damage: Degradation
     nll_nats: float
     n_measured: int
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import RestoreError, UsageError
-from trilens.evaluation.reference import Damage, Yardstick
+from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import Candidate, of_plan
-from trilens.planning.matrices import Matrix, find_matrices
+from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error, rank_correlation
 from trilens.taps.parameters import checksum, swapped
 
@@ -153,7 +153,7 @@ def measure_sensitivity(
         RestoreError: the weights did not come back.
 
     Memory: a second copy of the matrices, up to a third while all of them are replaced, and the
-    logits of all tokens (`Yardstick`).
+    logits of all tokens (`ReferenceLogits`).
     """
     entry = rule or MatrixPlan("absmean")
     if entry.rule == "keep":
@@ -172,7 +172,7 @@ def measure_sensitivity(
 
     model = lens.model
     before = checksum(dict(model.named_parameters()))
-    yardstick = Yardstick(lens, blocks)
+    reference = ReferenceLogits(lens, blocks)
     changed = _change(lens, matrices, candidate, blocks, predict, tell)
     rows = []
     with ExitStack() as together:
@@ -183,28 +183,28 @@ def measure_sensitivity(
                 # Those of the blocks before are in place already.
                 new = {m.target: weights[m.target] for m in members if str(m.layer) == name}
                 together.enter_context(swapped(model, new))
-                damage = yardstick.measure()
+                damage = reference.measure()
             else:
                 with swapped(model, weights):
-                    damage = yardstick.measure()
+                    damage = reference.measure()
             rows.append(_row(subject, name, members, changed, damage))
     after = checksum(dict(model.named_parameters()))
     if after != before:
         raise RestoreError("the model did not get its own weights back: load it again")
-    return Sensitivity(entry.label, yardstick.n_tokens, yardstick.nll_nats, tuple(rows), after)
+    return Sensitivity(entry.label, reference.n_tokens, reference.nll_nats, tuple(rows), after)
 
 
 def _parts(
-    matrices: Sequence[Matrix], each_matrix: bool
-) -> list[tuple[Subject, str, list[Matrix]]]:
+    matrices: Sequence[ModelMatrix], each_matrix: bool
+) -> list[tuple[Subject, str, list[ModelMatrix]]]:
     """What is measured, those of blocks together last: they stay in place while it runs."""
     layers = sorted({matrix.layer for matrix in matrices})
     kinds = list(dict.fromkeys(matrix.kind for matrix in matrices))
 
-    def those(test: Callable[[Matrix], bool]) -> list[Matrix]:
+    def those(test: Callable[[ModelMatrix], bool]) -> list[ModelMatrix]:
         return [matrix for matrix in matrices if test(matrix)]
 
-    found: list[tuple[Subject, str, list[Matrix]]] = []
+    found: list[tuple[Subject, str, list[ModelMatrix]]] = []
     for layer in layers:
         found.append(("block", str(layer), those(lambda m, i=layer: m.layer == i)))  # type: ignore[misc]
     for kind in kinds:
@@ -218,7 +218,7 @@ def _parts(
 
 def _change(
     lens: Lens,
-    matrices: Sequence[Matrix],
+    matrices: Sequence[ModelMatrix],
     candidate: Candidate,
     blocks: Sequence[Tensor],
     predict: bool,
@@ -234,7 +234,7 @@ def _change(
         errors[matrix.target] = output_error(matrix, own, weights[matrix.target], known)
     guesses = None
     if predict:
-        short = Yardstick(lens, blocks[: max(1, len(blocks) // _SHORT)])
+        short = ReferenceLogits(lens, blocks[: max(1, len(blocks) // _SHORT)])
         guesses = {}
         for matrix in matrices:
             tell(f"perturbing {matrix.target}")
@@ -244,7 +244,11 @@ def _change(
 
 
 def _row(
-    subject: Subject, name: str, members: Iterable[Matrix], changed: _Changed, damage: Damage
+    subject: Subject,
+    name: str,
+    members: Iterable[ModelMatrix],
+    changed: _Changed,
+    damage: Degradation,
 ) -> SensitivityRow:
     members = list(members)
     n_weights = sum(matrix.n_weights for matrix in members)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["column_sums", "divided", "two_sum"]
+__all__ = ["Vector", "column_sums", "divided", "two_sum"]
 
 Vector = NDArray[np.float64]
 

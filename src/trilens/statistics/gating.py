@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
-from trilens.statistics.exact_sums import column_sums, divided, two_sum
+from trilens.statistics.exact_sums import Vector, column_sums, divided, two_sum
 from trilens.statistics.gate_values import GateValues, read_gate_values, refuse_bad_values
 
 __all__ = ["GateValues", "GatingAccumulator", "GatingAnalysis", "GatingStatistics"]
 
-Vector = NDArray[np.float64]
 
 _CHUNK_ELEMENTS = 1 << 20  # 8 MB of float64 at a time, however long the run
 

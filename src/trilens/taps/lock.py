@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Turns"]
+__all__ = ["CaptureLock"]
 
 
-class Turns:
+class CaptureLock:
     """One re-entrant lock per owner object, alive as long as the owner is."""
 
     def __init__(self) -> None:

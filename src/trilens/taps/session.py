@@ -26,12 +26,12 @@ from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES
 from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
-from trilens.models.gates.site import GateSite, Source
+from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.trace import same, tensors_in
 from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
-__all__ = ["Recording", "StateWish", "Wanted", "listening"]
+__all__ = ["CaptureRequest", "Recording", "StateRequest", "listening"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
@@ -39,7 +39,7 @@ Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
 
 
 @dataclass(frozen=True, slots=True)
-class StateWish:
+class StateRequest:
     """Which recurrent states one pass is to leave behind.
 
     Attributes:
@@ -54,7 +54,7 @@ class StateWish:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class CaptureRequest:
     """What one pass is to leave behind.
 
     Attributes:
@@ -77,7 +77,7 @@ class Wanted:
     copy: bool = False
     kernels: tuple[int, ...] = ()
     boundaries: Mapping[int, Boundary] = field(default_factory=dict)
-    states: StateWish = field(default_factory=StateWish)
+    states: StateRequest = field(default_factory=StateRequest)
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Recording:
 
 
 class _Session:
-    def __init__(self, anatomy: Anatomy, wanted: Wanted) -> None:
+    def __init__(self, anatomy: Anatomy, wanted: CaptureRequest) -> None:
         self.anatomy = anatomy
         self.wanted = wanted
         self.recording = Recording()
@@ -209,7 +209,7 @@ class _Session:
             calls = self.recording.kernels.setdefault(self.layer, [])
             calls.append(KernelRecord(name, held, self.keep_result(result)))
         self.remember(name, arguments, result)
-        key = _key(Source("kernel", kernel=name))
+        key = _key(GateSource("kernel", kernel=name))
         if key in self.taps:
             self.tapped(key, arguments)
 
@@ -304,7 +304,7 @@ class _Session:
 
 
 @contextmanager
-def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Recording]:
+def listening(model: nn.Module, anatomy: Anatomy, wanted: CaptureRequest) -> Iterator[Recording]:
     """Record one forward pass that runs inside the block.
 
     Yields:
@@ -346,7 +346,7 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: Wanted) -> Iterator[Re
     session.finish()
 
 
-def _key(source: Source) -> TapKey:
+def _key(source: GateSource) -> TapKey:
     return source.event, source.module, source.kernel
 
 

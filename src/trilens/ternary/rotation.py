@@ -1,4 +1,4 @@
-"""Rotations by Hadamard matrices: a layer's inputs and its weights turned together.
+"""Rotations by Hadamard matrices: a layer's inputs and its weights rotated together.
 
 For an orthogonal Q, W·x = (W·Qᵀ)·(Q·x). Turned weights have no outliers left: each is a sum over
 many, so that few levels fit them better. Q = H·D: D changes signs by a fixed pattern, H is made of
@@ -21,17 +21,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["block_orders", "hadamard", "turn", "turn_back"]
+__all__ = ["block_orders", "hadamard", "rotate", "rotate_back"]
 
 _LEAST_BLOCK: Final = 16
 _LARGEST_PART: Final = 64  # a product of parts is applied part by part
 _PALEY: Final = (12, 20, 24, 28, 36, 44, 48, 60)
 
 
-def turn(values: Tensor) -> Tensor:
+def rotate(values: Tensor) -> Tensor:
     """Q·x for each row x.
 
-    Rows of a weight matrix and the inputs it gets are turned alike: their products stay.
+    Rows of a weight matrix and the inputs it gets are rotated alike: their products stay.
 
     Shapes: [..., width] → the same
 
@@ -41,7 +41,7 @@ def turn(values: Tensor) -> Tensor:
     return _apply(values, back=False)
 
 
-def turn_back(values: Tensor) -> Tensor:
+def rotate_back(values: Tensor) -> Tensor:
     """Qᵀ·x for each row x: undoes `turn`. Shapes: [..., width] → the same."""
     return _apply(values, back=True)
 

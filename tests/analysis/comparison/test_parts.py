@@ -20,7 +20,7 @@ from trilens.analysis.comparison.attention import (
 from trilens.analysis.comparison.conditions import parse_condition
 from trilens.analysis.comparison.gates import GateAccumulator
 from trilens.analysis.comparison.heads import RoleAccumulator, repeated_probe
-from trilens.analysis.comparison.logit_lens import settle_layers
+from trilens.analysis.comparison.logit_lens import convergence_layers
 from trilens.analysis.comparison.residual import ResidualAccumulator
 from trilens.analysis.comparison.rows import METRICS, Row
 from trilens.analysis.comparison.weights import matrix_shapes, weight_rows
@@ -244,9 +244,9 @@ def test_a_position_settles_where_its_top_token_stays() -> None:
     vocab = lens.unembed(torch.zeros(1, lens.d_model)).shape[-1]
     one, other = random(2, 3, lens.d_model, seed=3).unbind()
     assert not torch.equal(lens.unembed(one).argmax(-1), lens.unembed(other).argmax(-1))
-    assert settle_layers(lens, [one, one, one]).tolist() == [0, 0, 0]
+    assert convergence_layers(lens, [one, one, one]).tolist() == [0, 0, 0]
     differs = lens.unembed(one).argmax(-1) != lens.unembed(other).argmax(-1)
-    settled = settle_layers(lens, [one, other, one, one])
+    settled = convergence_layers(lens, [one, other, one, one])
     assert settled.tolist() == [2 if each else 0 for each in differs.tolist()]
     assert vocab > 1
 

@@ -14,11 +14,11 @@ from trilens.checkpoint.calibration import end_to_end as whole
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.fit import FitOptions
 from trilens.checkpoint.calibration.streams import Stream, batches_of, write_stream
-from trilens.checkpoint.calibration.trainable import MovingMatrix
+from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.lens.proof import prove
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rotation import turn, turn_back
+from trilens.ternary.rotation import rotate, rotate_back
 
 PLAN = TernaryPlan("exact", per="row")
 
@@ -34,7 +34,7 @@ def coded(runner: BlockRunner, plan: TernaryPlan) -> list[whole.FinishedBlock]:
         quants, vectors = {}, {}
         for path, module in block.named_modules():
             if isinstance(module, torch.nn.Linear) and "proj" in path:
-                weight = turn(module.weight.data) if plan.rotate else module.weight.data
+                weight = rotate(module.weight.data) if plan.rotate else module.weight.data
                 quants[path] = PerLayerQuant.quantize(weight, path, rule="exact", per="row")
         for name, parameter in block.named_parameters():
             if parameter.ndim == 1:
@@ -51,7 +51,7 @@ def with_values(runner: BlockRunner, blocks: Any, model: Any, plan: TernaryPlan)
         path = runner.path(index)
         for inside, quant in quants.items():
             weights = quant.reconstruct()
-            given[f"{path}.{inside}.weight"] = turn_back(weights) if plan.rotate else weights
+            given[f"{path}.{inside}.weight"] = rotate_back(weights) if plan.rotate else weights
         given |= {f"{path}.{name}": value for name, value in vectors.items()}
     return given
 
@@ -92,14 +92,14 @@ def test_the_divergence_falls_by_what_is_told(parts: Any, rotate: bool) -> None:
     blocks = coded(runner, plan)
     said: list[float] = []
     options = FitOptions(whole_passes=8)
-    found = whole.fit_whole(runner, blocks, batches, dense, options, said.append)
+    found = whole.fit_end_to_end(runner, blocks, batches, dense, options, said.append)
     before = with_values(runner, [(b.quants, b.vectors) for b in blocks], model, plan)
     after = with_values(runner, zip(found.quants, found.vectors, strict=True), model, plan)
     assert found.kl_nats_before == pytest.approx(float(kl(model, before, batches)), rel=1e-3)
     assert found.kl_nats == pytest.approx(float(kl(model, after, batches)), rel=1e-3)
     assert found.kl_nats < 0.8 * found.kl_nats_before
     assert said == sorted(said) and said[0] == 0 and said[-1] < 1
-    again = whole.fit_whole(runner, blocks, batches, dense, options)
+    again = whole.fit_end_to_end(runner, blocks, batches, dense, options)
     assert again.kl_nats == found.kl_nats
     trits = {path: quant.trits for path, quant in blocks[0].quants.items()}
     for path, quant in found.quants[0].items():
@@ -115,10 +115,10 @@ def test_the_gradient_is_that_of_the_whole_model(parts: Any) -> None:
     wanted = torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
     whole._Model(runner, moving).learn(batch, wanted)
     given: dict[str, Any] = {}
-    mine: list[MovingMatrix] = []
+    mine: list[TrainableMatrix] = []
     for index, block in enumerate(blocks):
         for inside, quant in block.quants.items():
-            mine.append(MovingMatrix(quant))
+            mine.append(TrainableMatrix(quant))
             given[f"{runner.path(index)}.{inside}.weight"] = mine[-1].weights()
     kl(model, given, [batch]).backward()  # type: ignore[no-untyped-call]
     theirs = [matrix for block in moving for matrix in block.matrices.values()]
@@ -131,8 +131,8 @@ def test_the_gradient_is_that_of_the_whole_model(parts: Any) -> None:
 def test_what_does_not_help_is_thrown_away(parts: Any) -> None:
     _, runner, batches, dense = parts
     blocks = coded(runner, PLAN)
-    wild = whole.fit_whole(runner, blocks, batches, dense, FitOptions(whole_rate=1e3))
+    wild = whole.fit_end_to_end(runner, blocks, batches, dense, FitOptions(whole_rate=1e3))
     assert wild.kl_nats == wild.kl_nats_before
     assert not any(wild.quants) and not any(wild.vectors)
-    none = whole.fit_whole(runner, blocks, batches, dense, FitOptions(whole_passes=0))
+    none = whole.fit_end_to_end(runner, blocks, batches, dense, FitOptions(whole_passes=0))
     assert not any(none.quants)

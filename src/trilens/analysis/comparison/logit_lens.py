@@ -14,7 +14,7 @@ from torch import Tensor
 from trilens.analysis.comparison.rows import Row, change
 from trilens.lens.lens import Lens
 
-__all__ = ["LensAccumulator", "settle_layers"]
+__all__ = ["LensAccumulator", "convergence_layers"]
 
 _MODULE = "logit_lens"
 _CHUNK_ELEMENTS = 1 << 23  # of logits
@@ -57,7 +57,7 @@ class LensAccumulator:
         return rows
 
 
-def settle_layers(lens: Lens, residuals: Sequence[Tensor]) -> Tensor:
+def convergence_layers(lens: Lens, residuals: Sequence[Tensor]) -> Tensor:
     """First layer from which on the top token is that of the last layer.
 
     Shapes:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from trilens.analysis.comparison.rows import Row, against_itself, change
-from trilens.evaluation.output import OutsideResult, perplexity_of
+from trilens.evaluation.output import OutputResult, perplexity_of
 
-__all__ = ["outside_rows"]
+__all__ = ["output_rows"]
 
 _MODULE = "output"
 
 
-def outside_rows(result: OutsideResult) -> list[Row]:
+def output_rows(result: OutputResult) -> list[Row]:
     """The result as rows of the table."""
     rows = []
-    for metric in (
-        "perplexity",
-        "nll_nats",
-        "right_probability",
+    for metric, name in (
+        ("perplexity", "perplexity"),
+        ("nll_nats", "nll_nats"),
+        ("right_probability", "target_probability"),
     ):
-        pair = (getattr(result, f"{metric}_before"), getattr(result, f"{metric}_after"))
+        pair = (getattr(result, f"{name}_before"), getattr(result, f"{name}_after"))
         if None not in pair:
             rows.append(change(metric, *pair, module=_MODULE))
     before, after = result.nll_interval_before, result.nll_interval_after
@@ -32,8 +32,8 @@ def outside_rows(result: OutsideResult) -> list[Row]:
                 change(f"nll_nats_ci95_{end}", *pair, module=_MODULE),
                 against_itself(f"nll_nats_change_ci95_{end}", getattr(moved, end), module=_MODULE),
             ]
-    if result.right_probability_rms_change is not None:
-        value = result.right_probability_rms_change
+    if result.target_probability_rms_change is not None:
+        value = result.target_probability_rms_change
         rows.append(against_itself("right_probability_rms_change", value, module=_MODULE))
     for metric in ("kl_nats_mean", "kl_nats_median", "kl_nats_p99", "kl_nats_max"):
         rows.append(against_itself(metric, getattr(result, metric), module=_MODULE))

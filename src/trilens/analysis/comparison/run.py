@@ -16,11 +16,11 @@ from trilens.analysis.comparison.attention import EFFECTIVE, SOFTMAX, AttentionA
 from trilens.analysis.comparison.compatible import check_comparable
 from trilens.analysis.comparison.gates import GateAccumulator
 from trilens.analysis.comparison.heads import RoleAccumulator, repeated_probe
-from trilens.analysis.comparison.logit_lens import LensAccumulator, settle_layers
-from trilens.analysis.comparison.output import outside_rows
+from trilens.analysis.comparison.logit_lens import LensAccumulator, convergence_layers
+from trilens.analysis.comparison.output import output_rows
 from trilens.analysis.comparison.residual import ResidualAccumulator
 from trilens.analysis.comparison.result import Comparison, NamedArray
-from trilens.analysis.comparison.sites import Sites, common_sites, refuse_nonfinite
+from trilens.analysis.comparison.sites import CommonSites, common_sites, refuse_nonfinite
 from trilens.analysis.comparison.weights import weight_rows
 from trilens.caches.activation import FullActivationCache
 from trilens.caches.patterns.protocol import Pattern
@@ -32,10 +32,10 @@ from trilens.errors import (
     UsageError,
     ValueRangeError,
 )
-from trilens.evaluation.output import OutsideAccumulator, OutsideResult
+from trilens.evaluation.output import OutputAccumulator, OutputResult
 from trilens.lens.capture import Capture, ModelInfo
-from trilens.lens.lens import Lens, PromptLike
-from trilens.models.tokens import max_positions_of, read_prompt, vocab_size_of
+from trilens.lens.lens import Lens
+from trilens.models.tokens import PromptLike, max_positions_of, read_prompt, vocab_size_of
 
 __all__ = ["CompareOptions", "compare"]
 
@@ -127,9 +127,9 @@ class _Run:
     def __init__(self, before: Lens, after: Lens, options: CompareOptions) -> None:
         self.lenses = (before, after)
         self.options = options
-        self.sites: Sites = common_sites(before, after)
+        self.sites: CommonSites = common_sites(before, after)
         masked = type(before.model) in MODEL_FOR_MASKED_LM_MAPPING.values()
-        self.outside = OutsideAccumulator(next_token=not masked, seed=options.seed)
+        self.outside = OutputAccumulator(next_token=not masked, seed=options.seed)
         self.speaks = bool(before.anatomy.unembedding) and bool(after.anatomy.unembedding)
         self.fewest = 1 if masked or not self.speaks else 2
         self.residual = ResidualAccumulator()
@@ -188,7 +188,7 @@ class _Run:
         if self.speaks and self.options.lens != "none":
             first = 0 if self.options.lens == "all" else -1
             settled = [
-                settle_layers(lens, [stream[first:] for stream in each.activations])
+                convergence_layers(lens, [stream[first:] for stream in each.activations])
                 for lens, each in zip(self.lenses, streams, strict=True)
             ]
             self.lens.add(settled[0], settled[1])
@@ -209,7 +209,7 @@ class _Run:
         outside = self.outside.result() if self.speaks else None
         roles = self._roles()
         rows = [
-            *(outside_rows(outside) if outside is not None else ()),
+            *(output_rows(outside) if outside is not None else ()),
             *self.residual.rows(),
             *self.attention.rows(),
             *(roles.rows() if roles else ()),
@@ -252,7 +252,7 @@ class _Run:
                 roles.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
         return roles
 
-    def _arrays(self, outside: OutsideResult | None) -> dict[str, NamedArray]:
+    def _arrays(self, outside: OutputResult | None) -> dict[str, NamedArray]:
         arrays: dict[str, NamedArray] = {}
         if outside is not None:
             # A copy: the result's own array is read-only, which torch warns of.

@@ -11,13 +11,13 @@ from trilens.lens.lens import Lens
 from trilens.models.forward_call import probe_ids
 from trilens.models.tokens import vocab_size_of
 
-__all__ = ["Sites", "common_sites", "refuse_nonfinite"]
+__all__ = ["CommonSites", "common_sites", "refuse_nonfinite"]
 
 _PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Sites:
+class CommonSites:
     """What to capture of both models.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Own:
     gates: set[tuple[str, int]] = field(default_factory=set)
 
 
-def common_sites(before: Lens, after: Lens) -> Sites:
+def common_sites(before: Lens, after: Lens) -> CommonSites:
     """Ask both models with a short probe."""
     notes: list[str] = []
     mine = _sites(before, "before", notes)
@@ -53,7 +53,7 @@ def common_sites(before: Lens, after: Lens) -> Sites:
         for side, alone in (("before", left - right), ("after", right - left)):
             if alone:
                 notes.append(f"{what} only in the model {side}: {_spelt(alone)}")
-    return Sites(
+    return CommonSites(
         attention=tuple(sorted(mine.attention & other.attention)),
         effective=tuple(sorted(mine.effective & other.effective)),
         gates=tuple(sorted(mine.gates & other.gates)),

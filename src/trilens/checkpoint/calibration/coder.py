@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.experts import expert_inputs, expert_of
-from trilens.checkpoint.calibration.fit import FitOptions, fit_block, turned
+from trilens.checkpoint.calibration.fit import FitOptions, fit_block, transposed
 from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
@@ -32,11 +32,19 @@ from trilens.ternary.calibrated.rules import (
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RuleName
 
-__all__ = ["BlockJob", "CodedBlock", "Matrix", "code_block", "held_weight", "put_matrix", "rule_of"]
+__all__ = [
+    "BlockJob",
+    "BlockMatrix",
+    "CodedBlock",
+    "code_block",
+    "held_weight",
+    "put_matrix",
+    "rule_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class BlockMatrix:
     """A matrix that becomes ternary, and where it stands in its block.
 
     Attributes:
@@ -45,7 +53,7 @@ class Matrix:
         parameter: The parameter's name in the block.
         expert: Its number among the matrices of one stored tensor.
         place: Of a part: how its values are found in the parameter.
-        turned: It is stored as [in, out].
+        transposed: It is stored as [in, out].
         reason: Of a part: why its inputs are not seen.
     """
 
@@ -54,7 +62,7 @@ class Matrix:
     parameter: str
     expert: int = 0
     place: Callable[[Tensor], Tensor] | None = None
-    turned: bool = False
+    transposed: bool = False
     reason: str = ""
 
 
@@ -76,7 +84,7 @@ class BlockJob:
     """
 
     index: int
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[BlockMatrix, ...]
     vectors: Mapping[str, tuple[str, torch.dtype]]
     batches: tuple[Batch, ...]
     dense: Stream
@@ -138,7 +146,7 @@ def code_block(
 
 
 def rule_of(
-    plan: TernaryPlan, rule: CalibratedRule | None, matrix: Matrix
+    plan: TernaryPlan, rule: CalibratedRule | None, matrix: BlockMatrix
 ) -> CalibratedRule | None:
     """What is done with a matrix: the plan's own entry for it goes before `rule`."""
     entry = plan.matrices.get(matrix.name)
@@ -149,16 +157,18 @@ def _too_few(n_tokens: int) -> str:
     return f"{n_tokens} tokens of the text reached it: too few"
 
 
-def held_weight(block: nn.Module, matrix: Matrix) -> Tensor:
+def held_weight(block: nn.Module, matrix: BlockMatrix) -> Tensor:
     """A matrix as a block holds it. Shapes: → [out, in]."""
     if matrix.place is None:
         weight = block.get_parameter(f"{matrix.path}.weight").data
-        return weight.T if turned(block, matrix.path) else weight
+        return weight.T if transposed(block, matrix.path) else weight
     part = matrix.place(block.get_parameter(matrix.parameter).data)
-    return part.T if matrix.turned else part
+    return part.T if matrix.transposed else part
 
 
-def put_matrix(block: nn.Module, matrix: Matrix, quant: PerLayerQuant, plan: TernaryPlan) -> None:
+def put_matrix(
+    block: nn.Module, matrix: BlockMatrix, quant: PerLayerQuant, plan: TernaryPlan
+) -> None:
     """Put Ŵ into a block in place of the matrix."""
     held_weight(block, matrix).copy_(plain_weights(quant, plan))
 
@@ -174,7 +184,7 @@ class _Coder:
         self.quants: dict[tuple[str, int], PerLayerQuant] = {}
         self.records: list[MatrixRecord] = []
 
-    def options_of(self, matrix: Matrix) -> dict[str, Any]:
+    def options_of(self, matrix: BlockMatrix) -> dict[str, Any]:
         """Of its scales."""
         plan = self.job.plan.of(matrix.name)
         return {
@@ -193,7 +203,7 @@ class _Coder:
         paths = [matrix.path for matrix in self.job.matrices if matrix.path]
         return find_stages(self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden)
 
-    def code_stage(self, stage: Stage, by_path: Mapping[str, Matrix]) -> None:
+    def code_stage(self, stage: Stage, by_path: Mapping[str, BlockMatrix]) -> None:
         routed = stage.n_tokens != self.job.batches[0].ids.numel()
         rules = {path: rule_of(self.job.plan, self.rule, by_path[path]) for path in stage.members}
         corrected = {path for path, rule in rules.items() if rule and rule.corrected and not routed}
@@ -208,7 +218,7 @@ class _Coder:
             else:
                 self._code(matrix, of)
 
-    def seen_experts(self, parts: Sequence[Matrix]) -> tuple[str, ...]:
+    def seen_experts(self, parts: Sequence[BlockMatrix]) -> tuple[str, ...]:
         """The parameters that hold experts whose products can be seen, in order."""
         names = {
             matrix.parameter
@@ -222,7 +232,7 @@ class _Coder:
         seen = expert_inputs(self.dense, sorted(names), lambda: self.run(self.dense, batch, hidden))
         return tuple(dict.fromkeys(name for name, _, _ in seen))
 
-    def code_experts(self, name: str, matrices: Sequence[Matrix]) -> None:
+    def code_experts(self, name: str, matrices: Sequence[BlockMatrix]) -> None:
         """Code the experts of one parameter, each on the tokens that reach it."""
         held = self.dense.get_parameter(name).data
         weights = [held_weight(self.dense, matrix) for matrix in matrices]
@@ -302,18 +312,20 @@ class _Coder:
         rest = {path: weight for path, weight in weights.items() if path not in corrected}
         return sums.result() | {path: Moments.of(w, hessian) for path, w in rest.items()}
 
-    def _code(self, matrix: Matrix, moments: Moments) -> None:
+    def _code(self, matrix: BlockMatrix, moments: Moments) -> None:
         weight = held_weight(self.dense, matrix)
         rule = rule_of(self.job.plan, self.rule, matrix)
         if rule is None:
             self.code_without_inputs(matrix, "", moments)
             return
         weight = to_be_coded(weight, matrix.name, self.job.plan)
-        moments = moments.turned() if self.job.plan.rotate else moments
+        moments = moments.rotated() if self.job.plan.rotate else moments
         found = calibrate(weight, matrix.name, moments, rule=rule, **self.options_of(matrix))
         self._keep(matrix, found.quant, found, "")
 
-    def code_without_inputs(self, matrix: Matrix, why: str, moments: Moments | None = None) -> None:
+    def code_without_inputs(
+        self, matrix: BlockMatrix, why: str, moments: Moments | None = None
+    ) -> None:
         """Code a matrix by its weights alone; `why` says why, where the rule wanted more."""
         weight = to_be_coded(held_weight(self.dense, matrix), matrix.name, self.job.plan)
         wanted = rule_of(self.job.plan, self.rule, matrix)
@@ -328,7 +340,7 @@ class _Coder:
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
         self._keep(matrix, quant, found, why if wanted is not None else "")
 
-    def _keep(self, matrix: Matrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
+    def _keep(self, matrix: BlockMatrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
         put_matrix(self.block, matrix, quant, self.job.plan)
         self.quants[(matrix.name, matrix.expert)] = quant
         self.records.append(
@@ -390,7 +402,7 @@ class _Coder:
     def _dense_weight(self, path: str) -> Tensor:
         """[out, in]."""
         weight = self.dense.get_parameter(f"{path}.weight").data
-        return weight.T if turned(self.dense, path) else weight
+        return weight.T if transposed(self.dense, path) else weight
 
     def _bias(self, path: str) -> Tensor | None:
         bias = getattr(self.dense.get_submodule(path), "bias", None)

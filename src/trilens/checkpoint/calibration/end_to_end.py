@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.checkpoint.calibration.fit import FitOptions, Overridden, put_weight, turned
+from trilens.checkpoint.calibration.fit import FitOptions, Overridden, put_weight, transposed
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
-from trilens.checkpoint.calibration.trainable import MovingMatrix
+from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["FinishedBlock", "WholeFit", "fit_whole"]
+__all__ = ["EndToEndFit", "FinishedBlock", "fit_end_to_end"]
 
 _PROBED = 8  # batches on which before and after are compared
 
@@ -41,7 +41,7 @@ class FinishedBlock:
         quants: Matrices whose scales may move, by path in the block.
         vectors: Norms and biases that may move: parameter in the block → value.
         dtypes: How each is stored.
-        plan: Whether matrices are turned.
+        plan: Whether matrices are transposed.
     """
 
     fixed: Callable[[nn.Module], None]
@@ -52,7 +52,7 @@ class FinishedBlock:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WholeFit:
+class EndToEndFit:
     """What the fit found.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Block:
     def __init__(self, finished: FinishedBlock) -> None:
         self.finished = finished
         self.matrices = {
-            path: MovingMatrix(q, rotate=finished.plan.rotate)
+            path: TrainableMatrix(q, rotate=finished.plan.rotate)
             for path, q in finished.quants.items()
         }
         self.start = {name: value.float() for name, value in finished.vectors.items()}
@@ -97,7 +97,7 @@ class _Block:
         found = {}
         for path, matrix in self.matrices.items():
             weights = matrix.weights()
-            found[f"{path}.weight"] = weights.T if turned(block, path) else weights
+            found[f"{path}.weight"] = weights.T if transposed(block, path) else weights
         return found | self.values()
 
     def values(self) -> dict[str, Tensor]:
@@ -165,14 +165,14 @@ class _Model:
         return total / count
 
 
-def fit_whole(
+def fit_end_to_end(
     runner: BlockRunner,
     blocks: Sequence[FinishedBlock],
     batches: Sequence[Batch],
     dense: Stream,
     options: FitOptions,
     say: Callable[[float], None] = lambda _: None,
-) -> WholeFit:
+) -> EndToEndFit:
     """Fit all blocks together.
 
     Args:
@@ -194,7 +194,7 @@ def fit_whole(
         with torch.no_grad():
             return torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
 
-    nothing: WholeFit = WholeFit(tuple({} for _ in parts), tuple({} for _ in parts), 0.0, 0.0)
+    nothing: EndToEndFit = EndToEndFit(tuple({} for _ in parts), tuple({} for _ in parts), 0.0, 0.0)
     moving = [tensor for part in parts for tensor in part.moving]
     if not moving or not batches or options.whole_passes == 0:
         return nothing
@@ -220,6 +220,6 @@ def fit_whole(
             done += 1
     after = model.measure(probed, wanted)
     if not after < before:
-        return WholeFit(nothing.quants, nothing.vectors, before, before)
+        return EndToEndFit(nothing.quants, nothing.vectors, before, before)
     found = [part.stored() for part in parts]
-    return WholeFit(tuple(q for q, _ in found), tuple(v for _, v in found), before, after)
+    return EndToEndFit(tuple(q for q, _ in found), tuple(v for _, v in found), before, after)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
-from trilens.checkpoint.calibration.trainable import MovingMatrix
+from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "turned"]
+__all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "transposed"]
 
 RunBlock = Callable[[nn.Module, Batch, Tensor], Tensor]
 """Runs a block on a batch's residual stream."""
@@ -91,7 +91,7 @@ def fit_block(
         inputs: the residual stream before the block, as the ternary blocks before give it.
         targets: after it, as the dense model gives it.
         run: how to run it.
-        plan: whether matrices are turned.
+        plan: whether matrices are transposed.
         options: how long, how fast.
     """
     before = _error(block, batches, inputs, targets, run)
@@ -123,10 +123,12 @@ def fit_block(
 def put_weight(block: nn.Module, path: str, weights: Tensor) -> None:
     """Put Ŵ [out, in] in place of a layer's weight, whichever way round it holds it."""
     held = _weight_of(block, path)
-    held.copy_(weights if held.shape == weights.shape and not turned(block, path) else weights.T)
+    held.copy_(
+        weights if held.shape == weights.shape and not transposed(block, path) else weights.T
+    )
 
 
-def turned(block: nn.Module, path: str) -> bool:
+def transposed(block: nn.Module, path: str) -> bool:
     """Whether a layer holds its weight as [in, out]."""
     return not isinstance(block.get_submodule(path), nn.Linear)  # else transformers' Conv1D
 
@@ -161,7 +163,7 @@ def _descend(
     rate: float,
 ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    moving = {path: MovingMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
+    moving = {path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
     sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
     steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     parameters = [f for m in moving.values() for f in m.factors] + list(steps.values())
@@ -180,7 +182,7 @@ def _descend(
             given = {}
             for path, matrix in moving.items():
                 weights = matrix.weights()
-                given[f"{path}.weight"] = weights.T if turned(block, path) else weights
+                given[f"{path}.weight"] = weights.T if transposed(block, path) else weights
             given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
             found = run(Overridden(block, given), batch, inputs.read(batch))
             error = (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trilens.checkpoint.calibration.coder import Matrix
+from trilens.checkpoint.calibration.coder import BlockMatrix
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.errors import UsageError
 from trilens.models.anatomy import Anatomy
@@ -28,7 +28,7 @@ class Placed:
         vectors: Norms and biases: parameter in the block → stored tensor and its dtype.
     """
 
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[BlockMatrix, ...]
     vectors: dict[str, tuple[str, torch.dtype]]
 
 
@@ -48,7 +48,7 @@ def place_choices(
             the parameter that it fills.
     """
     starts = [block.path + "." for block in anatomy.blocks]
-    matrices: list[list[Matrix]] = [[] for _ in starts]
+    matrices: list[list[BlockMatrix]] = [[] for _ in starts]
     vectors: list[dict[str, tuple[str, torch.dtype]]] = [{} for _ in starts]
     for choice in choices:
         index = next((i for i, start in enumerate(starts) if choice.target.startswith(start)), None)
@@ -74,17 +74,17 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
     return dict(model.named_parameters()).get(name)
 
 
-def _matrices(choice: Choice, inside: str, stored: Tensor, model: nn.Module) -> list[Matrix]:
+def _matrices(choice: Choice, inside: str, stored: Tensor, model: nn.Module) -> list[BlockMatrix]:
     name = choice.name
     if choice.storage == "layer":
-        return [Matrix(name, inside.removesuffix(".weight"), inside)]
+        return [BlockMatrix(name, inside.removesuffix(".weight"), inside)]
     if choice.storage == "experts":
         return [
-            Matrix(name, "", inside, i, _expert(i), choice.transposed, _EXPERTS)
+            BlockMatrix(name, "", inside, i, _expert(i), choice.transposed, _EXPERTS)
             for i in range(len(stored))
         ]
     held = model.get_parameter(choice.target)
-    return [Matrix(name, "", inside, 0, _rows(held, stored, name), False, _MERGED)]
+    return [BlockMatrix(name, "", inside, 0, _rows(held, stored, name), False, _MERGED)]
 
 
 def _expert(index: int) -> Callable[[Tensor], Tensor]:

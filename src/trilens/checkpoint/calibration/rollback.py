@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trilens.checkpoint.calibration.options import Calibration
-from trilens.checkpoint.calibration.run import BlockProgress, Source, run_calibration
+from trilens.checkpoint.calibration.run import BlockProgress, CalibrationSource, run_calibration
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal
@@ -15,12 +15,12 @@ from trilens.checkpoint.format.names import WORK_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.errors import TrilensError, WriteError
 
-__all__ = ["attempt"]
+__all__ = ["rollback"]
 
 
-def attempt(
+def rollback(
     out: Path,
-    source: Source,
+    source: CalibrationSource,
     plan: TernaryPlan,
     calibration: Calibration,
     journal: Journal,

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.coder import (
     BlockJob,
-    Matrix,
+    BlockMatrix,
     code_block,
     held_weight,
     put_matrix,
     rule_of,
 )
-from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_whole
+from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.options import Calibration, Drawn, draw
 from trilens.checkpoint.calibration.placement import Placed, place_choices
@@ -41,7 +41,7 @@ from trilens.models.tokens import max_positions_of, vocab_size_of
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockProgress", "Source", "run_calibration"]
+__all__ = ["BlockProgress", "CalibrationSource", "run_calibration"]
 
 _DAMAGE_NAME = "damage.json"
 
@@ -66,7 +66,7 @@ class BlockProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CalibrationSource:
     """A checkpoint that was read.
 
     Attributes:
@@ -85,7 +85,7 @@ class Source:
 
 
 def run_calibration(
-    source: Source,
+    source: CalibrationSource,
     plan: TernaryPlan,
     calibration: Calibration,
     folder: Path,
@@ -245,7 +245,7 @@ class _Run:
             left = (time.monotonic() - began) * (1 - share) / share if share else None
             self._tell(last, f"all blocks together, {share:.0%}", left)
 
-        found = fit_whole(
+        found = fit_end_to_end(
             self.runner, finished, self.text, self._stream("dense", last), self.fit, say
         )
         quants: dict[tuple[str, int], PerLayerQuant] = {}
@@ -259,7 +259,7 @@ class _Run:
     def _finished(self, index: int) -> FinishedBlock:
         """A block as the store has it."""
         placed, dense = self.placed[index], self.runner.block(index)
-        fixed: list[tuple[Matrix, PerLayerQuant]] = []
+        fixed: list[tuple[BlockMatrix, PerLayerQuant]] = []
         quants: dict[str, PerLayerQuant] = {}
         for matrix in placed.matrices:
             cols = held_weight(dense, matrix).shape[1]

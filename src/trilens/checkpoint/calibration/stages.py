@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trilens.models.trace import tensors_in
 
-__all__ = ["Sites", "Stage", "find_stages", "watching"]
+__all__ = ["Stage", "StageSites", "find_stages", "watching"]
 
 BLOCK_INPUT = ""
 """The site of the residual stream before the block."""
@@ -30,7 +30,7 @@ BLOCK_OUTPUT = "output"
 
 
 @dataclass(frozen=True, slots=True)
-class Sites:
+class StageSites:
     """Between which two states of the residual stream a matrix stands.
 
     A site is `BLOCK_INPUT`, `BLOCK_OUTPUT`, or the path of the module that reads that state.
@@ -51,7 +51,7 @@ class Stage:
     """
 
     members: tuple[str, ...]
-    sites: dict[str, Sites]
+    sites: dict[str, StageSites]
     n_tokens: int
 
 
@@ -139,9 +139,9 @@ def _stages(
     ), unseen
 
 
-def _residual_sites(seen: _Seen, hidden: Tensor, output: Tensor) -> dict[str, Sites]:
+def _residual_sites(seen: _Seen, hidden: Tensor, output: Tensor) -> dict[str, StageSites]:
     known: list[tuple[str, Tensor]] = [(BLOCK_INPUT, hidden)]
-    found: dict[str, Sites] = {}
+    found: dict[str, StageSites] = {}
     for number, (path, _, given) in enumerate(seen.calls):
         if given.shape != hidden.shape:
             continue
@@ -157,7 +157,7 @@ def _residual_sites(seen: _Seen, hidden: Tensor, output: Tensor) -> dict[str, Si
                 None,
             )
             if hit is not None:
-                found[path] = Sites(before, hit[0])
+                found[path] = StageSites(before, hit[0])
                 known.append(hit)
                 break
     return found

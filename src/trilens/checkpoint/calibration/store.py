@@ -21,7 +21,7 @@ from trilens.io.safetensors_header import read_json
 from trilens.ternary.packed.linear import Packed, unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockRecord", "MatrixRecord", "Store", "WholeRecord"]
+__all__ = ["BlockRecord", "EndToEndRecord", "MatrixRecord", "Store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class BlockRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeRecord:
+class EndToEndRecord:
     """What the fit of all blocks together says.
 
     Attributes:
@@ -134,7 +134,7 @@ class Store:
         vectors: Mapping[str, Tensor],
     ) -> None:
         """Keep what the fit of all blocks together found: it goes before what the blocks say."""
-        record = WholeRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
+        record = EndToEndRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
         write_whole(self._whole("safetensors"), save(_tensors_of(quants, vectors)))
         write_whole(self._whole("json"), json_bytes(asdict(record)))
         self.whole = record
@@ -209,7 +209,7 @@ class Store:
             raise CorruptFileError(f"{self._tensors(index)} is missing: begin in a new directory")
         return record
 
-    def _read_whole(self) -> WholeRecord | None:
+    def _read_whole(self) -> EndToEndRecord | None:
         path = self._whole("json")
         if not path.is_file():
             return None
@@ -217,7 +217,7 @@ class Store:
         try:
             matrices = tuple((str(name), int(expert)) for name, expert in values["matrices"])
             rest = {**values, "matrices": matrices, "vectors": tuple(values["vectors"])}
-            return WholeRecord(**rest)
+            return EndToEndRecord(**rest)
         except (KeyError, TypeError, ValueError) as cause:
             raise CorruptFileError(f"{path} is no record of a fit") from cause
 

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rotation import turn_back
+from trilens.ternary.rotation import rotate_back
 from trilens.ternary.rules.coder import round_scales
 
-__all__ = ["MovingMatrix"]
+__all__ = ["TrainableMatrix"]
 
 
-class MovingMatrix:
+class TrainableMatrix:
     """A quantized matrix whose scales have a gradient.
 
     Args:
         quant: where it begins.
-        rotate: the matrix was turned before it was coded: its weights are turned back.
+        rotate: the matrix was rotated before it was coded: its weights are rotated back.
 
     Memory: beside `quant`, 12 bytes for each scale; a call of `weights` 8 bytes for each weight.
     """
@@ -46,7 +46,7 @@ class MovingMatrix:
         )
         total = first + rest[0] if rest else first
         total = total if self._offset is None else total + self._spread(self._offset)
-        return turn_back(total) if self._rotate else total
+        return rotate_back(total) if self._rotate else total
 
     def result(self) -> PerLayerQuant:
         """The matrix as it is now, its scales rounded; a negative one turns its trits around."""

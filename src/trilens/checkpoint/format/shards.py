@@ -22,8 +22,8 @@ from trilens.io.tensors import json_text
 __all__ = [
     "DTYPE_BYTES",
     "MappedFile",
+    "ShardSlot",
     "ShardWriter",
-    "Slot",
     "json_bytes",
     "move_into_place",
     "sha256_of",
@@ -96,7 +96,7 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class ShardSlot:
     """Where a tensor lies in a file that is being written; bytes from the file's start."""
 
     name: str
@@ -221,7 +221,7 @@ class ShardWriter:
 
 def _layout(
     entries: Sequence[tuple[str, str, tuple[int, ...], int]],
-) -> tuple[bytes, dict[str, Slot]]:
+) -> tuple[bytes, dict[str, ShardSlot]]:
     ordered = sorted(entries, key=lambda entry: -DTYPE_BYTES.get(entry[1], 1))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -238,5 +238,5 @@ def _layout(
     slots = {}
     for name, dtype, shape, _ in ordered:
         begin, stop = header[name]["data_offsets"]
-        slots[name] = Slot(name, dtype, shape, start + begin, start + stop)
+        slots[name] = ShardSlot(name, dtype, shape, start + begin, start + stop)
     return len(text).to_bytes(8, "little") + text, slots

@@ -34,7 +34,7 @@ from trilens.ternary.packed.linear import PARTS
 
 __all__ = ["Choice", "build_skeleton", "choose", "module_at"]
 
-Storage: TypeAlias = Literal["layer", "merged", "experts", "kept"]
+Placement: TypeAlias = Literal["layer", "merged", "experts", "kept"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -59,7 +59,7 @@ class Choice:
 
     name: str
     packed_as: str
-    storage: Storage
+    storage: Placement
     target: str = ""
     transposed: bool = False
     reason: str = ""
@@ -186,7 +186,7 @@ class _Rules:
         why = self._fallback(header, target, module)
         transposed = isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
         packed_as = name
-        storage: Storage = "layer"
+        storage: Placement = "layer"
         if place.converter is not None:
             storage = "merged"
             transposed = False  # it is coded as it is stored

@@ -18,7 +18,7 @@ from trilens.checkpoint.gguf.formats import FLOAT_TYPES, GgufFormat, type_bytes
 from trilens.checkpoint.gguf.source import GgufSource
 from trilens.errors import CorruptFileError, UsageError
 
-__all__ = ["Slot", "left_out", "slots", "with_fallbacks"]
+__all__ = ["GgufSlot", "left_out", "slots", "with_fallbacks"]
 
 _TYPE_OF = {"F32": 0, "F64": 0, "F16": 1, "BF16": 30}
 _F32 = 0
@@ -26,7 +26,7 @@ _SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class GgufSlot:
     """One tensor that is to be written.
 
     Attributes:
@@ -116,7 +116,7 @@ def with_fallbacks(
 
 def slots(
     source: GgufSource, choices: tuple[Choice, ...], family: Family, format: GgufFormat
-) -> list[Slot]:
+) -> list[GgufSlot]:
     """Every tensor of the file that the checkpoint has, in the checkpoint's order.
 
     Raises:
@@ -125,7 +125,7 @@ def slots(
     """
     names = get_tensor_name_map(family.arch, source.config.num_hidden_layers)
     tied = _tied(source)
-    found: dict[str, Slot] = {}
+    found: dict[str, GgufSlot] = {}
     for choice in choices:
         if _why_left_out(choice, tied):
             continue
@@ -194,7 +194,7 @@ def _tied(source: GgufSource) -> dict[str, str]:
 
 def _slot(
     source: GgufSource, choice: Choice, name: str, family: Family, format: GgufFormat
-) -> Slot:
+) -> GgufSlot:
     header = source.headers[choice.name]
     coded = choice.storage != "kept"
     transposed = _is_transposed(source, choice)
@@ -207,7 +207,7 @@ def _slot(
     type_id = _F32 if len(shape) == 1 else _TYPE_OF[header.dtype]
     size_bytes = format.codec.size_bytes(shape) if coded else type_bytes(type_id, shape)
     is_norm = len(shape) == 1 and name.endswith("norm.weight")
-    return Slot(
+    return GgufSlot(
         name=name,
         choice=choice,
         type_id=format.type_id if coded else type_id,

@@ -30,7 +30,7 @@ from trilens.ternary.packed.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RuleName
 
-__all__ = ["GgufSource", "Matrix", "open_source"]
+__all__ = ["GgufMatrix", "GgufSource", "open_source"]
 
 _PART_DTYPES = {
     "U8": torch.uint8,
@@ -56,7 +56,7 @@ _EVERYTHING = TernaryPlan()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Matrix:
+class GgufMatrix:
     """A matrix as trits, and what that cost.
 
     Attributes:
@@ -109,7 +109,7 @@ class GgufSource:
         """
         return tensor_of(self._stored[name], self._file(self._stored[name]))
 
-    def matrix(self, choice: Choice, plan: TernaryPlan) -> Matrix:
+    def matrix(self, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
         """A matrix as trits: coded by the plan, or the trits that are there.
 
         Raises:
@@ -131,9 +131,9 @@ class GgufSource:
             per=plan.per,
             scale_dtype=plan.scale_dtype,
         )
-        return Matrix(quant, quant.relative_error(matrix), quant.was_ternary)
+        return GgufMatrix(quant, quant.relative_error(matrix), quant.was_ternary)
 
-    def _unpacked(self, choice: Choice) -> Matrix:
+    def _unpacked(self, choice: Choice) -> GgufMatrix:
         report = self._packed[choice.name]
         parts = find_parts(report.packed_as, self._stored)
         codes, scale = (self._part(parts[part]) for part in ("codes", "scale"))
@@ -156,7 +156,7 @@ class GgufSource:
         )
         exact = PerLayerQuant.from_trits(trits, scale, choice.name, group_size=group_size, per=per)
         error = 0.0 if torch.equal(halves, scale) else quant.relative_error(exact.reconstruct())
-        return Matrix(quant, error, was_ternary=True)
+        return GgufMatrix(quant, error, was_ternary=True)
 
     def _part(self, name: str) -> Tensor:
         header = self._stored[name]

@@ -24,7 +24,7 @@ from trilens.checkpoint.format.shards import move_into_place, temporary_path
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.gguf.families import Family, find_family
 from trilens.checkpoint.gguf.formats import GgufFormat, check_packed, fitting_plan
-from trilens.checkpoint.gguf.layout import Slot, left_out, slots, with_fallbacks
+from trilens.checkpoint.gguf.layout import GgufSlot, left_out, slots, with_fallbacks
 from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.checkpoint.gguf.source import GgufSource
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
@@ -113,7 +113,11 @@ def check_place(out: Path) -> None:
 
 
 def _describe(
-    writer: GGUFWriter, source: GgufSource, todo: list[Slot], plan: TernaryPlan, format: GgufFormat
+    writer: GGUFWriter,
+    source: GgufSource,
+    todo: list[GgufSlot],
+    plan: TernaryPlan,
+    format: GgufFormat,
 ) -> None:
     """All metadata, and what is to follow it."""
     embedding = next(slot for slot in todo if slot.name == "token_embd.weight")
@@ -134,8 +138,8 @@ def _describe(
         )
 
 
-def _made(name: str, values: NDArray[np.float32]) -> Slot:
-    return Slot(name, None, 0, values.shape, "F32", values.nbytes, 0, values=values)
+def _made(name: str, values: NDArray[np.float32]) -> GgufSlot:
+    return GgufSlot(name, None, 0, values.shape, "F32", values.nbytes, 0, values=values)
 
 
 def _write(
@@ -143,7 +147,7 @@ def _write(
     writer: GGUFWriter,
     source: GgufSource,
     family: Family,
-    todo: list[Slot],
+    todo: list[GgufSlot],
     plan: TernaryPlan,
     format: GgufFormat,
     progress: Callable[[TensorReport], None] | None,
@@ -172,7 +176,7 @@ def _write_coded(
     writer: GGUFWriter,
     source: GgufSource,
     family: Family,
-    slot: Slot,
+    slot: GgufSlot,
     plan: TernaryPlan,
     format: GgufFormat,
 ) -> TensorReport:
@@ -209,7 +213,7 @@ def _outcome(quant: PerLayerQuant, error: float, was_ternary: bool) -> tuple[str
 
 
 def _compare(
-    slot: Slot,
+    slot: GgufSlot,
     format: GgufFormat,
     found: NDArray[np.uint8],
     trits: NDArray[np.int8],
@@ -235,7 +239,7 @@ def _compare(
         raise WriteError(f"{slot.name} decodes to other weights than were coded: check the disk")
 
 
-def _kept_bytes(source: GgufSource, family: Family, slot: Slot) -> NDArray[np.uint8]:
+def _kept_bytes(source: GgufSource, family: Family, slot: GgufSlot) -> NDArray[np.uint8]:
     """What a kept tensor is in the file.
 
     Shapes: → [size_bytes]
@@ -254,7 +258,7 @@ def _kept_bytes(source: GgufSource, family: Family, slot: Slot) -> NDArray[np.ui
     return values.contiguous().view(torch.uint8).reshape(-1).numpy()
 
 
-def _put(writer: GGUFWriter, slot: Slot, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _put(writer: GGUFWriter, slot: GgufSlot, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Write a tensor, and read it back.
 
     Shapes: data [...] uint8 → [size_bytes]
@@ -298,7 +302,7 @@ def _file_in_the_making(out: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _check_space(out: Path, todo: list[Slot]) -> None:
+def _check_space(out: Path, todo: list[GgufSlot]) -> None:
     needed = sum(slot.size_bytes for slot in todo)
     free = shutil.disk_usage(out.parent).free
     if needed > free:

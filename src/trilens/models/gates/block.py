@@ -16,7 +16,7 @@ from trilens.models.gates.events import (
     WeightedCall,
 )
 from trilens.models.gates.kernels import KERNEL_GATES
-from trilens.models.gates.site import Layout, Source, find_columns, layout_of, rows_of
+from trilens.models.gates.site import GateSource, Layout, find_columns, layout_of, rows_of
 from trilens.models.trace import ModuleCall, Trace, parent_path, same, tensors_in
 
 __all__ = ["BlockView", "blocks_of"]
@@ -212,7 +212,7 @@ class BlockView:
 
     def locate_weighted(
         self, x: Tensor, tick: int
-    ) -> tuple[Source, Layout, str, WeightedCall] | None:
+    ) -> tuple[GateSource, Layout, str, WeightedCall] | None:
         """Where x passes by before a weight of the model is added to it or scales it."""
         wanted = self.rows(x)
         for call in self.weighted:
@@ -226,14 +226,14 @@ class BlockView:
             return place[0], Layout("batched", columns=columns), place[2], call
         return None
 
-    def locate(self, x: Tensor, tick: int) -> tuple[Source, Layout, str] | None:
+    def locate(self, x: Tensor, tick: int) -> tuple[GateSource, Layout, str] | None:
         """Where x passes by before a tick: the narrowest tensor of a module that holds it.
 
         Returns:
             The source, how to read it, and the module's path; None where no module shows it.
         """
         wanted = self.rows(x)
-        best: tuple[tuple[int, int], Source, Layout, str] | None = None
+        best: tuple[tuple[int, int], GateSource, Layout, str] | None = None
         order: dict[nn.Module, int] = {}
         for call in self.calls:
             number = order.get(call.module, 0)
@@ -256,13 +256,13 @@ class BlockView:
         return None if best is None else best[1:]
 
 
-def _tensors(call: ModuleCall, order: int, tick: int) -> Iterator[tuple[Source, Tensor]]:
+def _tensors(call: ModuleCall, order: int, tick: int) -> Iterator[tuple[GateSource, Tensor]]:
     if call.end < tick:
         for index, tensor in enumerate(call.outputs):
-            yield Source("output", call.module, index, order=order), tensor
+            yield GateSource("output", call.module, index, order=order), tensor
     if call.start < tick:
         for index, tensor in enumerate(call.inputs):
-            yield Source("input", call.module, index, order=order), tensor
+            yield GateSource("input", call.module, index, order=order), tensor
 
 
 def _is_stacked(module: nn.Module) -> bool:

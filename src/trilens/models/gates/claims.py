@@ -35,8 +35,8 @@ from trilens.models.trace import Trace
 
 __all__ = ["GateClaims", "find_gates"]
 
-Rule = Callable[[BlockView], list[GateSite]]
-_RULES: tuple[Rule, ...] = (
+ClaimRule = Callable[[BlockView], list[GateSite]]
+_RULES: tuple[ClaimRule, ...] = (
     find_recurrence_gates,
     find_rglru_gates,
     find_state_gates,

@@ -21,13 +21,12 @@ from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftm
 from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
 from trilens.errors import AttentionPathError
 from trilens.models.gates.effective_terms import Effective
-from trilens.models.gates.kernels import chunk_step, scan_step
+from trilens.models.gates.kernels import Arguments, chunk_step, scan_step
 from trilens.models.gates.rglru import rglru_terms
 from trilens.models.trace import tensors_in
 
 __all__ = ["EFFECTIVE_KERNELS", "effective_of"]
 
-Arguments = Mapping[str, Any]
 
 _STATES = ("initial_state", "initial_states", "state", "c_initial", "n_initial")
 _L2_EPS = 1e-6

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trilens.caches.gate_functions import GATE_FUNCTIONS
 from trilens.caches.gates import GateSpec
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.site import GateSite, Source, layout_of
+from trilens.models.gates.site import GateSite, GateSource, layout_of
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
 __all__ = ["find_glu_gates"]
@@ -111,7 +111,7 @@ def _claim(call: ModuleCall, inside: list[ModuleCall], seq: int) -> GateSite | N
                 layout = layout_of(call.inputs[0], seq)
                 if layout is None:
                     return None
-                return GateSite(spec, Source("input", call.module), layout)
+                return GateSite(spec, GateSource("input", call.module), layout)
     return None
 
 

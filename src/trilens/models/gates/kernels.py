@@ -24,6 +24,7 @@ __all__ = [
     "CONVOLUTIONS",
     "DECODE_KERNELS",
     "KERNEL_GATES",
+    "Arguments",
     "KernelGate",
     "chunk_step",
     "is_recorded",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from trilens.caches.gates import GateSpec
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.events import ProductCall
-from trilens.models.gates.site import GateSite, Layout, Source
+from trilens.models.gates.site import GateSite, GateSource, Layout
 from trilens.models.trace import ModuleCall
 
 __all__ = ["find_linear_gates"]
 
-Place = tuple[Source, Layout, str]
+Place = tuple[GateSource, Layout, str]
 
 
 def find_linear_gates(view: BlockView) -> list[GateSite]:

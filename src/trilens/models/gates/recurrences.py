@@ -11,7 +11,7 @@ from trilens.caches.gates import GateSpec
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.events import KernelCall
 from trilens.models.gates.kernels import KERNEL_GATES, KernelGate
-from trilens.models.gates.site import GateSite, Layout, Source
+from trilens.models.gates.site import GateSite, GateSource, Layout
 
 __all__ = ["find_recurrence_gates"]
 
@@ -63,7 +63,7 @@ def _proven(gate: KernelGate, calls: list[KernelCall], view: BlockView) -> GateS
         static=gate.axis is None,
         rate=gate.rate,
     )
-    return GateSite(spec, Source("kernel", kernel=kernel.function), layout, gate.read)
+    return GateSite(spec, GateSource("kernel", kernel=kernel.function), layout, gate.read)
 
 
 def _settle(view: BlockView, sites: list[GateSite]) -> None:

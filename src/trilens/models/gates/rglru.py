@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from trilens.caches.gates import GateKind, GateSpec
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.kernels import is_recorded
-from trilens.models.gates.site import GateSite, Layout, Source
+from trilens.models.gates.site import GateSite, GateSource, Layout
 from trilens.models.trace import ModuleCall
 
 __all__ = ["find_rglru_gates", "rglru_terms"]
@@ -74,7 +74,7 @@ def _gates(call: ModuleCall, view: BlockView) -> list[GateSite]:
         name: str, kind: GateKind, formula: str, function: str, read: Callable[..., Tensor]
     ) -> GateSite:
         spec = GateSpec(name, kind, formula, function, (0.0, 1.0), (width,), call.path)
-        return GateSite(spec, Source("input", unit), Layout("batched", axis=1), read)
+        return GateSite(spec, GateSource("input", unit), Layout("batched", axis=1), read)
 
     decay = "exp(−8·r·softplus(Λ)), before the reset at a text's first token"
     return [

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from trilens.caches.gates import GateSpec
 from trilens.errors import SilentSiteError
 
-__all__ = ["GateSite", "Layout", "Source", "find_columns", "layout_of", "rows_of"]
+__all__ = ["GateSite", "GateSource", "Layout", "find_columns", "layout_of", "rows_of"]
 
 Form = Literal["batched", "flat", "seq_first", "static"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class GateSource:
     """One tensor that passes by while a block runs.
 
     Attributes:
@@ -71,7 +71,7 @@ class GateSite:
     """
 
     spec: GateSpec
-    source: Source
+    source: GateSource
     layout: Layout
     read: Reader | None = None
 

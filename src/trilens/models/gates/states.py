@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from trilens.caches.gates import GateSpec
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.kernels import is_recorded
-from trilens.models.gates.site import GateSite, Layout, Source, layout_of
+from trilens.models.gates.site import GateSite, GateSource, Layout, layout_of
 
 __all__ = ["find_state_gates"]
 
@@ -53,7 +53,7 @@ def _forget_gate(backend: nn.Module, view: BlockView) -> list[GateSite]:
                 where=call.path,
             )
             view.settle(inside)
-            return [GateSite(spec, Source("input", backend, index), layout)]
+            return [GateSite(spec, GateSource("input", backend, index), layout)]
     return []
 
 
@@ -76,7 +76,7 @@ def _slope(module: nn.Module, path: str, view: BlockView) -> list[GateSite]:
         where=path,
         static=True,
     )
-    return [GateSite(spec, Source("output", module), Layout("static"), _negative(module))]
+    return [GateSite(spec, GateSource("output", module), Layout("static"), _negative(module))]
 
 
 def _negative(module: nn.Module) -> Callable[[Mapping[str, Any]], Tensor]:

@@ -12,7 +12,7 @@ from trilens.caches.gate_functions import GATE_FUNCTIONS
 from trilens.caches.gates import GateSpec
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.kernels import is_recorded
-from trilens.models.gates.site import GateSite, Source, layout_of
+from trilens.models.gates.site import GateSite, GateSource, layout_of
 
 __all__ = ["find_limited_glu"]
 
@@ -46,7 +46,7 @@ def find_limited_glu(view: BlockView) -> list[GateSite]:
             where=source.path,
         )
         module: nn.Module = source.module
-        found.append(GateSite(spec, Source("output", module), layout, read))
+        found.append(GateSite(spec, GateSource("output", module), layout, read))
     return found
 
 

@@ -177,7 +177,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _translate(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our names and shapes; a name in neither layout stays, to be refused by name later."""
     for name, tensor in tensors.items():
-        new_name, turned = _rename(name)
+        new_name, transposed = _rename(name)
         if _UNUSED.fullmatch(new_name):
             continue
         stacked = _STACKED_SHIFT.fullmatch(new_name)
@@ -185,7 +185,7 @@ def _translate(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             for shift, row in zip(_SHIFTS, tensor, strict=True):
                 yield stacked[1] + shift, row.reshape(1, 1, -1).clone()
         else:
-            matrix = tensor.t() if turned and tensor.dim() == 2 else tensor
+            matrix = tensor.t() if transposed and tensor.dim() == 2 else tensor
             yield new_name, _reshape(new_name, matrix.detach()).contiguous()
 
 

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trilens.errors import UsageError
 from trilens.models.rwkv7.config import RWKV7Config
 from trilens.models.rwkv7.kernels import rwkv7_attention
-from trilens.models.rwkv7.state import LayerState, Padding, RWKV7State, shift_tokens
+from trilens.models.rwkv7.state import Padding, RWKV7LayerState, RWKV7State, shift_tokens
 
 __all__ = ["LogDecay", "LowRank", "RWKV7Block", "RWKV7ChannelMix", "RWKV7TimeMix"]
 
@@ -125,7 +125,7 @@ class RWKV7TimeMix(nn.Module):
         hidden_states: Tensor,
         v_first: Tensor | None = None,
         *,
-        state: LayerState | None = None,
+        state: RWKV7LayerState | None = None,
         padding: Padding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mix over time.
@@ -205,7 +205,7 @@ class RWKV7ChannelMix(nn.Module):
         self,
         hidden_states: Tensor,
         *,
-        state: LayerState | None = None,
+        state: RWKV7LayerState | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
         """Mix over channels.

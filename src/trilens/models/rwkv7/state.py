@@ -10,11 +10,11 @@ from transformers.cache_utils import Cache
 
 from trilens.errors import ShapeError, UsageError
 
-__all__ = ["LayerState", "Padding", "RWKV7State", "shift_tokens"]
+__all__ = ["Padding", "RWKV7LayerState", "RWKV7State", "shift_tokens"]
 
 
 @dataclass(slots=True)
-class LayerState:
+class RWKV7LayerState:
     """The memory of one block; None before its first token.
 
     Shapes
@@ -75,7 +75,7 @@ class RWKV7State(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, n_layers: int) -> None:
-        super().__init__(layers=[LayerState() for _ in range(n_layers)])
+        super().__init__(layers=[RWKV7LayerState() for _ in range(n_layers)])
         self._tokens = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

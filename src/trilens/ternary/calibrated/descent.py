@@ -16,19 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.ternary.calibrated import numba_kernels, numpy_kernels
-from trilens.ternary.calibrated.hessian import Hessian, upper_factor
+from trilens.ternary.calibrated.hessian import FloatMatrix, Hessian, upper_factor
 from trilens.ternary.granularity import Units
 from trilens.ternary.rules.coder import ScaleDtype, round_scales
 from trilens.ternary.rules.kernels import Backend, numba_is_here, parallel_map
 
 __all__ = ["Grid", "code_in_order", "coding_order", "improve_trits", "loss", "refit_scales"]
 
-Matrix = NDArray[np.float64]
 
 _BLOCK = 128  # columns coded before their errors are passed on to all that follow, by BLAS
 _ROWS = 64  # rows that one thread takes at a time
 _SWEEPS = 50  # at most; a sweep that changes nothing is the last
-_SETTLED = 1e-6  # of the loss: a sweep that gains less is the last
+_CONVERGED = 1e-6  # of the loss: a sweep that gains less is the last
 _NOTHING = 1e-12  # of a row's energy under H: rounding, no gain
 _WORTH_COMPILING = 1 << 16  # weights
 
@@ -47,7 +46,7 @@ class Grid:
     """
 
     trits: NDArray[np.int8]
-    scales: Matrix
+    scales: FloatMatrix
     groups: NDArray[np.int64]
     units: Units
 
@@ -76,14 +75,14 @@ class Grid:
         return int(self.trits.shape[1])
 
     @property
-    def unit_scales(self) -> Matrix:
+    def unit_scales(self) -> FloatMatrix:
         """The scales, one row for each unit. Shapes: → [units, planes]."""
         rows = self.scales[:1] if self.units.per == "tensor" else self.scales
         return rows.reshape(-1, self.n_planes)
 
-    def weights(self) -> Matrix:
+    def weights(self) -> FloatMatrix:
         """Ŵ. Shapes: → [rows, cols]."""
-        found: Matrix = self.scales[:, self.groups, 0] * self.trits[:, 0]
+        found: FloatMatrix = self.scales[:, self.groups, 0] * self.trits[:, 0]
         if self.n_planes == 2:
             found += self.scales[:, self.groups, 1] * self.trits[:, 1]
         return found
@@ -98,11 +97,11 @@ class Grid:
         rounded = round_scales(values, dtype or "float32", name, np.arange(len(values)))
         return self._with_units(rounded)
 
-    def _with_units(self, scales: Matrix) -> Grid:
+    def _with_units(self, scales: FloatMatrix) -> Grid:
         return replace(self, scales=Grid.empty(self.units, scales).scales)
 
 
-def loss(grid: Grid, target: Matrix, hessian: Hessian) -> float:
+def loss(grid: Grid, target: FloatMatrix, hessian: Hessian) -> float:
     """Σ (ŵ − w) H (ŵ − w)ᵀ over the rows.
 
     Shapes: target [rows, cols]
@@ -113,11 +112,11 @@ def loss(grid: Grid, target: Matrix, hessian: Hessian) -> float:
 
 def code_in_order(
     grid: Grid,
-    target: Matrix,
+    target: FloatMatrix,
     hessian: Hessian,
     *,
     damping: float,
-    upper: Matrix | None = None,
+    upper: FloatMatrix | None = None,
     backend: Backend = "auto",
 ) -> Grid:
     """GPTQ: code the columns by falling energy, each taking up the errors of those before it.
@@ -170,7 +169,7 @@ def coding_order(hessian: Hessian) -> NDArray[np.int64]:
     return np.argsort(-hessian.diagonal, kind="stable")
 
 
-def refit_scales(grid: Grid, target: Matrix, hessian: Hessian) -> Grid:
+def refit_scales(grid: Grid, target: FloatMatrix, hessian: Hessian) -> Grid:
     """The scales with the least loss for the trits that there are: least squares under H.
 
     Where the trits leave a scale open (no weight that is not 0), it keeps its value; a negative
@@ -214,7 +213,7 @@ def refit_scales(grid: Grid, target: Matrix, hessian: Hessian) -> Grid:
 
 
 def improve_trits(
-    grid: Grid, target: Matrix, hessian: Hessian, *, backend: Backend = "auto"
+    grid: Grid, target: FloatMatrix, hessian: Hessian, *, backend: Backend = "auto"
 ) -> tuple[Grid, int]:
     """Coordinate descent: each weight to its best level, others fixed, until nothing helps.
 
@@ -239,7 +238,7 @@ def improve_trits(
         for _ in range(_SWEEPS):
             changed, gained = sweep(*own)
             total, remaining = total + int(changed), remaining - gained
-            if changed == 0 or gained <= _SETTLED * max(remaining, 0.0):
+            if changed == 0 or gained <= _CONVERGED * max(remaining, 0.0):
                 break
         return total
 

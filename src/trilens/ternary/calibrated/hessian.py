@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError
-from trilens.ternary.rotation import turn
+from trilens.ternary.rotation import rotate
 
-__all__ = ["Hessian", "MomentSums", "Moments", "upper_factor"]
+__all__ = ["FloatMatrix", "Hessian", "MomentSums", "Moments", "upper_factor"]
 
-Matrix = NDArray[np.float64]
+FloatMatrix = NDArray[np.float64]
 
 _RIDGE = 0.01  # of the mean diagonal: inputs that the text hardly shows leave the weights alone
 
@@ -45,13 +45,13 @@ class Hessian:
         n_tokens: How many inputs it is the sum of.
     """
 
-    matrix: Matrix
+    matrix: FloatMatrix
     n_tokens: int
 
     @property
-    def diagonal(self) -> Matrix:
+    def diagonal(self) -> FloatMatrix:
         """Energy of each input channel. Shapes: → [cols]."""
-        found: Matrix = np.diagonal(self.matrix).copy()
+        found: FloatMatrix = np.diagonal(self.matrix).copy()
         return found
 
     @property
@@ -77,7 +77,7 @@ class Moments:
     """
 
     hessian: Hessian
-    cross: Matrix
+    cross: FloatMatrix
     energy: float
 
     @classmethod
@@ -90,14 +90,14 @@ class Moments:
         cross = matrix @ hessian.matrix
         return cls(hessian, cross, float(np.sum(cross * matrix)))
 
-    def turned(self) -> Moments:
-        """The moments where inputs and weights are turned by `rotation.turn`."""
-        half = turn(torch.from_numpy(self.hessian.matrix))
-        matrix = turn(half.T.contiguous()).numpy()
+    def rotated(self) -> Moments:
+        """The moments where inputs and weights are rotated by `rotation.rotate`."""
+        half = rotate(torch.from_numpy(self.hessian.matrix))
+        matrix = rotate(half.T.contiguous()).numpy()
         hessian = Hessian(0.5 * (matrix + matrix.T), self.hessian.n_tokens)
-        return Moments(hessian, turn(torch.from_numpy(self.cross)).numpy(), self.energy)
+        return Moments(hessian, rotate(torch.from_numpy(self.cross)).numpy(), self.energy)
 
-    def output_error(self, weights: Matrix) -> float:
+    def output_error(self, weights: FloatMatrix) -> float:
         """Σ‖Ŵx − y‖² / Σ‖y‖²: 0 for exact, 1 for nothing left.
 
         Shapes: weights [rows, cols]
@@ -109,7 +109,7 @@ class Moments:
             return 0.0 if found <= 0 else math.inf
         return max(0.0, error / self.energy)
 
-    def best_weights(self, weights: Any) -> Matrix:
+    def best_weights(self, weights: Any) -> FloatMatrix:
         """W + (C − W·H)·(H + λ)⁻¹: what Ŵ should be near, λ being 1 % of H's mean diagonal.
 
         Shapes: weights [rows, cols] → [rows, cols]
@@ -120,7 +120,7 @@ class Moments:
         damped[np.diag_indices_from(damped)] += _RIDGE * self.hessian.mean_diagonal
         factor = torch.linalg.cholesky(torch.from_numpy(damped))
         step = torch.cholesky_solve(torch.from_numpy(missing.T.copy()), factor)
-        found: Matrix = matrix + step.numpy().T
+        found: FloatMatrix = matrix + step.numpy().T
         return found
 
 
@@ -194,7 +194,7 @@ class MomentSums:
         }
 
 
-def upper_factor(hessian: Hessian, order: NDArray[np.int64], damping: float) -> Matrix:
+def upper_factor(hessian: Hessian, order: NDArray[np.int64], damping: float) -> FloatMatrix:
     """The upper triangular U with UᵀU = (H + λ)⁻¹, channels taken in an order.
 
     λ is `damping` of the mean diagonal; a dead channel gets a diagonal of 1 mean instead of 0, so

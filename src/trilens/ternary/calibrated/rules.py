@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from trilens.errors import ShapeError, UsageError
 from trilens.ternary.calibrated.descent import (
@@ -30,7 +29,7 @@ from trilens.ternary.calibrated.descent import (
     loss,
     refit_scales,
 )
-from trilens.ternary.calibrated.hessian import Hessian, Moments, upper_factor
+from trilens.ternary.calibrated.hessian import FloatMatrix, Hessian, Moments, upper_factor
 from trilens.ternary.granularity import Per, Units
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.coder import ScaleDtype
@@ -49,7 +48,6 @@ __all__ = [
     "refine",
 ]
 
-Matrix = NDArray[np.float64]
 
 CalibratedName: TypeAlias = Literal["gptq", "gptq_planes", "best", "best_planes"]
 
@@ -58,7 +56,7 @@ DAMPINGS = (0.003, 0.01, 0.03, 0.1)
 
 _TRIAL_ROWS = 64  # rows on which dampings are compared
 _ROUNDS = 12  # turns of scales and trits, at most
-_SETTLED = 1e-4  # of the loss: a turn that gains less is the last
+_CONVERGED = 1e-4  # of the loss: a turn that gains less is the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +219,7 @@ def find_calibrated(name: str) -> CalibratedRule:
 
 def refine(
     grid: Grid,
-    target: Matrix,
+    target: FloatMatrix,
     hessian: Hessian,
     *,
     name: str,
@@ -244,7 +242,7 @@ def refine(
         now = loss(turn, target, hessian)
         if now >= least:
             break
-        settled = least - now <= _SETTLED * least
+        settled = least - now <= _CONVERGED * least
         best, least, total = turn, now, total + changes
         if settled:
             break
@@ -252,7 +250,11 @@ def refine(
 
 
 def _start(
-    target: Matrix, name: str, units: Units, rule: CalibratedRule, scale_dtype: ScaleDtype | None
+    target: FloatMatrix,
+    name: str,
+    units: Units,
+    rule: CalibratedRule,
+    scale_dtype: ScaleDtype | None,
 ) -> Grid:
     """The scales that the rule without data gives the target."""
     first = PerLayerQuant.quantize(
@@ -269,13 +271,13 @@ def _start(
     return Grid.empty(units, np.stack(scales, axis=1))
 
 
-def _code(grid: Grid, target: Matrix, hessian: Hessian) -> tuple[Grid, float]:
+def _code(grid: Grid, target: FloatMatrix, hessian: Hessian) -> tuple[Grid, float]:
     """GPTQ with the damping that is best on a few rows, spread over the matrix."""
     step = max(1, len(target) // _TRIAL_ROWS)
     rows = np.arange(0, len(target), step)[:_TRIAL_ROWS]
     few = replace(grid, trits=grid.trits[rows], scales=grid.scales[rows])
     order = coding_order(hessian)
-    best: tuple[float, float, Matrix] | None = None
+    best: tuple[float, float, FloatMatrix] | None = None
     for damping in DAMPINGS:
         upper = upper_factor(hessian, order, damping)
         tried = code_in_order(few, target[rows], hessian, damping=damping, upper=upper)

@@ -22,7 +22,7 @@ from trilens.errors import CorruptFileError, ShapeError
 from trilens.ternary.codecs.packing import TwoBit
 from trilens.ternary.packed.multiply import multiply, multiply_back
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rotation import turn, turn_back
+from trilens.ternary.rotation import rotate, rotate_back
 
 __all__ = ["PARTS", "Packed", "TernaryLinear", "holds_code_3", "pack_rows", "unpack_rows"]
 
@@ -205,7 +205,7 @@ class TernaryLinear(nn.Module):
         has_offset: room for the offsets of the rule "asymmetric".
         has_second: room for the second plane of the rule "planes".
         transposed: the layer stands in for one that holds its weight as [in, out].
-        rotated: the packed weight is turned by `rotation.turn`, and so is the input when it comes.
+        rotated: weight and input are rotated by `rotation.rotate`.
         device: as for `nn.Linear`.
         dtype: of the bias, and of `weight`.
     """
@@ -352,10 +352,10 @@ class TernaryLinear(nn.Module):
         return dense.T if self.transposed else dense
 
     def _plain(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in], not turned."""
+        """The weight [out, in], not rotated."""
         if not self.rotated:
             return self.packed.dense(dtype)
-        return turn_back(self.packed.dense()).to(dtype)
+        return rotate_back(self.packed.dense()).to(dtype)
 
     def check(self, name: str) -> None:
         """Refuse codes and scales that no quantizer makes.
@@ -380,7 +380,7 @@ class TernaryLinear(nn.Module):
         Memory: see `multiply`: two megabytes, and what a few inputs are prepared to.
         """
         if self.rotated:
-            x = turn(x)
+            x = rotate(x)
         bias = self.bias
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         if wants and torch.is_grad_enabled():
@@ -392,9 +392,9 @@ class TernaryLinear(nn.Module):
         """What `print(model)` shows."""
         scales = "row" if self.scale.shape[0] > 1 else "matrix"
         per = scales if self.group_size is None else f"group of {self.group_size}"
-        turned = ", rotated" if self.rotated else ""
+        rotated = ", rotated" if self.rotated else ""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, bias={self.bias is not None}, scale per {per}{turned}"
+        return f"{shape}, bias={self.bias is not None}, scale per {per}{rotated}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._parameters[name] for name in PARTS}

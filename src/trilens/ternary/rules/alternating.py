@@ -18,10 +18,10 @@ from trilens.ternary.rules.kernels import Kernels
 from trilens.ternary.rules.unit_scan import UnitScan
 from trilens.ternary.weights_view import FloatArray
 
-__all__ = ["CellCounts", "Turns", "alternate", "cell_counts", "cuts_between"]
+__all__ = ["CellCounts", "Minimum", "alternate", "cell_counts", "cuts_between"]
 
 _MAX_TURNS = 25
-_SETTLED = 1e-6  # largest relative change of a unit's explained energy in the last turn
+_CONVERGED = 1e-6  # largest relative change of a unit's explained energy in the last turn
 
 _WORTH_PARTING = 0.75  # settled units are left behind once they are more than a quarter
 
@@ -84,7 +84,7 @@ def cell_counts(scan: UnitScan) -> CellCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class Minimum:
     """Where the turns ended for each unit.
 
     Attributes:
@@ -99,17 +99,19 @@ class Turns:
     scales: NDArray[np.float64]
     explained: NDArray[np.float64]
 
-    def only(self, which: NDArray[np.bool_]) -> Turns:
+    def only(self, which: NDArray[np.bool_]) -> Minimum:
         """These units alone."""
-        return Turns(self.cuts[which], self.book[which], self.scales[which], self.explained[which])
+        return Minimum(
+            self.cuts[which], self.book[which], self.scales[which], self.explained[which]
+        )
 
-    def with_better(self, units: NDArray[np.int64], other: Turns) -> Turns:
+    def with_better(self, units: NDArray[np.int64], other: Minimum) -> Minimum:
         """The same, but of the units numbered `units` whatever explains more.
 
         Shapes: units [some], other of these
         """
         better = other.explained > self.explained[units]
-        changed = Turns(
+        changed = Minimum(
             self.cuts.copy(), self.book.copy(), self.scales.copy(), self.explained.copy()
         )
         where = units[better]
@@ -137,7 +139,7 @@ class Turns:
         )
 
 
-def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.float64]) -> Turns:
+def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.float64]) -> Minimum:
     """Take turns from the scales `start` until they settle; at most 25 times.
 
     Shapes: book [n_cells, 2], n_cells odd; start [units, 2]
@@ -149,7 +151,7 @@ def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.f
         latest = _turn(counts, book, latest.scales)
         gained = latest.explained - best.explained[moving]
         best = best.with_better(moving, latest)
-        still = gained > _SETTLED * latest.explained
+        still = gained > _CONVERGED * latest.explained
         if not still.any():
             break
         if np.count_nonzero(still) < _WORTH_PARTING * len(still):
@@ -157,13 +159,13 @@ def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.f
     return best
 
 
-def _turn(counts: CellCounts, book: NDArray[np.float64], scales: NDArray[np.float64]) -> Turns:
+def _turn(counts: CellCounts, book: NDArray[np.float64], scales: NDArray[np.float64]) -> Minimum:
     # PROMOTE: levels by sums of products, not BLAS, whose order depends on the machine
     levels = scales[:, :1] * book[:, 0] + scales[:, 1:] * book[:, 1]
     order = np.argsort(levels, axis=1, kind="stable")
     cuts = cuts_between(np.take_along_axis(levels, order, axis=1))
     ordered = book[order]
-    return Turns(cuts, ordered, *_least_squares(ordered, *counts.cells(cuts), scales))
+    return Minimum(cuts, ordered, *_least_squares(ordered, *counts.cells(cuts), scales))
 
 
 def cuts_between(levels: NDArray[np.float64]) -> NDArray[np.float64]:
