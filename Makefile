@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-engines test-gpu check bench sweep format clean
+.PHONY: demo test test-engines test-gpu check check-pythons bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ $(VENV)/.gpu: $(VENV)/.ready
 # Without a GPU in Triton's interpreter.
 test-gpu: $(VENV)/.gpu
 	$(PY) -m pytest tests/gpu
+
+# Other Pythons of this machine, without torch.
+check-pythons:
+	.ci/pythons
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks training

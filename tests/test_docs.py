@@ -19,7 +19,6 @@ import pytest
 from doc_blocks import blocks_of, compare_output, split_console
 from typer.testing import CliRunner
 
-import trilens
 from trilens.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +82,3 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def test_the_version_is_said_once() -> None:
-    assert f'version = "{trilens.__version__}"' in (ROOT / "pyproject.toml").read_text()
