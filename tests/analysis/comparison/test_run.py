@@ -340,7 +340,9 @@ def test_the_command_prints_saves_and_fails_where_asked(
     assert "kl_nats_mean>0 holds in 1 row" in failed.stderr
     table = json.loads(failed.stdout)["table"]
     (row,) = [row for row in table if row["metric"] == "kl_nats_mean"]
-    assert row["after"] == kl
+    # Loaded again, the weights may lie otherwise in memory, and bf16 numbers be rounded otherwise:
+    # by an eps of each logit, of which hundreds are averaged.
+    assert row["after"] == pytest.approx(kl, rel=torch.finfo(torch.bfloat16).eps)
 
 
 def test_the_command_refuses_in_one_line(checkpoints: tuple[str, str, str], tmp_path: Path) -> None:
