@@ -36,6 +36,7 @@ FLOORS = {
     "demo": 9,
     "cli": 10,
     "__main__": 10,
+    "registration": 10,
     "": 10,
 }
 
