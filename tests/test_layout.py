@@ -18,6 +18,7 @@ SRC = Path(trilens.__file__).parent
 FLOORS = {
     "errors": 0,
     "axes": 0,
+    "numbers": 0,
     "progress": 0,
     "version": 0,
     "io": 0,

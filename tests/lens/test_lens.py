@@ -39,13 +39,13 @@ def ids() -> torch.Tensor:
 
 def test_capture_holds_what_was_asked(lens: Lens, ids: torch.Tensor) -> None:
     cap = lens.capture(ids)
-    assert cap.residual is not None and cap.residual.layers == tuple(range(lens.n_layers))
-    assert cap.attention is None and cap.gates is None
+    assert cap.residual.layers == tuple(range(lens.n_layers))
+    assert not cap.has("attention") and not cap.has("gates")
     assert cap.logits.shape == (40, 120)
     assert cap.token_ids.tolist() == ids[0].tolist()
     assert len(cap.tokens) == 40
     bare = lens.capture(ids, residual=None, logits=None)
-    assert bare.residual is None and bare.logits is None
+    assert not bare.has("residual") and bare.logits is None
     last = lens.capture(ids, logits="last")
     assert torch.equal(last.logits, cap.logits[-1:])
 

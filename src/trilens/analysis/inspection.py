@@ -155,7 +155,7 @@ def inspect_capture(
         notes: what could not be shown, in words.
         threshold: for dead and saturated units, in [0, 0.5].
     """
-    residual = capture.residual
+    residual = capture.parts.residual
     layers = () if residual is None else residual.layers
     return Inspection(
         model=name,
@@ -176,7 +176,7 @@ def inspect_capture(
 
 
 def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow:
-    residual = capture.residual
+    residual = capture.parts.residual
     tensor = None if residual is None else residual.get_layer(layer)
     if isinstance(residual, FullActivationCache):
         tensor = residual.get_position(layer, -1)
@@ -184,8 +184,8 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
     norm = float("nan") if tensor is None else float(tensor.float().norm())
     attended: tuple[Attended, ...] = ()
     entropy = None
-    attention, last = capture.attention, len(capture.tokens) - 1
-    recurrent = () if capture.effective is None else capture.effective.layers
+    attention, last = capture.parts.attention, len(capture.tokens) - 1
+    recurrent = () if not capture.has("effective") else capture.effective.layers
     alone = not capture.shares_pattern(layer)
     if attention is not None and layer in attention.layers and alone:
         attended = tuple(
@@ -193,7 +193,7 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
             for position, weight in attention.top_attended_positions(layer, last, top_k)
         )
         entropy = float(attention.entropy(layer)[:, last].mean())
-    gates = capture.gates
+    gates = capture.parts.gates
     found = [] if gates is None else [name for name in gates.names if layer in gates.layers(name)]
     return LayerRow(
         layer=layer,
@@ -211,7 +211,7 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
 
 def _effective(capture: Capture, layer: int, last: int, top_k: int) -> tuple[Attended, ...]:
     """The weights of largest size, with their signs: a negative one is no lesser one."""
-    if capture.effective is None:
+    if not capture.has("effective"):
         return ()
     weights = capture.effective.attention_from_position(layer, last)
     order = np.argsort(-np.abs(weights), kind="stable")[:top_k]

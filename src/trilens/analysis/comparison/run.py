@@ -182,7 +182,7 @@ class _Run:
                 self.residual.add(layer, stream, other)
         for layer, module in self._modules().items():
             self.attention.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
-        if before.gates is not None and after.gates is not None:
+        if before.has("gates") and after.has("gates"):
             for name, layer in self.sites.gates:
                 self.gates.add(name, layer, before.gates, after.gates)
         if self.speaks and self.options.lens != "none":
@@ -318,13 +318,13 @@ def _ids(prompt: PromptLike, reader: Lens, lens: Lens, options: CompareOptions) 
 
 
 def _full(capture: Capture) -> FullActivationCache:
-    residual = capture.residual
+    residual = capture.parts.residual
     return residual if isinstance(residual, FullActivationCache) else FullActivationCache()
 
 
 def _unsigned(capture: Capture, layer: int) -> Pattern:
     """The pattern of a layer; a recurrent layer's through the view without signs."""
-    attention = capture.attention
+    attention = capture.parts.attention
     if attention is None:
         raise CaptureError(f"layer {layer} gave no pattern in this pass; it gave one to the probe")
     return attention.relu_l1().pattern(layer)
