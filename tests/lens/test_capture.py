@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinymodels import build, prompt_ids
-from trilens.errors import CorruptFileError, NotStoredError
+from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 
@@ -107,3 +107,16 @@ def test_damaged_files(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "part.tlc", metadata={"trilens": json.dumps(body)})
     with pytest.raises(CorruptFileError, match="not a whole capture"):
         Capture.load(tmp_path / "part.tlc")
+
+
+def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
+    cap = Lens(build("llama")).capture(prompt_ids("llama"), residual=None, logits="last")
+    assert cap.has("logits") and cap.parts.names == ("logits",)
+    for part in ("residual", "attention", "effective", "gates", "states"):
+        assert not cap.has(part)
+        with pytest.raises(NotStoredError, match=rf"{part} was not captured: .*logits; .*{part}="):
+            getattr(cap, part)
+    with pytest.raises(
+        UsageError, match="part 'residuals' is unknown: the parts are logits, resid"
+    ):
+        cap.has("residuals")

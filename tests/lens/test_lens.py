@@ -150,7 +150,7 @@ def test_bad_prompts(lens: Lens, prompt, error: type[Exception], words: str) -> 
     [
         ({"layers": [4]}, OutOfRangeError, "layer 4 is out of range: this model has layers 0–3"),
         ({"layers": [-1]}, OutOfRangeError, "layers 0–3"),
-        ({"layers": [True]}, UsageError, "not a layer number"),
+        ({"layers": [True]}, UsageError, "not an integer"),
         ({"layers": []}, UsageError, "empty"),
         ({"residual": "some"}, UsageError, "'last', 'all' or None"),
         ({"logits": "first"}, UsageError, "'all', 'last' or None"),
@@ -261,7 +261,7 @@ def test_capture_many_is_lazy_and_in_order(lens: Lens) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5])
 def test_bad_batch_size(lens: Lens, size: object) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="integer of 1 or more"):
         lens.capture_many([[1, 2]], batch_size=size)
 
 

@@ -11,7 +11,6 @@ mean alone hides a gate that alternates between 0 and 1.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
+from trilens.numbers import at_least
 from trilens.statistics.exact_sums import Vector, column_sums, divided, two_sum
 from trilens.statistics.gate_values import GateValues, read_gate_values, refuse_bad_values
 
@@ -307,14 +307,7 @@ class GatingAccumulator:
         return f"GatingAccumulator({self._n_steps} steps, {units}, threshold {self._threshold:g})"
 
     def _begin(self, n_units: int) -> None:
-        try:
-            units = 0 if isinstance(n_units, bool) else operator.index(n_units)
-        except TypeError:
-            units = 0
-        if units < 1:
-            raise ValueRangeError(
-                f"n_units {n_units!r} is out of range: pass a whole number, 1 or more"
-            )
+        units = at_least(1, n_units, "n_units")
         self._n_units = units
         self._sum, self._rest = np.zeros(units), np.zeros(units)
         self._low, self._high = np.zeros(units, np.int64), np.zeros(units, np.int64)
