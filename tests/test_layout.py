@@ -20,6 +20,7 @@ FLOORS = {
     "axes": 0,
     "numbers": 0,
     "progress": 0,
+    "results": 0,
     "version": 0,
     "io": 0,
     "statistics": 1,

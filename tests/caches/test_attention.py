@@ -190,9 +190,9 @@ def test_every_question_refuses_a_layer_or_batch_that_is_not_there(question: str
         ask(6, *more)
     with pytest.raises(OutOfRangeError, match="batch row 2 is out of range: layer 1 has"):
         ask(1, *more, batch=2)
-    with pytest.raises(OutOfRangeError, match="layer 0 is not stored: this AttentionCache holds no layers"):
+    with pytest.raises(OutOfRangeError, match=r"layer 0 is not stored: .* holds no layers"):
         getattr(AttentionCache(), question)(0, *more)
-    with pytest.raises(OutOfRangeError, match="layer 1 is out of range: this cache has layers 0–0"):
+    with pytest.raises(OutOfRangeError, match=r"layer 1 is not stored: .* holds layer 0"):
         getattr(_pushed(torch.eye(3)[None, None]), question)(1, *more)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from trilens.caches.activation import FullActivationCache
 from trilens.errors import CorruptFileError
 from trilens.lens.capture import Capture
+from trilens.results import Tabular
 from trilens.statistics.gating import GatingAnalysis
 
 __all__ = ["Attended", "GateSummary", "Inspection", "LayerRow", "NextToken", "inspect_capture"]
@@ -79,8 +80,8 @@ class NextToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
-    """Everything the table shows, as plain numbers and words."""
+class Inspection(Tabular):
+    """What one prompt did in a model, layer by layer, as plain numbers and words."""
 
     model: str
     model_class: str
@@ -91,6 +92,26 @@ class Inspection:
     layers: tuple[LayerRow, ...]
     next_tokens: tuple[NextToken, ...]
     notes: tuple[str, ...]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each layer: the heaviest attended token, the mean of each gate."""
+        names = dict.fromkeys(gate.name for row in self.layers for gate in row.gates)
+        rows = []
+        for row in self.layers:
+            first = next(iter(row.attended or row.effective), None)
+            means = {gate.name: gate.mean for gate in row.gates}
+            rows.append(
+                {
+                    "layer": row.layer,
+                    "residual_norm": row.residual_norm,
+                    "attention_entropy_nats": row.attention_entropy_nats,
+                    "top_position": None if first is None else first.position,
+                    "top_token": None if first is None else first.token,
+                    "top_weight": None if first is None else first.weight,
+                    **{name: means.get(name) for name in names},
+                }
+            )
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict with format and version."""

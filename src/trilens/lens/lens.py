@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any, Literal
@@ -78,7 +79,8 @@ class Lens:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         revision: str | None = None,
@@ -149,6 +151,7 @@ class Lens:
     def capture(
         self,
         prompt: PromptLike,
+        *,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
@@ -156,7 +159,6 @@ class Lens:
         layers: Iterable[int] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
-        *,
         states: bool | Iterable[int] = False,
     ) -> Capture:
         """Run one prompt once and keep what was asked.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
 from trilens.numbers import at_least
+from trilens.results import Tabular
 from trilens.statistics.exact_sums import Vector, column_sums, divided, two_sum
 from trilens.statistics.gate_values import GateValues, read_gate_values, refuse_bad_values
 
@@ -31,7 +32,7 @@ _CHUNK_ELEMENTS = 1 << 20  # 8 MB of float64 at a time, however long the run
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class GatingStatistics:
+class GatingStatistics(Tabular):
     """What is known of a gate's units over all steps. Arrays are read-only.
 
     Averages, comparisons and 1 − threshold are float64, whatever the dtype of the gate values:
@@ -73,7 +74,7 @@ class GatingStatistics:
         idle = len(self.dead_gates) + len(self.saturated_gates)
         return (self.n_units - idle) / self.n_units
 
-    def table(self) -> list[dict[str, int | float | str]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row per unit: unit, average, low_fraction, high_fraction, state."""
         states = dict.fromkeys(self.dead_gates.tolist(), "dead")
         states |= dict.fromkeys(self.saturated_gates.tolist(), "saturated")
@@ -104,6 +105,10 @@ class GatingStatistics:
             "low_fraction": float(self.low_fraction.mean()),
             "high_fraction": float(self.high_fraction.mean()),
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, and the units in a table."""
+        return {**self.summary(), "units": self.table()}
 
     def __repr__(self) -> str:
         return (
