@@ -168,7 +168,7 @@ def test_weights_times_values_are_the_kernels_output(model_type: str) -> None:
     lens = Lens(model)
     assert lens.effective_layers == FAMILIES[model_type]
     cap = lens.capture(ids, effective=True)
-    assert cap.attention is not None
+    assert cap.has("attention")
     assert cap.attention.layers == FAMILIES[model_type]
     with torch.no_grad(), kernel_calls(model) as calls:
         plain = model(input_ids=ids, use_cache=False)
@@ -313,7 +313,7 @@ def test_gates_of_the_same_kernel_stay_what_they_are(model_type: str) -> None:
     lens, ids = Lens(model_of(model_type)), prompt_ids(model_type, 9)
     both, alone = lens.capture(ids, gates=True, effective=True), lens.capture(ids, gates=True)
     assert both.attention.layers == lens.effective_layers
-    assert alone.attention is None
+    assert not alone.has("attention")
     for name, layers in lens.gate_layers.items():
         for layer in layers:
             assert torch.equal(both.gates.get(name, layer), alone.gates.get(name, layer))
@@ -418,7 +418,7 @@ def test_both_kinds_of_one_layer(model_type: str, tmp_path: Path) -> None:
     assert twofold
     both = lens.capture(ids, attention=True, effective=True)
     softmax, alone = lens.capture(ids, attention=True), lens.capture(ids, effective=True)
-    assert softmax.effective is None
+    assert not softmax.has("effective")
     saved = Capture.load(both.save(tmp_path / "capture.safetensors"))
     batch = [ids[0], ids[0, :5]]
     batched = next(iter(lens.capture_many(batch, attention=True, effective=True)))

@@ -178,22 +178,24 @@ QUESTIONS = {
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_every_question_refuses_a_layer_or_batch_that_is_not_there(question: str) -> None:
     ask, more = getattr(_sealed(), question), QUESTIONS[question]
-    for layer in (7, -1, True, 1.0, None):
+    for layer in (7, -1):
         with pytest.raises(OutOfRangeError, match="this model has layers 0–6"):
+            ask(layer, *more)
+    for layer in (True, 1.0, None):
+        with pytest.raises(OutOfRangeError, match=f"layer {layer} is not a whole number"):
             ask(layer, *more)
     with pytest.raises(NotStoredError) as caught:
         ask(0, *more)
     assert str(caught.value) == (
-        "layer 0 has no attention pattern (its mixer is Mamba2Mixer): there are patterns of "
-        "layers 1, 2, 5"
+        "layer 0 is not stored (its mixer is Mamba2Mixer): this AttentionCache holds layers 1, 2, 5"
     )
-    with pytest.raises(NotStoredError, match="layer 6 has no attention pattern: there"):
+    with pytest.raises(NotStoredError, match="layer 6 is not stored: this"):
         ask(6, *more)
     with pytest.raises(OutOfRangeError, match="batch row 2 is out of range: layer 1 has"):
         ask(1, *more, batch=2)
-    with pytest.raises(OutOfRangeError, match="layer 0 is out of range: this cache is empty"):
+    with pytest.raises(OutOfRangeError, match=r"layer 0 is not stored: .* holds no layers"):
         getattr(AttentionCache(), question)(0, *more)
-    with pytest.raises(OutOfRangeError, match="layer 1 is out of range: this cache has layers 0–0"):
+    with pytest.raises(OutOfRangeError, match=r"layer 1 is not stored: .* holds layer 0"):
         getattr(_pushed(torch.eye(3)[None, None]), question)(1, *more)
 
 
@@ -282,7 +284,7 @@ def test_a_sealed_cache_is_keyed_by_the_models_layers() -> None:
 
 def test_get_layer_refuses_a_layer_that_is_no_integer() -> None:
     for layer in (True, 1.0, "1"):
-        with pytest.raises(OutOfRangeError, match="not an integer: this cache has layers 1, 2, 5"):
+        with pytest.raises(OutOfRangeError, match=r"layer .* is not a whole number"):
             _sealed().get_layer(layer)  # type: ignore[arg-type]
 
 

@@ -81,10 +81,12 @@ def test_norms() -> None:
 def test_refused_with_what_is_there() -> None:
     states = cache()
     with pytest.raises(
-        NotStoredError, match=r"layer 0 is stored: the layer is not recurrent; .*1, 4"
+        NotStoredError, match=r"layer 0 is not stored \(the layer is not recurrent\): .*1, 4"
     ):
         states.get(0)
-    with pytest.raises(NotStoredError, match=r"layer 2 is stored; this cache holds layers 1, 4"):
+    with pytest.raises(
+        NotStoredError, match=r"layer 2 is not stored: this StateCache holds layers 1, 4"
+    ):
         states.spec(2)
     with pytest.raises(NotStoredError, match=r"position 5 is not stored: .*positions 3, 8"):
         states.get(1, 5)

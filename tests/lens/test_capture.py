@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tinymodels import build, prompt_ids
 from tolerances import sum_error
 from trilens.caches.patterns.protocol import Pattern
-from trilens.errors import CorruptFileError, NotStoredError
+from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 
@@ -76,7 +76,7 @@ def test_empty_capture_and_repr(tmp_path: Path) -> None:
     lens = Lens(build("llama"))
     cap = lens.capture(prompt_ids("llama"), residual=None, logits=None)
     back = Capture.load(cap.save(tmp_path / "a.tlc"))
-    assert back.residual is None and back.logits is None and back.attention is None
+    assert back.parts.names == ()
     assert "nothing" in repr(cap)
     assert "residual" in repr(lens.capture(prompt_ids("llama")))
 
@@ -124,3 +124,16 @@ def test_damaged_files(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "part.tlc", metadata={"trilens": json.dumps(body)})
     with pytest.raises(CorruptFileError, match="not a whole capture"):
         Capture.load(tmp_path / "part.tlc")
+
+
+def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
+    cap = Lens(build("llama")).capture(prompt_ids("llama"), residual=None, logits="last")
+    assert cap.has("logits") and cap.parts.names == ("logits",)
+    for part in ("residual", "attention", "effective", "gates", "states"):
+        assert not cap.has(part)
+        with pytest.raises(NotStoredError, match=rf"{part} was not captured: .*logits; .*{part}="):
+            getattr(cap, part)
+    with pytest.raises(
+        UsageError, match="part 'residuals' is unknown: the parts are logits, resid"
+    ):
+        cap.has("residuals")

@@ -40,13 +40,13 @@ def ids() -> torch.Tensor:
 
 def test_capture_holds_what_was_asked(lens: Lens, ids: torch.Tensor) -> None:
     cap = lens.capture(ids)
-    assert cap.residual is not None and cap.residual.layers == tuple(range(lens.n_layers))
-    assert cap.attention is None and cap.gates is None
+    assert cap.residual.layers == tuple(range(lens.n_layers))
+    assert not cap.has("attention") and not cap.has("gates")
     assert cap.logits.shape == (40, 120)
     assert cap.token_ids.tolist() == ids[0].tolist()
     assert len(cap.tokens) == 40
     bare = lens.capture(ids, residual=None, logits=None)
-    assert bare.residual is None and bare.logits is None
+    assert not bare.has("residual") and bare.logits is None
     last = lens.capture(ids, logits="last")
     assert torch.equal(last.logits, cap.logits[-1:])
 
@@ -151,7 +151,7 @@ def test_bad_prompts(lens: Lens, prompt, error: type[Exception], words: str) -> 
     [
         ({"layers": [4]}, OutOfRangeError, "layer 4 is out of range: this model has layers 0–3"),
         ({"layers": [-1]}, OutOfRangeError, "layers 0–3"),
-        ({"layers": [True]}, UsageError, "not a layer number"),
+        ({"layers": [True]}, UsageError, "not an integer"),
         ({"layers": []}, UsageError, "empty"),
         ({"residual": "some"}, UsageError, "'last', 'all' or None"),
         ({"logits": "first"}, UsageError, "'all', 'last' or None"),
@@ -263,7 +263,7 @@ def test_capture_many_is_lazy_and_in_order(lens: Lens) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5])
 def test_bad_batch_size(lens: Lens, size: object) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="integer of 1 or more"):
         lens.capture_many([[1, 2]], batch_size=size)
 
 

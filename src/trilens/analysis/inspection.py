@@ -11,6 +11,7 @@ import numpy as np
 from trilens.caches.activation import FullActivationCache
 from trilens.errors import CorruptFileError
 from trilens.lens.capture import Capture
+from trilens.results import Tabular
 from trilens.statistics.gating import GatingAnalysis
 
 __all__ = ["Attended", "GateSummary", "Inspection", "LayerRow", "NextToken", "inspect_capture"]
@@ -79,8 +80,8 @@ class NextToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
-    """Everything the table shows, as plain numbers and words."""
+class Inspection(Tabular):
+    """What one prompt did in a model, layer by layer, as plain numbers and words."""
 
     model: str
     model_class: str
@@ -91,6 +92,26 @@ class Inspection:
     layers: tuple[LayerRow, ...]
     next_tokens: tuple[NextToken, ...]
     notes: tuple[str, ...]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each layer: the heaviest attended token, the mean of each gate."""
+        names = dict.fromkeys(gate.name for row in self.layers for gate in row.gates)
+        rows = []
+        for row in self.layers:
+            first = next(iter(row.attended or row.effective), None)
+            means = {gate.name: gate.mean for gate in row.gates}
+            rows.append(
+                {
+                    "layer": row.layer,
+                    "residual_norm": row.residual_norm,
+                    "attention_entropy_nats": row.attention_entropy_nats,
+                    "top_position": None if first is None else first.position,
+                    "top_token": None if first is None else first.token,
+                    "top_weight": None if first is None else first.weight,
+                    **{name: means.get(name) for name in names},
+                }
+            )
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict with format and version."""
@@ -155,7 +176,7 @@ def inspect_capture(
         notes: what could not be shown, in words.
         threshold: for dead and saturated units, in [0, 0.5].
     """
-    residual = capture.residual
+    residual = capture.parts.residual
     layers = () if residual is None else residual.layers
     return Inspection(
         model=name,
@@ -176,7 +197,7 @@ def inspect_capture(
 
 
 def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow:
-    residual = capture.residual
+    residual = capture.parts.residual
     tensor = None if residual is None else residual.get_layer(layer)
     if isinstance(residual, FullActivationCache):
         tensor = residual.get_position(layer, -1)
@@ -184,8 +205,8 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
     norm = float("nan") if tensor is None else float(tensor.float().norm())
     attended: tuple[Attended, ...] = ()
     entropy = None
-    attention, last = capture.attention, len(capture.tokens) - 1
-    recurrent = () if capture.effective is None else capture.effective.layers
+    attention, last = capture.parts.attention, len(capture.tokens) - 1
+    recurrent = () if not capture.has("effective") else capture.effective.layers
     alone = not capture.shares_pattern(layer)
     if attention is not None and layer in attention.layers and alone:
         attended = tuple(
@@ -193,7 +214,7 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
             for position, weight in attention.top_attended_positions(layer, last, top_k)
         )
         entropy = float(attention.entropy(layer)[:, last].mean())
-    gates = capture.gates
+    gates = capture.parts.gates
     found = [] if gates is None else [name for name in gates.names if layer in gates.layers(name)]
     return LayerRow(
         layer=layer,
@@ -211,7 +232,7 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
 
 def _effective(capture: Capture, layer: int, last: int, top_k: int) -> tuple[Attended, ...]:
     """The weights of largest size, with their signs: a negative one is no lesser one."""
-    if capture.effective is None:
+    if not capture.has("effective"):
         return ()
     weights = capture.effective.attention_from_position(layer, last)
     order = np.argsort(-np.abs(weights), kind="stable")[:top_k]

@@ -22,7 +22,7 @@ from trilens.io.tensors import json_text
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families
-from trilens.models.rwkv7.convert import convert as convert_rwkv7
+from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.models.tokens import token_strings
 from trilens.report.text.demo import print_side_by_side
 from trilens.report.text.families import print_families

@@ -19,7 +19,7 @@ from tolerances import assert_near
 from trilens.errors import ConfigError, CorruptFileError, ShapeError, UsageError
 from trilens.models.rwkv7 import layers as rwkv7_layers
 from trilens.models.rwkv7.config import RWKV7Config, low_rank_dim
-from trilens.models.rwkv7.convert import convert
+from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.models.rwkv7.kernels import rwkv7_attention
 from trilens.models.rwkv7.model import RWKV7ForCausalLM, RWKV7Model, register
 from trilens.models.rwkv7.state import RWKV7State
@@ -81,7 +81,7 @@ def published(tmp_path_factory):
     """The same weights as the oracle reads them and as our converted model."""
     folder = tmp_path_factory.mktemp("published")
     torch.save(published_tensors(layers=3, width=768, vocab=512), folder / "model.pth")
-    convert(folder / "model.pth", folder / "converted")
+    convert_rwkv7(folder / "model.pth", folder / "converted")
     return folder, AutoModelForCausalLM.from_pretrained(folder / "converted").eval()
 
 
