@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-FAST = ("--tokens", 64, "--length", 32)
+FAST = ("--max-tokens", 64, "--seq-length", 32)
 
 
 def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
@@ -52,8 +52,8 @@ def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
 def test_a_plan_with_calibrated_rules(model: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = run(
-        "plan", model, "--data", data, "--budget-bits", 3, "--calibrated", "-o", file,
-        "--costs", "predicted", "--tokens", 128, "--length", 64,
+        "plan", model, "--data", data, "--budget-bits", 3, "--calibrate", data, "-o", file,
+        "--costs", "predicted", "--max-tokens", 128, "--seq-length", 64,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     entries = json.loads(file.read_text())["plan"]["matrices"]
@@ -102,22 +102,22 @@ def test_a_bound_that_cannot_be_held_is_exit_code_3(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sensitivity", "--rule", "magic"), "rule 'magic' is unknown"),
-        (("sensitivity", "--rule", "keep"), "changes nothing"),
+        (("sensitivity", "--rule", "magic"), "'magic' is not one of 'absmean'"),
+        (("sensitivity", "--rule", "keep"), "'keep' is not one of"),
         (("sensitivity", "--rule", "gptq"), "needs a calibration text"),
         (("sensitivity", "--group-size", 0), "group size 0"),
-        (("sensitivity", "--length", 4000), "at most 64 tokens"),
-        (("sensitivity", "--length", 1), "1"),
-        (("sensitivity", "--tokens", 1), "1"),
+        (("sensitivity", "--seq-length", 4000), "at most 64 tokens"),
+        (("sensitivity", "--seq-length", 1), "1"),
+        (("sensitivity", "--max-tokens", 1), "1"),
         (("sensitivity", "--dtype", "int3"), "int3"),
         (("sensitivity", "--field", "body"), "'body'"),
         (("plan",), "a budget of bits"),
         (("plan", "--budget-bits", 0.5), "smallest plan takes"),
         (("plan", "--budget-bits", "nan"), "budget of nan"),
         (("plan", "--max-damage", 0.5), "ratio 0.5 is out of range"),
-        (("plan", "--budget-bits", 2, "--costs", "guessed"), "costs 'guessed'"),
-        (("plan", "--budget-bits", 2, "--storage", "zip"), "storage 'zip'"),
-        (("plan", "--budget-bits", 2, "--held-out", "/nowhere"), "/nowhere"),
+        (("plan", "--budget-bits", 2, "--costs", "guessed"), "'guessed' is not one of"),
+        (("plan", "--budget-bits", 2, "--storage", "zip"), "'zip' is not one of"),
+        (("plan", "--budget-bits", 2, "--evaluate", "/nowhere"), "/nowhere"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -6,21 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from checkpoint_cases import saved
 from gguf_cases import saved_with_tokenizer
 from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.validation import validate
-from trilens.cli.commands.ternary import register
-
-APP = typer.Typer()
-register(APP)
+from trilens.cli.main import app
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
-        "ternarize", source, "-o", out, "--rule", "exact", "--keep", "o_proj", "--per", "row"
+        "ternarize", source, "-o", out, "--rule", "exact", "--ignore", "o_proj", "--per", "row"
     )
     assert result.exit_code == 0, result.stderr
     report = validate(out)
@@ -77,7 +73,11 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
         (("validate", out), 1, "truncated"),
         (("validate", tmp_path / "nowhere"), 2, "nowhere"),
         (("validate", source), 2, "has no trilens-ternary.json: it was not written by"),
-        (("ternarize", source, "-o", tmp_path / "x", "--keep", "nothing"), 2, "matches no tensor"),
+        (
+            ("ternarize", source, "-o", tmp_path / "x", "--ignore", "nothing"),
+            2,
+            "matches no tensor",
+        ),
         (("ternarize", source, "-o", tmp_path / "x", "--rule", "magic"), 2, "magic"),
         (("ternarize", tmp_path / "nowhere", "-o", tmp_path / "x"), 2, "nowhere"),
         (("ternarize", source, "-o", file), 1, "cannot be written"),
@@ -96,7 +96,7 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
 def test_gguf_files(tmp_path: Path) -> None:
     source = saved_with_tokenizer(tmp_path / "src")
     out = tmp_path / "m.gguf"
-    result = run("ternarize", source, "-o", out, "--format", "gguf-tq2_0", "--rule", "exact")
+    result = run("ternarize", source, "-o", out, "--to", "gguf-tq2_0", "--rule", "exact")
     assert result.exit_code == 0, result.stderr
     assert "2.062" in result.stdout
     assert "usually unusable" in result.stdout
@@ -106,18 +106,22 @@ def test_gguf_files(tmp_path: Path) -> None:
     assert "the tensors have the hash" in checked.stdout
     as_json = run("validate", out, "--format", "json")
     assert json.loads(as_json.stdout)["architecture"] == "llama"
-    both = ("--format", "json", "--format", "gguf-q2_0")
+    both = ("--format", "json", "--to", "gguf-q2_0")
     result = run("ternarize", source, "-o", tmp_path / "n.gguf", *both)
     assert json.loads(result.stdout)["tensors"]
     out.write_bytes(out.read_bytes()[:-1])
     cases = [
         (("validate", out), 1, "truncated"),
         (("validate", tmp_path / "nowhere.gguf"), 2, "nowhere"),
-        (("ternarize", source, "-o", out, "--format", "gguf-tq2_0"), 2, "exists"),
-        (("ternarize", source, "-o", tmp_path / "d", "--format", "gguf-tq2_0"), 2, "end in .gguf"),
+        (("ternarize", source, "-o", out, "--to", "gguf-tq2_0"), 2, "exists"),
+        (("ternarize", source, "-o", tmp_path / "d", "--to", "gguf-tq2_0"), 2, "end in .gguf"),
         (("ternarize", source, "-o", tmp_path / "x.gguf"), 2, "pass a gguf format"),
-        (("ternarize", source, "-o", tmp_path / "x", "--format", "onnx"), 2, "'onnx'"),
-        (("ternarize", source, "-o", tmp_path / "x", *both, *both), 2, "at most once"),
+        (("ternarize", source, "-o", tmp_path / "x", "--to", "onnx"), 2, "'onnx'"),
+        (
+            ("ternarize", source, "-o", tmp_path / "x", "--format", "gguf-q2_0"),
+            2,
+            "'table', 'json'",
+        ),
     ]
     for arguments, code, words in cases:
         result = run(*arguments)
