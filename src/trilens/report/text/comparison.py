@@ -100,8 +100,8 @@ def _output(index: _Index) -> list[str]:
     convergence = index.one("settle_layer")
     if convergence is not None:
         lines.append(
-            f"logit lens        final top token stays from layer {convergence.before:.2f} → "
-            f"{convergence.after:.2f} on (mean convergence layer)"
+            f"logit lens        convergence layer {convergence.before:.2f} → "
+            f"{convergence.after:.2f} (mean)"
         )
     return lines
 

@@ -23,7 +23,7 @@ def print_families(families: FamilyTable, console: Console, *, whole: bool = Fal
     """
     columns: list[Column | str] = [
         Column("type", left=True, fold=14), Column("captured", left=True, fold=8),
-        Column("layers"), Column("softmax", left=True, fold=7),
+        "layers", Column("softmax", left=True, fold=7),
         Column("effective", left=True, fold=9), Column("gates", left=True, fold=20),
     ]  # fmt: skip
     reasons = any(row.reason or row.no_effective for row in families.rows)

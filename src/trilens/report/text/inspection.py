@@ -37,7 +37,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     dots = "… " if len(tokens) > _SHOWN_TOKENS else ""
     console.print(Text(f"{len(tokens)} tokens: {dots}{head}\n"))
     names = {gate.name for row in inspection.layers for gate in row.gates}
-    several = len(names) > 1 or bool(names) and console.width < _WIDE
+    several = len(names) > 1 or (bool(names) and console.width < _WIDE)
     _print_layers(inspection.layers, console, gates=not several)
     if several:
         console.print()

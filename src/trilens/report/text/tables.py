@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
@@ -47,29 +48,28 @@ def print_table(
         keys: the first columns, which name a row and so stand in each of the tables.
     """
     chosen = [Column(each) if isinstance(each, str) else each for each in columns]
-    least = [_least(column, [row[i] for row in rows]) for i, column in enumerate(chosen)]
+    whole = [_width(column.heading, *(row[i] for row in rows)) for i, column in enumerate(chosen)]
+    least = [
+        min(width, column.fold) if column.fold else width
+        for width, column in zip(whole, chosen, strict=True)
+    ]
     for number, group in enumerate(_groups(least, keys, console.width)):
+        widths = _grown([least[i] for i in group], [whole[i] for i in group], console.width)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for i in group:
-            column = chosen[i]
-            table.add_column(
-                Text(column.heading),
-                justify="left" if column.left else "right",
-                no_wrap=not column.fold,
-                overflow="fold",
-                min_width=least[i],
-            )
+        for i, width in zip(group, widths, strict=True):
+            justify: Literal["left", "right"] = "left" if chosen[i].left else "right"
+            table.add_column(Text(chosen[i].heading), justify=justify, width=width, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(row[i]) for i in group))
+            # What has nothing to say beside its name stands in the first table alone.
+            if not number or any(row[i] for i in group[keys:]):
+                table.add_row(*(Text(row[i]) for i in group))
         if number:
             console.print()
         console.print(table)
 
 
-def _least(column: Column, cells: Sequence[str]) -> int:
-    lines = (line for cell in (column.heading, *cells) for line in cell.split("\n"))
-    width = max(cell_len(line) for line in lines)
-    return min(width, column.fold) if column.fold else width
+def _width(*cells: str) -> int:
+    return max(cell_len(line) for cell in cells for line in cell.split("\n"))
 
 
 def _groups(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
@@ -84,3 +84,15 @@ def _groups(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
         groups[-1].append(i)
         left -= least[i] + _GAP
     return groups or [names]
+
+
+def _grown(least: Sequence[int], whole: Sequence[int], width: int) -> list[int]:
+    """Widths that fill the console, folded columns no wider than their cells."""
+    widths = list(least)
+    left = width - sum(widths) - _GAP * (len(widths) - 1)
+    while left > 0 and widths != list(whole):
+        for i, most in enumerate(whole):
+            if widths[i] < most and left > 0:
+                widths[i] += 1
+                left -= 1
+    return widths
