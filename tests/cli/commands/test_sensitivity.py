@@ -43,10 +43,32 @@ def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
         "--no-predict",
     )  # fmt: skip
     found = json.loads(values.stdout)
+    assert (found["format"], found["version"]) == ("trilens.sensitivity", 1)
     assert found["rule"] == "exact tensor"
     assert found["n_tokens"] == 64 - 2
     assert len(found["rows"]) == 2 + 7 + 2
     assert found["rank_correlation"]["kind"] is None
+
+
+def test_names_and_digits_stay_at_80_columns(model: Path, data: Path) -> None:
+    options = ("sensitivity", model, "--data", data, *FAST, "--each-matrix")
+    found = json.loads(run(*options, "--format", "json").stdout)
+    narrow = CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(each) for each in options])
+    assert narrow.exit_code == 0, narrow.stderr
+    assert max(map(len, narrow.stdout.splitlines())) <= 80
+    for row in found["rows"]:
+        assert row["name"] in narrow.stdout
+        assert f"{row['kl_nats']:.4f}" in narrow.stdout
+        assert f"{row['predicted_kl_nats']:.4f}" in narrow.stdout
+
+
+def test_a_plan_fits_on_what_is_not_held_out(model: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(data.read_text())
+    options = ("--budget-bits", 3, "--costs", "predicted", *FAST)
+    refused = run("plan", model, "--data", data, "--calibrate", copy, "--evaluate", copy, *options)
+    assert refused.exit_code == 2
+    assert "are held out" in refused.stderr
 
 
 def test_a_plan_with_calibrated_rules(model: Path, data: Path, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Pat
 
 def test_json_is_the_report(source: Path, tmp_path: Path) -> None:
     result = run("ternarize", source, "-o", tmp_path / "out", "--format", "json")
-    report = TernaryReport.from_dict(json.loads(result.stdout))
+    found = json.loads(result.stdout)
+    assert (found["format"], found["version"]) == ("trilens.ternary_report", 1)
+    report = TernaryReport.from_dict(found)
     assert report == validate(tmp_path / "out")
     again = run("validate", tmp_path / "out", "--format", "json")
     assert again.stdout == result.stdout
@@ -106,6 +108,7 @@ def test_gguf_files(tmp_path: Path) -> None:
     assert "the tensors have the hash" in checked.stdout
     as_json = run("validate", out, "--format", "json")
     assert json.loads(as_json.stdout)["architecture"] == "llama"
+    assert json.loads(as_json.stdout)["format"] == "trilens.gguf_report"
     both = ("--format", "json", "--to", "gguf-q2_0")
     result = run("ternarize", source, "-o", tmp_path / "n.gguf", *both)
     assert json.loads(result.stdout)["tensors"]
@@ -128,3 +131,16 @@ def test_gguf_files(tmp_path: Path) -> None:
         assert result.exit_code == code, arguments
         assert words in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_what_was_written_is_said_at_the_end(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert f"wrote {out}: " in run("ternarize", source, "-o", out).stderr
+    assert run("ternarize", source, "-o", tmp_path / "x", "--dry-run").stderr == ""
+
+
+def test_options_that_need_another(source: Path, tmp_path: Path) -> None:
+    for option in (("--max-tokens", 300), ("--seq-length", 9), ("--batch-size", 2), ("--seed", 1)):
+        result = run("ternarize", source, "-o", tmp_path / "x", *option)
+        assert result.exit_code == 2
+        assert "add --calibrate TEXT" in result.stderr
