@@ -31,13 +31,15 @@ class _Output(Console):
         raise BrokenPipeError
 
 
-def show(draw: Callable[[Console], None], *, file: Path | None = None) -> None:
+def show(
+    draw: Callable[[Console], None], *, file: Path | None = None, pipe_width: int = _PIPE_WIDTH
+) -> None:
     """Draw tables on standard output, or as text into a file.
 
-    A pipe and a file have no width: COLUMNS, else wide enough for one row per layer.
+    A pipe and a file have no width: COLUMNS, else `pipe_width`, enough for one row per layer.
     """
     tty = file is None and sys.stdout.isatty()
-    width = None if tty or "COLUMNS" in os.environ else _PIPE_WIDTH
+    width = None if tty or "COLUMNS" in os.environ else pipe_width
     text = None if file is None else StringIO()
     draw(_Output(width=width, highlight=False, markup=False, file=text))
     if file is not None and text is not None:

@@ -6,15 +6,14 @@ import re
 
 import pytest
 
-from checkpoint_cases import saved
 from trilens.analysis.comparison.run import compare
+from trilens.demo import demo_path
 from trilens.report.text.comparison import render_comparison
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("compare")
-    return compare(saved("llama", folder / "a"), saved("llama", folder / "b"), [[1, 2, 3, 1, 2, 3]])
+def comparison():
+    return compare(demo_path(), demo_path(), ["import os", "def f(n):\n    return n"])
 
 
 def test_no_digit_is_lost_on_a_narrow_terminal(comparison) -> None:

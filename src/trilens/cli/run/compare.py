@@ -66,7 +66,7 @@ def run(
         if format == "json":
             show_json(found.to_dict())
         else:
-            show(partial(print_comparison, found))
+            show(partial(print_comparison, found), pipe_width=160)
     met = [(each, each.met_by(found.rows)) for each in conditions]
     for condition, rows in met:
         if rows:
