@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from tinymodels import build, prompt_ids, tiny_config
 from tolerances import sum_error
 from trilens.analysis.inspection import Inspection, inspect_capture
-from trilens.cli.console import one_line_errors
-from trilens.cli.main import DEMO_PROMPT, app
+from trilens.cli.errors import one_line_errors
+from trilens.cli.main import app
+from trilens.cli.run.demo import DEMO_PROMPT
 from trilens.demo import demo_path
 from trilens.lens.lens import Lens
 from trilens.report.text.inspection import print_inspection

@@ -14,7 +14,15 @@ from trilens.lens.capture import Capture
 from trilens.results import Tabular
 from trilens.statistics.gating import GatingAnalysis
 
-__all__ = ["Attended", "GateSummary", "Inspection", "LayerRow", "NextToken", "inspect_capture"]
+__all__ = [
+    "Attended",
+    "GateSummary",
+    "Inspection",
+    "LayerRow",
+    "NextToken",
+    "StateSummary",
+    "inspect_capture",
+]
 
 _FORMAT = "trilens.inspection"
 _VERSION = 1
@@ -54,12 +62,25 @@ class GateSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSummary:
+    """One tensor of a layer's recurrent state after the last token that was stored.
+
+    `norm` is its Frobenius norm.
+    """
+
+    part: str
+    shape: tuple[int, ...]
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRow:
     """One layer. `residual_norm` is ‖resid_post‖₂ of the last token.
 
     Attributes:
         attended: softmax attention of the last token, heaviest first.
         effective: effective attention of the last token in a recurrent layer, by size, with signs.
+        states: the recurrent state's tensors, where the capture holds them.
     """
 
     layer: int
@@ -68,6 +89,7 @@ class LayerRow:
     attention_entropy_nats: float | None
     gates: tuple[GateSummary, ...]
     effective: tuple[Attended, ...] = ()
+    states: tuple[StateSummary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +160,10 @@ class Inspection(Tabular):
                     attention_entropy_nats=row["attention_entropy_nats"],
                     gates=tuple(GateSummary(**item) for item in row["gates"]),
                     effective=tuple(Attended(**item) for item in row.get("effective", ())),
+                    states=tuple(
+                        StateSummary(**{**item, "shape": tuple(item["shape"])})
+                        for item in row.get("states", ())
+                    ),
                 )
                 for row in data["layers"]
             )
@@ -227,6 +253,22 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
             if gates is not None and gates.spec(name, layer).kind != "linear"
         ),
         effective=_effective(capture, layer, last, top_k) if layer in recurrent else (),
+        states=_states(capture, layer),
+    )
+
+
+def _states(capture: Capture, layer: int) -> tuple[StateSummary, ...]:
+    states = capture.states
+    if states is None or layer not in states.layers:
+        return ()
+    position = states.positions[-1]
+    return tuple(
+        StateSummary(
+            part.name,
+            part.shape,
+            float(states.get(layer, position, part.name).float().norm()),
+        )
+        for part in states.spec(layer).parts
     )
 
 

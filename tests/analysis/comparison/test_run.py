@@ -313,7 +313,17 @@ def test_the_command_prints_saves_and_fails_where_asked(
     checkpoints: tuple[str, str, str], tmp_path: Path
 ) -> None:
     before, after, text = checkpoints
-    arguments = ["compare", before, after, "--data", text, "--length", "32", "--limit", "64"]
+    arguments = [
+        "compare",
+        before,
+        after,
+        "--data",
+        text,
+        "--seq-length",
+        "32",
+        "--max-tokens",
+        "64",
+    ]
     shown = CliRunner().invoke(
         app, [*arguments, "-o", str(tmp_path / "out"), "--fail-if", "kl_nats_mean>1e9"]
     )

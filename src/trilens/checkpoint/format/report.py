@@ -191,7 +191,7 @@ class TernaryReport(Tabular):
             f"{self.sample.sentence} One text is a sample: compare outputs before any use."
             if self.sample
             else "The damage was not measured, and weight errors do not tell it: give a text "
-            "(--sample) and compare outputs before any use."
+            "(--evaluate) and compare outputs before any use."
         )
 
     def table(self) -> list[dict[str, Any]]:
