@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-engines test-gpu check check-pythons bench sweep format clean
+.PHONY: demo test test-numerics test-engines test-gpu check check-pythons bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,23 @@ demo: $(VENV)/.ready
 # One process a core, one thread each: the models are too small for more.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+# What depends on who adds up, once more, as a processor without AVX does it, on two threads: torch,
+# oneDNN, MKL, OpenBLAS, NumPy and numba each have a switch of their own. numba is left the
+# conversions of half precision (F16C), which its loops cannot do without.
+NUMERICS := tests/statistics tests/caches tests/ternary/calibrated tests/ternary/packed \
+	tests/ternary/test_rotation.py tests/planning/test_calibrated_candidates.py \
+	tests/planning/test_predictor.py tests/evaluation tests/training tests/lens \
+	tests/analysis/comparison tests/models/test_anatomy.py tests/models/rwkv7/test_kernels.py
+BASELINE := OMP_NUM_THREADS=2
+ifeq ($(shell uname -m),x86_64)
+BASELINE += ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	OPENBLAS_CORETYPE=Nehalem NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4" \
+	NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+f16c
+endif
+
+test-numerics: $(VENV)/.ready
+	$(BASELINE) $(PY) -m pytest -n auto --dist worksteal $(NUMERICS)
 
 # llama.cpp is built from its source package: a C++ compiler, and about four minutes of one core.
 $(VENV)/.engines: $(VENV)/.ready

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 NAMES = (
+    "startup",
     "overhead",
     "gate_overhead",
     "long_attention",

@@ -37,7 +37,6 @@ def main(tokens: int = 4096, only: str = "") -> None:
 
     def everything() -> None:
         attention = lens.capture(ids, attention=True).attention
-        assert attention is not None
         for layer in attention.layers:
             attention.attention_from_position(layer, tokens - 1)
             attention.attention_to_position(layer, tokens - 1)
@@ -46,7 +45,6 @@ def main(tokens: int = 4096, only: str = "") -> None:
 
     def one_row() -> None:
         attention = captured.attention
-        assert attention is not None
         for layer in attention.layers:
             attention.attention_from_position(layer, tokens - 1)
 

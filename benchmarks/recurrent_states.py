@@ -40,7 +40,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         with peak_memory() as memory:
             held = capture(states)
         figures[name]["peak_extra_mib"] = round(memory.extra_bytes / 2**20, 1)
-        kept = 0 if held.states is None else held.states.nbytes
+        kept = held.states.nbytes if held.has("states") else 0
         figures[name]["states_mib"] = round(kept / 2**20, 2)
         del held
     return figures

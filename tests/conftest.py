@@ -10,3 +10,6 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+# Tables are as wide as in a pipe, whatever terminal the tests run in (xdist says 80 × 24).
+os.environ.pop("COLUMNS", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tolerances import sum_error
 from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -27,9 +28,8 @@ def inputs(n: int, cols: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor
 def check(y: torch.Tensor, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> None:
     """One rounding to the dtype, and those of a float32 sum.
 
-    A float32 sum of n terms in any order is within n · 2⁻²⁴ · Σ|terms|; rounding errors of either
-    sign make it far less, and 8 · √n covers thousands of terms. With two planes or an offset,
-    weights may be used before they are rounded: half a unit of the dtype for each.
+    With two planes or an offset, weights may be used before they are rounded: half a unit of the
+    dtype for each.
     """
     weights = packed.dense(x.dtype).double()
     expected = x.double() @ weights.T
@@ -37,7 +37,8 @@ def check(y: torch.Tensor, x: torch.Tensor, packed: Packed, bias: torch.Tensor |
     if bias is not None:
         expected = expected + bias.double()
         size = size + bias.double().abs()
-    bound = 8 * max(packed.cols, 1) ** 0.5 * 2**-24 * size
+    # one more rounding for the scale, one for the bias
+    bound = torch.from_numpy(sum_error(packed.cols + 2, size, torch.float32))
     bound += expected.abs() * torch.finfo(x.dtype).eps / 2 + torch.finfo(x.dtype).tiny
     if packed.offset is not None or packed.second_codes is not None:
         bound += size * torch.finfo(x.dtype).eps

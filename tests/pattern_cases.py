@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tolerances import sum_error
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 
@@ -26,13 +27,15 @@ __all__ = [
     "zeros",
 ]
 
-# Scores of these tests stay below 15. In float32 they are off by 15 · 2⁻²⁴ and a few roundings of
-# the product: 3e-6 at most, which is then the relative error of a weight.
-WEIGHT = 3e-6
-# An entropy weighs errors of scores by p · (s − mean s): a few times more.
-NATS = 1.5e-5
-# A mean distance weighs them by the distance, which is below 100 here, with p.
-TOKENS = 1.5e-4
+# Scores of these tests are sums of 16 products that add up to 20 at most, signs aside.
+SCORE = float(sum_error(16, 20, torch.float32))
+# The derivative of a weight by scores is p · (1 − p) at most.
+WEIGHT = SCORE / 4
+# An entropy weighs errors of scores by p · (s − mean s).
+NATS = SCORE
+# A mean distance weighs them by p and the distance from the mean one, up to 70 here; errors of
+# both signs among the keys leave a tenth of it.
+TOKENS = 7 * SCORE
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from doc_blocks import blocks_of, compare_output, split_console
 from typer.testing import CliRunner
 
+from doc_blocks import blocks_of, compare_output, split_console
 from trilens.cli.main import app
 
 ROOT = Path(__file__).parents[1]

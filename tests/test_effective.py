@@ -168,7 +168,7 @@ def test_weights_times_values_are_the_kernels_output(model_type: str) -> None:
     lens = Lens(model)
     assert lens.effective_layers == FAMILIES[model_type]
     cap = lens.capture(ids, effective=True)
-    assert cap.attention is not None
+    assert cap.has("attention")
     assert cap.attention.layers == FAMILIES[model_type]
     with torch.no_grad(), kernel_calls(model) as calls:
         plain = model(input_ids=ids, use_cache=False)
@@ -253,7 +253,12 @@ def test_saved_and_loaded(model_type: str, tmp_path: Path) -> None:
     cap = Lens(model_of(model_type)).capture(prompt_ids(model_type, 9), effective=True)
     again = Capture.load(cap.save(tmp_path / "capture.safetensors"))
     for layer in cap.attention.layers:
-        assert torch.equal(again.attention.get_layer(layer), cap.attention.get_layer(layer))
+        parts = again.attention.pattern(layer).tensors()
+        for name, part in cap.attention.pattern(layer).tensors().items():
+            assert torch.equal(parts[name], part)
+        # The same parts are contiguous now, and may be added up otherwise.
+        ours, theirs = again.attention.get_layer(layer), cap.attention.get_layer(layer)
+        assert relative(ours, theirs) <= TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", SIGNED)
@@ -271,13 +276,17 @@ def test_statistics_need_the_unsigned_view(model_type: str) -> None:
     assert entropy.shape == dense.shape[1:3]
     assert np.isfinite(entropy).all()
     positive = dense[0].double().relu()
-    rows = positive / positive.sum(-1, keepdim=True).clamp(min=1e-300)
-    assert np.abs(entropy - torch.special.entr(rows).sum(-1).numpy()).max() <= 1e-5
+    mass = positive.sum(-1, keepdim=True).clamp(min=1e-300)
+    rows = positive / mass
+    gap = np.abs(entropy - torch.special.entr(rows).sum(-1).numpy())
+    # Weights are as good as a row's largest, which its positive part may be a small share of.
+    size = (dense[0].double().abs().amax(-1) / mass[..., 0]).clamp(min=1, max=1e9)
+    assert (gap <= TOLERANCE * size.numpy()).all()
 
 
 def test_a_softmax_per_channel_has_statistics_without_a_view() -> None:
     cap = Lens(build("rwkv")).capture(prompt_ids("rwkv", 9), effective=True)
-    assert np.abs(cap.attention.get_layer(1).sum(-1) - 1).max() <= 1e-5
+    assert np.abs(cap.attention.get_layer(1).sum(-1) - 1).max() <= TOLERANCE
     assert cap.attention.entropy(1).shape == (1, 9)
 
 
@@ -304,7 +313,7 @@ def test_gates_of_the_same_kernel_stay_what_they_are(model_type: str) -> None:
     lens, ids = Lens(model_of(model_type)), prompt_ids(model_type, 9)
     both, alone = lens.capture(ids, gates=True, effective=True), lens.capture(ids, gates=True)
     assert both.attention.layers == lens.effective_layers
-    assert alone.attention is None
+    assert not alone.has("attention")
     for name, layers in lens.gate_layers.items():
         for layer in layers:
             assert torch.equal(both.gates.get(name, layer), alone.gates.get(name, layer))
@@ -409,7 +418,7 @@ def test_both_kinds_of_one_layer(model_type: str, tmp_path: Path) -> None:
     assert twofold
     both = lens.capture(ids, attention=True, effective=True)
     softmax, alone = lens.capture(ids, attention=True), lens.capture(ids, effective=True)
-    assert softmax.effective is None
+    assert not softmax.has("effective")
     saved = Capture.load(both.save(tmp_path / "capture.safetensors"))
     batch = [ids[0], ids[0, :5]]
     batched = next(iter(lens.capture_many(batch, attention=True, effective=True)))

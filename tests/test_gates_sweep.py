@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tinymodels import build, prompt_ids
+from tolerances import assert_near
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.rwkv7.config import RWKV7Config
@@ -244,14 +245,15 @@ def test_gates_are_what_the_model_computed(model_type: str, tmp_path: Path) -> N
             if name == "mixer.rate" or (spec.kind == "linear" and spec.function == "identity"):
                 continue  # test_linear_gates_… and the decays, which need the rate
             worst = reference_difference(cap, name, layer, given)
-            assert worst <= TOLERANCE, f"{name} of layer {layer} is off by {worst}"
+            scale = max(1.0, float(value.abs().max()))
+            assert worst <= TOLERANCE * scale, f"{name} of layer {layer} is off by {worst}"
     back = Capture.load(cap.save(tmp_path / "a.tlc"))
     for name, layers in lens.gate_layers.items():
         for layer in layers:
             ours, theirs = back.gates.get(name, layer), cap.gates.get(name, layer)
             assert torch.equal(back.gates.pre(name, layer), cap.gates.pre(name, layer))
             # A saved tensor is contiguous, and gelu rounds otherwise for another layout.
-            assert float((ours - theirs).abs().max()) <= TOLERANCE
+            assert_near(ours, theirs, TOLERANCE, least=1.0)
             assert back.gates.spec(name, layer) == cap.gates.spec(name, layer)
 
 
@@ -273,7 +275,8 @@ def test_a_batch_gives_the_same_gates_and_statistics(model_type: str) -> None:
                 assert float(opened.min()) >= 0.0
                 assert float(opened.max()) <= 1.0
                 a, b = (cap.gates.analyse(name, layer) for cap in (many, one))
-                assert abs(a.avg_gate - b.avg_gate).max() <= STATISTICS
+                # An openness rises by 1/4 of its argument at most.
+                assert abs(a.avg_gate - b.avg_gate).max() <= STATISTICS * max(1.0, scale / 4)
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "zamba", "qwen3_next", "rwkv", "mixtral", "lfm2"])
@@ -314,7 +317,7 @@ def test_linear_gates_rebuild_the_convolution() -> None:
     weight, bias = mixer.conv.weight, mixer.conv.bias
     padded = F.pad((enters * x).T[None], (weight.shape[-1] - 1, 0))
     mixed = F.conv1d(padded, weight, bias, groups=weight.shape[0])[0].T
-    assert float((leaves * mixed - seen["out"]).abs().max()) <= TOLERANCE
+    assert_near(leaves * mixed, seen["out"], TOLERANCE, least=1.0)
 
 
 def test_output_gate_of_rwkv7_is_its_low_rank_projection() -> None:

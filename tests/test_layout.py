@@ -18,7 +18,9 @@ SRC = Path(trilens.__file__).parent
 FLOORS = {
     "errors": 0,
     "axes": 0,
+    "numbers": 0,
     "progress": 0,
+    "results": 0,
     "version": 0,
     "io": 0,
     "statistics": 1,
@@ -36,6 +38,7 @@ FLOORS = {
     "demo": 9,
     "cli": 10,
     "__main__": 10,
+    "registration": 10,
     "": 10,
 }
 

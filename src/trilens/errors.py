@@ -8,6 +8,7 @@
     │   ├── ValueRangeError      a number outside its allowed range
     │   ├── NonFiniteError       NaN or Inf where numbers are needed
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
+    │   │   └── AbsentLayerError  a layer that a cache does not hold; an OutOfRangeError too
     │   ├── IncomparableError    two models that cannot be compared
     │   └── TooLargeError        the answer would need more memory than allowed without saying so
     ├── PromptError              a prompt that this model cannot read
@@ -41,6 +42,7 @@ Messages say: the noun, the problem, the offending value, the allowed range, wha
 from __future__ import annotations
 
 __all__ = [
+    "AbsentLayerError",
     "AnatomyError",
     "AttentionPathError",
     "CaptureError",
@@ -108,6 +110,10 @@ class NonFiniteError(UsageError, ValueError):
 
 class NotStoredError(UsageError, LookupError):
     """Asked for something that this capture or cache does not hold."""
+
+
+class AbsentLayerError(NotStoredError, OutOfRangeError):
+    """A layer that this cache does not hold."""
 
 
 class IncomparableError(UsageError):

@@ -278,15 +278,15 @@ def test_positions_count_from_both_ends(seq: int, position: int, layer: int) -> 
         row.zero_()
         assert torch.equal(cache.get_layer(layer), values[layer])  # a copy
     else:
-        with pytest.raises(OutOfRangeError, match=f"positions {-seq}…{seq - 1}"):
+        with pytest.raises(OutOfRangeError, match=f"positions −{seq}–{seq - 1}"):
             cache.get_position(layer, position)
 
 
 def test_positions_of_layers_that_are_not_there() -> None:
     cache = FullActivationCache.from_layers({2: torch.zeros(3, 4), 5: torch.zeros(3, 4)})
-    with pytest.raises(OutOfRangeError, match=r"layer 6 is out of range.*layers 2, 5"):
+    with pytest.raises(OutOfRangeError, match=r"layer 6 is not stored: .* layers 2, 5"):
         cache.get_position(6, 0)
-    with pytest.raises(OutOfRangeError, match="layer -1 is out of range"):
+    with pytest.raises(OutOfRangeError, match="layer -1 is not stored"):
         cache.get_position(-1, 0)
     with pytest.raises(NotStoredError, match=r"layer 3 is not stored.*layers 2, 5"):
         cache.get_position(3, 0)

@@ -66,12 +66,12 @@ def test_both_models_are_measured(out: Path, text: Path) -> None:
 
 def test_the_command_prints_it(out: Path, text: Path) -> None:
     arguments = ["ternarize", str(demo_path()), "-o", str(out), "--rule", "exact", "--per", "row"]
-    shown = CliRunner().invoke(app, [*arguments, "--sample", str(text)])
+    shown = CliRunner().invoke(app, [*arguments, "--evaluate", str(text)])
     sample = validate(out).sample
     assert sample is not None
     assert sample.sentence in shown.stdout
     assert shown.exit_code == 0
-    other = CliRunner().invoke(app, [*arguments, "--sample", __file__])
+    other = CliRunner().invoke(app, [*arguments, "--evaluate", __file__])
     assert other.exit_code == 2
     assert "another sample" in other.stderr
 
@@ -110,7 +110,7 @@ def test_bad_samples_are_refused_before_anything_is_written(tmp_path: Path, text
         with pytest.raises(TextError, match=words):
             ternarize(demo_path(), out, sample=Sample.read(tmp_path / name))
         shown = CliRunner().invoke(
-            app, ["ternarize", str(demo_path()), "-o", str(out), "--sample", str(tmp_path / name)]
+            app, ["ternarize", str(demo_path()), "-o", str(out), "--evaluate", str(tmp_path / name)]
         )
         assert shown.exit_code == 2
         assert words in shown.stderr

@@ -64,7 +64,7 @@ def test_the_heldout_loss_is_the_recorded_one(name: str) -> None:
 def test_every_question_has_an_answer(name: str) -> None:
     lens = trilens.Lens.from_pretrained(str(demo_path(name)))
     capture = lens.capture("def area(r):\n    return r * ", gates=True, effective=True)
-    assert capture.attention is not None and capture.gates is not None
+    assert capture.has("attention") and capture.has("gates")
     assert tuple(capture.attention.layers) == tuple(range(lens.n_layers))
     rows = capture.attention.top_attended_positions(lens.n_layers - 1, -1, 3)
     assert len(rows) == 3

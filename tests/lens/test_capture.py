@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinymodels import build, prompt_ids
-from trilens.errors import CorruptFileError, NotStoredError
+from tolerances import sum_error
+from trilens.caches.patterns.protocol import Pattern
+from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+
+
+def score_error(pattern: Pattern) -> float:
+    """What a score of the pattern may be off by, for the sizes that its q and k have."""
+    q, k = (pattern.tensors()[name].double().abs() for name in ("q", "k"))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    terms = (q @ k.mT).max() * abs(pattern.params()["scaling"])
+    return float(sum_error(q.shape[-1], terms, torch.float32))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "deepseek_v32", "qwen3_next"])
@@ -35,11 +46,16 @@ def test_save_and_load(model_type: str, residual: str, tmp_path: Path) -> None:
         ours, theirs = cap.attention.pattern(layer), back.attention.pattern(layer)
         assert all(torch.equal(t, theirs.tensors()[name]) for name, t in ours.tensors().items())
         assert ours.params() == theirs.params()
-        # A saved q is contiguous, and the sums of another layout round differently: 1e-6.
+        # A saved q is contiguous, and the sums of another layout round differently.
+        pattern = cap.attention.pattern(layer)
+        score = score_error(pattern)
+        assert score < 1e-4
+        # The derivative of a weight by scores is 1/4 at most; the row is then added up to 1.
+        weight = score / 4 + float(sum_error(pattern.seq_k, 1, torch.float32))
         difference = back.attention.get_layer(layer) - cap.attention.get_layer(layer)
-        assert difference.abs().max() <= 1e-6
+        assert difference.abs().max() <= weight
         ours, theirs = back.attention.entropy(layer), cap.attention.entropy(layer)
-        assert np.allclose(ours, theirs, rtol=0, atol=1e-5)
+        assert np.abs(ours - theirs).max() <= weight * (1 + math.log(pattern.seq_k))
     if gates:
         assert back.gates.names == cap.gates.names
         for name in cap.gates.names:
@@ -60,7 +76,7 @@ def test_empty_capture_and_repr(tmp_path: Path) -> None:
     lens = Lens(build("llama"))
     cap = lens.capture(prompt_ids("llama"), residual=None, logits=None)
     back = Capture.load(cap.save(tmp_path / "a.tlc"))
-    assert back.residual is None and back.logits is None and back.attention is None
+    assert back.parts.names == ()
     assert "nothing" in repr(cap)
     assert "residual" in repr(lens.capture(prompt_ids("llama")))
 
@@ -91,7 +107,8 @@ def test_top_tokens() -> None:
     top = cap.top_tokens(4)
     expected = cap.logits[-1].softmax(-1)
     assert [t for t, _ in top] == expected.topk(4).indices.tolist()
-    assert all(p == pytest.approx(float(expected[t])) for t, p in top)
+    close = float(sum_error(cap.logits.shape[1], 1, torch.float32))
+    assert all(p == pytest.approx(float(expected[t]), rel=close) for t, p in top)
     with pytest.raises(NotStoredError, match="logits"):
         lens.capture(prompt_ids("llama"), logits=None).top_tokens()
 
@@ -107,3 +124,16 @@ def test_damaged_files(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "part.tlc", metadata={"trilens": json.dumps(body)})
     with pytest.raises(CorruptFileError, match="not a whole capture"):
         Capture.load(tmp_path / "part.tlc")
+
+
+def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
+    cap = Lens(build("llama")).capture(prompt_ids("llama"), residual=None, logits="last")
+    assert cap.has("logits") and cap.parts.names == ("logits",)
+    for part in ("residual", "attention", "effective", "gates", "states"):
+        assert not cap.has(part)
+        with pytest.raises(NotStoredError, match=rf"{part} was not captured: .*logits; .*{part}="):
+            getattr(cap, part)
+    with pytest.raises(
+        UsageError, match="part 'residuals' is unknown: the parts are logits, resid"
+    ):
+        cap.has("residuals")

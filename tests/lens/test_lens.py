@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tinymodels import build, prompt_ids
+from tolerances import assert_near, sum_error
 from trilens.errors import (
     AnatomyError,
     AttentionPathError,
@@ -39,13 +40,13 @@ def ids() -> torch.Tensor:
 
 def test_capture_holds_what_was_asked(lens: Lens, ids: torch.Tensor) -> None:
     cap = lens.capture(ids)
-    assert cap.residual is not None and cap.residual.layers == tuple(range(lens.n_layers))
-    assert cap.attention is None and cap.gates is None
+    assert cap.residual.layers == tuple(range(lens.n_layers))
+    assert not cap.has("attention") and not cap.has("gates")
     assert cap.logits.shape == (40, 120)
     assert cap.token_ids.tolist() == ids[0].tolist()
     assert len(cap.tokens) == 40
     bare = lens.capture(ids, residual=None, logits=None)
-    assert bare.residual is None and bare.logits is None
+    assert not bare.has("residual") and bare.logits is None
     last = lens.capture(ids, logits="last")
     assert torch.equal(last.logits, cap.logits[-1:])
 
@@ -150,7 +151,7 @@ def test_bad_prompts(lens: Lens, prompt, error: type[Exception], words: str) -> 
     [
         ({"layers": [4]}, OutOfRangeError, "layer 4 is out of range: this model has layers 0–3"),
         ({"layers": [-1]}, OutOfRangeError, "layers 0–3"),
-        ({"layers": [True]}, UsageError, "not a layer number"),
+        ({"layers": [True]}, UsageError, "not an integer"),
         ({"layers": []}, UsageError, "empty"),
         ({"residual": "some"}, UsageError, "'last', 'all' or None"),
         ({"logits": "first"}, UsageError, "'all', 'last' or None"),
@@ -217,7 +218,8 @@ def test_gate_value_is_the_one_the_model_used(ids: torch.Tensor) -> None:
     for handle in handles:
         handle.remove()
     value = cap.gates.get("mlp.gate", 1)
-    assert (value - seen["act"]).abs().max() <= 1e-6
+    # One function of the same numbers, in lanes of another layout.
+    assert_near(value, seen["act"], float(sum_error(4, 1, torch.float32)))
     assert torch.equal(value * seen["up"], seen["down"])
     openness = cap.gates.openness("mlp.gate", 1)
     assert torch.allclose(openness, torch.sigmoid(cap.gates.pre("mlp.gate", 1)))
@@ -238,7 +240,7 @@ def test_padding_side_of_the_tokenizer_does_not_matter(side: str) -> None:
     prompts = [prompt_ids("llama", n, seed=n)[0].tolist() for n in (9, 30, 17)]
     for prompt, cap in zip(prompts, lens.capture_many(prompts, attention=True), strict=True):
         one = lens.capture(prompt, attention=True)
-        assert (cap.logits - one.logits).abs().max() <= 1e-5
+        assert_near(cap.logits, one.logits, 1e-5, least=1.0)
         for layer in cap.attention.layers:
             ours, theirs = cap.attention.get_layer(layer), one.attention.get_layer(layer)
             assert (ours - theirs).abs().max() <= 1e-5
@@ -261,7 +263,7 @@ def test_capture_many_is_lazy_and_in_order(lens: Lens) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5])
 def test_bad_batch_size(lens: Lens, size: object) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="integer of 1 or more"):
         lens.capture_many([[1, 2]], batch_size=size)
 
 
@@ -316,7 +318,7 @@ def test_bfloat16_capture_is_bit_identical(ids: torch.Tensor) -> None:
     assert cap.residual.get_layer(0).dtype == torch.bfloat16
     row = cap.attention.attention_from_position(0, -1)
     assert row.dtype == np.float32
-    assert abs(row.sum() - 1) < 1e-5
+    assert abs(row.sum() - 1) <= sum_error(2 * len(row), 1, torch.float32)
     assert np.isfinite(cap.residual.to_f32_vecs()[0]).all()
     [many] = lens_many(model, ids)
     assert torch.equal(many.logits, plain)

@@ -115,9 +115,9 @@ def many_vs_one(lens: Lens, model_type: str, *, attention: bool, gates: bool) ->
 def difference(a: Capture, b: Capture) -> float:
     pairs = [(a.logits, b.logits)]
     pairs += [(a.residual.get_layer(i), b.residual.get_layer(i)) for i in b.residual.layers]
-    if b.attention is not None:
+    if b.has("attention"):
         pairs += [(a.attention.get_layer(i), b.attention.get_layer(i)) for i in b.attention.layers]
-    if b.gates is not None:
+    if b.has("gates"):
         pairs += [
             (a.gates.get(name, i), b.gates.get(name, i))
             for name in b.gates.names
@@ -187,7 +187,7 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
 def family_gates(capture: Capture) -> tuple[FamilyGate, ...]:
     """The captured gates, layers of one kind and range together."""
     grouped: dict[tuple[Any, ...], list[int]] = {}
-    for name in () if capture.gates is None else capture.gates.names:
+    for name in capture.gates.names if capture.has("gates") else ():
         for layer in capture.gates.layers(name):
             plain = capture.gates.spec(name, layer).to_dict()
             grouped.setdefault((name, plain["kind"], *plain["range"]), []).append(layer)

@@ -1,3 +1,5 @@
-"""Pure functions from captures to results."""
+"""Questions about captures and models: what a prompt did, how two models differ."""
 
-__all__: list[str] = []
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

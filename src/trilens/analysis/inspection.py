@@ -11,9 +11,18 @@ import numpy as np
 from trilens.caches.activation import FullActivationCache
 from trilens.errors import CorruptFileError
 from trilens.lens.capture import Capture
+from trilens.results import Tabular
 from trilens.statistics.gating import GatingAnalysis
 
-__all__ = ["Attended", "GateSummary", "Inspection", "LayerRow", "NextToken", "inspect_capture"]
+__all__ = [
+    "Attended",
+    "GateSummary",
+    "Inspection",
+    "LayerRow",
+    "NextToken",
+    "StateSummary",
+    "inspect_capture",
+]
 
 _FORMAT = "trilens.inspection"
 _VERSION = 1
@@ -53,12 +62,25 @@ class GateSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSummary:
+    """One tensor of a layer's recurrent state after the last token that was stored.
+
+    `norm` is its Frobenius norm.
+    """
+
+    part: str
+    shape: tuple[int, ...]
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRow:
     """One layer. `residual_norm` is ‖resid_post‖₂ of the last token.
 
     Attributes:
         attended: softmax attention of the last token, heaviest first.
         effective: effective attention of the last token in a recurrent layer, by size, with signs.
+        states: the recurrent state's tensors, where the capture holds them.
     """
 
     layer: int
@@ -67,6 +89,7 @@ class LayerRow:
     attention_entropy_nats: float | None
     gates: tuple[GateSummary, ...]
     effective: tuple[Attended, ...] = ()
+    states: tuple[StateSummary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +102,8 @@ class NextToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
-    """Everything the table shows, as plain numbers and words."""
+class Inspection(Tabular):
+    """What one prompt did in a model, layer by layer, as plain numbers and words."""
 
     model: str
     model_class: str
@@ -91,6 +114,26 @@ class Inspection:
     layers: tuple[LayerRow, ...]
     next_tokens: tuple[NextToken, ...]
     notes: tuple[str, ...]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each layer: the heaviest attended token, the mean of each gate."""
+        names = dict.fromkeys(gate.name for row in self.layers for gate in row.gates)
+        rows = []
+        for row in self.layers:
+            first = next(iter(row.attended or row.effective), None)
+            means = {gate.name: gate.mean for gate in row.gates}
+            rows.append(
+                {
+                    "layer": row.layer,
+                    "residual_norm": row.residual_norm,
+                    "attention_entropy_nats": row.attention_entropy_nats,
+                    "top_position": None if first is None else first.position,
+                    "top_token": None if first is None else first.token,
+                    "top_weight": None if first is None else first.weight,
+                    **{name: means.get(name) for name in names},
+                }
+            )
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict with format and version."""
@@ -117,6 +160,10 @@ class Inspection:
                     attention_entropy_nats=row["attention_entropy_nats"],
                     gates=tuple(GateSummary(**item) for item in row["gates"]),
                     effective=tuple(Attended(**item) for item in row.get("effective", ())),
+                    states=tuple(
+                        StateSummary(**{**item, "shape": tuple(item["shape"])})
+                        for item in row.get("states", ())
+                    ),
                 )
                 for row in data["layers"]
             )
@@ -155,7 +202,7 @@ def inspect_capture(
         notes: what could not be shown, in words.
         threshold: for dead and saturated units, in [0, 0.5].
     """
-    residual = capture.residual
+    residual = capture.parts.residual
     layers = () if residual is None else residual.layers
     return Inspection(
         model=name,
@@ -176,7 +223,7 @@ def inspect_capture(
 
 
 def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow:
-    residual = capture.residual
+    residual = capture.parts.residual
     tensor = None if residual is None else residual.get_layer(layer)
     if isinstance(residual, FullActivationCache):
         tensor = residual.get_position(layer, -1)
@@ -184,8 +231,8 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
     norm = float("nan") if tensor is None else float(tensor.float().norm())
     attended: tuple[Attended, ...] = ()
     entropy = None
-    attention, last = capture.attention, len(capture.tokens) - 1
-    recurrent = () if capture.effective is None else capture.effective.layers
+    attention, last = capture.parts.attention, len(capture.tokens) - 1
+    recurrent = () if not capture.has("effective") else capture.effective.layers
     alone = not capture.shares_pattern(layer)
     if attention is not None and layer in attention.layers and alone:
         attended = tuple(
@@ -193,7 +240,7 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
             for position, weight in attention.top_attended_positions(layer, last, top_k)
         )
         entropy = float(attention.entropy(layer)[:, last].mean())
-    gates = capture.gates
+    gates = capture.parts.gates
     found = [] if gates is None else [name for name in gates.names if layer in gates.layers(name)]
     return LayerRow(
         layer=layer,
@@ -206,12 +253,28 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
             if gates is not None and gates.spec(name, layer).kind != "linear"
         ),
         effective=_effective(capture, layer, last, top_k) if layer in recurrent else (),
+        states=_states(capture, layer),
+    )
+
+
+def _states(capture: Capture, layer: int) -> tuple[StateSummary, ...]:
+    states = capture.states
+    if states is None or layer not in states.layers:
+        return ()
+    position = states.positions[-1]
+    return tuple(
+        StateSummary(
+            part.name,
+            part.shape,
+            float(states.get(layer, position, part.name).float().norm()),
+        )
+        for part in states.spec(layer).parts
     )
 
 
 def _effective(capture: Capture, layer: int, last: int, top_k: int) -> tuple[Attended, ...]:
     """The weights of largest size, with their signs: a negative one is no lesser one."""
-    if capture.effective is None:
+    if not capture.has("effective"):
         return ()
     weights = capture.effective.attention_from_position(layer, last)
     order = np.argsort(-np.abs(weights), kind="stable")[:top_k]

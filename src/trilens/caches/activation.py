@@ -9,14 +9,15 @@ layer numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from trilens.caches.storage import distinct_bytes, moved, spell_layers, whole_number
+from trilens.caches.indices import check_index
+from trilens.caches.storage import ByLayer, absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import (
     DtypeError,
     NotStoredError,
@@ -26,11 +27,12 @@ from trilens.errors import (
     UsageError,
     ValueRangeError,
 )
+from trilens.numbers import whole_number
 
 __all__ = ["ActivationCache", "FullActivationCache"]
 
 
-class _LayerCache:
+class _LayerCache(ByLayer):
     """One tensor per layer, all of one shape and dtype; the shape's letters differ per subclass."""
 
     __slots__ = ("_buffer", "_capacity", "_layers", "_tensors")
@@ -57,7 +59,7 @@ class _LayerCache:
 
         Raises:
             ValueRangeError: `n_layers` is negative.
-            UsageError: `n_layers` is not a whole number.
+            OutOfRangeError: `n_layers` is not a whole number.
         """
         capacity = whole_number(n_layers, "capacity")
         if capacity < 0:
@@ -82,7 +84,7 @@ class _LayerCache:
             ShapeError: a tensor of the wrong rank, or sizes that differ between layers.
             DtypeError: something else than a floating-point tensor, or dtypes that differ.
             ValueRangeError: a negative layer number.
-            UsageError: a layer number that is not a whole number.
+            OutOfRangeError: a layer number that is not a whole number.
         """
         cache = cls()
         keyed = {whole_number(layer, "layer"): tensor for layer, tensor in layers.items()}
@@ -130,16 +132,6 @@ class _LayerCache:
         self._tensors.append(slot)
 
     @property
-    def n_layers(self) -> int:
-        """How many layers are stored."""
-        return len(self._tensors)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is stored."""
-        return not self._tensors
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """The stored layer numbers, ascending: the model's own in a capture, else 0, 1, 2 …"""
         return tuple(range(len(self._tensors))) if self._layers is None else self._layers
@@ -162,10 +154,23 @@ class _LayerCache:
         stored, and so gives None.
 
         Raises:
-            UsageError: `i` is not a whole number.
+            OutOfRangeError: `i` is not a whole number.
         """
         index = self._index_of(whole_number(i, "layer"))
         return None if index is None else self._tensors[index]
+
+    def __getitem__(self, layer: int) -> Tensor:
+        index = self._index_of(whole_number(layer, "layer"))
+        if index is None:
+            raise absent_layer(layer, self, self.layers)
+        return self._tensors[index]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueRangeError("copy=False is not possible: the layers are put into one array")
+        if self.is_empty:
+            raise NotStoredError("an empty cache is no array: capture or push some layers")
+        return np.stack(self.to_f32_vecs()).astype(dtype or np.float32, copy=False)
 
     def stack(self) -> Tensor:
         """All layers in one tensor, in the order of `layers`, with the layers as first axis.
@@ -328,23 +333,12 @@ class FullActivationCache(_LayerCache):
             position: The token, −seq … seq − 1; negative positions count from the end.
 
         Raises:
-            OutOfRangeError: a layer beyond the stored ones, or a position that is not there.
-            NotStoredError: the cache is empty, or leaves this layer out.
-            UsageError: a layer or position that is not a whole number.
+            AbsentLayerError: a layer that is not stored.
+            OutOfRangeError: a position that is not there.
+            OutOfRangeError: a layer that is not a whole number.
         """
-        number, at = whole_number(layer, "layer"), whole_number(position, "position")
-        index = self._index_of(number)
-        if index is None:
-            stored = f"this cache holds {spell_layers(self.layers)}"
-            if self.is_empty or self.layers[0] <= number <= self.layers[-1]:
-                raise NotStoredError(f"layer {number} is not stored: {stored}")
-            raise OutOfRangeError(f"layer {number} is out of range: {stored}")
-        if not -self.seq_len <= at < self.seq_len:
-            raise OutOfRangeError(
-                f"position {at} is out of range: this cache has {self.seq_len} tokens, "
-                f"positions {-self.seq_len}…{self.seq_len - 1}"
-            )
-        return self._tensors[index][at].clone()
+        tensor, owner = self[layer], f"this {type(self).__name__}"
+        return tensor[check_index(position, self.seq_len, "position", owner, negative=True)].clone()
 
     def last(self) -> ActivationCache:
         """The last token of every layer: a sealed cache of copies with the same layer numbers.

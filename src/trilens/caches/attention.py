@@ -16,15 +16,9 @@ from trilens.caches.patterns.protocol import DensePattern, Device, Moved, Patter
 from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
 from trilens.caches.patterns.relu_l1 import ReluL1Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
-from trilens.caches.storage import Floats, distinct_bytes, spell_layers
-from trilens.errors import (
-    NonFiniteError,
-    NotStoredError,
-    OutOfRangeError,
-    TooLargeError,
-    UsageError,
-    ValueRangeError,
-)
+from trilens.caches.storage import ByLayer, Floats, absent_layer, distinct_bytes, spell_layers
+from trilens.errors import NonFiniteError, TooLargeError, UsageError
+from trilens.numbers import at_least, whole_number
 
 __all__ = ["DENSE_LIMIT_BYTES", "AttentionCache", "rebuild_pattern"]
 
@@ -66,7 +60,7 @@ def rebuild_pattern(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) ->
     return _KINDS[kind].rebuild(tensors, params)
 
 
-class AttentionCache:
+class AttentionCache(ByLayer):
     """Attention patterns by layer, asked after the run.
 
     Built by hand it starts empty and takes patterns with `push`, one layer after the other. Out of
@@ -96,12 +90,8 @@ class AttentionCache:
         Raises:
             ValueRangeError: n_layers is not an integer of 0 or more.
         """
-        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
-            raise ValueRangeError(
-                f"capacity {n_layers!r} is out of range: it has to be an integer of 0 or more"
-            )
         cache = cls()
-        cache._capacity = n_layers
+        cache._capacity = at_least(0, n_layers, "capacity")
         return cache
 
     @classmethod
@@ -158,16 +148,6 @@ class AttentionCache:
         self._layers[layer] = dense
 
     @property
-    def n_layers(self) -> int:
-        """Layers that have a pattern."""
-        return len(self._layers)
-
-    @property
-    def is_empty(self) -> bool:
-        """True without any pattern."""
-        return not self._layers
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have a pattern."""
         return tuple(self._layers)
@@ -201,23 +181,20 @@ class AttentionCache:
         """The pattern of a layer, nothing computed yet.
 
         Raises:
-            OutOfRangeError: the model has no such layer.
-            NotStoredError: the layer has no pattern here.
+            AbsentLayerError: the layer has no pattern here.
+            OutOfRangeError: it is not a whole number.
         """
-        if self._n_model_layers is not None:
-            check_index(layer, self._n_model_layers, "layer", "this model")
-        elif self._layers:
-            check_index(layer, len(self._layers), "layer", "this cache")
-        else:
-            raise OutOfRangeError(f"layer {layer!r} is out of range: this cache is empty")
-        found = self._layers.get(int(layer))
-        if found is None:
-            why = f" ({self._reasons[layer]})" if layer in self._reasons else ""
-            raise NotStoredError(
-                f"layer {layer} has no attention pattern{why}: there are patterns of "
-                f"{spell_layers(self.layers)}"
-            )
-        return found
+        number = whole_number(layer, "layer")
+        if number not in self._layers:
+            n = self._n_model_layers
+            why = self._reasons.get(number, "")
+            if n is not None and not 0 <= number < n:
+                why = f"this model has layers 0–{n - 1}"
+            raise absent_layer(number, self, self.layers, why=why)
+        return self._layers[number]
+
+    def __getitem__(self, layer: int) -> Pattern:
+        return self.pattern(layer)
 
     def get_layer(self, layer: int, *, allow_large: bool = False) -> Tensor | None:
         """The whole pattern of a layer [batch, heads, seq_q, seq_k], or None where none is stored.
@@ -230,13 +207,9 @@ class AttentionCache:
 
         Raises:
             TooLargeError: the pattern would take more than 256 MiB and allow_large is False.
-            OutOfRangeError: layer is not an integer.
+            OutOfRangeError: layer is not a whole number.
         """
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise OutOfRangeError(
-                f"layer {layer!r} is not an integer: this cache has {spell_layers(self.layers)}"
-            )
-        pattern = self._layers.get(layer)
+        pattern = self._layers.get(whole_number(layer, "layer"))
         if pattern is None:
             return None
         if isinstance(pattern, DensePattern):
@@ -256,8 +229,8 @@ class AttentionCache:
         """How much a query position attends to every key: [seq_k], the mean over heads or one head.
 
         Raises:
-            OutOfRangeError: a layer, position, head or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a position, head or batch that is not there.
         """
         pattern, row, one = self._place(layer, head, batch)
         query = check_index(
@@ -271,8 +244,8 @@ class AttentionCache:
         """How much every query attends to a key position: [seq_q], the mean over heads or one head.
 
         Raises:
-            OutOfRangeError: a layer, position, head or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a position, head or batch that is not there.
         """
         pattern, row, one = self._place(layer, head, batch)
         key = check_index(position, pattern.seq_k, "key position", f"layer {layer}", negative=True)
@@ -288,21 +261,20 @@ class AttentionCache:
 
         Raises:
             ValueRangeError: k is not an integer of 1 or more.
-            OutOfRangeError: a layer, position, head or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a position, head or batch that is not there.
         """
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise ValueRangeError(f"k {k!r} is out of range: it has to be an integer of 1 or more")
+        n = at_least(1, k, "k")
         weights = self.attention_from_position(layer, from_position, head, batch)
-        order = np.argsort(-weights, kind="stable")[:k]
+        order = np.argsort(-weights, kind="stable")[:n]
         return [(int(position), float(weights[position])) for position in order]
 
     def entropy(self, layer: int, *, batch: int = 0) -> Floats:
         """Entropy of every row in nats, renormalised over its keys: [heads, seq_q].
 
         Raises:
-            OutOfRangeError: a layer or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
         pattern, row = self._unsigned(layer, batch, "entropy")
@@ -312,8 +284,8 @@ class AttentionCache:
         """Mean distance in tokens from query to key, of the renormalised row: [heads, seq_q].
 
         Raises:
-            OutOfRangeError: a layer or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
         pattern, row = self._unsigned(layer, batch, "mean_distance")
@@ -323,8 +295,8 @@ class AttentionCache:
         """Mean raw weight that each key gets from the queries that may see it: [heads, seq_k].
 
         Raises:
-            OutOfRangeError: a layer or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
         pattern, row = self._unsigned(layer, batch, "received")
@@ -334,8 +306,8 @@ class AttentionCache:
         """Share of each row that no key got, because a sink took it: [heads, seq_q], in [0, 1].
 
         Raises:
-            OutOfRangeError: a layer or batch that is not there.
-            NotStoredError: the layer has no pattern.
+            AbsentLayerError: the layer has no pattern.
+            OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
         pattern, row = self._unsigned(layer, batch, "sink_mass")

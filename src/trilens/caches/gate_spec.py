@@ -15,8 +15,8 @@ from trilens.caches.gate_functions import (
     RATED_FUNCTIONS,
     GateFunction,
 )
-from trilens.caches.storage import whole_number
 from trilens.errors import UsageError, ValueRangeError
+from trilens.numbers import whole_number
 
 __all__ = ["UNARY_FUNCTIONS", "GateKind", "GateSpec"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Self
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from trilens.caches.gate_functions import GATE_FUNCTIONS, RATED_FUNCTIONS
 from trilens.caches.gate_spec import UNARY_FUNCTIONS, GateKind, GateSpec
-from trilens.caches.storage import distinct_bytes, moved, spell_layers, whole_number
+from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError, ValueRangeError
+from trilens.numbers import whole_number
 from trilens.statistics.gating import GatingAnalysis
 
 __all__ = ["GateCache", "GateKind", "GateSpec"]
@@ -128,7 +129,7 @@ class GateCache:
 
         Raises:
             NotStoredError: the gate, or its layer, is not stored.
-            UsageError: the layer is not a whole number.
+            OutOfRangeError: the layer is not a whole number.
         """
         return self._records[self._key(name, layer)]
 
@@ -143,13 +144,26 @@ class GateCache:
 
         Raises:
             NotStoredError: the gate, or its layer, is not stored.
-            UsageError: the layer is not a whole number.
+            OutOfRangeError: the layer is not a whole number.
         """
         key = self._key(name, layer)
         spec, x = self._specs[key], self._records[key]
         if spec.rate:
             return RATED_FUNCTIONS[spec.function].value(x, self._records[spec.rate, key[1]])
         return UNARY_FUNCTIONS[spec.function].value(x)
+
+    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+        name, layer = key
+        return self.get(name, layer)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self._records)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._records
 
     def openness(self, name: str, layer: int) -> Tensor:
         """How open the gate was, from 0 (closed) to 1 (open).
@@ -164,7 +178,7 @@ class GateCache:
             returns float32 [seq, units] in [0, 1].
 
         Raises:
-            UsageError: the gate's function has no openness, or the layer is not a whole number.
+            UsageError: the gate's function has no openness.
             NotStoredError: the gate, or its layer, is not stored.
         """
         key = self._key(name, layer)
@@ -239,7 +253,7 @@ class GateCache:
             threshold: Dead below it, saturated above 1 − it; in [0, 0.5].
 
         Raises:
-            UsageError: the gate's function has no openness, or the layer is not a whole number.
+            UsageError: the gate's function has no openness.
             NotStoredError: the gate, or its layer, is not stored.
             ValueRangeError: the threshold is outside [0, 0.5].
             NonFiniteError: the gate holds NaN.
@@ -256,7 +270,7 @@ class GateCache:
 
         Raises:
             NotStoredError: the gate, or its layer, is not stored.
-            UsageError: no layer is named and the layers differ, or it is not a whole number.
+            UsageError: no layer is named and the layers differ.
         """
         if layer is not None:
             return self._specs[self._key(name, layer)]
@@ -292,10 +306,7 @@ class GateCache:
         layers = self.layers(name)
         number = whole_number(layer, "layer")
         if number not in layers:
-            raise NotStoredError(
-                f"gate {name!r} is not stored for layer {number}: this cache holds it for "
-                f"{spell_layers(layers)}"
-            )
+            raise absent_layer(number, self, layers, of=f"gate {name!r} of ")
         return name, number
 
 

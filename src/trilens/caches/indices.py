@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from trilens.errors import OutOfRangeError, UsageError, ValueRangeError
+from trilens.numbers import at_least, whole_number
 
 __all__ = ["check_index", "check_positions", "check_unpad"]
 
@@ -31,13 +28,10 @@ def check_index(value: object, n: int, what: str, owner: str, *, negative: bool 
     """
     low = -n if negative else 0
     span = f"{owner} has {what}s {low}–{n - 1}".replace("-", "−")
-    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
     try:
-        index = operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        is_bool, index = True, 0
-    if is_bool:
-        raise OutOfRangeError(f"{what} {value!r} is not an integer: {span}")
+        index = whole_number(value, what)
+    except OutOfRangeError:
+        raise OutOfRangeError(f"{what} {value!r} is not an integer: {span}") from None
     if not low <= index < n:
         raise OutOfRangeError(f"{what} {index} is out of range: {span}")
     return index + n if index < 0 else index
@@ -70,6 +64,6 @@ def check_unpad(
             f"unpad needs queries and keys of the same tokens: this pattern has {seq_q} queries, "
             f"{seq_k} keys and query_offset {query_offset}"
         )
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= seq_q:
+    if not 1 <= at_least(1, n, "n") <= seq_q:
         raise ValueRangeError(f"n {n!r} is out of range: this pattern has 1–{seq_q} tokens")
-    return check_index(row, batch, "batch row", "this pattern"), n
+    return check_index(row, batch, "batch row", "this pattern"), int(n)

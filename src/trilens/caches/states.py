@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from trilens.caches.indices import check_index
-from trilens.caches.storage import Floats, distinct_bytes, moved, spell_layers, whole_number
+from trilens.caches.storage import (
+    ByLayer,
+    Floats,
+    absent_layer,
+    distinct_bytes,
+    moved,
+    spell_layers,
+)
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError
+from trilens.numbers import whole_number
 
 __all__ = ["StateCache", "StatePart", "StateSpec"]
 
@@ -74,7 +82,7 @@ class StateSpec:
         return cls(**{**values, "parts": parts})
 
 
-class StateCache:
+class StateCache(ByLayer):
     """Recurrent states of one capture, by layer and position.
 
     Sealed: a capture makes it, nothing is added afterwards. Layer numbers are the model's own;
@@ -154,16 +162,6 @@ class StateCache:
         return tuple(self._layers)
 
     @property
-    def n_layers(self) -> int:
-        """How many layers are stored."""
-        return len(self._layers)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no state is stored."""
-        return not self._layers
-
-    @property
     def positions(self) -> tuple[int, ...]:
         """After which tokens, counted from 0, ascending."""
         return self._positions
@@ -197,7 +195,7 @@ class StateCache:
         Raises:
             NotStoredError: no such state is stored; says which are, and why the layer has none.
             OutOfRangeError: a position outside the prompt.
-            UsageError: the layer is not a whole number.
+            OutOfRangeError: the layer is not a whole number.
         """
         number = self._layer(layer)
         place = self._place(position)
@@ -210,12 +208,16 @@ class StateCache:
             )
         return parts[name][place]
 
+    def __getitem__(self, layer: int) -> Tensor:
+        """The states of a layer's first part: [positions, …]."""
+        return next(iter(self._layers[self._layer(layer)].values()))
+
     def spec(self, layer: int) -> StateSpec:
         """What the state of a layer is: axes, orientation, how it is read.
 
         Raises:
-            NotStoredError: no state of this layer is stored.
-            UsageError: the layer is not a whole number.
+            AbsentLayerError: no state of this layer is stored.
+            OutOfRangeError: the layer is not a whole number.
         """
         return self._specs[self._layer(layer)]
 
@@ -301,11 +303,7 @@ class StateCache:
     def _layer(self, layer: int) -> int:
         number = whole_number(layer, "layer")
         if number not in self._layers:
-            why = f": {self._reasons[number]}" if number in self._reasons else ""
-            raise NotStoredError(
-                f"no recurrent state of layer {number} is stored{why}; this cache holds "
-                f"{spell_layers(self.layers)}"
-            )
+            raise absent_layer(number, self, self.layers, why=self._reasons.get(number, ""))
         return number
 
     def _place(self, position: int) -> int:

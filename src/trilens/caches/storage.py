@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.errors import UsageError
+from trilens.errors import AbsentLayerError, UsageError
+from trilens.numbers import whole_number
 
-__all__ = ["Floats", "distinct_bytes", "moved", "spell_layers", "whole_number"]
+__all__ = ["ByLayer", "Floats", "absent_layer", "distinct_bytes", "moved", "spell_layers"]
 
 Floats = NDArray[np.float32]
 """What answers to questions are given in."""
@@ -46,20 +46,6 @@ def moved(tensor: Tensor, device: torch.device | str | int) -> Tensor:
         ) from error
 
 
-def whole_number(value: object, noun: str) -> int:
-    """`value` as an int: Python, NumPy and zero-dimensional integer tensors are whole numbers.
-
-    Raises:
-        UsageError: the value is a bool or not a whole number.
-    """
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-    raise UsageError(f"{noun} {value!r} is not a whole number: pass an int")
-
-
 def spell_layers(layers: Sequence[int]) -> str:
     """Layer numbers in words: `layers 0–31`, `layers 0, 2, 5`, `layer 3`, `no layers`."""
     if not layers:
@@ -69,3 +55,52 @@ def spell_layers(layers: Sequence[int]) -> str:
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"layers {layers[0]}–{layers[-1]}"
     return "layers " + ", ".join(str(layer) for layer in layers)
+
+
+def absent_layer(
+    layer: int, cache: object, stored: Sequence[int], *, why: str = "", of: str = ""
+) -> AbsentLayerError:
+    """The one error for a layer that a cache does not hold.
+
+    Args:
+        layer: what was asked for.
+        cache: what was asked.
+        stored: the layers that it holds.
+        why: why it lacks the layer, where that is known.
+        of: what else was named, such as "gate 'mlp.gate' of ".
+    """
+    reason = f" ({why})" if why else ""
+    return AbsentLayerError(
+        f"{of}layer {layer} is not stored{reason}: this {type(cache).__name__} holds "
+        f"{'it for ' if of else ''}{spell_layers(stored)}"
+    )
+
+
+class ByLayer:
+    """A cache as a mapping from layer numbers: `len`, iteration and `in` are about the numbers."""
+
+    __slots__ = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The stored layer numbers, ascending."""
+        raise NotImplementedError
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers are stored."""
+        return len(self.layers)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is stored."""
+        return not self.layers
+
+    def __len__(self) -> int:
+        return self.n_layers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __contains__(self, layer: object) -> bool:
+        return whole_number(layer, "layer") in self.layers

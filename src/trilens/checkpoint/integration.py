@@ -1,6 +1,6 @@
 """Teaching transformers to load a ternary checkpoint, through its own extension points.
 
-Importing this module registers the quantization method "trilens". `from_pretrained` then builds the
+`trilens.registration` enters the quantization method "trilens". `from_pretrained` then builds the
 model on the meta device, puts a `TernaryLinear` where the checkpoint says so, and reads codes and
 scales straight into it. What transformers merges, splits or keeps in one tensor for many experts is
 unpacked on the way in.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -34,7 +34,6 @@ from trilens.ternary.rotation import rotate_back
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
 
 
-@register_quantization_config(QUANT_METHOD)
 class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The section `quantization_config` of a ternary checkpoint's config.json.
 
@@ -212,7 +211,6 @@ def _collect(input_dict: dict[str, Any], prefix: str) -> list[dict[str, Tensor]]
     return [{part: tensors[i] for part, tensors in lists.items()} for i in range(count)]
 
 
-@register_quantizer(QUANT_METHOD)
 class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
     """What transformers calls while it loads a ternary checkpoint."""
 
@@ -402,3 +400,8 @@ def _dense_like(layer: TernaryLinear, dtype: torch.dtype | None) -> nn.Module:
             value = tensor.detach().to(weight.dtype).contiguous()
             new.register_parameter(name, nn.Parameter(value))
     return new.train(layer.training)
+
+
+# In place of the names that `trilens.registration` enters until the classes are needed.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = TrilensConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = TrilensQuantizer

@@ -1,71 +1,129 @@
-"""What all commands share: errors as one line with an exit code, and where output goes."""
+"""Where output goes: results to standard output or a file, progress and times to standard error."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from io import StringIO
+from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
 
-from trilens.errors import AnatomyError, CaptureError, DamageError, TrilensError, WriteError
+from trilens.errors import UsageError
+from trilens.io.tensors import json_text, write_whole
+from trilens.progress import Progress, Step
 
-__all__ = ["DebugOption", "FormatOption", "console", "one_line_errors"]
-
-FormatOption = Annotated[
-    Literal["table", "json"], typer.Option("--format", help="How to print the result.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+__all__ = ["check_file", "show", "show_json", "shown_progress", "status", "timed"]
 
 _PIPE_WIDTH = 120
 
 
-@contextmanager
-def one_line_errors(
-    debug: bool, *, failures: tuple[type[TrilensError], ...] = (), stopped: str = ""
-) -> Iterator[None]:
-    """One line on stderr and an exit code instead of a traceback.
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
-    Codes: 1 the work failed, 2 an argument or file is wrong, 3 more damage than allowed,
-    130 interrupted.
 
-    Args:
-        debug: let the traceback through.
-        failures: further errors that mean failure, not misuse.
-        stopped: what to say when the user interrupts.
+def show(
+    draw: Callable[[Console], None], *, file: Path | None = None, pipe_width: int = _PIPE_WIDTH
+) -> None:
+    """Draw tables on standard output, or as text into a file.
+
+    A pipe and a file have no width: COLUMNS, else `pipe_width`, enough for one row per layer.
     """
-    try:
+    tty = file is None and sys.stdout.isatty()
+    width = None if tty or "COLUMNS" in os.environ else pipe_width
+    text = None if file is None else StringIO()
+    draw(_Output(width=width, highlight=False, markup=False, file=text))
+    if file is not None and text is not None:
+        _write(file, text.getvalue())
+
+
+def show_json(values: Any, *, file: Path | None = None) -> None:
+    """Print values as JSON, or write them to a file."""
+    if file is None:
+        typer.echo(json_text(values))
+    else:
+        _write(file, f"{json_text(values)}\n")
+
+
+def check_file(file: Path | None) -> None:
+    """Refuse, before any work, an output that can't become a file.
+
+    Raises:
+        UsageError: a folder, a device or a pipe is there, or the folder does not exist.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise UsageError(f"output {file} is a directory: name a file")
+    if file.exists() and not file.is_file():
+        raise UsageError(f"output {file} is no regular file: name another place")
+    if not file.parent.is_dir():
+        raise UsageError(f"folder {file.parent} does not exist: make it first")
+
+
+def _write(file: Path, text: str) -> None:
+    write_whole(file, lambda opened: opened.write(text.encode()))
+
+
+@contextmanager
+def timed(output: Path | None) -> Iterator[None]:
+    """Say at the end what was written, how large it is and how long it took."""
+    started = perf_counter()
+    yield
+    if output is not None and output.exists():
+        files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
+        size = _size(sum(file.stat().st_size for file in files))
+        typer.echo(f"wrote {output}: {size} in {perf_counter() - started:.1f} s", err=True)
+
+
+def _size(n_bytes: int) -> str:
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next((f"{n_bytes / k:.1f} {name}" for k, name in units if n_bytes >= k), f"{n_bytes} B")
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """A line on the terminal while something takes its time; nothing elsewhere."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
         yield
-        # A full disk shows when the buffer is emptied: here, where it can still be said.
-        sys.stdout.flush()
-    except TrilensError as error:
-        if debug:
-            raise
-        typer.echo(f"trilens: {' '.join(str(error).split())}", err=True)
-        failed = isinstance(error, (AnatomyError, CaptureError, WriteError, *failures))
-        refused = isinstance(error, DamageError)
-        raise typer.Exit(3 if refused else 1 if failed else 2) from None
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except OSError as error:
-        if debug:
-            raise
-        # What is left in the buffer can't be written either: don't try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        typer.echo(f"trilens: output failed: {error.strerror or error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        if stopped:
-            typer.echo(f"trilens: {stopped}", err=True)
-        raise typer.Exit(130) from None
+        return
+    with errors.status(Text(what)):
+        yield
 
 
-def console(pipe_width: int = _PIPE_WIDTH) -> Console:
-    """Standard output. A pipe has no width: wide enough for one row per layer."""
-    width = None if sys.stdout.isatty() else pipe_width
-    return Console(width=width, highlight=False, markup=False)
+@contextmanager
+def shown_progress() -> Iterator[Progress | None]:
+    """A bar on the terminal with the time left; None where standard error is no terminal."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Bar(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("starting", total=None, left="")
+        started = perf_counter()
+
+        def report(step: Step) -> None:
+            left = step.seconds_left
+            if left is None and step.done:
+                left = (perf_counter() - started) * (step.total - step.done) / step.done
+            shown = "" if left is None else f"{left:.0f} s left"
+            # The end of a long name says more than its beginning.
+            what = step.what if len(step.what) <= 50 else f"…{step.what[-49:]}"
+            bar.update(task, completed=step.done, total=step.total, description=what, left=shown)
+
+        yield report

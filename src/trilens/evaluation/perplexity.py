@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trilens.errors import NonFiniteError, ShapeError, TextError, ValueRangeError
+from trilens.results import Tabular
 
 __all__ = ["Perplexity", "batches_of_blocks", "measure_perplexity", "token_nll_nats"]
 
@@ -18,7 +20,7 @@ _ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Perplexity:
+class Perplexity(Tabular):
     """How well a model predicts a text.
 
     Attributes:
@@ -33,6 +35,14 @@ class Perplexity:
     def value(self) -> float:
         """exp of the mean negative log-likelihood; infinite where that is beyond floats."""
         return math.exp(self.nll_nats) if self.nll_nats < 709 else math.inf
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row."""
+        return [self.to_dict()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"perplexity": self.value, **asdict(self)}
 
 
 def token_nll_nats(logits: Tensor, token_ids: Tensor) -> Tensor:

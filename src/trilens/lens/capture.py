@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
-from trilens.caches.gates import GateCache, GateSpec
+from trilens.caches.gate_spec import GateSpec
+from trilens.caches.gates import GateCache
+from trilens.caches.indices import check_index
 from trilens.caches.states import StateCache
-from trilens.caches.storage import moved
-from trilens.errors import (
-    CorruptFileError,
-    NotStoredError,
-    OutOfRangeError,
-    UsageError,
-    ValueRangeError,
-)
+from trilens.caches.storage import distinct_bytes, moved
+from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.io.tensors import read_tensors, write_tensors
+from trilens.numbers import at_least
 
-__all__ = ["Capture", "ModelInfo"]
+__all__ = ["Capture", "ModelInfo", "Parts"]
 
 _FORMAT = "trilens.capture"
 _VERSION = 1
@@ -42,22 +39,55 @@ class ModelInfo:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Parts:
+    """What a capture holds of what can be asked for; None where it was not.
+
+    Attributes:
+        logits: [seq, vocab], or [1, vocab] for the last position alone.
+        residual: residual stream after each block.
+        attention: per-layer attention patterns, lazy. A recurrent layer's effective attention is
+            here too, where it was asked and the layer has no softmax attention that was asked as
+            well.
+        effective: effective attention of every recurrent layer.
+        gates: per-layer gates.
+        states: recurrent states of layers after chosen tokens.
+    """
+
+    logits: Tensor | None = None
+    residual: ActivationCache | FullActivationCache | None = None
+    attention: AttentionCache | None = None
+    effective: AttentionCache | None = None
+    gates: GateCache | None = None
+    states: StateCache | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is there."""
+        return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+
+
+_HOW = {
+    "residual": "residual='last' or 'all'",
+    "attention": "attention=True",
+    "effective": "effective=True",
+    "gates": "gates=True",
+    "states": "states=True",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Capture:
     """One prompt, one forward pass, no padding anywhere.
+
+    `residual`, `attention`, `effective`, `gates` and `states` raise where they were not captured;
+    `has("attention")` asks.
 
     Attributes:
         tokens: the tokens as text.
         token_ids: [seq], on the CPU.
-        logits: [seq, vocab], [1, vocab] for the last position alone, or None.
-        residual: residual stream after each block; None where it was not asked.
-        attention: per-layer attention patterns, lazy; None where not asked. A recurrent layer's
-            effective attention is here too, where it was asked and the layer has no softmax
-            attention that was asked as well.
-        gates: per-layer gates; None where not asked.
         model: which model it was.
-        effective: effective attention of every recurrent layer; None where not asked.
-        states: recurrent states of layers after chosen tokens; None where not asked.
+        parts: what is held, with None for what is not.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -66,34 +96,91 @@ class Capture:
 
     tokens: list[str]
     token_ids: Tensor
-    logits: Tensor | None
-    residual: ActivationCache | FullActivationCache | None
-    attention: AttentionCache | None
-    gates: GateCache | None
     model: ModelInfo
-    effective: AttentionCache | None = None
-    states: StateCache | None = None
+    parts: Parts
 
     def __repr__(self) -> str:
-        parts = ("logits", "residual", "attention", "effective", "gates", "states")
-        held = [name for name in parts if self._has(name)]
-        size = self.nbytes / 1e6
         return (
             f"Capture({len(self.tokens)} tokens of {self.model.model_class}: "
-            f"{', '.join(held) or 'nothing'}; {size:.1f} MB)"
+            f"{', '.join(self.parts.names) or 'nothing'}; {self.nbytes / 1e6:.1f} MB)"
         )
 
-    def _has(self, name: str) -> bool:
-        return getattr(self, name) is not None
+    def has(self, part: str) -> bool:
+        """Whether a part was captured: "logits", "residual", "attention", "effective" …
+
+        Raises:
+            UsageError: there is no such part.
+        """
+        known = [each.name for each in fields(Parts)]
+        if part not in known:
+            raise UsageError(f"part {part!r} is unknown: the parts are {', '.join(known)}")
+        return part in self.parts.names
+
+    @property
+    def logits(self) -> Tensor | None:
+        """[seq, vocab]; [1, vocab] for the last position alone; None where there are none."""
+        return self.parts.logits
+
+    @property
+    def residual(self) -> ActivationCache | FullActivationCache:
+        """The residual stream after each block.
+
+        Raises:
+            NotStoredError: it was not captured.
+        """
+        part = self.parts.residual
+        return part if part is not None else self._refuse("residual")
+
+    @property
+    def attention(self) -> AttentionCache:
+        """Per-layer attention patterns, lazy.
+
+        Raises:
+            NotStoredError: it was not captured.
+        """
+        part = self.parts.attention
+        return part if part is not None else self._refuse("attention")
+
+    @property
+    def effective(self) -> AttentionCache:
+        """The effective attention of every recurrent layer.
+
+        Raises:
+            NotStoredError: it was not captured.
+        """
+        part = self.parts.effective
+        return part if part is not None else self._refuse("effective")
+
+    @property
+    def gates(self) -> GateCache:
+        """Per-layer gates.
+
+        Raises:
+            NotStoredError: they were not captured.
+        """
+        part = self.parts.gates
+        return part if part is not None else self._refuse("gates")
+
+    @property
+    def states(self) -> StateCache:
+        """Recurrent states of layers after chosen tokens.
+
+        Raises:
+            NotStoredError: they were not captured.
+        """
+        part = self.parts.states
+        return part if part is not None else self._refuse("states")
+
+    def _refuse(self, name: str) -> NoReturn:
+        held = ", ".join(self.parts.names) or "nothing"
+        raise NotStoredError(
+            f"{name} was not captured: this capture holds {held}; capture with {_HOW[name]}"
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, each storage counted once."""
-        storages = {}
-        for _, tensor in self._tensors():
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr(), str(tensor.device)] = storage.nbytes()
-        return sum(storages.values())
+        return distinct_bytes(tensor for _, tensor in self._tensors())
 
     def top_tokens(self, k: int = 5, position: int = -1) -> list[tuple[int, float]]:
         """The k most probable next tokens after a position: (token id, probability), descending.
@@ -105,52 +192,50 @@ class Capture:
         """
         if self.logits is None:
             raise NotStoredError("logits were not captured: capture with logits='all' or 'last'")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueRangeError(f"k {k!r} is out of range: it is a whole number from 1 on")
-        n = self.logits.shape[0]
-        if isinstance(position, bool) or not isinstance(position, int) or not -n <= position < n:
-            raise OutOfRangeError(
-                f"position {position!r} is out of range: logits of positions {-n}–{n - 1} are held"
-            )
+        n = at_least(1, k, "k")
+        owner = "this capture's logits"
+        at = check_index(position, self.logits.shape[0], "position", owner, negative=True)
         # PROMOTE: a softmax over a vocabulary loses its tail in half precision.
-        probabilities = self.logits[position].float().softmax(-1)
-        top = probabilities.topk(min(k, probabilities.shape[-1]))
+        probabilities = self.logits[at].float().softmax(-1)
+        top = probabilities.topk(min(n, probabilities.shape[-1]))
         return [
             (int(i), float(p)) for i, p in zip(top.indices.cpu(), top.values.cpu(), strict=True)
         ]
 
     def to(self, device: str | torch.device) -> Capture:
         """The same capture on another device."""
+        parts = self.parts
         attention, effective = self._moved(device)
         return replace(
             self,
-            logits=None if self.logits is None else moved(self.logits, device),
-            residual=None if self.residual is None else self.residual.to(device),
-            attention=attention,
-            effective=effective,
-            gates=None if self.gates is None else self.gates.to(device),
-            states=None if self.states is None else self.states.to(device),
+            parts=Parts(
+                logits=None if parts.logits is None else moved(parts.logits, device),
+                residual=None if parts.residual is None else parts.residual.to(device),
+                attention=attention,
+                effective=effective,
+                gates=None if parts.gates is None else parts.gates.to(device),
+                states=None if parts.states is None else parts.states.to(device),
+            ),
         )
 
     def _moved(
         self, device: str | torch.device
     ) -> tuple[AttentionCache | None, AttentionCache | None]:
         """Both attention caches elsewhere; patterns that stand in both are moved once."""
-        attention = None if self.attention is None else self.attention.to(device)
-        if self.effective is None:
-            return attention, None
-        if attention is None:
-            return None, self.effective.to(device)
+        attention, effective = self.parts.attention, self.parts.effective
+        there = None if attention is None else attention.to(device)
+        if effective is None:
+            return there, None
+        if there is None:
+            return None, effective.to(device)
         shared, memo = self._shared_layers(), dict[tuple[object, ...], Tensor]()
-        return attention, AttentionCache.from_layers(
+        return there, AttentionCache.from_layers(
             {
-                i: attention.pattern(i)
-                if i in shared
-                else self.effective.pattern(i).to(device, memo)
-                for i in self.effective.layers
+                i: there.pattern(i) if i in shared else effective.pattern(i).to(device, memo)
+                for i in effective.layers
             },
             n_model_layers=self.model.n_layers,
-            reasons=self.effective.reasons,
+            reasons=effective.reasons,
         )
 
     def shares_pattern(self, layer: int) -> bool:
@@ -159,35 +244,42 @@ class Capture:
 
     def _shared_layers(self) -> tuple[int, ...]:
         """Layers whose pattern stands in both attention caches."""
-        if self.effective is None or self.attention is None:
+        held, attention = self.parts.effective, self.parts.attention
+        if held is None or attention is None:
             return ()
-        held, attention = self.effective, self.attention
         both = [layer for layer in held.layers if layer in attention.layers]
         return tuple(i for i in both if held.pattern(i) is attention.pattern(i))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        parts = self.parts
         yield "token_ids", self.token_ids
-        if self.logits is not None:
-            yield "logits", self.logits
-        if self.residual is not None:
-            for layer in self.residual.layers:
-                tensor = self.residual.get_layer(layer)
-                if tensor is not None:
-                    yield f"residual.{layer}", tensor
+        if parts.logits is not None:
+            yield "logits", parts.logits
+        if parts.residual is not None:
+            for layer in parts.residual.layers:
+                yield f"residual.{layer}", parts.residual[layer]
         yield from self._pattern_tensors()
-        if self.gates is not None:
-            for name in self.gates.names:
-                for layer in self.gates.layers(name):
-                    yield f"gates.{layer}.{name}", self.gates.pre(name, layer)
-        if self.states is not None:
-            for layer, part, tensor in self.states.tensors():
+        if parts.gates is not None:
+            for name in parts.gates.names:
+                for layer in parts.gates.layers(name):
+                    yield f"gates.{layer}.{name}", parts.gates.pre(name, layer)
+        if parts.states is not None:
+            for layer, part, tensor in parts.states.tensors():
                 yield f"states.{layer}.{part}", tensor
+
+    def _attention_caches(self) -> Iterator[tuple[str, AttentionCache]]:
+        for name, cache in (
+            ("attention", self.parts.attention),
+            ("effective", self.parts.effective),
+        ):
+            if cache is not None:
+                yield name, cache
 
     def _pattern_tensors(self) -> Iterator[tuple[str, Tensor]]:
         shared = self._shared_layers()
-        for kind, cache in (("attention", self.attention), ("effective", self.effective)):
-            for layer in () if cache is None else cache.layers:
-                if cache is not None and not (kind == "effective" and layer in shared):
+        for kind, cache in self._attention_caches():
+            for layer in cache.layers:
+                if not (kind == "effective" and layer in shared):
                     for name, tensor in cache.pattern(layer).tensors().items():
                         yield f"{kind}.{layer}.{name}", tensor
 
@@ -209,31 +301,29 @@ class Capture:
             "gates": None,
             "effective": None,
             "reasons": {},
-            "states": None if self.states is None else self.states.params(),
+            "states": None if self.parts.states is None else self.parts.states.params(),
         }
         shared = self._shared_layers()
-        for name, cache in (("attention", self.attention), ("effective", self.effective)):
-            if cache is not None:
-                # What the other cache holds too is written once: null here.
-                manifest[name] = {
-                    str(i): None
-                    if name == "effective" and i in shared
-                    else cache.pattern(i).params()
-                    for i in cache.layers
-                }
-                manifest["reasons"][name] = {str(i): why for i, why in cache.reasons.items()}
-        if self.gates is not None:
+        for name, cache in self._attention_caches():
+            # What the other cache holds too is written once: null here.
+            manifest[name] = {
+                str(i): None if name == "effective" and i in shared else cache.pattern(i).params()
+                for i in cache.layers
+            }
+            manifest["reasons"][name] = {str(i): why for i, why in cache.reasons.items()}
+        gates = self.parts.gates
+        if gates is not None:
             manifest["gates"] = [
-                [name, layer, self.gates.spec(name, layer).to_dict()]
-                for name in self.gates.names
-                for layer in self.gates.layers(name)
+                [name, layer, gates.spec(name, layer).to_dict()]
+                for name in gates.names
+                for layer in gates.layers(name)
             ]
         return write_tensors(Path(path), dict(self._tensors()), manifest)
 
     def _residual_kind(self) -> str | None:
-        if self.residual is None:
+        if self.parts.residual is None:
             return None
-        return "all" if isinstance(self.residual, FullActivationCache) else "last"
+        return "all" if isinstance(self.parts.residual, FullActivationCache) else "last"
 
     @classmethod
     def load(cls, path: str | Path) -> Capture:
@@ -308,11 +398,13 @@ class Capture:
         return cls(
             tokens=[str(token) for token in manifest["tokens"]],
             token_ids=tensors["token_ids"],
-            logits=tensors.get("logits"),
-            residual=None if kind is None else kinds[kind].from_layers(residual),
-            attention=attention,
-            gates=gates,
             model=model,
-            effective=cache("effective", attention),
-            states=states,
+            parts=Parts(
+                logits=tensors.get("logits"),
+                residual=None if kind is None else kinds[kind].from_layers(residual),
+                attention=attention,
+                effective=cache("effective", attention),
+                gates=gates,
+                states=states,
+            ),
         )

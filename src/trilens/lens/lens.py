@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ from trilens.models.tokens import (
     vocab_size_of,
 )
 from trilens.models.trace import tensors_in
+from trilens.numbers import at_least
+from trilens.progress import Progress, Step
 from trilens.taps.effective import effective_patterns
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
@@ -76,7 +79,8 @@ class Lens:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         revision: str | None = None,
@@ -147,6 +151,7 @@ class Lens:
     def capture(
         self,
         prompt: PromptLike,
+        *,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
@@ -154,7 +159,6 @@ class Lens:
         layers: Iterable[int] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
-        *,
         states: bool | Iterable[int] = False,
     ) -> Capture:
         """Run one prompt once and keep what was asked.
@@ -202,6 +206,7 @@ class Lens:
         logits: Which | None = "all",
         add_special_tokens: bool = True,
         states: bool | Iterable[int] = False,
+        progress: Progress | None = None,
     ) -> Iterator[Capture]:
         """One capture per prompt, in order, unpadded, holding one batch at a time.
 
@@ -209,11 +214,14 @@ class Lens:
         sees them. A model whose padded rows differ from single ones in a measured check runs its
         prompts one by one. Arguments and errors are those of `capture`.
 
+        Args:
+            progress: called after each forward pass with the prompts done; where `prompts` has no
+                length, their total is that of those done.
+
         Raises:
-            UsageError: a batch size below 1.
+            ValueRangeError: a batch size below 1.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size {batch_size!r} is out of range: it is at least 1")
+        size = at_least(1, batch_size, "batch_size")
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise UsageError(
                 f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
@@ -226,18 +234,25 @@ class Lens:
             pending: list[Prompt] = []
             for prompt in prompts:
                 pending.append(self._read(prompt, add_special_tokens))
-                if len(pending) == batch_size:
+                if len(pending) == size:
                     yield from run(pending)
                     pending = []
             if pending:
                 yield from run(pending)
 
+        done, total = 0, len(prompts) if isinstance(prompts, Sized) else 0
+
         def run(group: list[Prompt]) -> Iterator[Capture]:
+            nonlocal done
             lengths = {len(prompt.ids) for prompt in group}
             together = len(lengths) == 1 or self.batches_safely(max(lengths))
             for part in [group] if together else [[prompt] for prompt in group]:
                 wanted = self._wanted(part, residual, attention, gates, effective, chosen, after)
-                yield from self._run(part, wanted, logits)
+                captures = self._run(part, wanted, logits)
+                done += len(part)
+                if progress is not None:
+                    progress(Step(done, total or done, "prompts"))
+                yield from captures
 
         return batches()
 

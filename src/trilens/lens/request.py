@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from trilens.caches.indices import check_index
-from trilens.errors import OutOfRangeError, UsageError
+from trilens.errors import UsageError
 from trilens.models.gates.claims import GateClaims
 from trilens.taps.session import StateRequest
 
@@ -29,16 +27,9 @@ def read_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
         raise UsageError(
             f"layers {layers!r} is not a list: give layer numbers, for example [2, 5]"
         ) from None
-    for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-            raise UsageError(f"layer {layer!r} is not a layer number")
-        if not 0 <= layer < n_layers:
-            raise OutOfRangeError(
-                f"layer {layer} is out of range: this model has layers 0–{n_layers - 1}"
-            )
     if not chosen:
         raise UsageError("layers is empty: name at least one layer, or leave it out for all")
-    return tuple(sorted({int(layer) for layer in chosen}))
+    return tuple(sorted({check_index(each, n_layers, "layer", "this model") for each in chosen}))
 
 
 def read_states(

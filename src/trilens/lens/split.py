@@ -13,7 +13,7 @@ from trilens.caches.gates import GateCache
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.states import StateCache
-from trilens.lens.capture import Capture, ModelInfo
+from trilens.lens.capture import Capture, ModelInfo, Parts
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.absent import attention_reasons, effective_reasons
 from trilens.models.gates.mixers import Recurrent
@@ -71,12 +71,14 @@ def split(
         Capture(
             tokens=list(prompt.strings),
             token_ids=prompt.ids,
-            logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
-            residual=_residual(recording, wanted, row),
-            **caches(row),
-            gates=_gates(recording, wanted, row),
             model=info,
-            states=_states(recording, wanted, row),
+            parts=Parts(
+                logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
+                residual=_residual(recording, wanted, row),
+                **caches(row),
+                gates=_gates(recording, wanted, row),
+                states=_states(recording, wanted, row),
+            ),
         )
         for row, prompt in enumerate(prompts)
     ]
@@ -165,8 +167,8 @@ def _states(recording: Recording, wanted: CaptureRequest, row: int) -> StateCach
 def agree(a: Capture, b: Capture) -> bool:
     """Whether logits and residuals are equal within 1e-5, or a narrower dtype's rounding."""
     pairs = [(a.logits, b.logits)]
-    if a.residual is not None and b.residual is not None:
-        pairs += [(a.residual.get_layer(i), b.residual.get_layer(i)) for i in a.residual.layers]
+    if a.has("residual") and b.has("residual"):
+        pairs += [(a.residual[i], b.residual[i]) for i in a.residual]
     for ours, theirs in pairs:
         if ours is None or theirs is None:
             continue

@@ -12,6 +12,7 @@ from typing import Any
 
 from trilens.caches.storage import spell_layers
 from trilens.errors import CorruptFileError
+from trilens.results import Tabular
 
 __all__ = ["FamilyGate", "FamilyRow", "FamilyTable", "load_families", "spell_range", "spell_short"]
 
@@ -64,8 +65,8 @@ class FamilyRow:
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyTable:
-    """The whole sweep, and the versions it ran on."""
+class FamilyTable(Tabular):
+    """What was proven of each model type of transformers, and the versions it ran on."""
 
     transformers: str
     torch: str
@@ -84,6 +85,22 @@ class FamilyTable:
     def n_effective(self) -> int:
         """Types with proven effective attention."""
         return sum(1 for row in self.rows if row.effective)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each model type."""
+        return [
+            {
+                "model_type": row.model_type,
+                "model_class": row.model_class,
+                "outcome": row.outcome,
+                "n_layers": row.n_layers,
+                "attention_layers": len(row.attention),
+                "effective_layers": len(row.effective),
+                "gates": ", ".join(gate.name for gate in row.gates),
+                "reason": row.reason,
+            }
+            for row in self.rows
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict with format and version."""
@@ -120,7 +137,7 @@ def _row(plain: dict[str, Any]) -> FamilyRow:
 
 
 def load_families() -> FamilyTable:
-    """The table that ships with the package."""
+    """The table of model families that ships with the package."""
     text = files("trilens.models").joinpath("families.json").read_text(encoding="utf-8")
     return FamilyTable.from_dict(json.loads(text))
 

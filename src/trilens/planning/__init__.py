@@ -1,3 +1,5 @@
-"""Which matrix becomes what under a budget of bits: sensitivity, candidates, plans."""
+"""Which matrices break when they become ternary, and a plan that spares them."""
 
-__all__: list[str] = []
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.errors import UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation
+from trilens.results import Tabular
 from trilens.ternary.rules.coder import ScaleDtype
 
 __all__ = ["Costs", "MatrixChoice", "PlanOptions", "Planned"]
@@ -78,7 +79,7 @@ class MatrixChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(Tabular):
     """A plan, and what it was measured to do.
 
     Attributes:
@@ -105,6 +106,10 @@ class Planned:
         bound = self.options.max_ratio
         return bound is None or self.damage.perplexity_ratio <= bound
 
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each matrix."""
+        return [asdict(choice) for choice in self.choices]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: what was measured, then the plan itself."""
         return {
@@ -117,9 +122,6 @@ class Planned:
                 "kl_nats": self.damage.kl_nats,
                 "held_out_tokens": self.damage.n_tokens,
             },
-            "costs": [
-                {name: getattr(choice, name) for name in MatrixChoice.__slots__}
-                for choice in self.choices
-            ],
+            "costs": self.table(),
             "plan": self.plan.to_dict(),
         }

@@ -21,6 +21,7 @@ from trilens.lens.lens import Lens
 from trilens.planning.candidates import Candidate, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error, rank_correlation
+from trilens.results import Tabular
 from trilens.taps.parameters import checksum, swapped
 
 __all__ = ["Progress", "Sensitivity", "SensitivityRow", "Subject", "measure_sensitivity"]
@@ -62,7 +63,7 @@ class SensitivityRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Sensitivity:
+class Sensitivity(Tabular):
     """What `measure_sensitivity` found.
 
     Attributes:

@@ -11,7 +11,6 @@ mean alone hides a gate that alternates between 0 and 1.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -21,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
+from trilens.numbers import at_least
+from trilens.results import Tabular
 from trilens.statistics.exact_sums import Vector, column_sums, divided, two_sum
 from trilens.statistics.gate_values import GateValues, read_gate_values, refuse_bad_values
 
@@ -31,7 +32,7 @@ _CHUNK_ELEMENTS = 1 << 20  # 8 MB of float64 at a time, however long the run
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class GatingStatistics:
+class GatingStatistics(Tabular):
     """What is known of a gate's units over all steps. Arrays are read-only.
 
     Averages, comparisons and 1 − threshold are float64, whatever the dtype of the gate values:
@@ -73,7 +74,7 @@ class GatingStatistics:
         idle = len(self.dead_gates) + len(self.saturated_gates)
         return (self.n_units - idle) / self.n_units
 
-    def table(self) -> list[dict[str, int | float | str]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row per unit: unit, average, low_fraction, high_fraction, state."""
         states = dict.fromkeys(self.dead_gates.tolist(), "dead")
         states |= dict.fromkeys(self.saturated_gates.tolist(), "saturated")
@@ -104,6 +105,10 @@ class GatingStatistics:
             "low_fraction": float(self.low_fraction.mean()),
             "high_fraction": float(self.high_fraction.mean()),
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, and the units in a table."""
+        return {**self.summary(), "units": self.table()}
 
     def __repr__(self) -> str:
         return (
@@ -307,14 +312,7 @@ class GatingAccumulator:
         return f"GatingAccumulator({self._n_steps} steps, {units}, threshold {self._threshold:g})"
 
     def _begin(self, n_units: int) -> None:
-        try:
-            units = 0 if isinstance(n_units, bool) else operator.index(n_units)
-        except TypeError:
-            units = 0
-        if units < 1:
-            raise ValueRangeError(
-                f"n_units {n_units!r} is out of range: pass a whole number, 1 or more"
-            )
+        units = at_least(1, n_units, "n_units")
         self._n_units = units
         self._sum, self._rest = np.zeros(units), np.zeros(units)
         self._low, self._high = np.zeros(units, np.int64), np.zeros(units, np.int64)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import ShapeError, UsageError, ValueRangeError
+from trilens.numbers import whole_number
 from trilens.ternary.weights_view import BLOCK
 
 __all__ = ["DEFAULT_GROUP_SIZE", "Per", "Span", "Units", "resolve_units"]
@@ -175,12 +176,11 @@ def resolve_units(
         raise UsageError(f"per={per!r} is unknown: one scale per 'tensor', 'row' or 'group'")
     if group_size is None:
         return Units(rows, cols, per or "tensor", DEFAULT_GROUP_SIZE if per == "group" else None)
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise UsageError(f"group size {group_size!r} is not a whole number: pass 1 or more")
-    if group_size < 1:
-        raise ValueRangeError(f"group size {group_size} is out of range: pass 1 or more")
+    size = whole_number(group_size, "group size")
+    if size < 1:
+        raise ValueRangeError(f"group size {size} is out of range: pass 1 or more")
     if per not in {None, "group"}:
         raise UsageError(
             f"group size {group_size} has no meaning with one scale per {per}: leave one out"
         )
-    return Units(rows, cols, "group", group_size)
+    return Units(rows, cols, "group", size)

@@ -201,7 +201,7 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": document}) for document in DOCUMENTS))
     common = ["ternarize", str(small_demo), "--rule", "gptq"]
-    given = ["--calibrate", str(text), "--calibration-tokens", "512", "--calibration-length", "64"]
+    given = ["--calibrate", str(text), "--max-tokens", "512", "--seq-length", "64"]
     strict = ["ternarize", str(small_demo), *given, "--max-damage", "1.001"]
     refused = CliRunner().invoke(app, [*strict, "-o", str(tmp_path / "a")])
     assert refused.exit_code == 3

@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-FAST = ("--tokens", 64, "--length", 32)
+FAST = ("--max-tokens", 64, "--seq-length", 32)
 
 
 def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
@@ -43,17 +43,39 @@ def test_sensitivity_ranks_blocks_and_kinds(model: Path, data: Path) -> None:
         "--no-predict",
     )  # fmt: skip
     found = json.loads(values.stdout)
+    assert (found["format"], found["version"]) == ("trilens.sensitivity", 1)
     assert found["rule"] == "exact tensor"
     assert found["n_tokens"] == 64 - 2
     assert len(found["rows"]) == 2 + 7 + 2
     assert found["rank_correlation"]["kind"] is None
 
 
+def test_names_and_digits_stay_at_80_columns(model: Path, data: Path) -> None:
+    options = ("sensitivity", model, "--data", data, *FAST, "--each-matrix")
+    found = json.loads(run(*options, "--format", "json").stdout)
+    narrow = CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(each) for each in options])
+    assert narrow.exit_code == 0, narrow.stderr
+    assert max(map(len, narrow.stdout.splitlines())) <= 80
+    for row in found["rows"]:
+        assert row["name"] in narrow.stdout
+        assert f"{row['kl_nats']:.4f}" in narrow.stdout
+        assert f"{row['predicted_kl_nats']:.4f}" in narrow.stdout
+
+
+def test_a_plan_fits_on_what_is_not_held_out(model: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(data.read_text())
+    options = ("--budget-bits", 3, "--costs", "predicted", *FAST)
+    refused = run("plan", model, "--data", data, "--calibrate", copy, "--evaluate", copy, *options)
+    assert refused.exit_code == 2
+    assert "are held out" in refused.stderr
+
+
 def test_a_plan_with_calibrated_rules(model: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = run(
-        "plan", model, "--data", data, "--budget-bits", 3, "--calibrated", "-o", file,
-        "--costs", "predicted", "--tokens", 128, "--length", 64,
+        "plan", model, "--data", data, "--budget-bits", 3, "--calibrate", data, "-o", file,
+        "--costs", "predicted", "--max-tokens", 128, "--seq-length", 64,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     entries = json.loads(file.read_text())["plan"]["matrices"]
@@ -102,22 +124,22 @@ def test_a_bound_that_cannot_be_held_is_exit_code_3(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sensitivity", "--rule", "magic"), "rule 'magic' is unknown"),
-        (("sensitivity", "--rule", "keep"), "changes nothing"),
+        (("sensitivity", "--rule", "magic"), "'magic' is not one of 'absmean'"),
+        (("sensitivity", "--rule", "keep"), "'keep' is not one of"),
         (("sensitivity", "--rule", "gptq"), "needs a calibration text"),
         (("sensitivity", "--group-size", 0), "group size 0"),
-        (("sensitivity", "--length", 4000), "at most 64 tokens"),
-        (("sensitivity", "--length", 1), "1"),
-        (("sensitivity", "--tokens", 1), "1"),
+        (("sensitivity", "--seq-length", 4000), "at most 64 tokens"),
+        (("sensitivity", "--seq-length", 1), "1"),
+        (("sensitivity", "--max-tokens", 1), "1"),
         (("sensitivity", "--dtype", "int3"), "int3"),
         (("sensitivity", "--field", "body"), "'body'"),
         (("plan",), "a budget of bits"),
         (("plan", "--budget-bits", 0.5), "smallest plan takes"),
         (("plan", "--budget-bits", "nan"), "budget of nan"),
         (("plan", "--max-damage", 0.5), "ratio 0.5 is out of range"),
-        (("plan", "--budget-bits", 2, "--costs", "guessed"), "costs 'guessed'"),
-        (("plan", "--budget-bits", 2, "--storage", "zip"), "storage 'zip'"),
-        (("plan", "--budget-bits", 2, "--held-out", "/nowhere"), "/nowhere"),
+        (("plan", "--budget-bits", 2, "--costs", "guessed"), "'guessed' is not one of"),
+        (("plan", "--budget-bits", 2, "--storage", "zip"), "'zip' is not one of"),
+        (("plan", "--budget-bits", 2, "--evaluate", "/nowhere"), "/nowhere"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -20,7 +20,7 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.models.rwkv7.config import RWKV7Config
-from trilens.models.rwkv7.convert import convert
+from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 SIZES = {"layers": 2, "width": 48, "vocab": 37, "head_size": 16}
@@ -73,7 +73,7 @@ def save_pth(tensors, folder):
 
 
 def test_a_pth_is_copied_bit_for_bit(tmp_path, tensors):
-    result = convert(save_pth(tensors, tmp_path), tmp_path / "out")
+    result = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out")
     assert sorted(path.name for path in result.path.iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -97,7 +97,7 @@ def test_sizes_are_read_from_the_tensors(tmp_path, tensors):
     for layer in range(2):
         tensors[f"blocks.{layer}.ffn.key.weight"] = torch.randn(168, 48)
         tensors[f"blocks.{layer}.ffn.value.weight"] = torch.randn(48, 168)
-    result = convert(save_pth(tensors, tmp_path), tmp_path / "out")
+    result = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out")
     model, info = AutoModelForCausalLM.from_pretrained(result.path, output_loading_info=True)
     assert not info["unexpected_keys"]
     config = model.config
@@ -115,7 +115,7 @@ def test_sizes_are_read_from_the_tensors(tmp_path, tensors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_stays(tmp_path, tensors, dtype):
     halves = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    result = convert(save_pth(halves, tmp_path), tmp_path / "out")
+    result = convert_rwkv7(save_pth(halves, tmp_path), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(result.path)
     assert model.dtype == dtype
     expected = rename_for_transformers(halves)
@@ -125,7 +125,7 @@ def test_the_dtype_stays(tmp_path, tensors, dtype):
 def test_one_block_and_tensors_that_share_memory(tmp_path):
     tensors = published_tensors(**{**SIZES, "layers": 1})
     tensors["head.weight"] = tensors["emb.weight"]
-    result = convert(save_pth(tensors, tmp_path), tmp_path / "out")
+    result = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out")
     written = load_file(result.path / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], tensors["emb.weight"])
 
@@ -147,7 +147,7 @@ def test_safetensors_for_transformers_keep_names_and_special_tokens(tmp_path, te
         save_file({name: source[name] for name in chosen}, folder / f"model-{part}.safetensors")
     fields = {"model_type": "rwkv7", "norm_eps": 1e-6, "eos_token_id": 9, "fuse_norm": True}
     (folder / "config.json").write_text(json.dumps(fields))
-    result = convert(folder, tmp_path / "out")
+    result = convert_rwkv7(folder, tmp_path / "out")
     written = load_file(result.path / "model.safetensors")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
@@ -193,7 +193,7 @@ def test_a_checkpoint_published_for_transformers_loads_as_it_is(tmp_path, tensor
     (tmp_path / "config.json").write_text(json.dumps(fields))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is RWKV7ForCausalLM
-    converted = convert(save_pth(tensors, tmp_path), tmp_path / "out").path
+    converted = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out").path
     ids = torch.arange(1, 30).unsqueeze(0)
     same = AutoModelForCausalLM.from_pretrained(converted)
     assert torch.equal(loaded(ids).logits, same(ids).logits)
@@ -221,22 +221,22 @@ def test_a_pickle_that_runs_something_is_refused_and_not_run(tmp_path, tensors):
         else:
             path.write_bytes(pickle.dumps(Runs(trap)))
         with pytest.raises(UnsafeFormatError, match=path.name):
-            convert(path, tmp_path / "out")
+            convert_rwkv7(path, tmp_path / "out")
     assert not trap.exists()
     assert not (tmp_path / "out").exists()
 
 
 def test_a_pickle_of_something_else_is_refused(tmp_path, tensors):
     with pytest.raises(UnsafeFormatError, match="holds a list, not tensors by name"):
-        convert(save_pth([torch.zeros(1)], tmp_path), tmp_path / "out")
+        convert_rwkv7(save_pth([torch.zeros(1)], tmp_path), tmp_path / "out")
     for strange in (3, "text", torch.eye(3).to_sparse()):
         with pytest.raises(UnsafeFormatError, match=r"not plain tensors: \['step'\]"):
-            convert(save_pth({**tensors, "step": strange}, tmp_path), tmp_path / "out")
+            convert_rwkv7(save_pth({**tensors, "step": strange}, tmp_path), tmp_path / "out")
     folder = tmp_path / "bins"
     folder.mkdir()
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsafeFormatError, match=r"pickled weights only \(pytorch_model\.bin\)"):
-        convert(folder, tmp_path / "out")
+        convert_rwkv7(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5, -1])
@@ -250,7 +250,7 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, kind, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(CorruptFileError, match=f"model.{kind} is no readable"):
-        convert(path, tmp_path / "out")
+        convert_rwkv7(path, tmp_path / "out")
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path, tensors):
@@ -258,7 +258,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, tensors):
         changed = {**tensors, **changes}
         changed = {name: tensor for name, tensor in changed.items() if tensor is not None}
         with pytest.raises(CorruptFileError, match=message):
-            convert(save_pth(changed, tmp_path), tmp_path / "out")
+            convert_rwkv7(save_pth(changed, tmp_path), tmp_path / "out")
 
     refused({"blocks.1.att.k_k": None}, r"1 missing: model\.layers\.1\.attn\.k_k")
     refused({"head.weight": None}, r"1 missing: lm_head\.weight")
@@ -285,24 +285,24 @@ def test_another_architecture_is_refused(tmp_path, tensors):
     save_file(rename_for_transformers(tensors), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"attn": {"layers": [1]}}))
     with pytest.raises(ConfigError, match="is not RWKV-7"):
-        convert(folder, tmp_path / "out")
+        convert_rwkv7(folder, tmp_path / "out")
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        convert(folder, tmp_path / "out")
+        convert_rwkv7(folder, tmp_path / "out")
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list"):
-        convert(folder, tmp_path / "out")
+        convert_rwkv7(folder, tmp_path / "out")
 
 
 def test_places_that_are_wrong(tmp_path, tensors):
     with pytest.raises(ModelNotFoundError, match=r"nothing\.pth does not exist"):
-        convert(tmp_path / "nothing.pth", tmp_path / "out")
+        convert_rwkv7(tmp_path / "nothing.pth", tmp_path / "out")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ModelNotFoundError, match=r"holds no \.safetensors file"):
-        convert(empty, tmp_path / "out")
+        convert_rwkv7(empty, tmp_path / "out")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        convert(save_pth(tensors, tmp_path), tmp_path)
-    assert convert(tmp_path / "model.pth", empty).path == empty
+        convert_rwkv7(save_pth(tensors, tmp_path), tmp_path)
+    assert convert_rwkv7(tmp_path / "model.pth", empty).path == empty
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["empty", "model.pth"]

@@ -15,16 +15,18 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rwkv7_published import published_tensors
+from tolerances import assert_near
 from trilens.errors import ConfigError, CorruptFileError, ShapeError, UsageError
 from trilens.models.rwkv7 import layers as rwkv7_layers
 from trilens.models.rwkv7.config import RWKV7Config, low_rank_dim
-from trilens.models.rwkv7.convert import convert
+from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.models.rwkv7.kernels import rwkv7_attention
 from trilens.models.rwkv7.model import RWKV7ForCausalLM, RWKV7Model, register
 from trilens.models.rwkv7.state import RWKV7State
 
-# Reordered fp32 sums (other chunk borders, other batch shapes) through three blocks.
-REORDERED = {"atol": 2e-5, "rtol": 2e-5}
+# Reordered fp32 sums (other chunk borders, other batch shapes) through three blocks, of the largest
+# value.
+REORDERED = 2e-5
 
 
 def tiny_config(**changes):
@@ -79,7 +81,7 @@ def published(tmp_path_factory):
     """The same weights as the oracle reads them and as our converted model."""
     folder = tmp_path_factory.mktemp("published")
     torch.save(published_tensors(layers=3, width=768, vocab=512), folder / "model.pth")
-    convert(folder / "model.pth", folder / "converted")
+    convert_rwkv7(folder / "model.pth", folder / "converted")
     return folder, AutoModelForCausalLM.from_pretrained(folder / "converted").eval()
 
 
@@ -180,7 +182,7 @@ def test_outputs_as_transformers_has_them(model, ids):
         full.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full.logits[:, -2:])
+    assert_near(model(ids, logits_to_keep=2).logits, full.logits[:, -2:], REORDERED)
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds).logits, full.logits)
     assert model(ids, use_cache=False).past_key_values is None
@@ -216,10 +218,10 @@ def test_pieces_with_a_state_give_what_the_whole_gives(model, ids, cuts):
         out = model(piece, past_key_values=state, use_cache=True)
         state = out.past_key_values
         logits.append(out.logits)
-    torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **REORDERED)
+    assert_near(torch.cat(logits, 1), whole.logits, REORDERED)
     for ours, theirs in zip(state.layers, whole.past_key_values.layers, strict=True):
-        torch.testing.assert_close(ours.recurrent, theirs.recurrent, **REORDERED)
-        torch.testing.assert_close(ours.ffn_shift, theirs.ffn_shift, **REORDERED)
+        assert_near(ours.recurrent, theirs.recurrent, REORDERED)
+        assert_near(ours.ffn_shift, theirs.ffn_shift, REORDERED)
     assert state.get_seq_length() == 41
 
 
@@ -247,9 +249,9 @@ def test_a_state_can_be_reordered_repeated_and_reset(model, ids):
     doubled.batch_repeat_interleave(2)
     assert doubled.batch_size == 4
     flipped = model(ids.flip(0)[:, :1], past_key_values=turned).logits
-    torch.testing.assert_close(flipped, step.flip(0))
+    assert_near(flipped, step.flip(0), REORDERED)
     rows = model(ids.repeat_interleave(2, 0)[:, :1], past_key_values=doubled).logits
-    torch.testing.assert_close(rows, step.repeat_interleave(2, 0))
+    assert_near(rows, step.repeat_interleave(2, 0), REORDERED)
     with pytest.raises(UsageError, match="cannot drop 2 tokens"):
         state.crop(-2)
     state.reset()
@@ -283,18 +285,18 @@ def test_masked_tokens_are_as_if_they_were_not_there(model, ids, side):
     out = model(rows, attention_mask=torch.cat([mask, torch.ones_like(mask)]))
     alone = model(real)
     kept = out.logits[0][mask[0].bool()]
-    torch.testing.assert_close(kept, alone.logits[0], **REORDERED)
+    assert_near(kept, alone.logits[0], REORDERED)
     for ours, theirs in zip(out.past_key_values.layers, alone.past_key_values.layers, strict=True):
-        torch.testing.assert_close(ours.recurrent[:1], theirs.recurrent, **REORDERED)
-        torch.testing.assert_close(ours.attn_shift[:1], theirs.attn_shift, **REORDERED)
-        torch.testing.assert_close(ours.ffn_shift[:1], theirs.ffn_shift, **REORDERED)
+        assert_near(ours.recurrent[:1], theirs.recurrent, REORDERED)
+        assert_near(ours.attn_shift[:1], theirs.attn_shift, REORDERED)
+        assert_near(ours.ffn_shift[:1], theirs.ffn_shift, REORDERED)
     full = model(torch.full_like(padded, 5))
-    torch.testing.assert_close(out.logits[1:], full.logits, **REORDERED)
+    assert_near(out.logits[1:], full.logits, REORDERED)
 
 
 def test_right_padding_without_a_mask_leaves_real_tokens_alone(model, ids):
     short = model(ids[:, :20]).logits
-    torch.testing.assert_close(model(ids).logits[:, :20], short, **REORDERED)
+    assert_near(model(ids).logits[:, :20], short, REORDERED)
 
 
 def test_a_row_that_is_all_padding_keeps_its_state(model, ids):
@@ -432,7 +434,7 @@ def test_gradient_checkpointing_changes_no_gradient(ids):
     for one in (plain, saving):
         one(ids, labels=ids).loss.backward()
     for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert_near(ours.grad, theirs.grad, REORDERED)
     assert saving(ids, use_cache=True).past_key_values is None
     with pytest.raises(UsageError, match="cannot continue from past_key_values"):
         saving(ids, past_key_values=RWKV7State(3))

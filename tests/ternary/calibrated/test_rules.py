@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tolerances import sum_error
 from trilens.errors import NonFiniteError, ShapeError, UsageError
 from trilens.ternary.calibrated import numpy_kernels as descent_plain
 from trilens.ternary.calibrated.descent import (
@@ -137,7 +138,11 @@ def test_no_single_change_of_a_trit_helps_after_descent(planes: int) -> None:
     for row, col, level in itertools.product(range(4), range(24), levels):
         trits = grid.trits.copy()
         trits[row, :, col] = level
-        assert loss(replace(grid, trits=trits), weights, hessian) >= least * (1 - 1e-9)
+        changed = replace(grid, trits=trits)
+        spread = np.abs(weights - changed.weights())
+        slack = sum_error(weights.size * 24, np.sum(spread @ np.abs(hessian.matrix) * spread))
+        assert slack < 1e-8 * least
+        assert loss(changed, weights, hessian) >= least - slack
 
 
 @pytest.mark.parametrize("planes", [1, 2])
@@ -150,9 +155,12 @@ def test_each_turn_lowers_the_loss(planes: int) -> None:
         losses.append(loss(grid, weights, hessian))
         grid, _ = improve_trits(grid, weights, hessian)
         losses.append(loss(grid, weights, hessian))
-    assert losses == sorted(losses, reverse=True)
+    # A turn that changes nothing more may still be added up otherwise.
+    spread = np.abs(weights - grid.weights())
+    slack = sum_error(weights.size * 40, np.sum(spread @ np.abs(hessian.matrix) * spread))
+    assert all(after <= before + slack for before, after in itertools.pairwise(losses))
     refined, _ = refine(grid, weights, hessian, name="w")
-    assert loss(refined, weights, hessian) <= losses[-1]
+    assert loss(refined, weights, hessian) <= losses[-1] + slack
 
 
 @pytest.mark.parametrize("per", LAYOUTS)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tolerances import assert_close_sums, largest
 from trilens.errors import CorruptFileError, DtypeError, ShapeError
 from trilens.ternary.codecs.packing import TwoBit
 from trilens.ternary.packed.linear import (
@@ -111,8 +112,10 @@ def test_the_weight_is_the_quantizers(name: str, cols: int) -> None:
     quant = PerLayerQuant.quantize(weights(6, cols), "w", **OPTIONS[name])
     layer = TernaryLinear.from_quant(quant)
     assert torch.equal(layer.reconstruct(), quant.reconstruct())
-    # Two products and two sums in float32: 3 roundings of 2⁻²⁴ of the largest term.
-    assert np.allclose(layer.reconstruct().double().numpy(), dense_of(quant), rtol=0, atol=1e-6)
+    # Two products and two sums in float32.
+    parts = (quant.scale, quant.second_scale, quant.offset)
+    terms = sum(largest(part) for part in parts if part is not None)
+    assert_close_sums(layer.reconstruct(), dense_of(quant), terms, 3, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,12 +134,11 @@ def test_output_and_gradients_are_the_dense_layers(name: str, dtype: torch.dtype
     for module, leaf in ((layer, ours), (dense, theirs)):
         module(leaf).float().square().sum().backward()
     assert ours.grad.dtype == dtype
-    # Sums of 6 (bias) and 6 (input) terms in another order: a few roundings of the dtype.
-    tolerance = 8 * torch.finfo(dtype).eps
-    scale = float(theirs.grad.abs().max())
-    assert float((ours.grad - theirs.grad).abs().max()) <= tolerance * scale
-    difference = (layer.bias.grad - dense.bias.grad).abs().max()
-    assert float(difference) <= tolerance * float(dense.bias.grad.abs().max())
+    # Sums of 6 (bias: over inputs, input: over rows) terms in another order.
+    upstream = 2 * dense(x).detach().double().abs().reshape(6, 6)
+    terms = (upstream @ dense.weight.detach().double().abs()).reshape(2, 3, 23)
+    assert_close_sums(ours.grad, theirs.grad, terms, 6, dtype)
+    assert_close_sums(layer.bias.grad, dense.bias.grad, upstream.sum(0), 6, dtype)
 
 
 def test_gradient_is_right_by_finite_differences() -> None:
@@ -167,10 +169,9 @@ def test_conv1d_orientation(dtype: torch.dtype) -> None:
     with torch.no_grad():
         ours, theirs = layer(x), old(x)
     assert torch.equal(layer.weight, old.weight)
-    # addmm and linear may sum 10 products in another order.
-    assert float((ours - theirs).abs().max()) <= 10 * torch.finfo(dtype).eps * float(
-        theirs.abs().max()
-    )
+    # addmm and linear may sum 10 products and a bias in another order.
+    terms = x.double().abs() @ old.weight.detach().double().abs() + old.bias.detach().abs()
+    assert_close_sums(ours, theirs, terms, 11, dtype)
 
 
 def test_dtype_moves_never_touch_codes_and_scales() -> None:
@@ -212,8 +213,9 @@ def test_autocast_computes_and_goes_back() -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
-    expected = layer.reconstruct().sum(0).expand(3, 8)
-    assert torch.allclose(x.grad, expected, atol=2**-7 * float(expected.abs().max()))
+    dense = layer.reconstruct()
+    terms = dense.abs().sum(0).expand(3, 8)
+    assert_close_sums(x.grad, dense.sum(0).expand(3, 8), terms, 4, torch.bfloat16)
 
 
 def test_damage_is_named() -> None:

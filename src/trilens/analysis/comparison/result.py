@@ -24,6 +24,7 @@ from trilens.errors import (
 )
 from trilens.io.tensors import read_tensors, write_tensors, write_whole
 from trilens.lens.capture import ModelInfo
+from trilens.results import Tabular
 
 __all__ = ["Comparison", "NamedArray"]
 
@@ -41,7 +42,7 @@ class NamedArray:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Comparison:
+class Comparison(Tabular):
     """Two models on the same tokens: what differs in what they say, and inside.
 
     Every number stands in a row (layer, module, head, metric, before, after, delta). Of a quantity
@@ -122,14 +123,7 @@ class Comparison:
         Raises:
             UsageError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise UsageError(
-                "pandas is not installed: pip install 'trilens[pandas]', or use table()"
-            ) from error
-        names = [field.name for field in fields(Row)]
-        frame = pandas.DataFrame(self.table(), columns=names)
+        frame = Tabular.to_pandas(self).reindex(columns=[field.name for field in fields(Row)])
         return frame.astype({"layer": "Int64", "head": "Int64"})
 
     def save(self, path: str | Path) -> Path:

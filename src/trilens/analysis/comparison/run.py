@@ -36,6 +36,7 @@ from trilens.evaluation.output import OutputAccumulator, OutputResult
 from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.lens import Lens
 from trilens.models.tokens import PromptLike, max_positions_of, read_prompt, vocab_size_of
+from trilens.numbers import at_least
 
 __all__ = ["CompareOptions", "compare"]
 
@@ -71,10 +72,7 @@ class CompareOptions:
         """Check the values."""
         if self.lens not in _LENSES:
             raise UsageError(f"lens {self.lens!r} is not an option: 'last', 'all' or 'none'")
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
-            raise ValueRangeError(f"batch_size {self.batch_size!r} is not a whole number")
-        if self.batch_size < 1:
-            raise ValueRangeError(f"batch_size {self.batch_size} is out of range: it is at least 1")
+        object.__setattr__(self, "batch_size", at_least(1, self.batch_size, "batch_size"))
         if not 0 <= self.gate_threshold <= 0.5:
             raise ValueRangeError(f"gate_threshold {self.gate_threshold} is out of range: [0, 0.5]")
         if not 0 < self.role_threshold <= 1:
@@ -182,7 +180,7 @@ class _Run:
                 self.residual.add(layer, stream, other)
         for layer, module in self._modules().items():
             self.attention.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
-        if before.gates is not None and after.gates is not None:
+        if before.has("gates") and after.has("gates"):
             for name, layer in self.sites.gates:
                 self.gates.add(name, layer, before.gates, after.gates)
         if self.speaks and self.options.lens != "none":
@@ -318,13 +316,13 @@ def _ids(prompt: PromptLike, reader: Lens, lens: Lens, options: CompareOptions) 
 
 
 def _full(capture: Capture) -> FullActivationCache:
-    residual = capture.residual
+    residual = capture.parts.residual
     return residual if isinstance(residual, FullActivationCache) else FullActivationCache()
 
 
 def _unsigned(capture: Capture, layer: int) -> Pattern:
     """The pattern of a layer; a recurrent layer's through the view without signs."""
-    attention = capture.attention
+    attention = capture.parts.attention
     if attention is None:
         raise CaptureError(f"layer {layer} gave no pattern in this pass; it gave one to the probe")
     return attention.relu_l1().pattern(layer)

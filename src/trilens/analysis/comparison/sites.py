@@ -67,7 +67,7 @@ def refuse_nonfinite(capture: Capture, side: str, prompt: int) -> None:
     Raises:
         NonFiniteError: where it arises.
     """
-    residual = capture.residual
+    residual = capture.parts.residual
     for layer in () if residual is None else residual.layers:
         stream = None if residual is None else residual.get_layer(layer)
         if stream is not None and not bool(stream.isfinite().all()):
@@ -98,14 +98,14 @@ def _sites(lens: Lens, side: str, notes: list[str]) -> _Own:
                 logits="last",
                 attention=bool(own.attention),
                 effective=True,
-            ).attention
+            ).parts.attention
             layers = set() if found is None else set(found.layers)
             own.effective = layers - own.attention
         except CaptureError as error:
             notes.append(f"no effective attention of the model {side}: {error}")
     if lens.gate_layers:
         try:
-            gates = lens.capture(probe, residual=None, logits="last", gates=True).gates
+            gates = lens.capture(probe, residual=None, logits="last", gates=True).parts.gates
             if gates is not None:
                 own.gates = {(name, i) for name in gates.names for i in gates.layers(name)}
         except CaptureError as error:

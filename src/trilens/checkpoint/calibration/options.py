@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trilens.errors import TextError, UsageError, ValueRangeError
+from trilens.numbers import at_least
 from trilens.text.documents import read_documents, token_blocks
 
 __all__ = ["Calibration", "Drawn", "draw"]
@@ -72,11 +73,8 @@ class Calibration:
             "batch_size": 1,
         }
         for name, lowest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ValueRangeError(
-                    f"calibration {name} is {value!r}: a whole number of {lowest} or more is needed"
-                )
+            number = at_least(lowest, getattr(self, name), f"calibration {name}")
+            object.__setattr__(self, name, number)  # NumPy's integers are none for JSON
         bound = self.max_damage
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise ValueRangeError(

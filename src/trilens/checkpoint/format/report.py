@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.results import Tabular
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
@@ -117,7 +118,7 @@ class SampleReport:
 
 
 @dataclass(frozen=True, slots=True)
-class TernaryReport:
+class TernaryReport(Tabular):
     """What `ternarize` did, or in a dry run would do.
 
     Attributes:
@@ -190,7 +191,7 @@ class TernaryReport:
             f"{self.sample.sentence} One text is a sample: compare outputs before any use."
             if self.sample
             else "The damage was not measured, and weight errors do not tell it: give a text "
-            "(--sample) and compare outputs before any use."
+            "(--evaluate) and compare outputs before any use."
         )
 
     def table(self) -> list[dict[str, Any]]:

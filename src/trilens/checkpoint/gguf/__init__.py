@@ -5,8 +5,6 @@
 how a file is written and read back.
 """
 
-from trilens.checkpoint.gguf.formats import FORMATS, find_format
-from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
-from trilens.checkpoint.gguf.validation import validate_gguf
+from lazy_loader import attach_stub
 
-__all__ = ["FORMATS", "GgufReport", "GgufTensor", "find_format", "validate_gguf"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trilens.results import Tabular
+
 __all__ = ["GgufReport", "GgufTensor"]
 
 
@@ -34,7 +36,7 @@ class GgufTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufReport:
+class GgufReport(Tabular):
     """A file in which no damage was found.
 
     Attributes:

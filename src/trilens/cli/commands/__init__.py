@@ -1,3 +1,3 @@
-"""The commands: parse, call, print."""
+"""Declarations of the commands: one file each, light to import."""
 
 __all__: list[str] = []

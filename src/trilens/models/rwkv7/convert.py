@@ -35,7 +35,7 @@ from trilens.errors import (
 from trilens.models.rwkv7.config import RWKV7Config
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "convert_rwkv7"]
 
 _NAMES_SHOWN = 5
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -85,7 +85,7 @@ class Conversion:
     size_bytes: int
 
 
-def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Conversion:
+def convert_rwkv7(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Conversion:
     """Write published RWKV-7 weights as `config.json` and `model.safetensors`.
 
     Args:

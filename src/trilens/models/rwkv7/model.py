@@ -3,7 +3,7 @@
 Importing this file registers the model type `rwkv7` with `AutoConfig`, `AutoModel` and
 `AutoModelForCausalLM`. Tensors bear the names of the checkpoints that are published for
 transformers (`model.layers.3.attn.w_lora.lora.0.weight`), so those load as they are; a published
-`.pth` file goes through `trilens.models.rwkv7.convert`.
+`.pth` file goes through `trilens.convert_rwkv7`.
 
 `trilens.models.rwkv7.layers` says where the gates and the recurrence can be reached.
 """
@@ -57,7 +57,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             raise CorruptFileError(
                 f"the checkpoint lacks {len(missing)} tensors of {cls.__name__}, among them "
                 f"{missing[:_NAMES_SHOWN]}: a checkpoint in another layout must go through "
-                "trilens.models.rwkv7.convert.convert first"
+                "trilens.convert_rwkv7 first"
             )
         return (model, info) if output_loading_info else model
 

@@ -1,4 +1,4 @@
-"""A comparison as text for a terminal: what is said, layer by layer, gates, roles of heads."""
+"""A comparison as text for a terminal: output, layer by layer, gates, roles of heads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.rows import Row
+from trilens.report.text.tables import Column, print_table
 
 __all__ = ["print_comparison", "render_comparison"]
 
@@ -21,6 +20,7 @@ _SHOWN_ROLES = 20
 _NONE = "–"
 
 Pick = Callable[[Sequence[Row]], float]
+Spell = Callable[[float], str]
 
 
 def render_comparison(comparison: Comparison, width: int = 120) -> str:
@@ -41,17 +41,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(Text(f"{side:<7}{words}"))
     console.print(Text(f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens\n"))
     index = _Index(comparison.rows)
-    for line in _outside(index):
+    for line in _output(index):
         console.print(Text(line))
     console.print()
-    console.print(_layers(index))
-    gates = _gates(index)
-    if gates is not None:
-        console.print()
-        console.print(gates)
+    _print_layers(index, console)
+    _print_gates(index, console)
     if comparison.role_changes:
         console.print()
-        console.print(_roles(comparison.role_changes))
+        _print_roles(comparison.role_changes, console)
         more = len(comparison.role_changes) - _SHOWN_ROLES
         if more > 0:
             console.print(Text(f"… and {more} more heads"))
@@ -77,7 +74,7 @@ class _Index:
         return rows[0] if rows else None
 
 
-def _outside(index: _Index) -> list[str]:
+def _output(index: _Index) -> list[str]:
     lines = []
     perplexity = index.one("perplexity")
     if perplexity is not None:
@@ -97,57 +94,56 @@ def _outside(index: _Index) -> list[str]:
     top1, top5 = index.one("same_top1"), index.one("same_top5")
     if top1 is not None and top5 is not None:
         lines.append(f"same top token    {top1.after:.1%}   of the top five {top5.after:.1%}")
-    right = index.one("right_probability_rms_change")
-    if right is not None:
-        lines.append(f"right token       probability changes by {_number(right.after)} (RMS)")
-    settle = index.one("settle_layer")
-    if settle is not None:
+    target = index.one("right_probability_rms_change")
+    if target is not None:
+        lines.append(f"target token      probability changes by {_number(target.after)} (RMS)")
+    convergence = index.one("settle_layer")
+    if convergence is not None:
         lines.append(
-            f"logit lens        final top token stays from layer {settle.before:.2f} → "
-            f"{settle.after:.2f} on (mean)"
+            f"logit lens        convergence layer {convergence.before:.2f} → "
+            f"{convergence.after:.2f} (mean)"
         )
     return lines
 
 
-def _layers(index: _Index) -> Table:
+def _print_layers(index: _Index, console: Console) -> None:
     """One row per layer; columns of what no layer has are left out."""
-    columns: tuple[tuple[str, str, Pick], ...] = (
-        ("cos", "cosine", _mean_after),
-        ("cos last", "cosine_last", _mean_after),
-        ("rel. error", "relative_error", _mean_after),
-        ("attn JS", "js_nats", _mean_after),
-        ("worst", "js_nats", _max_after),
-        ("Δ entropy", "entropy_nats", _mean_delta),
-        ("Δ distance", "distance_tokens", _mean_delta),
-        ("Δ first", "first_token_mass", _mean_delta),
-        ("settled", "settled", _mean_after),
-        ("Δ settled", "settled", _mean_delta),
-        ("W error", "weight_relative_error", _mean_after),
-        ("zeros", "weight_sparsity", _mean_after),
+    columns: tuple[tuple[str, str, Pick, Spell], ...] = (
+        ("cos", "cosine", _mean_after, _number),
+        ("cos last", "cosine_last", _mean_after, _number),
+        ("rel. error", "relative_error", _mean_after, _number),
+        ("attn JS", "js_nats", _mean_after, _number),
+        ("worst", "js_nats", _max_after, _number),
+        ("Δ entropy", "entropy_nats", _mean_delta, _number),
+        ("Δ distance", "distance_tokens", _mean_delta, _number),
+        ("Δ first", "first_token_mass", _mean_delta, _number),
+        ("converged", "settled", _mean_after, "{:.1%}".format),
+        ("Δ converged", "settled", _mean_delta, "{:+.1%}".format),
+        ("W error", "weight_relative_error", _mean_after, _number),
+        ("zeros", "weight_sparsity", _mean_after, "{:.1%}".format),
     )
     there = [each for each in columns if any(index.of(each[1], i) for i in index.layers)]
-    table = _table(["layer", *(heading for heading, _, _ in there)])
+    cells = []
     for layer in index.layers:
-        cells = [str(layer)]
-        for _, metric, pick in there:
+        row = [str(layer)]
+        for _, metric, pick, spell in there:
             rows = index.of(metric, layer)
-            cells.append(_number(pick(rows)) if rows else _NONE)
-        table.add_row(*cells)
-    return table
+            row.append(spell(pick(rows)) if rows else _NONE)
+        cells.append(row)
+    print_table(console, ["layer", *(each[0] for each in there)], cells)
 
 
-def _gates(index: _Index) -> Table | None:
+def _print_gates(index: _Index, console: Console) -> None:
     places = [(row.layer, row.module) for row in index.rows if row.metric == "openness"]
     if not places:
-        return None
+        return
     by_place = {(row.layer, row.module, row.metric): row for row in index.rows}
-    table = _table(
-        ["layer", "gate", "open", "→", "|Δ unit|", "newly dead", "newly sat.", "horizon", "→"]
-    )
+    horizons = any((*place, "horizon_tokens") in by_place for place in places)
+    cells = []
     for layer, module in places:
         opened = by_place[layer, module, "openness"]
         horizon = by_place.get((layer, module, "horizon_tokens"))
-        table.add_row(
+        row = [
             str(layer),
             module,
             f"{opened.before:.3f}",
@@ -155,17 +151,23 @@ def _gates(index: _Index) -> Table | None:
             _number(by_place[layer, module, "openness_abs_change"].after),
             f"{by_place[layer, module, 'newly_dead'].after:.0f}",
             f"{by_place[layer, module, 'newly_saturated'].after:.0f}",
-            _NONE if horizon is None else _number(horizon.before),
-            _NONE if horizon is None else _number(horizon.after),
-        )
-    return table
+        ]
+        if horizons:
+            sides = () if horizon is None else (horizon.before, horizon.after)
+            row += map(_number, sides) if sides else [_NONE, _NONE]
+        cells.append(row)
+    columns: list[Column | str] = [
+        "layer", Column("gate", left=True), "open before", "open after", "|Δ unit|", "newly dead",
+        "newly saturated", *(["horizon before", "horizon after"] if horizons else []),
+    ]  # fmt: skip
+    console.print()
+    print_table(console, columns, cells, keys=2)
 
 
-def _roles(changes: Sequence[RoleChange]) -> Table:
-    table = _table(["layer", "head", "role", "before", "after", "outcome"])
+def _print_roles(changes: Sequence[RoleChange], console: Console) -> None:
     ranked = sorted(changes, key=lambda each: -abs(each.after - each.before))
-    for each in ranked[:_SHOWN_ROLES]:
-        table.add_row(
+    cells = [
+        (
             str(each.layer),
             str(each.head),
             each.role.replace("_", "-"),
@@ -173,15 +175,12 @@ def _roles(changes: Sequence[RoleChange]) -> Table:
             f"{each.after:.3f}",
             "lost" if each.lost else "gained",
         )
-    return table
-
-
-def _table(headings: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    words = {"gate", "role", "outcome"}
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in words else "right", no_wrap=True)
-    return table
+        for each in ranked[:_SHOWN_ROLES]
+    ]
+    columns: list[Column | str] = [
+        "layer", "head", Column("role", left=True), "before", "after", Column("outcome", left=True)
+    ]  # fmt: skip
+    print_table(console, columns, cells, keys=2)
 
 
 def _mean_after(rows: Sequence[Row]) -> float:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from trilens.analysis.inspection import Inspection
 from trilens.report.text.inspection import signed, visible
+from trilens.report.text.tables import Column, print_table
 
 __all__ = ["print_side_by_side"]
 
@@ -28,15 +26,9 @@ def print_side_by_side(
         records: how each model was trained (``training.json``), by the same names.
         console: where to.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("side by side", no_wrap=True)
-    for name in inspections:
-        table.add_column(name, no_wrap=True)
-    for heading, cells in _rows(
-        list(inspections.values()), [records[name] for name in inspections]
-    ):
-        table.add_row(*(Text(cell) for cell in (heading, *cells)))
-    console.print(table)
+    columns = [Column(name, left=True) for name in ("side by side", *inspections)]
+    rows = _rows(list(inspections.values()), [records[name] for name in inspections])
+    print_table(console, columns, [(heading, *cells) for heading, cells in rows])
 
 
 def _rows(

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from trilens.models.families import FamilyTable, spell_short
+from trilens.report.text.tables import Column, print_table
 
 __all__ = ["print_families"]
 
+_REASON = 80  # characters that are shown of why a type is not captured in full
 _MARKS = {"full": "full", "residual": "residual only", "refused": "refused"}
 
 
-def print_families(families: FamilyTable, console: Console) -> None:
-    """Draw one row per model type, layer numbers of a tiny model of the type, and the counts."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("type", "captured", "layers", "softmax", "effective", "gates", "why not more"):
-        table.add_column(heading, overflow="fold")
+def print_families(families: FamilyTable, console: Console, *, whole: bool = False) -> None:
+    """Draw one row per model type, layer numbers of a tiny model of the type, and the counts.
+
+    Args:
+        families: the types.
+        console: where to.
+        whole: print reasons in full, however long.
+    """
+    columns: list[Column | str] = [
+        Column("type", left=True, fold=14), Column("captured", left=True, fold=8),
+        "layers", Column("softmax", left=True, fold=7),
+        Column("effective", left=True, fold=9), Column("gates", left=True, fold=20),
+    ]  # fmt: skip
+    reasons = any(row.reason or row.no_effective for row in families.rows)
+    if reasons:
+        columns.append(Column("why not more", left=True, fold=20))
+    cells = []
     for row in families.rows:
-        gates = "\n".join(map(str, row.gates))
-        reasons = "; ".join(filter(None, (row.reason, row.no_effective)))
-        cells = (
-            row.model_type,
-            _MARKS.get(row.outcome, row.outcome),
-            str(row.n_layers or "–"),
-            spell_short(row.attention),
-            spell_short(row.effective),
-            gates or "–",
-            reasons,
+        reason = "; ".join(filter(None, (row.reason, row.no_effective)))
+        if not whole and len(reason) > _REASON:
+            reason = f"{reason[: _REASON - 1]}…"
+        cells.append(
+            (
+                row.model_type,
+                _MARKS.get(row.outcome, row.outcome),
+                str(row.n_layers or "–"),
+                spell_short(row.attention),
+                spell_short(row.effective),
+                "\n".join(map(str, row.gates)) or "–",
+                *([reason] if reasons else []),
+            )
         )
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
+    print_table(console, columns, cells)
     counts = families.count()
     parts = [f"{counts.get(key, 0)} {name}" for key, name in _MARKS.items()]
     console.print(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from trilens.analysis.inspection import Inspection, LayerRow
+from trilens.analysis.inspection import Attended, GateSummary, Inspection, LayerRow
+from trilens.report.text.tables import Column, print_table
 
 __all__ = ["print_inspection", "signed", "visible"]
 
 _ESCAPES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 _SHOWN_TOKENS = 12
+_WIDE = 100  # below, the gate of a layer does not fit beside what it attends to
 
 
 def visible(token: str, width: int = 14) -> str:
@@ -36,11 +36,15 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     head = " ".join(visible(token) for token in tokens[-_SHOWN_TOKENS:])
     dots = "… " if len(tokens) > _SHOWN_TOKENS else ""
     console.print(Text(f"{len(tokens)} tokens: {dots}{head}\n"))
-    several = len({gate.name for row in inspection.layers for gate in row.gates}) > 1
-    console.print(_table(inspection.layers, gates=not several))
+    names = {gate.name for row in inspection.layers for gate in row.gates}
+    several = len(names) > 1 or (bool(names) and console.width < _WIDE)
+    _print_layers(inspection.layers, console, gates=not several)
     if several:
         console.print()
-        console.print(_gate_table(inspection.layers))
+        _print_gates(inspection.layers, console)
+    if any(row.states for row in inspection.layers):
+        console.print()
+        _print_states(inspection.layers, console)
     if inspection.next_tokens:
         following = "  ".join(
             f"{visible(item.token)} {item.probability:.3f}" for item in inspection.next_tokens
@@ -50,70 +54,65 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(Text(f"note: {note}", style="dim"))
 
 
-def _gate_table(rows: Sequence[LayerRow]) -> Table:
-    """One row per gate: a hybrid has too many for columns."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("layer", "gate", "open", "dead", "sat."):
-        table.add_column(heading, justify="left" if heading == "gate" else "right", no_wrap=True)
-    for row in rows:
-        for gate in row.gates:
-            cells = (
-                str(row.layer),
-                gate.name,
-                f"{gate.mean:.2f}",
-                f"{gate.dead:.0%}",
-                f"{gate.saturated:.0%}",
-            )
-            table.add_row(*(Text(cell) for cell in cells))
-    return table
+def _print_gates(rows: Sequence[LayerRow], console: Console) -> None:
+    """One row per gate: a hybrid has too many for columns, and a narrow terminal no room."""
+    cells = [[str(row.layer), gate.name, *_shares(gate)] for row in rows for gate in row.gates]
+    columns: list[Column | str] = ["layer", Column("gate", left=True), "open", "dead", "saturated"]
+    print_table(console, columns, cells, keys=2)
 
 
-def _table(rows: Sequence[LayerRow], *, gates: bool) -> Table:
+def _print_states(rows: Sequence[LayerRow], console: Console) -> None:
+    cells = [
+        (str(row.layer), state.part, "×".join(map(str, state.shape)), f"{state.norm:.4g}")
+        for row in rows
+        for state in row.states
+    ]
+    columns: list[Column | str] = [
+        "layer",
+        Column("state", left=True),
+        "shape",
+        "norm after the last token",
+    ]
+    print_table(console, columns, cells, keys=2)
+
+
+def _print_layers(rows: Sequence[LayerRow], console: Console, *, gates: bool) -> None:
     names = sorted({gate.name for row in rows for gate in row.gates}) if gates else []
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("layer", justify="right", no_wrap=True)
-    table.add_column("‖resid‖", justify="right", no_wrap=True)
     attention = any(row.attended for row in rows)
-    if attention:
-        table.add_column("last token attends to (position token weight)", overflow="fold")
-        table.add_column("entropy", justify="right", no_wrap=True)
     effective = any(row.effective for row in rows)
+    columns: list[Column | str] = ["layer", "‖resid‖"]
+    if attention:
+        heading = "last token attends to (position token weight)"
+        columns += [Column(heading, left=True, fold=34), "entropy"]
     if effective:
-        table.add_column("effective attention (position token ±weight)", overflow="fold")
+        heading = "effective attention (position token ±weight)"
+        columns.append(Column(heading, left=True, fold=34))
     for name in names:
-        table.add_column(f"{name} open", justify="right", no_wrap=True)
-        table.add_column("dead", justify="right", no_wrap=True)
-        table.add_column("sat.", justify="right", no_wrap=True)
+        columns += [f"{name} open", "dead", "saturated"]
+    cells = []
     for row in rows:
-        cells = [str(row.layer), f"{row.residual_norm:.2f}"]
+        cells.append([str(row.layer), f"{row.residual_norm:.2f}"])
         if attention:
-            cells.append(
-                "  ".join(
-                    f"{item.position} {visible(item.token)} {item.weight:.2f}"
-                    for item in row.attended
-                )
-                or "–"
-            )
             entropy = row.attention_entropy_nats
-            cells.append("–" if entropy is None else f"{entropy:.2f}")
+            cells[-1].append(_places(row.attended, "{:.2f}".format))
+            cells[-1].append("–" if entropy is None else f"{entropy:.2f}")
         if effective:
-            cells.append(
-                "  ".join(
-                    f"{item.position} {visible(item.token)} {signed(item.weight)}"
-                    for item in row.effective
-                )
-                or "–"
-            )
+            cells[-1].append(_places(row.effective, signed))
         by_name = {gate.name: gate for gate in row.gates}
         for name in names:
-            gate = by_name.get(name)
-            cells += (
-                ["–"] * 3
-                if gate is None
-                else [f"{gate.mean:.2f}", f"{gate.dead:.0%}", f"{gate.saturated:.0%}"]
-            )
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+            cells[-1] += _shares(by_name.get(name))
+    print_table(console, columns, cells)
+
+
+def _places(found: Sequence[Attended], spell: Callable[[float], str]) -> str:
+    words = (f"{item.position} {visible(item.token)} {spell(item.weight)}" for item in found)
+    return "  ".join(words) or "–"
+
+
+def _shares(gate: GateSummary | None) -> list[str]:
+    if gate is None:
+        return ["–"] * 3
+    return [f"{gate.mean:.2f}", f"{gate.dead:.0%}", f"{gate.saturated:.0%}"]
 
 
 def signed(weight: float) -> str:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from trilens.planning.result import Planned
 from trilens.planning.sensitivity import Sensitivity, SensitivityRow, Subject
+from trilens.report.text.tables import Column, print_table
 
 __all__ = ["print_plan", "print_sensitivity"]
 
 _TITLES: dict[Subject, str] = {
-    "block": "blocks alone, the most damaging first",
-    "kind": "kinds of matrices in all blocks, the most damaging first",
-    "matrix": "matrices alone, the most damaging first",
+    "block": "blocks alone, the most sensitive first",
+    "kind": "kinds of matrices in all blocks, the most sensitive first",
+    "matrix": "matrices alone, the most sensitive first",
     "blocks": "blocks 0 … i together",
 }
 
@@ -35,55 +34,57 @@ def print_sensitivity(found: Sensitivity, console: Console) -> None:
         if not rows:
             continue
         console.print(Text(f"\n{title}", style="bold"))
-        console.print(_table(rows))
+        _print_rows(rows, console)
         correlation = found.rank_correlation(subject)
         if correlation is not None:
             console.print(Text(f"rank correlation of predicted and measured KL: {correlation:.2f}"))
     console.print(Text(f"\nweights restored, SHA-256 {found.checksum[:16]}…", style="dim"))
 
 
-def _table(rows: Sequence[SensitivityRow]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("part", overflow="fold")
-    for name in ("matrices", "bits/weight", "output error", "Δ loss (nats)", "KL (nats)"):
-        table.add_column(name, justify="right", no_wrap=True)
-    guessed = any(row.predicted_kl_nats is not None for row in rows)
-    if guessed:
-        table.add_column("predicted KL", justify="right", no_wrap=True)
+def _print_rows(rows: Sequence[SensitivityRow], console: Console) -> None:
+    columns: list[Column | str] = [
+        Column("part", left=True, fold=36),
+        "matrices", "bits/weight", "output error", "Δ loss (nats)", "KL (nats)",
+    ]  # fmt: skip
+    predicted = any(row.predicted_kl_nats is not None for row in rows)
+    if predicted:
+        columns.append("predicted KL")
+    cells = []
     for row in rows:
         prefix = {"block": "block ", "blocks": "blocks 0–"}.get(row.subject, "")
-        cells = [
-            prefix + row.name,
-            str(row.n_matrices),
-            f"{row.bits_per_weight:.3f}",
-            f"{row.output_error:.4f}",
-            f"{row.nll_nats:+.4f}",
-            f"{row.kl_nats:.4f}",
-        ]
-        if guessed:
-            guess = row.predicted_kl_nats
-            cells.append("–" if guess is None else f"{guess:.4f}")
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+        cells.append(
+            [
+                prefix + row.name,
+                str(row.n_matrices),
+                f"{row.bits_per_weight:.3f}",
+                f"{row.output_error:.4f}",
+                f"{row.nll_nats:+.4f}",
+                f"{row.kl_nats:.4f}",
+            ]
+        )
+        if predicted:
+            kl = row.predicted_kl_nats
+            cells[-1].append("–" if kl is None else f"{kl:.4f}")
+    print_table(console, columns, cells)
 
 
 def print_plan(planned: Planned, console: Console) -> None:
     """Draw what each matrix becomes, and what the whole was measured to do."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("matrix", overflow="fold")
-    table.add_column("becomes", no_wrap=True)
-    for name in ("bits/weight", "output error", "KL alone (nats)"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for choice in planned.choices:
-        cells = (
+    columns: list[Column | str] = [
+        Column("matrix", left=True, fold=32), Column("becomes", left=True),
+        "bits/weight", "output error", "KL alone (nats)",
+    ]  # fmt: skip
+    cells = [
+        (
             choice.name,
             choice.choice,
             f"{choice.bits_per_weight:.3f}",
             f"{choice.output_error:.4f}",
             f"{choice.cost_kl_nats:.4f}",
         )
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
+        for choice in planned.choices
+    ]
+    print_table(console, columns, cells)
     damage = planned.damage
     console.print(
         Text(

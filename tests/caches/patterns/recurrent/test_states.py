@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recurrent_cases import normal, unit
+from tolerances import assert_near
 from trilens.caches.patterns.channel.pattern import ChannelPattern
 from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
 from trilens.caches.patterns.recurrent.states import (
@@ -185,9 +186,7 @@ def test_softmax_states_and_what_is_read_of_them() -> None:
     for number, position in enumerate(positions):
         theirs = dict(zip(("numerator", "denominator", "maximum"), found[position], strict=True))
         for name, tensor in ours.items():
-            torch.testing.assert_close(
-                tensor[number].double(), theirs[name], rtol=TOLERANCE, atol=1e-6
-            )
+            assert_near(tensor[number], theirs[name], TOLERANCE, least=1e-30)
     after = [position + 1 for position in positions]
     read = softmax_reads(ours, keys, values, bonus, after)
     assert off(read, torch.stack([outputs[position] for position in after])) <= TOLERANCE

@@ -26,6 +26,7 @@ from trilens.caches.patterns.softmax.fused import summarise
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.storage import distinct_bytes
 from trilens.errors import ValueRangeError
+from trilens.numbers import at_least
 
 __all__ = ["SoftmaxPattern"]
 
@@ -100,12 +101,7 @@ class SoftmaxPattern:
         self._k = k.detach()
         self._scaling = check_number(scaling, "scaling")
         self._causal = bool(causal)
-        if isinstance(query_offset, bool) or not isinstance(query_offset, int) or query_offset < 0:
-            raise ValueRangeError(
-                f"query_offset {query_offset!r} is out of range: it has to be an integer of 0 or "
-                "more"
-            )
-        self._query_offset = query_offset
+        self._query_offset = at_least(0, query_offset, "query_offset")
         self._softcap = None if softcap is None else check_number(softcap, "softcap")
         if self._softcap is not None and self._softcap <= 0:
             raise ValueRangeError(f"softcap {softcap} is out of range: it has to be above 0")

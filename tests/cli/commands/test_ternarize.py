@@ -6,21 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from checkpoint_cases import saved
 from gguf_cases import saved_with_tokenizer
 from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.validation import validate
-from trilens.cli.commands.ternary import register
-
-APP = typer.Typer()
-register(APP)
+from trilens.cli.main import app
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
-        "ternarize", source, "-o", out, "--rule", "exact", "--keep", "o_proj", "--per", "row"
+        "ternarize", source, "-o", out, "--rule", "exact", "--ignore", "o_proj", "--per", "row"
     )
     assert result.exit_code == 0, result.stderr
     report = validate(out)
@@ -51,7 +47,9 @@ def test_ternarize_prints_every_matrix_and_no_praise(source: Path, tmp_path: Pat
 
 def test_json_is_the_report(source: Path, tmp_path: Path) -> None:
     result = run("ternarize", source, "-o", tmp_path / "out", "--format", "json")
-    report = TernaryReport.from_dict(json.loads(result.stdout))
+    found = json.loads(result.stdout)
+    assert (found["format"], found["version"]) == ("trilens.ternary_report", 1)
+    report = TernaryReport.from_dict(found)
     assert report == validate(tmp_path / "out")
     again = run("validate", tmp_path / "out", "--format", "json")
     assert again.stdout == result.stdout
@@ -77,7 +75,11 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
         (("validate", out), 1, "truncated"),
         (("validate", tmp_path / "nowhere"), 2, "nowhere"),
         (("validate", source), 2, "has no trilens-ternary.json: it was not written by"),
-        (("ternarize", source, "-o", tmp_path / "x", "--keep", "nothing"), 2, "matches no tensor"),
+        (
+            ("ternarize", source, "-o", tmp_path / "x", "--ignore", "nothing"),
+            2,
+            "matches no tensor",
+        ),
         (("ternarize", source, "-o", tmp_path / "x", "--rule", "magic"), 2, "magic"),
         (("ternarize", tmp_path / "nowhere", "-o", tmp_path / "x"), 2, "nowhere"),
         (("ternarize", source, "-o", file), 1, "cannot be written"),
@@ -96,7 +98,7 @@ def test_exit_codes(source: Path, tmp_path: Path) -> None:
 def test_gguf_files(tmp_path: Path) -> None:
     source = saved_with_tokenizer(tmp_path / "src")
     out = tmp_path / "m.gguf"
-    result = run("ternarize", source, "-o", out, "--format", "gguf-tq2_0", "--rule", "exact")
+    result = run("ternarize", source, "-o", out, "--to", "gguf-tq2_0", "--rule", "exact")
     assert result.exit_code == 0, result.stderr
     assert "2.062" in result.stdout
     assert "usually unusable" in result.stdout
@@ -106,21 +108,39 @@ def test_gguf_files(tmp_path: Path) -> None:
     assert "the tensors have the hash" in checked.stdout
     as_json = run("validate", out, "--format", "json")
     assert json.loads(as_json.stdout)["architecture"] == "llama"
-    both = ("--format", "json", "--format", "gguf-q2_0")
+    assert json.loads(as_json.stdout)["format"] == "trilens.gguf_report"
+    both = ("--format", "json", "--to", "gguf-q2_0")
     result = run("ternarize", source, "-o", tmp_path / "n.gguf", *both)
     assert json.loads(result.stdout)["tensors"]
     out.write_bytes(out.read_bytes()[:-1])
     cases = [
         (("validate", out), 1, "truncated"),
         (("validate", tmp_path / "nowhere.gguf"), 2, "nowhere"),
-        (("ternarize", source, "-o", out, "--format", "gguf-tq2_0"), 2, "exists"),
-        (("ternarize", source, "-o", tmp_path / "d", "--format", "gguf-tq2_0"), 2, "end in .gguf"),
+        (("ternarize", source, "-o", out, "--to", "gguf-tq2_0"), 2, "exists"),
+        (("ternarize", source, "-o", tmp_path / "d", "--to", "gguf-tq2_0"), 2, "end in .gguf"),
         (("ternarize", source, "-o", tmp_path / "x.gguf"), 2, "pass a gguf format"),
-        (("ternarize", source, "-o", tmp_path / "x", "--format", "onnx"), 2, "'onnx'"),
-        (("ternarize", source, "-o", tmp_path / "x", *both, *both), 2, "at most once"),
+        (("ternarize", source, "-o", tmp_path / "x", "--to", "onnx"), 2, "'onnx'"),
+        (
+            ("ternarize", source, "-o", tmp_path / "x", "--format", "gguf-q2_0"),
+            2,
+            "'table', 'json'",
+        ),
     ]
     for arguments, code, words in cases:
         result = run(*arguments)
         assert result.exit_code == code, arguments
         assert words in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_what_was_written_is_said_at_the_end(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert f"wrote {out}: " in run("ternarize", source, "-o", out).stderr
+    assert run("ternarize", source, "-o", tmp_path / "x", "--dry-run").stderr == ""
+
+
+def test_options_that_need_another(source: Path, tmp_path: Path) -> None:
+    for option in (("--max-tokens", 300), ("--seq-length", 9), ("--batch-size", 2), ("--seed", 1)):
+        result = run("ternarize", source, "-o", tmp_path / "x", *option)
+        assert result.exit_code == 2
+        assert "add --calibrate TEXT" in result.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trilens.cli.text_option import documents_of
+from trilens.cli.run.text import documents_of
 from trilens.demo.corpus import checked_heldout_documents
 from trilens.errors import TextError
 

@@ -1,0 +1,17 @@
+from .activation import ActivationCache as ActivationCache
+from .activation import FullActivationCache as FullActivationCache
+from .attention import AttentionCache as AttentionCache
+from .gate_spec import GateKind as GateKind
+from .gate_spec import GateSpec as GateSpec
+from .gates import GateCache as GateCache
+from .patterns.channel.heads import ChannelHeadsPattern as ChannelHeadsPattern
+from .patterns.channel.pattern import ChannelPattern as ChannelPattern
+from .patterns.channel.pattern import DecayedSoftmaxPattern as DecayedSoftmaxPattern
+from .patterns.protocol import DensePattern as DensePattern
+from .patterns.protocol import Pattern as Pattern
+from .patterns.recurrent.pattern import RecurrentPattern as RecurrentPattern
+from .patterns.relu_l1 import ReluL1Pattern as ReluL1Pattern
+from .patterns.softmax.pattern import SoftmaxPattern as SoftmaxPattern
+from .states import StateCache as StateCache
+from .states import StatePart as StatePart
+from .states import StateSpec as StateSpec

@@ -1,0 +1,14 @@
+from .calibration.options import Calibration as Calibration
+from .evaluate import Sample as Sample
+from .format.damage import Damage as Damage
+from .format.matrix_plan import MatrixPlan as MatrixPlan
+from .format.plan import TernaryPlan as TernaryPlan
+from .format.report import SampleReport as SampleReport
+from .format.report import TensorReport as TensorReport
+from .format.report import TernaryReport as TernaryReport
+from .gguf.report import GgufReport as GgufReport
+from .gguf.report import GgufTensor as GgufTensor
+from .gguf.validation import validate_gguf as validate_gguf
+from .integration import TrilensConfig as TrilensConfig
+from .pipeline import ternarize as ternarize
+from .validation import validate as validate

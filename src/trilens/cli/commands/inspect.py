@@ -1,0 +1,40 @@
+"""Declaration of `trilens inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trilens.cli import options as o
+from trilens.cli.lazy import run
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint directory, hub id, or file of trilens capture."
+        ),
+    ],
+    prompt: o.Prompt = None,
+    layers: o.Layers = None,
+    top_k: o.TopK = 3,
+    effective: o.Effective = False,
+    states: o.States = False,
+    output: o.Output = None,
+    format: o.Format = "table",
+    dtype: o.Dtype = "auto",
+    device_map: o.DeviceMap = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show a prompt layer by layer.
+
+    Per layer: norm of the residual stream, what the last token attends to, the gates; and the most
+    probable next tokens. A file of trilens capture needs no prompt.
+    """
+    run("inspect", locals())

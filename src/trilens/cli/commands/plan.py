@@ -1,0 +1,44 @@
+"""Declaration of `trilens plan`.
+
+Exit codes: 0 done; 1 a file can't be written; 2 an argument is wrong, or the model can't be used;
+3 no plan within the budget keeps the damage within the bound.
+"""
+
+from __future__ import annotations
+
+from trilens.cli import options as o
+from trilens.cli.lazy import run
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: o.Model,
+    data: o.Data,
+    output: o.Output = None,
+    budget_bits: o.Budget = None,
+    max_damage: o.MaxDamage = None,
+    calibrate: o.Calibrate = None,
+    evaluate: o.Evaluate = None,
+    costs: o.Costs = "measured",
+    storage: o.Storage = "compact",
+    scale_dtype: o.ScaleDtype = "float16",
+    max_tokens: o.MaxTokens = 2048,
+    seq_length: o.SeqLength = 256,
+    seed: o.Seed = 0,
+    field: o.Field = "text",
+    dtype: o.Dtype = "float32",
+    device_map: o.DeviceMap = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    format: o.Format = "table",
+    debug: o.Debug = False,
+) -> None:
+    """Plan ternary weights under a budget of bits.
+
+    Under a budget, a bound on the damage, or both. For every matrix: the rule and group size, or
+    none. The whole plan is measured in memory on held-out text: --evaluate, or every other document
+    of --data. Writes a file for ternarize --plan. With --calibrate the plan may name calibrated
+    rules; ternarize then needs the text, too.
+    """
+    run("plan", locals())

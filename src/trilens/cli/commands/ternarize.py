@@ -1,0 +1,50 @@
+"""Declaration of `trilens ternarize`.
+
+Exit codes: 0 done; 1 the output can't be written; 2 an argument is wrong, or the source can't be
+used; 3 more damage than --max-damage allows.
+"""
+
+from __future__ import annotations
+
+from trilens.cli import options as o
+from trilens.cli.lazy import run
+
+__all__ = ["ternarize"]
+
+_STOPPED = "stopped; run the same command again (a directory goes on from here)"
+
+
+def ternarize(
+    model: o.Model,
+    output: o.RequiredOutput,
+    to: o.To = "trilens",
+    rule: o.Rule = "absmean",
+    group_size: o.GroupSize = None,
+    per: o.Per = None,
+    ignore: o.Ignore = None,
+    only: o.Only = None,
+    scale_dtype: o.ScaleDtype = "float32",
+    storage: o.Storage = "two_bit",
+    rotate: o.Rotate = False,
+    plan: o.PlanFile = None,
+    calibrate: o.Calibrate = None,
+    evaluate: o.Evaluate = None,
+    max_damage: o.MaxDamage = None,
+    max_tokens: o.MaxTokens = None,
+    seq_length: o.SeqLength = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    field: o.Field = "text",
+    revision: o.Revision = None,
+    dry_run: o.DryRun = False,
+    format: o.Format = "table",
+    debug: o.Debug = False,
+) -> None:
+    """Write a ternary copy of a checkpoint.
+
+    The output is a new directory, or a new .gguf file. Reports each matrix's weight error and, with
+    --evaluate, the perplexity before and after. A model that was not trained for ternary weights is
+    usually unusable afterwards. With --calibrate: at most 65536 tokens in sequences of 512; a tenth
+    of the documents is held out where --evaluate is not given.
+    """
+    run("ternarize", locals(), stopped=_STOPPED)

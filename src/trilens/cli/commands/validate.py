@@ -1,0 +1,29 @@
+"""Declaration of `trilens validate`.
+
+Exit codes: 0 undamaged; 1 damaged; 2 there is nothing to validate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trilens.cli import options as o
+from trilens.cli.lazy import run
+from trilens.errors import CorruptFileError
+
+__all__ = ["validate"]
+
+
+def validate(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="Directory or GGUF file of trilens ternarize."),
+    ],
+    format: o.Format = "table",
+    debug: o.Debug = False,
+) -> None:
+    """Check every byte of a ternary checkpoint or a GGUF file."""
+    run("validate", locals(), failures=(CorruptFileError,))

@@ -1,0 +1,32 @@
+"""The way from a command's declaration to its work, which imports the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from trilens.cli.errors import one_line_errors
+from trilens.errors import TrilensError
+
+__all__ = ["run"]
+
+
+def run(
+    command: str,
+    options: Mapping[str, Any],
+    *,
+    failures: tuple[type[TrilensError], ...] = (),
+    stopped: str = "",
+) -> None:
+    """Import `trilens.cli.run.<command>` and call its `run` with the command's options.
+
+    Args:
+        command: the module's name.
+        options: `locals()` of the declaration: the options by name; `debug` stays here.
+        failures: as in `one_line_errors`.
+        stopped: likewise.
+    """
+    given = dict(options)
+    with one_line_errors(given.pop("debug"), failures=failures, stopped=stopped):
+        import_module(f"trilens.cli.run.{command}").run(**given)

@@ -1,0 +1,244 @@
+"""The options that commands share: each declared once, with one meaning wherever it stands.
+
+Choices are spelled out here, not imported: help and completion must not load the library.
+`tests/cli/test_options.py` holds them against the library's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+__all__ = [
+    "BatchSize",
+    "Budget",
+    "Calibrate",
+    "Costs",
+    "Data",
+    "Debug",
+    "DeviceMap",
+    "DryRun",
+    "Dtype",
+    "EachMatrix",
+    "Effective",
+    "Evaluate",
+    "FailIf",
+    "Field",
+    "Format",
+    "GroupSize",
+    "Ignore",
+    "Layers",
+    "LogitLens",
+    "Logits",
+    "MaxDamage",
+    "MaxTokens",
+    "Model",
+    "Only",
+    "Output",
+    "Per",
+    "PlanFile",
+    "Predict",
+    "Prompt",
+    "RequiredOutput",
+    "RequiredPrompt",
+    "Residual",
+    "Revision",
+    "Rotate",
+    "Rule",
+    "ScaleDtype",
+    "Seed",
+    "SeqLength",
+    "States",
+    "Storage",
+    "To",
+    "TopK",
+    "TrustRemoteCode",
+    "TypeName",
+]
+
+# Texts
+_TEXT = "file (.txt, .jsonl, .parquet), folder, stdlib or demo"
+Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate", metavar="TEXT", help=f"Text that calibrated rules are fitted on: {_TEXT}."
+    ),
+]
+Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate", metavar="TEXT", help=f"Held-out text to measure the damage on: {_TEXT}."
+    ),
+]
+Field = Annotated[
+    str, typer.Option("--field", metavar="NAME", help="Key of the text in JSONL and Parquet.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", help="Maximum number of tokens.")
+]
+SeqLength = Annotated[
+    int | None, typer.Option("--seq-length", metavar="N", help="Tokens in a sequence.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="Sequences in a forward pass."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything drawn.")]
+
+# Models
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "float64"],
+    typer.Option("--dtype", help="Dtype to load the model in; auto: the checkpoint's."),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option("--device-map", metavar="DEVICE", help="cpu, cuda, cuda:1, auto: transformers'."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub id."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code of the checkpoint.")
+]
+
+# Prompts and captures
+_PROMPT = typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads standard input.")
+Prompt = Annotated[str | None, _PROMPT]
+RequiredPrompt = Annotated[str, _PROMPT]
+Layers = Annotated[
+    str | None,
+    typer.Option("--layers", metavar="LIST", help="Layers, for example 0,2-4. [default: all]"),
+]
+TopK = Annotated[
+    int,
+    typer.Option("--top-k", metavar="K", help="Attended tokens per layer, and next tokens.", min=1),
+]
+Effective = Annotated[
+    bool, typer.Option("--effective", help="Effective attention of recurrent layers, with signs.")
+]
+States = Annotated[bool, typer.Option("--states", help="Recurrent states after the last token.")]
+Residual = Annotated[
+    Literal["last", "all", "none"],
+    typer.Option("--residual", help="Residual stream of the last token, of all, or none."),
+]
+Logits = Annotated[
+    Literal["last", "all", "none"],
+    typer.Option("--logits", help="Logits of the last token, of all, or none."),
+]
+
+# Comparing
+LogitLens = Annotated[
+    Literal["last", "all", "none"],
+    typer.Option("--lens", help="Logit lens of each sequence's last token, of all, or none."),
+]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if",
+        metavar="CONDITION",
+        help="Exit with 3 where it holds: 'kl_nats_mean>0.1', 'perplexity.ratio>1.05'; repeatable.",
+    ),
+]
+
+# Ternary weights
+RuleName: TypeAlias = Literal[
+    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes",
+    "gptq", "gptq_planes", "best", "best_planes",
+]  # fmt: skip
+Rule = Annotated[
+    RuleName,
+    typer.Option(
+        "--rule",
+        metavar="RULE",
+        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes; "
+        "calibrated: gptq, gptq_planes, best, best_planes.",
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option("--group-size", metavar="N", help="Weights of a row that share a scale."),
+]
+Per = Annotated[
+    Literal["tensor", "row", "group"] | None,
+    typer.Option("--per", help="What shares a scale. [default: tensor, group with --group-size]"),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore",
+        metavar="REGEX",
+        help="Matrices that are not quantized, by their names; repeatable.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only", metavar="REGEX", help="The only matrices to quantize, by name; repeatable."
+    ),
+]
+ScaleDtype = Annotated[
+    Literal["float16", "bfloat16", "float32"],
+    typer.Option("--scale-dtype", help="Dtype of the scales."),
+]
+Storage = Annotated[
+    Literal["two_bit", "compact"],
+    typer.Option("--storage", help="Codes of 2 bits, or compact: 1.6 bits."),
+]
+Rotate = Annotated[
+    bool, typer.Option("--rotate", help="Rotate weights and inputs by a Hadamard matrix first.")
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", metavar="FILE", help="Plan of trilens plan, instead of the options of a rule."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Report the sizes from the headers; write nothing.")
+]
+MaxDamage = Annotated[
+    float | None,
+    typer.Option(
+        "--max-damage",
+        metavar="RATIO",
+        help="Maximum ratio of perplexities, after to before; beyond it exit with 3.",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-bits", metavar="BITS", help="Maximum bits per weight of the blocks' matrices."
+    ),
+]
+Costs = Annotated[
+    Literal["measured", "predicted"],
+    typer.Option("--costs", help="Cost of each choice: measured, or predicted (faster)."),
+]
+EachMatrix = Annotated[
+    bool, typer.Option("--each-matrix", help="Measure every matrix alone as well.")
+]
+Predict = Annotated[
+    bool, typer.Option("--predict/--no-predict", help="Predict as well, and compare the ranks.")
+]
+
+# Results
+To = Annotated[
+    Literal["trilens", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
+    typer.Option(
+        "--to", help="What to write: a directory for transformers, or a GGUF file for llama.cpp."
+    ),
+]
+_OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")
+Output = Annotated[Path | None, _OUTPUT]
+RequiredOutput = Annotated[Path, _OUTPUT]
+Format = Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")]
+TypeName = Annotated[
+    str | None,
+    typer.Option("--type", metavar="NAME", help="Types whose name contains this, in full."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

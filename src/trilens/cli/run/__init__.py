@@ -1,0 +1,3 @@
+"""What the commands do: one module each, imported when the command runs."""
+
+__all__: list[str] = []

@@ -1,0 +1,56 @@
+"""`trilens capture`: one forward pass, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from trilens.cli.console import check_file, timed
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
+
+__all__ = ["run"]
+
+Which = Literal["last", "all", "none"]
+
+
+def run(
+    *,
+    model: str,
+    prompt: str,
+    output: Path,
+    residual: Which,
+    attention: bool,
+    gates: bool,
+    effective: bool,
+    states: bool,
+    layers: str | None,
+    logits: Which,
+    dtype: str,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Capture and save."""
+    check_file(output)
+    with timed(output):
+        lens = open_lens(
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        capture = lens.capture(
+            prompt_text(prompt),
+            residual=None if residual == "none" else residual,
+            attention=attention,
+            gates=gates,
+            effective=effective,
+            layers=chosen_layers(layers, lens.n_layers),
+            logits=None if logits == "none" else logits,
+            states=states,
+        )
+        capture.save(output)
+        typer.echo(repr(capture))

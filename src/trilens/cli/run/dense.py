@@ -1,0 +1,70 @@
+"""What `sensitivity` and `plan` share: a dense model with the headers of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trilens.cli.run.prompts import open_lens
+from trilens.errors import ConfigError, UsageError, ValueRangeError
+from trilens.io.hub import local_folder
+from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
+from trilens.lens.lens import Lens
+from trilens.models.tokens import max_positions_of
+from trilens.progress import Progress, Step
+from trilens.text.token_blocks import sample_blocks
+
+__all__ = ["Dense", "counted", "open_dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A model and the headers of the checkpoint that it was read from."""
+
+    lens: Lens
+    headers: dict[str, TensorHeader]
+
+    def blocks(
+        self, documents: Sequence[str], *, length: int, tokens: int, seed: int | None
+    ) -> tuple[Tensor, ...]:
+        """Token blocks drawn from documents, none longer than the model takes."""
+        limit = max_positions_of(self.lens.model)
+        if limit is not None and length > limit:
+            raise ValueRangeError(
+                f"sequence length {length} is out of range: the model takes at most {limit} tokens"
+            )
+        return sample_blocks(
+            self.lens.tokenizer, documents, length=length, tokens=tokens, seed=seed or 0
+        )
+
+
+def open_dense(
+    model: str,
+    *,
+    dtype: str,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Dense:
+    """Open a checkpoint whose weights are not quantized yet.
+
+    Raises:
+        UsageError: they are.
+        LoadError: it can't be loaded.
+    """
+    folder, source = local_folder(model, revision=revision, code=trust_remote_code)
+    if read_json(folder / "config.json", ConfigError).get("quantization_config") is not None:
+        raise UsageError(f"{source} is quantized already: give the checkpoint with dense weights")
+    lens = open_lens(
+        str(folder), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    return Dense(lens, read_headers(folder))
+
+
+def counted(progress: Progress | None) -> Callable[[int, int, str], None] | None:
+    """A callback of three values, until planning calls with a `Step`."""
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(Step(done, total, what))

@@ -1,0 +1,154 @@
+"""`trilens inspect`: a prompt, or a saved capture, layer by layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+from trilens.analysis.inspection import Inspection, inspect_capture
+from trilens.cli.console import check_file, show, show_json, timed
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
+from trilens.errors import UnclaimedGateError, UsageError
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+from trilens.models.tokens import token_strings
+from trilens.report.text.inspection import print_inspection
+
+__all__ = ["inspect_prompt", "run"]
+
+
+def run(
+    *,
+    model: str,
+    prompt: str | None,
+    layers: str | None,
+    top_k: int,
+    effective: bool,
+    states: bool,
+    output: Path | None,
+    format: str,
+    dtype: str,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Inspect and print, or write to a file."""
+    check_file(output)
+    with timed(output):
+        if Path(model).is_file():
+            needless = {
+                "--prompt": prompt, "--layers": layers, "--effective": effective,
+                "--states": states, "--device-map": device_map, "--revision": revision,
+                "--trust-remote-code": trust_remote_code, "--dtype": dtype != "auto",
+            }  # fmt: skip
+            given = [name for name, value in needless.items() if value]
+            if given:
+                raise UsageError(
+                    f"{given[0]} is for a model, and {model} is a file: its capture is shown as it "
+                    "was saved; leave the option out"
+                )
+            inspection = _inspect_saved(Path(model), top_k)
+        elif prompt is None:
+            raise UsageError(f"model {model} needs a prompt: give -p TEXT, or -p - to read it")
+        else:
+            lens = open_lens(
+                model,
+                dtype=dtype,
+                device_map=device_map,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+            name = Path(model).name if Path(model).is_dir() else model
+            inspection = inspect_prompt(
+                lens, name, prompt_text(prompt), layers, top_k, effective=effective, states=states
+            )
+        if format == "json":
+            show_json(inspection.to_dict(), file=output)
+        else:
+            show(partial(print_inspection, inspection), file=output)
+
+
+def _inspect_saved(file: Path, top_k: int) -> Inspection:
+    capture = Capture.load(file)
+    if capture.residual is None:
+        raise UsageError(
+            f"{file} holds no residual stream, so that there are no layers to show: save it again "
+            "with --residual last"
+        )
+    # A capture knows its prompt's tokens as text, and no others.
+    known = dict(zip(capture.token_ids.tolist(), capture.tokens, strict=True))
+    return inspect_capture(
+        capture,
+        name=file.name,
+        top_k=top_k,
+        token_text=lambda token: known.get(token, f"#{token}"),
+    )
+
+
+def inspect_prompt(
+    lens: Lens,
+    name: str,
+    prompt: str,
+    layers: str | None,
+    top_k: int,
+    *,
+    effective: bool,
+    states: bool = False,
+) -> Inspection:
+    """Capture what this model has of a prompt and summarise it; what it has not is a note."""
+    chosen = chosen_layers(layers, lens.n_layers)
+    asked = range(lens.n_layers) if chosen is None else chosen
+    attention, gates, notes = _what_there_is(lens, asked)
+    recurrent = [layer for layer in lens.effective_layers if layer in asked]
+    if effective:
+        notes.append(
+            "effective attention: signed weights of a recurrence's values, the largest by size; "
+            "rows do not sum to 1"
+        )
+    elif recurrent:
+        notes.append("recurrent layers: --effective shows what they attend to")
+
+    def run_once(gates: bool) -> Capture:
+        return lens.capture(
+            prompt,
+            attention=attention,
+            gates=gates,
+            effective=effective,
+            layers=chosen,
+            states=states,
+        )
+
+    try:
+        capture = run_once(gates)
+    except UnclaimedGateError as error:
+        notes.append(f"no gates: {error}")
+        capture = run_once(False)
+    return inspect_capture(
+        capture,
+        name=name,
+        top_k=top_k,
+        token_text=lambda token: token_strings([token], lens.tokenizer)[0],
+        notes=notes,
+    )
+
+
+def _what_there_is(lens: Lens, layers: range | list[int]) -> tuple[bool, bool, list[str]]:
+    """Whether attention and gates can be captured in these layers, and notes on what can't."""
+    anatomy, notes = lens.anatomy, []
+    odd = [layer for layer in layers if layer in anatomy.other_attention]
+    attention = not odd and any(layer in anatomy.attention for layer in layers)
+    if odd:
+        notes.append(f"no attention patterns: layer {odd[0]}: {anatomy.other_attention[odd[0]]}")
+    elif not attention:
+        notes.append("no softmax attention in these layers")
+    gated = {layer for found in lens.gate_layers.values() for layer in found}
+    gates = any(layer in gated for layer in layers)
+    if not gates:
+        notes.append("no gates are proven in these layers")
+    if lens.unused_weights:
+        notes.append(f"{len(lens.unused_weights)} stored tensors have no place in this model")
+    if type(lens.model) in MODEL_FOR_MASKED_LM_MAPPING.values():
+        notes.append("a masked language model: next is what it would put in the last token's place")
+    return attention, gates, notes

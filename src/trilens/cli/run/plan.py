@@ -1,0 +1,107 @@
+"""`trilens plan`: ternary weights under a budget of bits or a bound on the damage."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trilens.checkpoint.format.shards import json_bytes, write_whole
+from trilens.cli.console import check_file, show, show_json, shown_progress, status, timed
+from trilens.cli.run.dense import counted, open_dense
+from trilens.cli.run.text import documents_of
+from trilens.errors import DamageError, UsageError
+from trilens.planning.calibrated_candidates import hessians_of, with_text
+from trilens.planning.candidates import data_free
+from trilens.planning.matrices import find_matrices
+from trilens.planning.planning import Candidates, make_plan
+from trilens.planning.result import PlanOptions
+from trilens.report.text.sensitivity import print_plan
+from trilens.text.token_blocks import set_aside
+
+__all__ = ["run"]
+
+_HELD_OUT_TIMES = 4  # held-out tokens for each token that costs are measured on
+
+
+def run(
+    *,
+    model: str,
+    data: str,
+    output: Path | None,
+    budget_bits: float | None,
+    max_damage: float | None,
+    calibrate: str | None,
+    evaluate: str | None,
+    costs: Any,
+    storage: Any,
+    scale_dtype: Any,
+    max_tokens: int,
+    seq_length: int,
+    seed: int | None,
+    field: str,
+    dtype: str,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    format: str,
+) -> None:
+    """Make a plan, print it, and write it where it keeps within the bound."""
+    options = PlanOptions(
+        budget_bits=budget_bits,
+        max_ratio=max_damage,
+        costs=costs,
+        storage=storage,
+        scale_dtype=scale_dtype,
+    )
+    check_file(output)
+    documents = documents_of(data, field=field)
+    if evaluate is None:
+        documents, held_out = set_aside(documents)
+    else:
+        held_out = documents_of(evaluate, field=field)
+    with timed(output):
+        dense = open_dense(
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        draw = partial(dense.blocks, length=seq_length, seed=seed)
+        blocks = draw(documents, tokens=max_tokens)
+        candidates: Candidates = data_free
+        if calibrate is not None:
+            # The text of --data: without what was set aside of it.
+            texts = documents if calibrate == data else documents_of(calibrate, field=field)
+            texts = tuple(text for text in texts if text not in held_out)
+            if not texts:
+                raise UsageError(
+                    f"all documents of --calibrate {calibrate} are held out: give other text for "
+                    "--calibrate or --evaluate"
+                )
+            matrices = find_matrices(dense.lens, dense.headers)
+            with status("taking the Hessians of the matrices' inputs"):
+                hessians = hessians_of(dense.lens, matrices, draw(texts, tokens=max_tokens))
+            candidates = with_text(hessians)
+        with shown_progress() as progress:
+            planned = make_plan(
+                dense.lens,
+                blocks,
+                draw(held_out, tokens=_HELD_OUT_TIMES * max_tokens),
+                options=options,
+                headers=dense.headers,
+                candidates=candidates,
+                progress=counted(progress),
+            )
+        if format == "json":
+            show_json(planned.to_dict())
+        else:
+            show(partial(print_plan, planned))
+        if not planned.holds:
+            raise DamageError(
+                f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "
+                f"--max-damage is {max_damage}; no plan was written; allow more bits or more damage"
+            )
+        if output is not None:
+            write_whole(output, json_bytes(planned.to_dict()))

@@ -1,0 +1,59 @@
+"""What commands on one prompt share: the model, the prompt, the layers."""
+
+from __future__ import annotations
+
+import sys
+
+from trilens.cli.console import status
+from trilens.errors import UsageError
+from trilens.lens.lens import Lens
+
+__all__ = ["chosen_layers", "open_lens", "prompt_text"]
+
+
+def open_lens(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Lens:
+    """Load a model, with a line on the terminal while it loads."""
+    with status(f"loading {model}"):
+        return Lens.from_pretrained(
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def prompt_text(prompt: str) -> str:
+    """The prompt, or standard input for ``-``."""
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
+    """`0,2-4` → [0, 2, 3, 4]; None for all.
+
+    Raises:
+        UsageError: not a list of layers, or one that the model does not have.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"--layers {text!r} is not a list of layers: write for example 0,2-4")
+        end = int(last) if dash else int(first)
+        if int(first) > end:
+            raise UsageError(f"--layers {part.strip()!r} runs backwards: write {end}-{first}")
+        if end >= n_layers:
+            raise UsageError(
+                f"--layers {part.strip()!r} is out of range: this model has layers 0–{n_layers - 1}"
+            )
+        found += range(int(first), end + 1)
+    return found

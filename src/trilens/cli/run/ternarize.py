@@ -1,0 +1,120 @@
+"""`trilens ternarize`: a ternary copy of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.run import BlockProgress
+from trilens.checkpoint.evaluate import Sample
+from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.pipeline import ternarize
+from trilens.cli.console import show, show_json, shown_progress, timed
+from trilens.cli.run.text import documents_of
+from trilens.errors import UsageError
+from trilens.progress import Progress, Step
+from trilens.report.text.ternary import REPORT_HEAD, print_report
+
+__all__ = ["run"]
+
+
+def run(
+    *,
+    model: str,
+    output: Path,
+    to: Any,
+    rule: Any,
+    group_size: int | None,
+    per: Any,
+    ignore: list[str] | None,
+    only: list[str] | None,
+    scale_dtype: Any,
+    storage: Any,
+    rotate: bool,
+    plan: Path | None,
+    calibrate: str | None,
+    evaluate: str | None,
+    max_damage: float | None,
+    max_tokens: int | None,
+    seq_length: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    field: str,
+    revision: str | None,
+    dry_run: bool,
+    format: str,
+) -> None:
+    """Write the copy, print the report."""
+    options: dict[str, Any] = {
+        "rule": rule,
+        "group_size": group_size,
+        "per": per,
+        "keep": tuple(ignore or ()),
+        "only": tuple(only or ()),
+        "scale_dtype": scale_dtype,
+        "storage": storage,
+        "rotate": rotate,
+    }
+    entries = TernaryPlan(**options) if plan is None else _read_plan(plan, options)
+    fitted: dict[str, Any] = {
+        "tokens": max_tokens,
+        "length": seq_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "max_damage": max_damage,
+    }
+    read = partial(documents_of, field=field)
+    held_out = () if evaluate is None else read(evaluate)
+    calibration = sample = None
+    given = {name: value for name, value in fitted.items() if value is not None}
+    if calibrate is not None:
+        calibration = Calibration(read(calibrate), held_out, **given)
+    elif given:
+        raise UsageError(
+            "--max-tokens, --seq-length, --batch-size, --seed and --max-damage are options of a "
+            "calibration: add --calibrate TEXT"
+        )
+    elif evaluate is not None:
+        sample = Sample(Path(evaluate).name, held_out)
+    with timed(None if dry_run else output), shown_progress() as progress:
+        report = ternarize(
+            model,
+            output,
+            plan=entries,
+            format=to,
+            dry_run=dry_run,
+            revision=revision,
+            calibration=calibration,
+            sample=sample,
+            block_progress=_of_blocks(progress),
+        )
+    if format == "json":
+        show_json({**REPORT_HEAD, **report.to_dict()})
+    else:
+        show(partial(print_report, report))
+
+
+def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
+    """The plan of a file; options beside it would contradict it."""
+    plain = TernaryPlan()
+    given = [name for name, value in options.items() if value not in {getattr(plain, name), None}]
+    if given:
+        option = "ignore" if given[0] == "keep" else given[0].replace("_", "-")
+        raise UsageError(f"--plan and --{option} are both given: the plan file says it all")
+    return TernaryPlan.load(file)
+
+
+def _of_blocks(progress: Progress | None) -> Callable[[BlockProgress], None] | None:
+    """The callback of a calibration, until `ternarize` calls with a `Step`."""
+    if progress is None:
+        return None
+
+    def report(now: BlockProgress) -> None:
+        last = now.n_blocks - 1
+        place = f"layer {now.block} of 0–{last}: " if now.block <= last else ""
+        progress(Step(now.block, now.n_blocks, f"{place}{now.doing}", now.seconds_left))
+
+    return report

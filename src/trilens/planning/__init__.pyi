@@ -1,0 +1,9 @@
+from .matrices import ModelMatrix as ModelMatrix
+from .matrices import find_matrices as find_matrices
+from .planning import make_plan as make_plan
+from .result import MatrixChoice as MatrixChoice
+from .result import Planned as Planned
+from .result import PlanOptions as PlanOptions
+from .sensitivity import Sensitivity as Sensitivity
+from .sensitivity import SensitivityRow as SensitivityRow
+from .sensitivity import measure_sensitivity as measure_sensitivity

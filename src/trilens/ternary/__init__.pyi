@@ -1,0 +1,13 @@
+from .codecs.gguf_blocks import CODECS as CODECS
+from .codecs.gguf_blocks import find_codec as find_codec
+from .codecs.packing import Codec as Codec
+from .codecs.packing import Unpacked as Unpacked
+from .codecs.sparse import decode_csr as decode_csr
+from .codecs.sparse import encode_csr as encode_csr
+from .codecs.sparse import encode_smallest as encode_smallest
+from .granularity import Units as Units
+from .packed.linear import TernaryLinear as TernaryLinear
+from .quantize import PerLayerQuant as PerLayerQuant
+from .rules.fused import PackedQuant as PackedQuant
+from .rules.fused import pack_absmean as pack_absmean
+from .rules.rules import RULES as RULES

@@ -1,0 +1,64 @@
+"""docs/api.md: what is public, one line each, from the docstrings. `python tests/api_page.py`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+__all__ = ["PACKAGES", "PAGE", "names", "page"]
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+PACKAGES = (
+    "trilens",
+    "trilens.analysis",
+    "trilens.caches",
+    "trilens.checkpoint",
+    "trilens.errors",
+    "trilens.planning",
+    "trilens.ternary",
+)
+_HEAD = """# What is public
+
+The names in `__all__` of these packages, and the methods of their classes that do not begin with an
+underscore. Everything else may change. This page is made from the docstrings by
+`python tests/api_page.py`.
+"""
+_DATA = {
+    "__version__": "The version, as a string.",
+    "CODECS": "The exact encodings of trits, by name.",
+    "RULES": "The rules that need no data, by name.",
+    "GateKind": "What a gate is: `sigmoid`, `activation`, `decay`, `step`, `linear` or `router`.",
+    "Progress": "What `progress=` takes: a function of one `Step`.",
+}
+
+
+def names(package: str) -> dict[str, object]:
+    """The public names of a package that are not packages themselves."""
+    module = importlib.import_module(package)
+    found = {name: getattr(module, name) for name in sorted(module.__all__, key=str.lower)}
+    return {name: value for name, value in found.items() if not inspect.ismodule(value)}
+
+
+def _summary(name: str, value: object) -> str:
+    if name in _DATA:
+        return _DATA[name]
+    text = inspect.getdoc(value) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def page() -> str:
+    """The whole page."""
+    first: dict[int, str] = {}
+    parts = [_HEAD]
+    for package in PACKAGES:
+        parts.append(f"\n## {package}\n\n")
+        for name, value in names(package).items():
+            where = first.setdefault(id(value), package)
+            line = _summary(name, value) if where == package else f"See `{where}`."
+            parts.append(f"- `{name}`: {line}\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
