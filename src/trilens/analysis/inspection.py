@@ -258,9 +258,9 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
 
 
 def _states(capture: Capture, layer: int) -> tuple[StateSummary, ...]:
-    states = capture.states
-    if states is None or layer not in states.layers:
+    if not capture.has("states") or layer not in capture.states.layers:
         return ()
+    states = capture.states
     position = states.positions[-1]
     return tuple(
         StateSummary(

@@ -72,7 +72,7 @@ def run(
 
 def _inspect_saved(file: Path, top_k: int) -> Inspection:
     capture = Capture.load(file)
-    if capture.residual is None:
+    if not capture.has("residual"):
         raise UsageError(
             f"{file} holds no residual stream, so that there are no layers to show: save it again "
             "with --residual last"
