@@ -202,7 +202,7 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     text.write_text("\n".join(json.dumps({"text": document}) for document in DOCUMENTS))
     common = ["ternarize", str(small_demo), "--rule", "gptq"]
     given = ["--calibrate", str(text), "--max-tokens", "512", "--seq-length", "64"]
-    strict = ["ternarize", str(small_demo), *given, "--max-damage", "1.001"]
+    strict = ["ternarize", str(small_demo), *given, "--max-perplexity-ratio", "1.001"]
     refused = CliRunner().invoke(app, [*strict, "-o", str(tmp_path / "a")])
     assert refused.exit_code == 3
     assert "Traceback" not in refused.output and refused.stderr.count("\n") == 1
@@ -212,7 +212,8 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, [*common, "-o", str(tmp_path / "c")])
     assert missing.exit_code == 2 and "--calibrate" in missing.stderr
     lone = CliRunner().invoke(
-        app, ["ternarize", str(small_demo), "-o", str(tmp_path / "c"), "--max-damage", "2"]
+        app,
+        ["ternarize", str(small_demo), "-o", str(tmp_path / "c"), "--max-perplexity-ratio", "2"],
     )
     assert lone.exit_code == 2 and "--calibrate" in lone.stderr
 

@@ -30,7 +30,7 @@ def run(
     data: str,
     output: Path | None,
     budget_bits: float | None,
-    max_damage: float | None,
+    max_perplexity_ratio: float | None,
     calibrate: str | None,
     evaluate: str | None,
     costs: Any,
@@ -49,7 +49,7 @@ def run(
     """Make a plan, print it, and write it where it keeps within the bound."""
     options = PlanOptions(
         budget_bits=budget_bits,
-        max_ratio=max_damage,
+        max_ratio=max_perplexity_ratio,
         costs=costs,
         storage=storage,
         scale_dtype=scale_dtype,
@@ -101,7 +101,8 @@ def run(
         if not planned.holds:
             raise DamageError(
                 f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "
-                f"--max-damage is {max_damage}; no plan was written; allow more bits or more damage"
+                f"--max-perplexity-ratio is {max_perplexity_ratio}; no plan was written; allow "
+                "more bits or more damage"
             )
         if output is not None:
             write_whole(output, json_bytes(planned.to_dict()))

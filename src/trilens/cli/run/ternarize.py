@@ -37,7 +37,7 @@ def run(
     plan: Path | None,
     calibrate: str | None,
     evaluate: str | None,
-    max_damage: float | None,
+    max_perplexity_ratio: float | None,
     max_tokens: int | None,
     seq_length: int | None,
     batch_size: int | None,
@@ -64,7 +64,7 @@ def run(
         "length": seq_length,
         "batch_size": batch_size,
         "seed": seed,
-        "max_damage": max_damage,
+        "max_damage": max_perplexity_ratio,
     }
     read = partial(documents_of, field=field)
     held_out = () if evaluate is None else read(evaluate)
@@ -74,8 +74,8 @@ def run(
         calibration = Calibration(read(calibrate), held_out, **given)
     elif given:
         raise UsageError(
-            "--max-tokens, --seq-length, --batch-size, --seed and --max-damage are options of a "
-            "calibration: add --calibrate TEXT"
+            "--max-tokens, --seq-length, --batch-size, --seed and --max-perplexity-ratio are "
+            "options of a calibration: add --calibrate TEXT"
         )
     elif evaluate is not None:
         sample = Sample(Path(evaluate).name, held_out)
