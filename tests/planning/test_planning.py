@@ -15,7 +15,7 @@ from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation, ReferenceLogits
-from trilens.io.safetensors_header import read_headers
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import KEEP, Candidate, data_free, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices

@@ -8,9 +8,11 @@ from typing import Any
 from trilens.checkpoint.coding import entries
 from trilens.checkpoint.format.names import CONFIG_NAME
 from trilens.checkpoint.format.quantization_config import quantization_config
-from trilens.checkpoint.format.shards import json_bytes, sha256_of, write_whole
 from trilens.checkpoint.job import Job
-from trilens.io.safetensors_header import INDEX_NAME, SINGLE_NAME, explicit_name
+from trilens.io.atomic import write_bytes
+from trilens.io.guarded import read_bytes
+from trilens.io.json import json_bytes
+from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME, explicit_name
 
 __all__ = ["DTYPE_NAMES", "write_side_files"]
 
@@ -24,15 +26,12 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     Raises:
         WriteError: no space, no permission.
     """
+    content = {path.name: read_bytes(path) for path in job.side_files}
     index = _index(job)
     if index is not None:
-        name, content = index
-        write_whole(out / name, json_bytes(content))
-    for path in job.side_files:
-        write_whole(out / path.name, path.read_bytes())
-    write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
-    names = [path.name for path in job.side_files] + [CONFIG_NAME]
-    return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
+        content[index[0]] = json_bytes(index[1])
+    content[CONFIG_NAME] = json_bytes(_config(job))
+    return {name: write_bytes(out / name, data) for name, data in content.items()}
 
 
 def _index(job: Job) -> tuple[str, dict[str, Any]] | None:

@@ -28,7 +28,7 @@ from trilens.checkpoint.format.names import (
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile, ShardWriter, sha256_of, write_whole
+from trilens.checkpoint.format.shards import MappedFile, ShardWriter
 from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.source import open_source
@@ -37,12 +37,10 @@ from trilens.checkpoint.job import Job, side_files
 from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, WriteError
+from trilens.io.atomic import write_bytes
 from trilens.io.hub import local_folder
-from trilens.io.safetensors_header import (
-    read_headers,
-    read_json,
-    weight_files,
-)
+from trilens.io.json import read_json
+from trilens.io.weight_files import read_headers, weight_files
 from trilens.models.build import read_config
 from trilens.models.rwkv7 import model as rwkv7
 
@@ -179,15 +177,14 @@ def ternarize(
     digests |= write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
     report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
-    write_whole(out / CARD_NAME, model_card(report).encode())
-    digests[CARD_NAME] = sha256_of(out / CARD_NAME)
+    digests[CARD_NAME] = write_bytes(out / CARD_NAME, model_card(report).encode())
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
     }
     if before is not None:
         shutil.rmtree(before.folder)
-    write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
+    write_bytes(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
 

@@ -14,10 +14,13 @@ from trilens.checkpoint.format.manifest import read_manifest
 from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.checkpoint.format.report import Outcome, TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile, sha256_of
+from trilens.checkpoint.format.shards import MappedFile
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
+from trilens.io.guarded import sha256_of
+from trilens.io.json import read_json
 from trilens.io.messages import clip
-from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
 from trilens.ternary.codecs.compact import expand_rows, is_compact
 from trilens.ternary.packed.linear import holds_code_3, unpack_rows
 

@@ -18,7 +18,7 @@ from trilens.cli.commands.ternary import register
 from trilens.cli.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.demo import DEMO_MODELS, demo_path, training_record
 from trilens.errors import UnclaimedGateError, UsageError
-from trilens.io.tensors import json_text
+from trilens.io.json import json_text
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families

@@ -29,12 +29,12 @@ from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.shards import json_bytes, write_whole
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import plain_weights
 from trilens.errors import CorruptFileError, NonFiniteError
 from trilens.evaluation.perplexity import token_nll_nats
-from trilens.io.safetensors_header import read_json
+from trilens.io.atomic import write_bytes
+from trilens.io.json import json_bytes, read_json
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
@@ -133,7 +133,7 @@ def run_calibration(
     run.blocks()
     run.whole()
     damage = run.damage()
-    write_whole(done, json_bytes(damage.to_dict()))
+    write_bytes(done, json_bytes(damage.to_dict()))
     return store, damage
 
 

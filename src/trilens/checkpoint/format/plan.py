@@ -12,7 +12,8 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
-from trilens.io.messages import reason
+from trilens.io.guarded import read_bytes
+from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
@@ -175,16 +176,13 @@ class TernaryPlan:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """The plan of `to_json`, or of a report that holds one as "plan".
 
         Raises:
             UsageError: no JSON, or as `from_dict`.
         """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"plan is not valid JSON: {error}") from error
+        values = parse_json(text, "plan", UsageError)
         if isinstance(values, dict) and "plan" in values:
             values = values["plan"]
         return cls.from_dict(values)
@@ -196,12 +194,7 @@ class TernaryPlan:
         Raises:
             UsageError: the file cannot be read, or as `from_json`.
         """
-        file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as cause:
-            raise UsageError(f"plan {file} cannot be read: {reason(cause)}") from cause
-        return cls.from_json(text)
+        return cls.from_json(read_bytes(Path(path), UsageError, max_bytes=SIZE_LIMIT_BYTES))
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -21,7 +21,9 @@ from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.validation import validate
 from trilens.errors import ConfigError, UsageError, ValueRangeError
 from trilens.io.hub import local_folder
-from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
+from trilens.io.json import read_json
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
 from trilens.models.build import read_config
 from trilens.models.loading import load_tokenizer
 from trilens.ternary.codecs.compact import expand_rows

@@ -21,12 +21,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
-from trilens.checkpoint.format.shards import json_bytes, write_whole
 from trilens.cli.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.cli.text_option import documents_of
 from trilens.errors import ConfigError, UsageError, ValueRangeError
+from trilens.io.atomic import write_bytes
 from trilens.io.hub import local_folder
-from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
+from trilens.io.json import json_bytes, read_json
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.models.tokens import max_positions_of
 from trilens.planning import sensitivity as parts
@@ -215,7 +217,7 @@ def _plan(
             )
             raise typer.Exit(3)
         if out is not None:
-            write_whole(out, json_bytes(planned.to_dict()))
+            write_bytes(out, json_bytes(planned.to_dict()))
 
 
 def _open(model: str, dtype: str, device_map: str | None, revision: str | None) -> _Opened:

@@ -28,7 +28,7 @@ from trilens.checkpoint.validation import validate
 from trilens.cli.console import DebugOption, FormatOption, console, one_line_errors
 from trilens.cli.text_option import documents_of
 from trilens.errors import CorruptFileError, UsageError
-from trilens.io.tensors import json_text
+from trilens.io.json import json_text
 
 __all__ = ["register"]
 
