@@ -8,16 +8,13 @@ from typing import Any
 from trilens.checkpoint.coding import entries
 from trilens.checkpoint.format.names import CONFIG_NAME
 from trilens.checkpoint.format.quantization_config import quantization_config
-from trilens.checkpoint.job import Job
+from trilens.checkpoint.job import DTYPE_NAMES, Job
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
 from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME, explicit_name
 
-__all__ = ["DTYPE_NAMES", "write_side_files"]
-
-DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-"""Floating-point dtypes, as safetensors and as torch call them."""
+__all__ = ["write_side_files"]
 
 
 def write_side_files(out: Path, job: Job) -> dict[str, str]:
@@ -35,12 +32,12 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
 
 
 def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = explicit_name(job.folder)
-    if [file.name for file in job.files] in ([SINGLE_NAME], [explicit]):
+    explicit = explicit_name(job.source.folder)
+    if [file.name for file in job.source.files] in ([SINGLE_NAME], [explicit]):
         return None
     weight_map = {}
     total = 0
-    for file in job.files:
+    for file in job.source.files:
         for choice, header in job.of_file(file):
             for name, _, _, size_bytes in entries(choice, header, job.plan):
                 weight_map[name] = file.name
@@ -49,13 +46,13 @@ def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
 
 
 def _config(job: Job) -> dict[str, Any]:
-    config = dict(job.config)
+    config = dict(job.source.settings)
     if not config.get("dtype") and not config.get("torch_dtype"):
         # Without it transformers takes the first floating-point tensor's: a scale's.
         sizes: dict[str, int] = {}
-        for header in job.headers.values():
+        for header in job.source.headers.values():
             if header.dtype in DTYPE_NAMES:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = quantization_config(job.plan, job.choices, job.headers)
+    config["quantization_config"] = quantization_config(job.plan, job.choices, job.source.headers)
     return config

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from trilens.checkpoint.auxiliary_files import DTYPE_NAMES, write_side_files
+from trilens.checkpoint.auxiliary_files import write_side_files
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.rollback import rollback
-from trilens.checkpoint.calibration.run import BlockProgress, CalibrationSource
+from trilens.checkpoint.calibration.run import BlockProgress
 from trilens.checkpoint.calibration.store import Store
-from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
+from trilens.checkpoint.coding import code_tensor, entries, planned
 from trilens.checkpoint.evaluate import Baseline, Sample
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal, Order, manifest_bytes, read_manifest
@@ -26,25 +25,18 @@ from trilens.checkpoint.format.names import (
     MANIFEST_NAME,
 )
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile, ShardWriter
-from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.source import open_source
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
-from trilens.checkpoint.job import Job, side_files
+from trilens.checkpoint.job import Job, follow, read_job
 from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
-from trilens.errors import ConfigError, UsageError, WriteError
+from trilens.errors import UsageError, WriteError
 from trilens.io.atomic import write_bytes
-from trilens.io.hub import local_folder
-from trilens.io.json import read_json
-from trilens.io.weight_files import read_headers, weight_files
-from trilens.models.build import read_config
-from trilens.models.rwkv7 import model as rwkv7
 
-__all__ = ["Format", "calibration_source", "ternarize"]
+__all__ = ["Format", "ternarize"]
 
 Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
@@ -127,7 +119,7 @@ def ternarize(
             f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
             "pass a gguf format, for example gguf-tq2_0, or another name"
         )
-    job = _read(src, plan or TernaryPlan(), revision)
+    job = read_job(src, plan or TernaryPlan(), revision=revision)
     if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
             f"rule {job.plan.calibrated[0]!r} looks at what the matrices get: give a calibration "
@@ -139,12 +131,12 @@ def ternarize(
             "one of them out"
         )
     if dry_run:
-        tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
+        tensors = [planned(*pair, job.plan) for pair in job.pairs]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
     out = Path(dst)
-    check_folder(out, job.folder)
+    check_folder(out, job.source.folder)
     order = Order.of(
-        [*job.files, job.folder / CONFIG_NAME, *job.side_files],
+        [*job.source.files, job.source.folder / CONFIG_NAME, *job.side_files],
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
@@ -156,7 +148,7 @@ def ternarize(
         check_damage(found.damage, calibration, written=True)
         return found
     # Measured first: a sample that is no good is refused before anything is written.
-    baseline = Baseline.of(sample, job.folder) if sample else None
+    baseline = Baseline.of(sample, job.source.folder) if sample else None
     is_new = not out.exists()
     make_folder(out)
     _check_space(out, job)
@@ -166,8 +158,7 @@ def ternarize(
     if calibration is not None:
         before, damage = rollback(
             out,
-            _source(job),
-            job.plan,
+            job,
             calibration,
             journal,
             is_new=is_new,
@@ -210,63 +201,12 @@ def _to_gguf(
             "with: write a directory by that rule, then the GGUF file from that directory"
         )
     source = open_source(src, plan, revision=revision)
-    choices = _follow(plan, source.choices)
+    choices = follow(plan, source.choices)
     return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
 
 
-def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> Job:
-    rwkv7.register()
-    folder, source = local_folder(src, revision=revision, code=False)
-    raw = read_json(folder / CONFIG_NAME, ConfigError)
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise UsageError(
-            f"{source} is quantized already ({name!r}): give the checkpoint with plain weights"
-        )
-    config, _ = read_config(folder, trusted=False)
-    headers = read_headers(folder)
-    skeleton = build_skeleton(config, headers)
-    choices = _follow(plan, choose(skeleton, headers))
-    names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
-    if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
-        raise UsageError(f"{source} has tensors named like packed parts: they would collide")
-    job = Job(
-        folder,
-        raw,
-        weight_files(folder),
-        headers,
-        choices,
-        plan,
-        side_files(folder),
-        config,
-        type(skeleton),
-    )
-    overrides(job.plan, job.choices, job.headers)  # refuses before anything is written
-    return job
-
-
-def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-    """What the plan's expressions leave of what is possible."""
-    possible = [choice.name for choice in choices if choice.storage != "kept"]
-    kept = plan.chosen(possible, [choice.name for choice in choices])
-    if len(kept) == len(possible):
-        raise UsageError(
-            "nothing is left to make ternary: the checkpoint has no linear layer of a block that "
-            "the plan does not keep"
-        )
-    return tuple(
-        replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice
-        for choice in choices
-    )
-
-
 def _check_space(out: Path, job: Job) -> None:
-    needed = sum(
-        size_bytes
-        for choice in job.choices
-        for *_, size_bytes in entries(choice, job.headers[choice.name], job.plan)
-    )
+    needed = sum(size_bytes for pair in job.pairs for *_, size_bytes in entries(*pair, job.plan))
     there = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     free = shutil.disk_usage(out).free
     if needed - there > free:
@@ -284,7 +224,7 @@ def _write_shards(
 ) -> tuple[list[TensorReport], dict[str, str]]:
     tensors: list[TensorReport] = []
     digests: dict[str, str] = {}
-    for file in job.files:
+    for file in job.source.files:
         shard = out / file.name
         done = journal.finished(shard)
         if done is None:
@@ -295,26 +235,6 @@ def _write_shards(
     return tensors, digests
 
 
-def calibration_source(
-    src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None = None
-) -> CalibrationSource:
-    """A checkpoint as `run_calibration` takes it, for studies of rules without any output.
-
-    Raises: as `ternarize`, for a source or a plan that cannot be used.
-    """
-    return _source(_read(src, plan, revision))
-
-
-def _source(job: Job) -> CalibrationSource:
-    mapped = {file: MappedFile(file) for file in job.files}
-    tensors = {
-        name: tensor_of(header, mapped[header.file])
-        for name, header in job.headers.items()
-        if header.dtype in DTYPE_NAMES
-    }
-    return CalibrationSource(job.folder, job.model_config, job.model_class, tensors, job.choices)
-
-
 def _write_shard(
     shard: Path,
     file: Path,
@@ -322,7 +242,7 @@ def _write_shard(
     before: Store | None,
     progress: Callable[[TensorReport], None] | None,
 ) -> tuple[str, list[TensorReport]]:
-    mapped = MappedFile(file)
+    mapped = job.source.mapped(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:

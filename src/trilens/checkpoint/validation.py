@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 import torch
 
-from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts, tensor_of
+from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts
 from trilens.checkpoint.format.manifest import read_manifest
 from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.checkpoint.format.report import Outcome, TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import MappedFile
+from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
 from trilens.io.guarded import sha256_of
 from trilens.io.json import read_json
@@ -61,7 +62,9 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
         ) from cause
     for name, claim in files.items():
         _check_file(folder, name, claim)
-    config = read_json(folder / CONFIG_NAME, ConfigError).get("quantization_config")
+    config = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True).get(
+        "quantization_config"
+    )
     if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
         raise CorruptFileError(f"{folder} has a {CONFIG_NAME} without its quantization_config")
     headers = read_headers(folder)

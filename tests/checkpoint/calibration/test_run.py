@@ -24,7 +24,7 @@ from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.gguf import validate_gguf
-from trilens.checkpoint.pipeline import calibration_source
+from trilens.checkpoint.job import read_job
 from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import DamageError, NonFiniteError, TextError, UsageError
@@ -108,9 +108,7 @@ def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None
     for rule in ("exact", "gptq", "best"):
         plan = TernaryPlan(rule, group_size=128, only=("self_attn",))  # type: ignore[arg-type]
         folder = tmp_path / rule
-        store, _ = run.run_calibration(
-            calibration_source(small_demo, plan), plan, calibration(), folder
-        )
+        store, _ = run.run_calibration(read_job(small_demo, plan), calibration(), folder)
         last = store.records[-1]
         errors[rule] = last.error
         if rule.startswith("best"):
@@ -245,9 +243,7 @@ def test_experts_are_judged_on_the_tokens_that_reach_them(model_type: str, tmp_p
     errors: dict[str, dict[tuple[str, int], float]] = {}
     for rule in ("exact", "gptq"):
         plan = TernaryPlan(rule, per="row")  # type: ignore[arg-type]
-        store, damage = run.run_calibration(
-            calibration_source(source, plan), plan, calibration(), tmp_path / rule
-        )
+        store, damage = run.run_calibration(read_job(source, plan), calibration(), tmp_path / rule)
         found = [m for r in store.records for m in r.matrices if "experts" in m.name]
         reached = {(m.name, m.expert) for m in found if m.n_tokens}
         share = model.config.num_experts_per_tok / model.config.num_local_experts

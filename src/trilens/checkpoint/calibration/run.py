@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.skeleton import Choice
+from trilens.checkpoint.job import Job
 from trilens.checkpoint.rotation import plain_weights
 from trilens.errors import CorruptFileError, NonFiniteError
 from trilens.evaluation.perplexity import token_nll_nats
@@ -41,7 +40,7 @@ from trilens.models.tokens import max_positions_of, vocab_size_of
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockProgress", "CalibrationSource", "run_calibration"]
+__all__ = ["BlockProgress", "run_calibration"]
 
 _DAMAGE_NAME = "damage.json"
 
@@ -65,28 +64,8 @@ class BlockProgress:
     error: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationSource:
-    """A checkpoint that was read.
-
-    Attributes:
-        folder: Its directory.
-        config: Its configuration.
-        model_class: The class its tensors fill.
-        tensors: The stored tensors, mapped.
-        choices: What becomes of each.
-    """
-
-    folder: Path
-    config: Any
-    model_class: type
-    tensors: Mapping[str, Tensor]
-    choices: tuple[Choice, ...]
-
-
 def run_calibration(
-    source: CalibrationSource,
-    plan: TernaryPlan,
+    job: Job,
     calibration: Calibration,
     folder: Path,
     *,
@@ -97,8 +76,7 @@ def run_calibration(
     """Code every matrix with the help of a text, and measure the damage.
 
     Args:
-        source: the checkpoint.
-        plan: the rule and its options.
+        job: the checkpoint, and the plan.
         calibration: the text.
         folder: where finished blocks are kept; of the same source, plan and text.
         rule: a calibrated rule in place of the plan's.
@@ -122,10 +100,11 @@ def run_calibration(
     if done.is_file():
         return store, _read_damage(done)
     torch.manual_seed(calibration.seed)
-    model, tokenizer = load_mapped(source.folder, source.model_class, source.config, source.tensors)
+    source, plan, tensors = job.source, job.plan, job.tensors
+    model, tokenizer = load_mapped(source.folder, job.model_class, source.config, tensors)
     drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
-    placed = place_choices(model, anatomy, source.choices, source.tensors)
+    placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or FitOptions(seed=calibration.seed)
