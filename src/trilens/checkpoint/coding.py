@@ -21,10 +21,9 @@ from trilens.checkpoint.source import tensor_of
 from trilens.errors import WriteError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.ternary.calibrated.rules import n_planes_of
-from trilens.ternary.codecs.compact import compact_rows
 from trilens.ternary.codecs.packing import Base3, TwoBit
+from trilens.ternary.codecs.rows import compact_rows, pack_rows
 from trilens.ternary.granularity import resolve_units
-from trilens.ternary.packed.linear import pack_rows
 from trilens.ternary.quantize import PerLayerQuant, Scale
 from trilens.ternary.rules.kernels import parallel_map
 from trilens.ternary.rules.rules import RuleName

@@ -22,8 +22,7 @@ from trilens.io.json import read_json
 from trilens.io.messages import clip
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
-from trilens.ternary.codecs.compact import expand_rows, is_compact
-from trilens.ternary.packed.linear import holds_code_3, unpack_rows
+from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
 __all__ = ["validate"]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.checkpoint.calibration.coder import (
+from trilens.checkpoint.calibration.block_job import (
     BlockJob,
     BlockMatrix,
-    code_block,
     held_weight,
     put_matrix,
     rule_of,
 )
+from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.coder import code_block
 from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.options import Calibration, Drawn, draw

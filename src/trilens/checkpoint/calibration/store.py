@@ -18,7 +18,8 @@ from torch import Tensor
 from trilens.errors import CorruptFileError, TrilensError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_bytes, read_json
-from trilens.ternary.packed.linear import Packed, unpack_rows
+from trilens.ternary.codecs.rows import unpack_rows
+from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockRecord", "EndToEndRecord", "MatrixRecord", "Store"]

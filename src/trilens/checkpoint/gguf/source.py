@@ -19,9 +19,8 @@ from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, ValueRangeError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.models.loading import load_tokenizer
-from trilens.ternary.codecs.compact import expand_rows
+from trilens.ternary.codecs.rows import expand_rows, unpack_rows
 from trilens.ternary.granularity import Per
-from trilens.ternary.packed.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RuleName
 
