@@ -30,6 +30,7 @@ from trilens.errors import (
     WriteError,
 )
 from trilens.io import atomic
+from trilens.progress import Step
 from trilens.ternary.quantize import PerLayerQuant
 
 PLANS = {
@@ -268,15 +269,16 @@ def test_shards_that_are_whole_are_not_written_again(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "src", shard_size="150KB")
     seen: list[str] = []
 
-    def stop(report) -> None:
-        seen.append(report.name)
+    def stop(step: Step) -> None:
+        assert step.done == len(seen) + 1
+        seen.append(step.what)
         if len(seen) == 30:
             raise Killed
 
     with pytest.raises(Killed):
         ternarize(source, tmp_path / "out", progress=stop)
     again: list[str] = []
-    report = ternarize(source, tmp_path / "out", progress=lambda r: again.append(r.name))
+    report = ternarize(source, tmp_path / "out", progress=lambda step: again.append(step.what))
     assert 0 < len(again) < len(report.tensors)
     assert set(again) | set(seen) == {tensor.name for tensor in report.tensors}
 

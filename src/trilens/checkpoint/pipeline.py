@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 from trilens.checkpoint.auxiliary_files import write_side_files
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.rollback import rollback
-from trilens.checkpoint.calibration.run import BlockProgress
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.coding import code_tensor, entries, planned
 from trilens.checkpoint.evaluate import Baseline, Sample
@@ -35,6 +33,7 @@ from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, WriteError
 from trilens.io.atomic import write_bytes
+from trilens.progress import Progress, Step
 
 __all__ = ["Format", "ternarize"]
 
@@ -51,8 +50,7 @@ def ternarize(
     revision: str | None = None,
     calibration: Calibration | None = None,
     sample: Sample | None = None,
-    progress: Callable[[TensorReport], None] | None = None,
-    block_progress: Callable[[BlockProgress], None] | None = None,
+    progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
 
@@ -77,8 +75,7 @@ def ternarize(
             without one only the rules that need no data can be asked.
         sample: a text on which source and result are measured; the finding stands in the report
             and in the model card.
-        progress: called with each tensor's report.
-        block_progress: called while a calibration runs.
+        progress: called with each block while a calibration runs, then with each tensor written.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
@@ -89,8 +86,8 @@ def ternarize(
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
         WriteError: the output cannot be written.
-        DamageError: the perplexity rises by more than the calibration's `max_damage`. Nothing is
-            left behind.
+        DamageError: the perplexity rises by more than the calibration's `max_perplexity_ratio`;
+            nothing is left behind.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
@@ -162,7 +159,7 @@ def ternarize(
             calibration,
             journal,
             is_new=is_new,
-            say=block_progress,
+            progress=progress,
         )
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= write_side_files(out, job)
@@ -187,7 +184,7 @@ def _to_gguf(
     format: GgufFormat,
     revision: str | None,
     dry_run: bool,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
 ) -> TernaryReport:
     check_place(out)
     plan = plan or TernaryPlan()
@@ -220,7 +217,7 @@ def _write_shards(
     job: Job,
     journal: Journal,
     before: Store | None,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
 ) -> tuple[list[TensorReport], dict[str, str]]:
     tensors: list[TensorReport] = []
     digests: dict[str, str] = {}
@@ -228,7 +225,7 @@ def _write_shards(
         shard = out / file.name
         done = journal.finished(shard)
         if done is None:
-            done = _write_shard(shard, file, job, before, progress)
+            done = _write_shard(shard, file, job, before, progress, len(tensors))
             journal.add(shard.name, *done)
         digests[shard.name] = done[0]
         tensors += done[1]
@@ -240,7 +237,8 @@ def _write_shard(
     file: Path,
     job: Job,
     before: Store | None,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
+    n_before: int,
 ) -> tuple[str, list[TensorReport]]:
     mapped = job.source.mapped(file)
     todo = job.of_file(file)
@@ -249,5 +247,5 @@ def _write_shard(
         for choice, header in todo:
             reports.append(code_tensor(choice, header, job.plan, mapped, writer, before=before))
             if progress is not None:
-                progress(reports[-1])
+                progress(Step(n_before + len(reports), len(job.choices), choice.name))
         return writer.commit(), reports

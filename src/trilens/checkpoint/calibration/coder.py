@@ -52,7 +52,7 @@ def code_block(
     runner: BlockRunner,
     job: BlockJob,
     dense_after: Callable[[nn.Module], Stream],
-    say: Callable[[str], None] = lambda _: None,
+    observe: Callable[[str], None] = lambda _: None,
 ) -> CodedBlock:
     """Code a block's matrices and fit what else may move.
 
@@ -60,7 +60,7 @@ def code_block(
         runner: runs blocks.
         job: what to do.
         dense_after: makes the dense model's residual stream after the block, from its dense twin.
-        say: told what is going on.
+        observe: called with the name of what is coded next.
 
     Raises:
         NonFiniteError: the model gives NaN or Inf on the text, or holds it.
@@ -80,12 +80,12 @@ def code_block(
     for path, why in unseen.items():
         coder.code_without_inputs(by_path[path], why)
     for stage in stages:
-        say(", ".join(path.rpartition(".")[2] for path in stage.members))
+        observe(", ".join(path.rpartition(".")[2] for path in stage.members))
         coder.code_stage(stage, by_path)
     for name in experts:
-        say(name.rpartition(".")[2])
+        observe(name.rpartition(".")[2])
         coder.code_experts(name, [matrix for matrix in parts if matrix.parameter == name])
-    say("norms, biases, scales")
+    observe("norms, biases, scales")
     return coder.finish(after)
 
 

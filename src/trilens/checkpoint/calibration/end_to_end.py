@@ -171,7 +171,7 @@ def fit_end_to_end(
     batches: Sequence[Batch],
     dense: Stream,
     options: FitOptions,
-    say: Callable[[float], None] = lambda _: None,
+    observe: Callable[[float], None] = lambda _: None,
 ) -> EndToEndFit:
     """Fit all blocks together.
 
@@ -181,7 +181,7 @@ def fit_end_to_end(
         batches: the text.
         dense: the dense model's residual stream after its last block.
         options: how long, how fast.
-        say: told how much of the work is done, 0 to 1.
+        observe: called with the share of the work that is done, in [0, 1].
 
     Memory: one block in float32 three times, 1 byte for each ternary weight of the model (2 with
     two planes), 12 bytes for each scale; a batch's residual stream between all blocks, its
@@ -212,7 +212,7 @@ def fit_end_to_end(
     done = 0
     for _ in range(options.whole_passes):
         for i in torch.randperm(len(batches), generator=generator).tolist():
-            say(done / n_steps)
+            observe(done / n_steps)
             adam.zero_grad()
             model.learn(batches[i], wanted(batches[i]))
             adam.step()

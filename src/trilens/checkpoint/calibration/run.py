@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,31 +36,13 @@ from trilens.io.json import json_bytes, read_json
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
+from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockProgress", "run_calibration"]
+__all__ = ["run_calibration"]
 
 _DAMAGE_NAME = "damage.json"
-
-
-@dataclass(frozen=True, slots=True)
-class BlockProgress:
-    """Where a calibration is.
-
-    Attributes:
-        block: The block's number; `n_blocks` when all are coded.
-        n_blocks: How many there are.
-        doing: What is going on in it.
-        seconds_left: Of the whole calibration, once a block is finished.
-        error: Relative error of the last finished block's output.
-    """
-
-    block: int
-    n_blocks: int
-    doing: str
-    seconds_left: float | None
-    error: float | None
 
 
 def run_calibration(
@@ -71,7 +52,7 @@ def run_calibration(
     *,
     rule: CalibratedRule | None = None,
     fit: FitOptions | None = None,
-    say: Callable[[BlockProgress], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Store, Damage]:
     """Code every matrix with the help of a text, and measure the damage.
 
@@ -81,7 +62,7 @@ def run_calibration(
         folder: where finished blocks are kept; of the same source, plan and text.
         rule: a calibrated rule in place of the plan's.
         fit: how norms, biases and scales are fitted, for rules that do so.
-        say: told of progress.
+        progress: called with the block at work; `done` are the blocks before it.
 
     Raises:
         TextError: text that is too short, empty or all alike.
@@ -108,7 +89,7 @@ def run_calibration(
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or FitOptions(seed=calibration.seed)
-    run = _Run(runner, placed, plan, calibration, drawn, store, say, rule, fit)
+    run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit)
     run.blocks()
     run.whole()
     damage = run.damage()
@@ -127,14 +108,14 @@ class _Run:
         calibration: Calibration,
         drawn: Drawn,
         store: Store,
-        say: Callable[[BlockProgress], None] | None,
+        progress: Progress | None,
         rule: CalibratedRule | None,
         fit: FitOptions,
     ) -> None:
         self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
-        self.say = say
+        self.progress = progress
         size = calibration.batch_size
         self.text = batches_of(drawn.blocks, size)
         self.apart = batches_of(drawn.evaluation, size, start=self.text[-1].stop)
@@ -155,7 +136,7 @@ class _Run:
     def damage(self) -> Damage:
         """Measure the perplexity of both models on the text set apart."""
         last = self.runner.n_blocks
-        self._tell(last, "perplexity")
+        self._report(last, "perplexity")
         before = self._perplexity(self._stream("dense", last), self.apart)
         whole = self.store.whole
         if whole is None or not (whole.matrices or whole.vectors):
@@ -202,10 +183,10 @@ class _Run:
             return make
 
         def dense_after(block: nn.Module) -> Stream:
-            self._tell(index, "dense block")
+            self._report(index, "dense block")
             return self._write("dense", index + 1, after(dense, block))
 
-        coded = code_block(self.runner, job, dense_after, lambda doing: self._tell(index, doing))
+        coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, after(ternary, coded.module))
         self.store.add(coded.record, coded.quants, coded.vectors)
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
@@ -220,12 +201,12 @@ class _Run:
             return
         last, began = self.runner.n_blocks, time.monotonic()
 
-        def say(share: float) -> None:
+        def observe(share: float) -> None:
             left = (time.monotonic() - began) * (1 - share) / share if share else None
-            self._tell(last, f"all blocks together, {share:.0%}", left)
+            self._report(last, f"all blocks together, {share:.0%}", left)
 
         found = fit_end_to_end(
-            self.runner, finished, self.text, self._stream("dense", last), self.fit, say
+            self.runner, finished, self.text, self._stream("dense", last), self.fit, observe
         )
         quants: dict[tuple[str, int], PerLayerQuant] = {}
         vectors: dict[str, Tensor] = {}
@@ -311,15 +292,16 @@ class _Run:
         path, _ = write_stream(self._path(name, index), self.all, make)
         return Stream(path, self.width, self.n_tokens)
 
-    def _tell(self, index: int, doing: str, left: float | None = None) -> None:
-        if self.say is None:
+    def _report(self, index: int, what: str, left: float | None = None) -> None:
+        if self.progress is None:
             return
-        if self.finished_now and index < self.runner.n_blocks:
-            spent = time.monotonic() - self.began
-            left = spent / self.finished_now * (self.runner.n_blocks - index)
-        records = self.store.records
-        error = records[-1].error if records else None
-        self.say(BlockProgress(index, self.runner.n_blocks, doing, left, error))
+        total = self.runner.n_blocks
+        if index < total:
+            what = f"layer {index} of 0–{total - 1}: {what}"
+            if self.finished_now:
+                spent = time.monotonic() - self.began
+                left = spent / self.finished_now * (total - index)
+        self.progress(Step(index, total, what, left))
 
 
 def _read_damage(path: Path) -> Damage:

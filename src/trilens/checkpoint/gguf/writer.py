@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +27,7 @@ from trilens.checkpoint.gguf.tokenizer import read_vocabulary
 from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
 from trilens.errors import CorruptFileError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
+from trilens.progress import Progress, Step
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
 
@@ -46,7 +46,7 @@ def write_gguf(
     out: Path,
     *,
     dry_run: bool = False,
-    progress: Callable[[TensorReport], None] | None = None,
+    progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a checkpoint as one GGUF file.
 
@@ -61,7 +61,7 @@ def write_gguf(
         format: of the ternary tensors. Kept matrices keep their dtype, kept vectors are float32.
         out: the file, which must not exist.
         dry_run: report what would be stored, write nothing.
-        progress: called with each tensor's report.
+        progress: called with each tensor that was written.
 
     Raises:
         UsageError: the architecture, the plan or the tokenizer does not fit; `out` exists.
@@ -146,7 +146,7 @@ def _write(
     todo: list[GgufSlot],
     plan: TernaryPlan,
     format: GgufFormat,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
 ) -> list[TensorReport]:
     reports = []
     try:
@@ -161,7 +161,7 @@ def _write(
                 report = slot.report(decoded_exactly=True)
             reports.append(report)
             if progress is not None:
-                progress(report)
+                progress(Step(len(reports), len(todo), slot.name))
     finally:
         writer.close()
     return reports

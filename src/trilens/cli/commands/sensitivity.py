@@ -180,7 +180,7 @@ def _plan(
     """
     with one_line_errors(debug):
         values: dict[str, Any] = {"costs": costs, "storage": storage, "scale_dtype": scale_dtype}
-        options = PlanOptions(budget_bits=budget_bits, max_ratio=max_damage, **values)
+        options = PlanOptions(budget_bits=budget_bits, max_perplexity_ratio=max_damage, **values)
         if out is not None and out.is_dir():
             raise UsageError(f"output {out} is a directory: name a file for the plan")
         documents = documents_of(data, field=field)

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from trilens.checkpoint.calibration.options import Calibration
-from trilens.checkpoint.calibration.run import BlockProgress
 from trilens.checkpoint.evaluate import Sample
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
@@ -29,6 +28,7 @@ from trilens.cli.console import DebugOption, FormatOption, console, one_line_err
 from trilens.cli.text_option import documents_of
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.json import json_text
+from trilens.progress import Step
 
 __all__ = ["register"]
 
@@ -155,7 +155,12 @@ def _ternarize(
         }
         plan = TernaryPlan(**options) if plan_file is None else _read_plan(plan_file, options)
         written, printed = _formats(formats or [])
-        wanted = {"tokens": tokens, "length": length, "seed": seed, "max_damage": max_damage}
+        wanted = {
+            "tokens": tokens,
+            "length": length,
+            "seed": seed,
+            "max_perplexity_ratio": max_damage,
+        }
         calibration = _calibration(calibrate, evaluate, wanted)
         with _shown_progress() as say:
             report = ternarize(
@@ -167,7 +172,7 @@ def _ternarize(
                 revision=revision,
                 calibration=calibration,
                 sample=None if sample is None else _sample(sample),
-                block_progress=say,
+                progress=say,
             )
         _print(report, printed)
 
@@ -216,7 +221,7 @@ def _calibration(
 
 
 @contextmanager
-def _shown_progress() -> Iterator[Callable[[BlockProgress], None] | None]:
+def _shown_progress() -> Iterator[Callable[[Step], None] | None]:
     """A bar on a terminal, with the time left; nothing where stderr is no terminal."""
     shown = Console(stderr=True)
     if not shown.is_terminal:
@@ -228,11 +233,9 @@ def _shown_progress() -> Iterator[Callable[[BlockProgress], None] | None]:
     ) as bar:  # fmt: skip
         task = bar.add_task("reading", total=None, left="")
 
-        def say(now: BlockProgress) -> None:
+        def say(now: Step) -> None:
             left = "" if now.seconds_left is None else f"{now.seconds_left:.0f} s left"
-            coding = now.block < now.n_blocks
-            doing = f"block {now.block + 1} of {now.n_blocks}: {now.doing}" if coding else now.doing
-            bar.update(task, total=now.n_blocks, completed=now.block, description=doing, left=left)
+            bar.update(task, total=now.total, completed=now.done, description=now.what, left=left)
 
         yield say
 
