@@ -190,7 +190,7 @@ def _to_gguf(
     plan = plan or TernaryPlan()
     if plan.rotate:
         raise UsageError(
-            "rotate cannot be said in a GGUF file: engines would not turn the inputs; leave it out"
+            "rotate has no place in a GGUF file: engines would not rotate the inputs; leave it out"
         )
     if plan.calibrated:
         raise UsageError(

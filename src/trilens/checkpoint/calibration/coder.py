@@ -1,6 +1,6 @@
 """One block: its matrices coded in the order in which data runs through them, then the fit.
 
-Each matrix is judged on the inputs that the ternary matrices before it give. A dense twin of the
+Each matrix is fitted to the inputs that the ternary matrices before it give. A dense twin of the
 block, run on the dense model's residual stream, says what its outputs should be.
 """
 

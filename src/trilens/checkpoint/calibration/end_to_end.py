@@ -84,7 +84,7 @@ class _Block:
         }
 
     @property
-    def moving(self) -> list[Tensor]:
+    def trainable(self) -> list[Tensor]:
         factors = [factor for matrix in self.matrices.values() for factor in matrix.factors]
         return factors + list(self.steps.values())
 
@@ -195,8 +195,8 @@ def fit_end_to_end(
             return torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
 
     nothing: EndToEndFit = EndToEndFit(tuple({} for _ in parts), tuple({} for _ in parts), 0.0, 0.0)
-    moving = [tensor for part in parts for tensor in part.moving]
-    if not moving or not batches or options.whole_passes == 0:
+    trainable = [tensor for part in parts for tensor in part.trainable]
+    if not trainable or not batches or options.whole_passes == 0:
         return nothing
     probed = batches[:_PROBED]
     before = model.measure(probed, wanted)
@@ -204,7 +204,7 @@ def fit_end_to_end(
         return nothing
     # What is nearly right needs small steps.
     rate = options.whole_rate * min(1.0, before)
-    adam = torch.optim.Adam(moving, lr=rate)
+    adam = torch.optim.Adam(trainable, lr=rate)
     batches = pieces_of(batches, options.step_tokens)
     n_steps = options.whole_passes * len(batches)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)

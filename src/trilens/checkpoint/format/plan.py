@@ -28,7 +28,7 @@ Storage: TypeAlias = Literal["two_bit", "compact"]
 class TernaryPlan:
     """How to make a checkpoint ternary.
 
-    The linear layers of the blocks are made ternary; embeddings, unembedding, norms, routers,
+    The linear layers of the blocks become ternary; embeddings, unembedding, norms, routers,
     convolutions and one-dimensional tensors are kept as they are, whatever the plan says.
 
     Attributes:
@@ -101,7 +101,7 @@ class TernaryPlan:
         """Which of the matrices the plan keeps, and why.
 
         Args:
-            names: The matrices that can be made ternary.
+            names: The matrices that can become ternary.
             all_names: Every tensor of the checkpoint.
 
         Returns:
@@ -109,7 +109,7 @@ class TernaryPlan:
 
         Raises:
             UsageError: an expression in `keep` that matches no tensor, or one in `only` that
-                matches no matrix that can be made ternary, or an entry of `matrices` for
+                matches no matrix that can become ternary, or an entry of `matrices` for
                 something else than such a matrix.
         """
         matrices, everything = list(names), list(all_names)
@@ -117,7 +117,7 @@ class TernaryPlan:
         if foreign:
             raise UsageError(
                 f"plan has an entry for {foreign[0]!r}, which is no linear layer of a block that "
-                f"can be made ternary: {_hint(matrices)}"
+                f"can become ternary: {_hint(matrices)}"
             )
         for expression in self.keep:
             if not any(re.search(expression, name) for name in everything):

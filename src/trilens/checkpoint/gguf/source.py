@@ -69,7 +69,7 @@ class GgufSource:
         model: The skeleton.
         headers: Every tensor; of a ternary checkpoint as it was before.
         choices: What is to become of each.
-        plan: How the weights were made ternary; None for plain weights.
+        plan: How the weights were ternarized; None for dense weights.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -181,10 +181,10 @@ def open_source(
 
 
 def _check_settings(settings: dict[str, Any], name: str) -> None:
-    said = {key for key, value in settings.items() if value is not None}
-    unknown = sorted(said - _KNOWN_SETTINGS)
+    given = {key for key, value in settings.items() if value is not None}
+    unknown = sorted(given - _KNOWN_SETTINGS)
     if unknown:
         raise UsageError(
-            f"{name} was made ternary with {unknown[0]!r}, which no GGUF file can say: give the "
+            f"{name} was ternarized with {unknown[0]!r}, which no GGUF file can hold: give the "
             "checkpoint with plain weights"
         )
