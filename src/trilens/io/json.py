@@ -66,15 +66,10 @@ def read_json(
 
 
 def parse_object(
-    data: str | bytes,
-    what: str,
-    error: type[Exception] = CorruptFileError,
-    *,
-    unique_keys: bool = False,
-    non_finite: bool = False,
+    data: str | bytes, what: str, error: type[Exception] = CorruptFileError, **options: bool
 ) -> dict[str, Any]:
     """As `parse_json`, for text that must be an object."""
-    found = parse_json(data, what, error, unique_keys=unique_keys, non_finite=non_finite)
+    found = parse_json(data, what, error, **options)
     if not isinstance(found, dict):
         raise error(f"{what} is no JSON object but a {type(found).__name__}: an object is needed")
     return found

@@ -36,7 +36,7 @@ def pack_rows(trits: Tensor) -> Tensor:
     Raises:
         DtypeError, ShapeError, ValueRangeError: no trits; see `packing.as_trits`.
     """
-    return _to_bytes(trits, TwoBit(), 4)
+    return _to_bytes(trits, TwoBit())
 
 
 def unpack_rows(codes: Tensor, cols: int, dtype: torch.dtype = torch.int8) -> Tensor:
@@ -54,7 +54,7 @@ def compact_rows(trits: Tensor) -> Tensor:
 
     Raises: as `pack_rows`.
     """
-    return _to_bytes(trits, Base3(), 5)
+    return _to_bytes(trits, Base3())
 
 
 def expand_rows(codes: Tensor, cols: int) -> Tensor:
@@ -81,8 +81,8 @@ def is_compact(codes: Tensor) -> bool:
     return not bool((codes >= _COMPACT_END).any())
 
 
-def _to_bytes(trits: Tensor, codec: TwoBit | Base3, in_byte: int) -> Tensor:
-    missing = -trits.shape[-1] % in_byte if trits.ndim else 0
+def _to_bytes(trits: Tensor, codec: TwoBit | Base3) -> Tensor:
+    missing = -trits.shape[-1] % codec.in_byte if trits.ndim else 0
     whole = functional.pad(trits, (0, missing)) if missing else trits
     return torch.from_numpy(codec.encode(whole)).reshape(*trits.shape[:-1], -1)
 
