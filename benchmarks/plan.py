@@ -35,7 +35,8 @@ from trilens.demo.corpus import (
     training_documents,
 )
 from trilens.evaluation.reference import Degradation, ReferenceLogits
-from trilens.io.safetensors_header import TensorHeader, read_headers
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.calibrated_candidates import hessians_of, with_text
 from trilens.planning.candidates import data_free, of_plan

@@ -13,7 +13,7 @@ from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.demo import demo_path
 from trilens.errors import NonFiniteError, UsageError
 from trilens.evaluation.reference import ReferenceLogits
-from trilens.io.safetensors_header import read_headers
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.matrices import find_matrices
 from trilens.planning.sensitivity import measure_sensitivity

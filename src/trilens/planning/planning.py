@@ -292,14 +292,15 @@ def _choose(
         return chosen, _judged(lens, matrices, chosen, judge)
 
     best = measure(len(steps))
-    if options.max_ratio is None or best[1].perplexity_ratio > options.max_ratio:
+    highest = options.max_perplexity_ratio
+    if highest is None or best[1].perplexity_ratio > highest:
         return best
     # The fewest upgrades that hold the bound. Each is measured, never taken from its neighbours.
     low, high = -1, len(steps)
     while high - low > 1:
         middle = (low + high) // 2
         tried = measure(middle)
-        if tried[1].perplexity_ratio <= options.max_ratio:
+        if tried[1].perplexity_ratio <= highest:
             high, best = middle, tried
         else:
             low = middle

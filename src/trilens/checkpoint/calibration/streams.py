@@ -1,12 +1,10 @@
 """Residual streams of a whole text, on disk: memory holds one batch of them.
 
-A stream is one file of float32 [tokens, d_model], batch after batch. It is written beside its place
-and renamed when it is whole.
+A stream is one file of float32 [tokens, d_model], batch after batch, written whole or not at all.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trilens.errors import CorruptFileError, WriteError
+from trilens.errors import CorruptFileError
 from trilens.evaluation.perplexity import batches_of_blocks
-from trilens.io.messages import reason
+from trilens.io.atomic import atomic
 
 __all__ = ["Batch", "Stream", "batches_of", "pieces_of", "write_stream"]
 
@@ -98,18 +96,10 @@ def write_stream(
     Raises:
         WriteError: no space, no permission.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     width = 0
-    try:
-        with temporary.open("wb") as file:
-            for batch in batches:
-                hidden = make(batch)
-                width = hidden.shape[-1]
-                file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
+    with atomic(path) as file:
+        for batch in batches:
+            hidden = make(batch)
+            width = hidden.shape[-1]
+            file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
     return path, width
