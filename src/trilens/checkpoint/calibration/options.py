@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from trilens.errors import TextError, UsageError, ValueRangeError
-from trilens.text.documents import read_documents, token_blocks
+from trilens.text.documents import read_documents
+from trilens.text.token_blocks import token_blocks
 
 __all__ = ["Calibration", "Drawn", "draw"]
 

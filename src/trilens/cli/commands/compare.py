@@ -21,7 +21,7 @@ from trilens.cli.text_option import documents_of
 from trilens.errors import NonFiniteError, UsageError
 from trilens.lens.lens import Lens
 from trilens.report.text.comparison import print_comparison
-from trilens.text.documents import token_blocks
+from trilens.text.token_blocks import token_blocks
 
 __all__ = ["register"]
 
