@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,13 @@ from trilens.io.hub import local_folder
 from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
 from trilens.lens.lens import Lens
 from trilens.models.tokens import max_positions_of
-from trilens.planning import sensitivity as parts
 from trilens.planning.calibrated_candidates import hessians_of, with_text
 from trilens.planning.candidates import data_free
 from trilens.planning.matrices import find_matrices
 from trilens.planning.planning import Candidates, make_plan
 from trilens.planning.result import PlanOptions
 from trilens.planning.sensitivity import measure_sensitivity
+from trilens.progress import Step
 from trilens.report.text.sensitivity import print_plan, print_sensitivity
 from trilens.text.token_blocks import sample_blocks, set_aside
 
@@ -178,7 +178,7 @@ def _plan(
     """
     with one_line_errors(debug):
         values: dict[str, Any] = {"costs": costs, "storage": storage, "scale_dtype": scale_dtype}
-        options = PlanOptions(budget_bits=budget_bits, max_ratio=max_damage, **values)
+        options = PlanOptions(budget_bits=budget_bits, max_perplexity_ratio=max_damage, **values)
         if out is not None and out.is_dir():
             raise UsageError(f"output {out} is a directory: name a file for the plan")
         documents = documents_of(data, field=field)
@@ -236,7 +236,7 @@ def _blocks(lens: Lens, documents: Sequence[str], length: int, tokens: int) -> t
 
 
 @contextmanager
-def _bar() -> Iterator[parts.Progress | None]:
+def _bar() -> Iterator[Callable[[Step], None] | None]:
     """A progress bar with the time left, on standard error, where somebody can see it."""
     if not sys.stderr.isatty():
         yield None
@@ -245,8 +245,8 @@ def _bar() -> Iterator[parts.Progress | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)
 
-        def step(done: int, steps: int, what: str) -> None:
-            bar.update(task, completed=done, total=steps, description=what[-50:])
+        def step(now: Step) -> None:
+            bar.update(task, completed=now.done, total=now.total, description=now.what[-50:])
 
         yield step
 
