@@ -33,7 +33,7 @@ def packed_matrices(
 
 @st.composite
 def biases(draw: st.DrawFn, packed: Packed, x: torch.Tensor) -> torch.Tensor | None:
-    return torch.linspace(-1, 1, packed.rows).to(x.dtype) if draw(st.booleans()) else None
+    return torch.linspace(-1, 1, len(packed.codes)).to(x.dtype) if draw(st.booleans()) else None
 
 
 def inputs(n: int, cols: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
