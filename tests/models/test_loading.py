@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from loading_cases import refused
 from trilens.errors import (
     ConfigError,
     CorruptFileError,
@@ -122,15 +123,6 @@ def edit_weights(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def refused(error, path, **options):
-    with pytest.raises(error) as caught:
-        load(path, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 700
-    return message
 
 
 @pytest.mark.parametrize(

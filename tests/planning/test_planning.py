@@ -17,7 +17,7 @@ from trilens.errors import UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
-from trilens.planning.candidates import KEEP, Candidate, data_free, of_plan
+from trilens.planning.candidates import EXCLUDED, Candidate, data_free, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.planning import make_plan
 from trilens.planning.result import PlanOptions
@@ -32,7 +32,7 @@ FEW = [
 
 def few(matrix: ModelMatrix, **options: Any) -> Sequence[Candidate]:
     """Fewer candidates than there are, so that tests take less time."""
-    return [*(of_plan(entry, **options) for entry in FEW), KEEP]
+    return [*(of_plan(entry, **options) for entry in FEW), EXCLUDED]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from trilens.progress import Progress, Step
 from trilens.taps.effective import effective_patterns
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
-from trilens.taps.session import CaptureRequest, Recording, listening
+from trilens.taps.session import CaptureRequest, Recording, recording_of
 
 __all__ = ["Lens"]
 
@@ -415,7 +415,7 @@ class Lens:
             evaluating(self.model),
             torch.inference_mode(False),
             torch.no_grad(),
-            listening(self.model, self.anatomy, wanted) as recording,
+            recording_of(self.model, self.anatomy, wanted) as recording,
         ):
             output = self.model(**arguments)
         return recording, output

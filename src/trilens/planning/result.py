@@ -16,15 +16,18 @@ __all__ = ["Costs", "MatrixChoice", "PlanOptions", "Planned"]
 
 Costs: TypeAlias = Literal["measured", "predicted"]
 
+_KEYS = {"max_perplexity_ratio": "max_ratio"}  # in the file, where it differs
+
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What is asked of a plan.
 
     Attributes:
-        budget_bits: Most bits per weight over all matrices that can be made ternary, kept ones
-            counted as they are stored; None without a budget.
-        max_perplexity_ratio: Of the held-out tokens; None without a bound.
+        budget_bits: Maximum bits per weight over all matrices that can be made ternary; excluded
+            ones count as they are stored; None without a budget.
+        max_perplexity_ratio: Maximum ratio of perplexities on the held-out tokens; None without a
+            bound.
         costs: "measured", or "predicted" from one perturbation of each matrix.
         storage: As in `TernaryPlan`.
         scale_dtype: As in `TernaryPlan`.
@@ -50,7 +53,8 @@ class PlanOptions:
             )
         if self.max_perplexity_ratio is not None and not 1 <= self.max_perplexity_ratio < math.inf:
             raise ValueRangeError(
-                f"perplexity ratio {self.max_perplexity_ratio} is out of range: pass 1 or more"
+                f"maximum perplexity ratio {self.max_perplexity_ratio} is out of range: "
+                "pass 1 or more"
             )
         if self.costs not in get_args(Costs):
             raise UsageError(f"costs {self.costs!r} are unknown: pass {', '.join(get_args(Costs))}")
@@ -114,9 +118,8 @@ class Planned(Tabular):
         """Plain values for JSON: what was measured, then the plan itself."""
         return {
             "kind": "trilens-plan",
-            "asked": {  # under the keys that the format has
-                "max_ratio" if name == "max_perplexity_ratio" else name: getattr(self.options, name)
-                for name in PlanOptions.__slots__
+            "asked": {
+                _KEYS.get(name, name): getattr(self.options, name) for name in PlanOptions.__slots__
             },
             "measured": {
                 "bits_per_weight": self.bits_per_weight,

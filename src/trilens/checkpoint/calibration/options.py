@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trilens.errors import TextError, UsageError, ValueRangeError
 from trilens.numbers import at_least
-from trilens.text.documents import read_documents, token_blocks
+from trilens.text.documents import read_documents
+from trilens.text.token_blocks import token_blocks
 
 __all__ = ["Calibration", "Drawn", "draw"]
 

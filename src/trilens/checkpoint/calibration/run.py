@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.rotation import plain_weights
-from trilens.errors import CorruptFileError, NonFiniteError
-from trilens.evaluation.perplexity import token_nll_nats
+from trilens.errors import CorruptFileError
+from trilens.evaluation.loop import mean_nll
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_bytes, read_json
 from trilens.lens.proof import prove
@@ -268,19 +267,7 @@ class _Run:
         return Stream(path, self.width, n_tokens), apart
 
     def _perplexity(self, stream: Stream, batches: Sequence[Batch]) -> float:
-        total, count = 0.0, 0
-        for batch in batches:
-            logits = self.runner.logits(batch.ids, stream.read(batch))
-            for row, ids in zip(logits, batch.ids, strict=True):
-                total += float(token_nll_nats(row, ids).double().sum())
-                count += len(ids) - 1
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                f"the loss over {count} tokens of the evaluation text is {total}: the logits hold "
-                "NaN or Inf"
-            )
-        mean = total / count
-        return math.exp(mean) if mean < 709 else math.inf
+        return mean_nll((b.ids, self.runner.logits(b.ids, stream.read(b))) for b in batches).value
 
     def _path(self, name: str, index: int) -> Path:
         return self.store.folder / f"{name}-{index:05d}.f32"

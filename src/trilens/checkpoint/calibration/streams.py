@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from trilens.errors import CorruptFileError
-from trilens.evaluation.perplexity import batches_of_blocks
 from trilens.io.atomic import atomic
+from trilens.text.token_blocks import batches_by_length
 
 __all__ = ["Batch", "Stream", "batches_of", "pieces_of", "write_stream"]
 
@@ -41,8 +41,8 @@ class Batch:
 def batches_of(blocks: Sequence[Tensor], batch_size: int, start: int = 0) -> tuple[Batch, ...]:
     """Neighbouring blocks of equal length, numbered through."""
     found = []
-    for group in batches_of_blocks(blocks, batch_size):
-        found.append(Batch(torch.stack(group), start))
+    for ids in batches_by_length(blocks, batch_size=batch_size):
+        found.append(Batch(ids, start))
         start = found[-1].stop
     return tuple(found)
 
