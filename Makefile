@@ -59,6 +59,7 @@ check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks training
 	$(VENV)/bin/ruff check src tests benchmarks training
 	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format src tests benchmarks training

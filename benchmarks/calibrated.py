@@ -27,7 +27,7 @@ from benchmarks.common import RESULTS, llama_88m, paired, peak_bytes, peak_memor
 from trilens.checkpoint import Calibration, TernaryPlan
 from trilens.checkpoint.calibration.fit import FitOptions
 from trilens.checkpoint.calibration.run import run_calibration
-from trilens.checkpoint.pipeline import calibration_source
+from trilens.checkpoint.job import read_job
 from trilens.demo import demo_path
 from trilens.demo.corpus import (
     heldout_documents,
@@ -86,8 +86,7 @@ def ratio_of(
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         _, damage = run_calibration(
-            calibration_source(demo_path("transformer"), plan),
-            plan,
+            read_job(demo_path("transformer"), plan),
             options,
             Path(folder),
             rule=rule,
@@ -192,9 +191,9 @@ def memory(blocks: int, tokens: int) -> dict[str, Any]:
             shutil.copy(demo_path("transformer") / name, source / name)
         plan = TernaryPlan("gptq", group_size=128)
         options = replace(calibration(0, tokens, 512), length=256, batch_size=4)
-        run = calibration_source(source, plan)
+        run = read_job(source, plan)
         with peak_memory(anonymous_bytes) as peak:
-            run_calibration(run, plan, options, Path(folder) / "work")
+            run_calibration(run, options, Path(folder) / "work")
     at_once = 4 * 256
     formula = 8 * block + 32 * wide**2 + 48 * wide * width + 4 * at_once * (10 * width + 3 * wide)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import platform
@@ -16,22 +17,32 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-__all__ = ["PeakMemory", "llama_88m", "paired", "peak_bytes", "peak_memory", "ratios", "save"]
+__all__ = [
+    "PeakMemory",
+    "llama_88m",
+    "main_of_kinds",
+    "paired",
+    "peak_bytes",
+    "peak_memory",
+    "plain_pass",
+    "ratios",
+    "save",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def llama_88m(positions: int = 4096, vocab_size: int = 4096) -> LlamaForCausalLM:
+def llama_88m(positions: int = 4096, vocab_size: int = 4096, layers: int = 12) -> LlamaForCausalLM:
     """An 88M-parameter Llama with random weights: 12 layers × 12 heads, width 768.
 
-    A larger vocabulary than 4096 adds 768 parameters for each token.
+    A larger vocabulary than 4096 adds 768 parameters for each token, a layer 7 million.
     """
     config = LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         num_key_value_heads=12,
         vocab_size=vocab_size,
@@ -40,6 +51,39 @@ def llama_88m(positions: int = 4096, vocab_size: int = 4096) -> LlamaForCausalLM
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
+
+
+def plain_pass(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The model's own forward pass, which captures are compared with."""
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return run
+
+
+def main_of_kinds(
+    description: str, name: str, measure: Callable[[str, argparse.Namespace], dict[str, Any]]
+) -> None:
+    """The command line of a benchmark that measures recurrent layers kind by kind."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="save the result")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=["delta", "scalar", "channel"])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        results = {kind: measure(kind, options) for kind in options.kinds}
+    if options.json:
+        setting = {key: getattr(options, key) for key in ("tokens", "layers", "rounds")}
+        save(name, {"setting": setting, "results": results})
+        return
+    for kind, result in results.items():
+        print(kind, result)
 
 
 def _rounds(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

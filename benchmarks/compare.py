@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.common import peak_memory, ratios, save
+from benchmarks.common import llama_88m, peak_memory, ratios, save
 from trilens import CompareOptions, Lens, compare
 
 PROMPTS, TOKENS, ROUNDS = 64, 256, 3
@@ -25,19 +25,8 @@ BATCH = CompareOptions().batch_size
 
 
 def models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """The model, and what became of it."""
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=9,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=32_000,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    before = LlamaForCausalLM(config).eval()
+    """The model, and one derived from it."""
+    before = llama_88m(positions=1024, vocab_size=32_000, layers=9)
     after = copy.deepcopy(before)
     with torch.no_grad():
         for parameter in after.parameters():

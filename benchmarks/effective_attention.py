@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import normalize, softplus
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from benchmarks.common import paired, peak_memory, save
+from benchmarks.common import main_of_kinds, paired, peak_memory
 from trilens.caches.attention import AttentionCache
 from trilens.caches.patterns.channel.pattern import ChannelPattern
 from trilens.caches.patterns.protocol import Pattern
@@ -99,24 +99,5 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="keep the result")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["delta", "scalar", "channel"])
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        results = {kind: measure(kind, options) for kind in options.kinds}
-    if options.json:
-        setting = {name: getattr(options, name) for name in ("tokens", "layers", "rounds")}
-        save("effective_attention", {"setting": setting, "results": results})
-        return
-    for kind, result in results.items():
-        print(kind, result)
-
-
 if __name__ == "__main__":
-    main()
+    main_of_kinds(__doc__ or "", "effective_attention", measure)

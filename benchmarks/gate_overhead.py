@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from benchmarks.common import ratios, save
+from benchmarks.common import plain_pass, ratios, save
 from trilens import Lens
 
 VOCAB = 4096
@@ -46,12 +46,8 @@ def measure(model: Any, tokens: int, rounds: int) -> dict[str, dict[str, float]]
     ids = torch.randint(0, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
     lens = Lens(model)
 
-    def plain() -> Any:
-        with torch.no_grad():
-            return model(input_ids=ids, use_cache=False).logits
-
     runs: dict[str, Callable[[], Any]] = {
-        "plain": plain,
+        "plain": plain_pass(model, ids),
         "gates": lambda: lens.capture(ids, residual=None, gates=True),
         "nothing": lambda: lens.capture(ids, residual=None),
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.common import llama_88m, ratios, save
+from benchmarks.common import llama_88m, plain_pass, ratios, save
 from trilens import Lens
 from trilens.demo import demo_path
 
@@ -67,12 +67,8 @@ def main() -> None:
     ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     lens = Lens(model)
 
-    def plain() -> Any:
-        with torch.no_grad():
-            return model(input_ids=ids, use_cache=False).logits
-
     runs: dict[str, Callable[[], Any]] = {
-        "plain": plain,
+        "plain": plain_pass(model, ids),
         "trilens": lambda: lens.capture(ids, residual="last", attention=True, gates=True),
         "trilens, residual": lambda: lens.capture(ids, residual="last"),
     }

@@ -27,7 +27,7 @@ from trilens.demo.corpus import checked_heldout_documents
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RULES
-from trilens.text.documents import token_blocks
+from trilens.text.token_blocks import token_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 LENGTH, LIMIT_TOKENS = 512, 1 << 14

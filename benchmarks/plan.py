@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from trilens.demo.corpus import (
     training_documents,
 )
 from trilens.evaluation.reference import Degradation, ReferenceLogits
-from trilens.io.safetensors_header import TensorHeader, read_headers
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.calibrated_candidates import hessians_of, with_text
 from trilens.planning.candidates import data_free, of_plan
@@ -43,6 +44,7 @@ from trilens.planning.matrices import find_matrices
 from trilens.planning.planning import Candidates, choose_plan, price_candidates
 from trilens.planning.result import Costs, Planned, PlanOptions
 from trilens.planning.sensitivity import measure_sensitivity
+from trilens.progress import Progress
 from trilens.taps.parameters import swapped
 from trilens.text.token_blocks import sample_blocks
 
@@ -102,13 +104,13 @@ def figures(damage: Degradation, bits: float) -> dict[str, float]:
     }
 
 
-def uniform(subject: Subject, entry: MatrixPlan, judge: ReferenceLogits) -> dict[str, float]:
+def uniform(subject: Subject, entry: MatrixPlan, held_out: ReferenceLogits) -> dict[str, float]:
     lens = subject.lens
     candidate = of_plan(entry, scale_dtype="float16", storage="compact")
     matrices = find_matrices(lens, subject.headers)
     own = {m.target: lens.model.get_parameter(m.target).detach() for m in matrices}
     with swapped(lens.model, {m.target: candidate.apply(m, own[m.target]) for m in matrices}):
-        damage = judge.measure()
+        damage = held_out.measure()
     size_bytes = sum(candidate.size_bytes(m) for m in matrices)
     return figures(damage, 8 * size_bytes / sum(m.n_weights for m in matrices))
 
@@ -121,7 +123,7 @@ def plans(
     costs: Costs = "measured",
     candidates: Candidates = data_free,
     budgets: Sequence[float] = BUDGETS,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[float, Planned]:
     """The plan of each budget, priced once."""
     options = PlanOptions(budget_bits=budgets[0], costs=costs)
@@ -145,12 +147,12 @@ def measure(name: str, parts: Sequence[str], known: dict[str, Any]) -> dict[str,
     """The parts of one model that are asked, the others as they are known."""
     subject = Subject.open(name)
     blocks, held = subject.cost_blocks(), subject.held_out()
-    judge = ReferenceLogits(subject.lens, held)
+    held_out = ReferenceLogits(subject.lens, held)
     result: dict[str, Any] = {"plan": {}, "cpu_seconds": {}, **known}
-    result["held_out_tokens"] = judge.n_tokens
-    result["perplexity"] = round(math.exp(judge.nll_nats), 4)
+    result["held_out_tokens"] = held_out.n_tokens
+    result["perplexity"] = round(math.exp(held_out.nll_nats), 4)
     if "uniform" in parts:
-        result["uniform"] = {entry.label: uniform(subject, entry, judge) for entry in UNIFORM}
+        result["uniform"] = {entry.label: uniform(subject, entry, held_out) for entry in UNIFORM}
     base = result["uniform"][REFERENCE.label]["log_ratio_nats"]
     for kind in (part for part in PLAN_PARTS if part in parts):
         start = time.process_time()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import peak_memory, ratios, save
+from benchmarks.common import main_of_kinds, peak_memory, ratios
 from benchmarks.effective_attention import model
 from trilens.lens.lens import Lens
 
@@ -46,23 +46,5 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="keep the result")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["delta", "scalar", "channel"])
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    results = {kind: measure(kind, options) for kind in options.kinds}
-    if options.json:
-        setting = {name: getattr(options, name) for name in ("tokens", "layers", "rounds")}
-        save("recurrent_states", {"setting": setting, "results": results})
-        return
-    for kind, result in results.items():
-        print(kind, result)
-
-
 if __name__ == "__main__":
-    main()
+    main_of_kinds(__doc__ or "", "recurrent_states", measure)

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import ratios, save
 
-ROUNDS = 9
+ROUNDS = 5
 TARGETS = {
     "trilens --version": 0.4,
     "trilens --help": 0.4,

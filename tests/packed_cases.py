@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 
 from tolerances import sum_error
 from trilens.ternary.packed.linear import Packed
@@ -16,6 +17,24 @@ def made(rows: int, cols: int, seed: int = 0, **options: object) -> Packed:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(rows, cols, generator=generator)
     return Packed.of(PerLayerQuant.quantize(weights, "w", **options))
+
+
+@st.composite
+def packed_matrices(
+    draw: st.DrawFn, rows: tuple[int, int], cols: tuple[int, int], groups: list[int]
+) -> Packed:
+    """Any rule and grouping, rows and columns within bounds."""
+    per = draw(st.sampled_from(["tensor", "row", "group"]))
+    size = draw(st.sampled_from(groups)) if per == "group" else None
+    options = {"rule": draw(st.sampled_from(RULES)), "per": per, "group_size": size}
+    return made(
+        draw(st.integers(*rows)), draw(st.integers(*cols)), draw(st.integers(0, 99)), **options
+    )
+
+
+@st.composite
+def biases(draw: st.DrawFn, packed: Packed, x: torch.Tensor) -> torch.Tensor | None:
+    return torch.linspace(-1, 1, len(packed.codes)).to(x.dtype) if draw(st.booleans()) else None
 
 
 def inputs(n: int, cols: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:

@@ -30,15 +30,7 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    bonus: Tensor | None = None,
-) -> Tensor:
+def recurrent(q, k, v, log_w, a=None, b=None, bonus=None) -> Tensor:
     """y of the recurrence, token by token in float64; every tensor [batch, heads, seq, d]."""
     q, k, v = q.double(), k.double(), v.double()
     w = log_w.double().exp().expand_as(q)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from checkpoint_cases import saved
+from llama_cases import llama_config
 from tinymodels import prompt_ids
 from trilens.demo import demo_path
 from trilens.lens.lens import Lens
@@ -34,16 +35,8 @@ def blocks(model_type: str, n: int = 3, length: int = 24) -> list[torch.Tensor]:
 def text_model(folder: Path) -> Path:
     """A small random Llama with the demo model's tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=40,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    options = {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2}
+    config = llama_config(40, 72, layers=2, heads=2, vocab=2048, **options)
     logging.disable_progress_bar()
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

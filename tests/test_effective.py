@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import rwkv7_cases
 from recurrent_cases import tamper
 from tinymodels import build, prompt_ids
 from trilens.caches.patterns.channel.heads import ChannelHeadsPattern
@@ -22,8 +23,6 @@ from trilens.errors import AttentionPathError, CaptureError, NotStoredError, Usa
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.gates.effective import EFFECTIVE_KERNELS, effective_of
-from trilens.models.rwkv7.config import RWKV7Config
-from trilens.models.rwkv7.model import RWKV7ForCausalLM
 from trilens.taps.kernels import KernelRecord, kernel_calls
 
 # Longer than a chunk of the tiny models' scans, and no multiple of one.
@@ -63,27 +62,11 @@ KERNELS = ("mamba", "mamba2", "qwen3_next", "kimi_linear", "rwkv", "rwkv7")
 EVERY_KIND = (*KERNELS, *BOUNDED, "zamba")
 SIGNED = tuple(name for name in EVERY_KIND if name != "rwkv")
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own deprecation warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+# The families' own deprecation warnings are not ours to answer for.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def model_of(model_type: str) -> torch.nn.Module:
-    if model_type != "rwkv7":
-        return build(model_type)
-    config = RWKV7Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, head_size=8)
-    model = RWKV7ForCausalLM(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        # Its initialisation has zero output projections, which would hide every mistake.
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter * 0 + 0.3 * noise)
-    return model.eval()
+model_of = functools.partial(rwkv7_cases.model_of, noise=0.3, own=0.0)
 
 
 def known_calls(calls: list[KernelRecord]) -> list[KernelRecord]:

@@ -7,7 +7,7 @@ module gave; each captured gate must be among them, unit by unit, over all token
 
 from __future__ import annotations
 
-import warnings
+import functools
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,11 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import rwkv7_cases
 from tinymodels import build, prompt_ids
 from tolerances import assert_near
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
-from trilens.models.rwkv7.config import RWKV7Config
-from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 # Other lengths than the probe's: what it measured must hold for any prompt.
 TOKENS = 7
@@ -85,27 +84,11 @@ _OPERATIONS = {
     "clamp",
 }  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own deprecation warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+# The families' own deprecation warnings are not ours to answer for.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def model_of(model_type: str) -> torch.nn.Module:
-    if model_type != "rwkv7":
-        return build(model_type)
-    torch.manual_seed(0)
-    config = RWKV7Config(vocab_size=120, hidden_size=32, num_hidden_layers=3, head_size=8)
-    model = RWKV7ForCausalLM(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        # Its initialisation has zero output projections, which would hide every mistake.
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
+model_of = functools.partial(rwkv7_cases.model_of, noise=0.1, own=1.0)
 
 
 class _Outputs(TorchFunctionMode):

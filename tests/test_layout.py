@@ -14,7 +14,8 @@ import trilens
 
 SRC = Path(trilens.__file__).parent
 
-# The longest prefix wins. Equal floors may import each other as long as no cycle arises.
+# By package or module; the longest prefix wins. Equal floors may import each other as long as no
+# cycle arises.
 FLOORS = {
     "errors": 0,
     "axes": 0,
@@ -22,25 +23,61 @@ FLOORS = {
     "progress": 0,
     "results": 0,
     "version": 0,
-    "io": 0,
-    "statistics": 1,
-    "caches": 1,
-    "ternary": 1,
-    "text": 1,
-    "models": 2,
-    "taps": 3,
-    "lens": 4,
-    "evaluation": 5,
-    "checkpoint": 6,
-    "planning": 7,
-    "analysis": 7,
-    "report": 8,
-    "demo": 9,
-    "cli": 10,
-    "__main__": 10,
-    "registration": 10,
-    "": 10,
+    "io": 1,
+    "text": 2,
+    "statistics": 2,
+    "caches.indices": 2,
+    "caches.storage": 2,
+    "caches.gate_functions": 2,
+    "caches.patterns": 3,
+    "caches": 4,
+    "ternary.weights_view": 2,
+    "ternary.rotation": 2,
+    "ternary.codecs": 2,
+    "ternary.granularity": 3,
+    "ternary.rules": 4,
+    "ternary.quantize": 5,
+    "ternary.calibrated": 6,
+    "ternary.packed": 6,
+    "ternary": 7,
+    "models.rwkv7": 8,
+    "models": 9,
+    "models.gates": 10,
+    "taps": 11,
+    "lens": 12,
+    "evaluation": 13,
+    "checkpoint.format": 14,
+    "checkpoint.source": 15,
+    "checkpoint.rotation": 15,
+    "checkpoint.output_folder": 15,
+    "checkpoint.evaluate": 15,
+    "checkpoint.coding": 16,
+    "checkpoint.arriving": 17,
+    "checkpoint.validation": 17,
+    "checkpoint.job": 17,
+    "checkpoint.auxiliary_files": 18,
+    "checkpoint.integration": 18,
+    "checkpoint.calibration": 18,
+    "checkpoint.gguf": 18,
+    "checkpoint": 19,
+    "planning": 20,
+    "analysis": 20,
+    "report": 21,
+    "demo": 22,
+    "cli.console": 22,
+    "cli.lazy": 22,
+    "cli.errors": 22,
+    "cli.options": 22,
+    "cli.run": 23,
+    "cli.commands": 23,
+    "cli": 24,
+    "__main__": 24,
+    "registration": 20,
+    "": 24,
 }
+
+# Arrows that are drawn at run time and go up, with the reason.
+UPWARD: dict[tuple[str, str], str] = {}
 
 
 def modules() -> dict[str, Path]:
@@ -56,35 +93,81 @@ MODULES = modules()
 
 
 def floor(name: str) -> int:
-    return FLOORS[name.partition(".")[0]]
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return FLOORS[next((prefix for prefix in prefixes if prefix in FLOORS), parts[0])]
+
+
+def resolved(name: str) -> str:
+    """The module of a dotted name, which may go on with a name in it; without "trilens"."""
+    inner = name.removeprefix("trilens").lstrip(".")
+    while inner and inner not in MODULES:
+        inner = inner.rpartition(".")[0]
+    return inner
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Internal modules a file imports, and whether at the top of the file."""
+    """Internal modules a file imports or loads by name, and whether at the top of the file."""
     tree = ast.parse(path.read_text())
     top = set(map(id, tree.body))
     found = []
     for node in ast.walk(tree):
         names = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trilens":
-            base = (node.module or "").removeprefix("trilens").lstrip(".")
-            for alias in node.names:
-                full = f"{base}.{alias.name}".lstrip(".")
-                names.append(full if full in MODULES else base)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call):
             names = [
-                alias.name.removeprefix("trilens").lstrip(".")
-                for alias in node.names
-                if alias.name.split(".")[0] == "trilens"
+                value.value
+                for value in (*node.args, *(keyword.value for keyword in node.keywords))
+                if isinstance(value, ast.Constant) and names_a_module(value.value)
             ]
-        found += [(name, id(node) in top) for name in names]
+        found += [
+            (resolved(name), id(node) in top) for name in names if name.split(".")[0] == "trilens"
+        ]
     return found
+
+
+def names_a_module(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("trilens.") and bool(resolved(value))
+
+
+def test_every_floor_names_something() -> None:
+    rooms = {".".join(name.split(".")[:n]) for name in MODULES for n in range(1, 4)}
+    assert set(FLOORS) <= rooms | {""}
+    drawn = {(name, i) for name, path in MODULES.items() for i, _ in imports(path)}
+    assert set(UPWARD) <= drawn
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down_or_stay_on_the_floor(name: str) -> None:
     for imported, _ in imports(MODULES[name]):
-        assert floor(imported) <= floor(name), f"{name} imports {imported} from a higher floor"
+        if (name, imported) not in UPWARD:
+            assert floor(imported) <= floor(name), f"{name} imports {imported} from a higher floor"
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("from trilens import errors", [("errors", True)]),
+        ("from trilens import __version__", [("", True)]),
+        ("import trilens.io.json", [("io.json", True)]),
+        ("from trilens.io.json import json_text", [("io.json", True)]),
+        ("from trilens.caches import patterns", [("caches.patterns", True)]),
+        ("import os\nos.path.join('trilens.io')", [("io", False)]),
+        ("import_module('trilens.cli.main')", [("cli.main", False)]),
+        ("lazy(name='trilens.caches.storage:Cache')", [("caches", False)]),
+        ("print('trilens.json', 'trilens')", []),
+    ],
+)
+def test_what_counts_as_an_import(
+    source: str, wanted: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.py"
+    path.write_text(source)
+    assert imports(path) == wanted
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -124,4 +207,4 @@ def test_all_is_explicit_and_true(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_files_have_one_subject(name: str) -> None:
     lines = MODULES[name].read_text().count("\n")
-    assert lines <= 450, f"{name} has {lines} lines: cut it where its subjects part"
+    assert lines <= 400, f"{name} has {lines} lines: cut it where its subjects part"

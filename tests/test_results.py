@@ -34,7 +34,7 @@ MADE = {
     "families": trilens.load_families,
     "gating": lambda: trilens.GatingAnalysis.from_activations(torch.rand(9, 5), 0.1),
     "inspection": inspection,
-    "perplexity": lambda: trilens.Perplexity(nll_nats=2.0, n_tokens=7),
+    "perplexity": lambda: trilens.Perplexity(nll_nats=2.0, n_tokens=7, block_length=8),
     "sensitivity": lambda: trilens.Sensitivity("absmean", 5, 1.0, (), "0"),
 }
 

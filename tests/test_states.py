@@ -73,13 +73,8 @@ ALL = KERNELS + BOUNDARIES
 # Those whose kernels compute in float64 when the model does.
 DOUBLE = ("mamba", "zamba", "rwkv", "rwkv7")
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own deprecation warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+# The families' own deprecation warnings are not ours to answer for.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @functools.cache

@@ -8,11 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trilens.demo.corpus import Document
+from trilens.text.token_blocks import split_tokens
 
-__all__ = ["IGNORED_LABEL", "encode_documents", "heldout_windows", "pack", "training_batches"]
-
-IGNORED_LABEL = -100
-"""The label that :func:`torch.nn.functional.cross_entropy` leaves out of its mean."""
+__all__ = ["encode_documents", "heldout_windows", "pack", "training_batches"]
 
 
 def encode_documents(
@@ -50,24 +48,13 @@ def training_batches(
             yield window[:, :-1], window[:, 1:]
 
 
-def heldout_windows(
-    documents: Sequence[torch.Tensor], length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut each document by itself into windows; every token but the bos is a label exactly once.
+def heldout_windows(documents: Sequence[torch.Tensor], length: int) -> list[torch.Tensor]:
+    """Cut each document by itself; every token but the bos is predicted exactly once.
 
     Returns:
-        ``(inputs, labels)``, each int64 ``[windows, length]``; the tail of a document's last
-        window is padded and labelled :data:`IGNORED_LABEL`.
+        Windows int64 ``[tokens]`` of at most ``length + 1`` tokens: ``length`` inputs, and their
+        labels one further on.
     """
-    inputs: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
-    for document in documents:
-        for start in range(0, len(document) - 1, length):
-            piece = document[start : start + length + 1]
-            padded_inputs = torch.zeros(length, dtype=torch.int64)
-            padded_labels = torch.full((length,), IGNORED_LABEL, dtype=torch.int64)
-            padded_inputs[: len(piece) - 1] = piece[:-1]
-            padded_labels[: len(piece) - 1] = piece[1:]
-            inputs.append(padded_inputs)
-            labels.append(padded_labels)
-    return torch.stack(inputs), torch.stack(labels)
+    return [
+        window for document in documents for window in split_tokens(document, length + 1, overlap=1)
+    ]

@@ -59,9 +59,9 @@ def write_training_record(
         "tokens_seen": result.tokens,
         "training_seconds": round(result.seconds, 1),
         "final_training_loss_nats": round(result.final_loss_nats, 4),
-        "heldout_loss_nats": round(evaluation.loss.loss_nats, 4),
+        "heldout_loss_nats": round(evaluation.loss.nll_nats, 4),
         "heldout_loss_measured": "on the saved bf16 weights, in fp32 arithmetic",
-        "heldout_tokens": evaluation.loss.tokens,
+        "heldout_tokens": evaluation.loss.n_tokens,
         "bytes_per_token": round(evaluation.bytes_per_token, 4),
         "parameters": evaluation.parameters,
         "versions": {

@@ -16,17 +16,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.batches import IGNORED_LABEL, encode_documents, heldout_windows
+from training.batches import encode_documents, heldout_windows
 from training.heads import HeadScores, head_table, induction_scores, previous_token_scores
-from training.losses import HeldOutLoss, heldout_loss
 from training.models import has_attention_heads
 from trilens.demo import demo_path
 from trilens.demo.corpus import Document, checked_heldout_documents
 from trilens.errors import TrilensError, UsageError
+from trilens.evaluation.loop import Perplexity
+from trilens.evaluation.perplexity import measure_perplexity
 
 __all__ = ["Evaluation", "evaluate_checkpoint", "main", "report"]
 
-# Windows of 512 tokens enough to settle the head scores to about a hundredth.
+# Windows of 512 tokens enough for head scores that converge to about a hundredth.
 _HEAD_SCORE_WINDOWS = 32
 
 
@@ -41,7 +42,7 @@ class Evaluation:
         head_scores: previous-token and induction scores; empty without attention heads.
     """
 
-    loss: HeldOutLoss
+    loss: Perplexity
     bytes_per_token: float
     parameters: int
     head_scores: tuple[HeadScores, ...]
@@ -62,14 +63,14 @@ def evaluate_checkpoint(folder: Path, documents: Sequence[Document]) -> Evaluati
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     length = tokenizer.model_max_length
-    inputs, labels = heldout_windows(encode_documents(tokenizer, documents), length)
-    loss = heldout_loss(model, inputs, labels)
-    full = (labels != IGNORED_LABEL).all(dim=1)
+    windows = heldout_windows(encode_documents(tokenizer, documents), length)
+    loss = measure_perplexity(model, windows, batch_size=16)
+    full = torch.stack([window[:-1] for window in windows if len(window) > length])
     return Evaluation(
         loss=loss,
-        bytes_per_token=sum(document.size_bytes for document in documents) / loss.tokens,
+        bytes_per_token=sum(document.size_bytes for document in documents) / loss.n_tokens,
         parameters=model.num_parameters(),
-        head_scores=_head_scores(model, inputs[full], tokenizer.bos_token_id),
+        head_scores=_head_scores(model, full, tokenizer.bos_token_id),
     )
 
 
@@ -88,9 +89,9 @@ def _head_scores(
 def report(evaluation: Evaluation) -> str:
     """Lay out an evaluation for reading."""
     lines = [
-        f"held-out loss    {evaluation.loss.loss_nats:.4f} nats per token "
+        f"held-out loss    {evaluation.loss.nll_nats:.4f} nats per token "
         "(stored weights, fp32 arithmetic)",
-        f"held-out tokens  {evaluation.loss.tokens}",
+        f"held-out tokens  {evaluation.loss.n_tokens}",
         f"bytes per token  {evaluation.bytes_per_token:.3f}",
         f"parameters       {evaluation.parameters}",
     ]

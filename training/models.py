@@ -6,12 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TypeVar
 
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -21,10 +23,12 @@ from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 __all__ = ["ARCHITECTURES", "Architecture", "ModelOptions", "build_model", "has_attention_heads"]
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What every architecture is told.
+    """What every architecture has in common.
 
     Attributes:
         vocab_size: number of token ids.
@@ -55,54 +59,34 @@ class Architecture:
     training: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
+def _config(kind: type[Config], options: ModelOptions, **shape: int) -> Config:
+    """As wide as every demo model, with tied embeddings and one special token."""
+    special = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), options.end_of_text_id
+    )
+    config: Config = kind(
+        vocab_size=options.vocab_size, hidden_size=256, tie_word_embeddings=True, **special, **shape
+    )
+    return config
+
+
 def _build_transformer(options: ModelOptions) -> PreTrainedModel:
     """A 4-layer Llama; every linear's input width is a multiple of 256 (256, 256, 512)."""
-    config = LlamaConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=options.context,
-        tie_word_embeddings=True,
-        bos_token_id=options.end_of_text_id,
-        eos_token_id=options.end_of_text_id,
-        pad_token_id=options.end_of_text_id,
-    )
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    shape = {"intermediate_size": 512, "num_hidden_layers": 4, **heads}
+    config = _config(LlamaConfig, options, max_position_embeddings=options.context, **shape)
     return LlamaForCausalLM(config)
 
 
 def _build_mamba(options: ModelOptions) -> PreTrainedModel:
-    """A 5-layer Mamba with 512 channels of 16 states each, as wide as the transformer."""
-    config = MambaConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=256,
-        num_hidden_layers=5,
-        state_size=16,
-        tie_word_embeddings=True,
-        bos_token_id=options.end_of_text_id,
-        eos_token_id=options.end_of_text_id,
-        pad_token_id=options.end_of_text_id,
-    )
-    return MambaForCausalLM(config)
+    """A 5-layer Mamba with 512 channels of 16 states each."""
+    return MambaForCausalLM(_config(MambaConfig, options, num_hidden_layers=5, state_size=16))
 
 
 def _build_rwkv7(options: ModelOptions) -> PreTrainedModel:
-    """A 4-layer RWKV-7 with 4 heads of the published width, as wide as the transformer."""
-    config = RWKV7Config(
-        vocab_size=options.vocab_size,
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        head_size=64,
-        tie_word_embeddings=True,
-        bos_token_id=options.end_of_text_id,
-        eos_token_id=options.end_of_text_id,
-        pad_token_id=options.end_of_text_id,
-    )
-    return RWKV7ForCausalLM(config)
+    """A 4-layer RWKV-7 with 4 heads of the published width."""
+    shape = {"intermediate_size": 384, "num_hidden_layers": 4, "head_size": 64}
+    return RWKV7ForCausalLM(_config(RWKV7Config, options, **shape))
 
 
 def _trainable_scan() -> AbstractContextManager[None]:

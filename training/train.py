@@ -135,21 +135,11 @@ def _parse(arguments: Sequence[str] | None) -> TrainOptions:
     parser.add_argument("--other-rate", type=float, default=5e-3, help="peak rate of AdamW")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", type=Path, help="folder for periodic checkpoints")
-    parsed = parser.parse_args(arguments)
+    values = vars(parser.parse_args(arguments))
     loop = LoopOptions(
-        steps=parsed.steps, matrix_rate=parsed.matrix_rate, other_rate=parsed.other_rate
+        **{name: values.pop(name) for name in ("steps", "matrix_rate", "other_rate")}
     )
-    return TrainOptions(
-        out=parsed.out,
-        arch=parsed.arch,
-        seed=parsed.seed,
-        vocab_size=parsed.vocab_size,
-        context=parsed.context,
-        batch=parsed.batch,
-        threads=parsed.threads,
-        loop=loop,
-        scratch=parsed.scratch,
-    )
+    return TrainOptions(loop=loop, **values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from .errors import PromptError as PromptError
 from .errors import TextError as TextError
 from .errors import TrilensError as TrilensError
 from .errors import UsageError as UsageError
-from .evaluation.perplexity import Perplexity as Perplexity
+from .evaluation.loop import Perplexity as Perplexity
 from .evaluation.perplexity import measure_perplexity as measure_perplexity
 from .lens.capture import Capture as Capture
 from .lens.lens import Lens as Lens
@@ -54,5 +54,5 @@ from .statistics.gating import GatingAnalysis as GatingAnalysis
 from .ternary.packed.linear import TernaryLinear as TernaryLinear
 from .ternary.quantize import PerLayerQuant as PerLayerQuant
 from .text.documents import read_documents as read_documents
-from .text.documents import token_blocks as token_blocks
+from .text.token_blocks import token_blocks as token_blocks
 from .version import __version__ as __version__

@@ -19,7 +19,7 @@ from sensitivity_cases import WORDS, blocks, opened, text_model
 from trilens.analysis.comparison.run import compare
 from trilens.checkpoint import TernaryPlan
 from trilens.demo import DEMO_MODELS
-from trilens.io.safetensors_header import read_headers
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 from trilens.ternary.rules.rules import RULES

@@ -6,16 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trilens import errors
 from trilens.caches.activation import ActivationCache, FullActivationCache
-from trilens.errors import (
-    DtypeError,
-    NotStoredError,
-    OutOfRangeError,
-    ShapeError,
-    TooLargeError,
-    UsageError,
-    ValueRangeError,
-)
 
 KINDS = pytest.mark.parametrize(
     ("cls", "shape"), [(ActivationCache, (4,)), (FullActivationCache, (3, 4))]
@@ -37,7 +29,7 @@ def test_a_new_cache_is_empty(cls, shape) -> None:
     assert cache.get_layer(0) is None
     assert cache.to_f32_vecs() == []
     assert cache.nbytes == 0
-    with pytest.raises(NotStoredError, match="empty cache"):
+    with pytest.raises(errors.NotStoredError, match="empty cache"):
         cache.stack()
     assert cache.to("cpu").is_empty
 
@@ -75,7 +67,7 @@ def test_get_layer_gives_none_where_nothing_is(cls, shape) -> None:
     assert cache.get_layer(-1) is None
     assert cache.get_layer(np.int64(1)) is cache.get_layer(1)
     for wrong in (1.0, "1", None, True):
-        with pytest.raises(UsageError, match="is not a whole number"):
+        with pytest.raises(errors.UsageError, match="is not a whole number"):
             cache.get_layer(wrong)
 
 
@@ -130,12 +122,16 @@ def test_a_full_cache_names_its_capacity(cls, shape) -> None:
     cache = cls.with_capacity(2)
     for tensor in tensors(2, shape):
         cache.push(tensor)
-    with pytest.raises(OutOfRangeError, match=r"layer 2 is out of range.*with_capacity\(2\)"):
+    with pytest.raises(
+        errors.OutOfRangeError, match=r"layer 2 is out of range.*with_capacity\(2\)"
+    ):
         cache.push(torch.zeros(shape))
     assert cache.n_layers == 2
 
 
-@pytest.mark.parametrize(("capacity", "error"), [(-1, ValueRangeError), (2.0, UsageError)])
+@pytest.mark.parametrize(
+    ("capacity", "error"), [(-1, errors.ValueRangeError), (2.0, errors.UsageError)]
+)
 def test_a_capacity_is_a_count(capacity, error) -> None:
     with pytest.raises(error, match="capacity"):
         ActivationCache.with_capacity(capacity)
@@ -143,7 +139,7 @@ def test_a_capacity_is_a_count(capacity, error) -> None:
 
 def test_a_capacity_beyond_memory_is_named() -> None:
     cache = ActivationCache.with_capacity(2**50)
-    with pytest.raises(TooLargeError, match="capacity 1125899906842624"):
+    with pytest.raises(errors.TooLargeError, match="capacity 1125899906842624"):
         cache.push(torch.zeros(1024))
     assert cache.is_empty
 
@@ -152,20 +148,20 @@ def test_a_capacity_beyond_memory_is_named() -> None:
 def test_what_is_no_layer_is_refused(cls, shape) -> None:
     for cache in (cls(), cls.with_capacity(3)):
         cache.push(torch.zeros(shape))
-        with pytest.raises(ShapeError, match="has shape"):
+        with pytest.raises(errors.ShapeError, match="has shape"):
             cache.push(torch.zeros((1, *shape)))
-        with pytest.raises(ShapeError, match="all layers have the same"):
+        with pytest.raises(errors.ShapeError, match="all layers have the same"):
             cache.push(torch.zeros((*shape[:-1], shape[-1] + 1)))
-        with pytest.raises(DtypeError, match="one dtype"):
+        with pytest.raises(errors.DtypeError, match="one dtype"):
             cache.push(torch.zeros(shape, dtype=torch.float64))
-        with pytest.raises(UsageError, match="is on meta"):
+        with pytest.raises(errors.UsageError, match="is on meta"):
             cache.push(torch.zeros(shape, device="meta"))
-        with pytest.raises(DtypeError, match="floating-point"):
+        with pytest.raises(errors.DtypeError, match="floating-point"):
             cache.push(torch.zeros(shape, dtype=torch.int64))
-        with pytest.raises(DtypeError, match="is a list"):
+        with pytest.raises(errors.DtypeError, match="is a list"):
             cache.push([0.0])
         assert cache.n_layers == 1
-    with pytest.raises(ShapeError, match="empty"):
+    with pytest.raises(errors.ShapeError, match="empty"):
         cls([torch.zeros((*shape[:-1], 0))])
 
 
@@ -179,31 +175,31 @@ def test_sealed_caches_are_keyed_by_the_models_layers(cls, shape) -> None:
     assert cache.get_layer(0) is None
     assert cache.get_layer(3) is None
     assert torch.equal(cache.stack(), torch.stack([two, five]))
-    with pytest.raises(UsageError, match="sealed: it holds layers 2, 5 of a capture"):
+    with pytest.raises(errors.UsageError, match="sealed: it holds layers 2, 5 of a capture"):
         cache.push(two)
-    with pytest.raises(UsageError, match="sealed"):
+    with pytest.raises(errors.UsageError, match="sealed"):
         cache.to("cpu").push(two)
-    with pytest.raises(UsageError, match="sealed"):
+    with pytest.raises(errors.UsageError, match="sealed"):
         cls.from_layers({}).push(two)
 
 
 @KINDS
 def test_sealed_caches_refuse_what_does_not_fit(cls, shape) -> None:
     ok = torch.zeros(shape)
-    with pytest.raises(ValueRangeError, match="layer -1"):
+    with pytest.raises(errors.ValueRangeError, match="layer -1"):
         cls.from_layers({-1: ok})
-    with pytest.raises(UsageError, match="whole number"):
+    with pytest.raises(errors.UsageError, match="whole number"):
         cls.from_layers({"0": ok})
-    with pytest.raises(ShapeError, match="tensor of layer 7"):
+    with pytest.raises(errors.ShapeError, match="tensor of layer 7"):
         cls.from_layers({1: ok, 7: torch.zeros((*shape[:-1], 9))})
-    with pytest.raises(DtypeError, match="tensor of layer 7"):
+    with pytest.raises(errors.DtypeError, match="tensor of layer 7"):
         cls.from_layers({1: ok, 7: ok.double()})
 
 
 def test_layers_of_a_model_may_lie_on_several_devices_but_do_not_stack() -> None:
     cache = ActivationCache.from_layers({0: torch.zeros(4), 1: torch.zeros(4, device="meta")})
     assert cache.n_layers == 2
-    with pytest.raises(UsageError, match="cpu, meta"):
+    with pytest.raises(errors.UsageError, match="cpu, meta"):
         cache.stack()
 
 
@@ -242,7 +238,7 @@ def test_to_gives_a_new_cache(cls, shape, capacity) -> None:
     same = cache.to("cpu")
     assert torch.equal(same.stack(), cache.stack())
     assert (same.get_layer(0).data_ptr() == cache.get_layer(0).data_ptr()) == (capacity != 5)
-    with pytest.raises(UsageError, match="'nowhere' cannot be used"):
+    with pytest.raises(errors.UsageError, match="'nowhere' cannot be used"):
         cache.to("nowhere")
 
 
@@ -278,21 +274,21 @@ def test_positions_count_from_both_ends(seq: int, position: int, layer: int) -> 
         row.zero_()
         assert torch.equal(cache.get_layer(layer), values[layer])  # a copy
     else:
-        with pytest.raises(OutOfRangeError, match=f"positions −{seq}–{seq - 1}"):
+        with pytest.raises(errors.OutOfRangeError, match=f"positions −{seq}–{seq - 1}"):
             cache.get_position(layer, position)
 
 
 def test_positions_of_layers_that_are_not_there() -> None:
     cache = FullActivationCache.from_layers({2: torch.zeros(3, 4), 5: torch.zeros(3, 4)})
-    with pytest.raises(OutOfRangeError, match=r"layer 6 is not stored: .* layers 2, 5"):
+    with pytest.raises(errors.OutOfRangeError, match=r"layer 6 is not stored: .* layers 2, 5"):
         cache.get_position(6, 0)
-    with pytest.raises(OutOfRangeError, match="layer -1 is not stored"):
+    with pytest.raises(errors.OutOfRangeError, match="layer -1 is not stored"):
         cache.get_position(-1, 0)
-    with pytest.raises(NotStoredError, match=r"layer 3 is not stored.*layers 2, 5"):
+    with pytest.raises(errors.NotStoredError, match=r"layer 3 is not stored.*layers 2, 5"):
         cache.get_position(3, 0)
-    with pytest.raises(NotStoredError, match="no layers"):
+    with pytest.raises(errors.NotStoredError, match="no layers"):
         FullActivationCache().get_position(0, 0)
-    with pytest.raises(UsageError, match="position"):
+    with pytest.raises(errors.UsageError, match="position"):
         cache.get_position(2, 0.5)
     assert FullActivationCache().seq_len == 0
 

@@ -52,7 +52,8 @@ from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.validation import validate
 from trilens.errors import CorruptFileError, TrilensError, WriteError
-from trilens.io.safetensors_header import TensorHeader, read_header, read_headers
+from trilens.io.safetensors_header import TensorHeader, read_header
+from trilens.io.weight_files import read_headers
 from trilens.ternary.codecs.gguf_blocks import CODECS
 from trilens.ternary.codecs.sparse import decode_csr, encode_csr
 from trilens.ternary.granularity import resolve_units

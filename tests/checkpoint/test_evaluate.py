@@ -16,7 +16,7 @@ from trilens.checkpoint import Sample, SampleReport, TernaryPlan, TernaryReport,
 from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import NoTokenizerError, TextError, UsageError
-from trilens.text.documents import token_blocks
+from trilens.text.token_blocks import token_blocks
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8")
 

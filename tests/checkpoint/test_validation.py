@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import saved
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.shards import json_bytes, sha256_of
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.validation import validate
 from trilens.errors import CorruptFileError, LoadError, ModelNotFoundError
+from trilens.io.guarded import sha256_of
+from trilens.io.json import json_bytes
 
 CODES = "model.layers.0.self_attn.q_proj.codes"
 SCALE = "model.layers.0.self_attn.q_proj.scale"

@@ -66,7 +66,10 @@ def test_closed_sets_are_shown(command: str, choices: str) -> None:
         (("capture", DEMO, "-o", "x"), "--prompt"),
         (("compare", DEMO, DEMO), "--data"),
         (("ternarize", DEMO), "--output"),
-        (("ternarize", DEMO, "-o", "x", "--max-damage", "much"), "--max-damage"),
+        (
+            ("ternarize", DEMO, "-o", "x", "--max-perplexity-ratio", "much"),
+            "--max-perplexity-ratio",
+        ),
         (("validate",), "PATH"),
         (("convert", "x"), "--output"),
         (("families", "--type"), "--type"),

@@ -20,10 +20,9 @@ from transformers import (
 )
 
 from tolerances import sum_error
-from training.batches import IGNORED_LABEL, encode_documents, heldout_windows
+from training.batches import encode_documents, heldout_windows
 from training.checkpoint import total_bytes
 from training.heads import HeadScores, induction_scores, previous_token_scores
-from training.losses import heldout_loss
 from training.optimizers import make_optimizers, orthogonalise
 from trilens.demo import DEMO_MODELS, demo_path
 from trilens.demo.corpus import (
@@ -35,6 +34,7 @@ from trilens.demo.corpus import (
     training_documents,
 )
 from trilens.errors import UsageError
+from trilens.evaluation.perplexity import measure_perplexity
 
 # Every so many windows of ALL the held-out text: a sample that is an estimate of the recorded
 # loss by construction, where a choice of files would be a choice of their difficulty.
@@ -65,11 +65,10 @@ def model(folder: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def windows(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     documents = heldout_documents(stdlib_root(), load_heldout_record())
     encoded = encode_documents(tokenizer, documents)
-    inputs, labels = heldout_windows(encoded, tokenizer.model_max_length)
-    return inputs[::_WINDOW_STRIDE], labels[::_WINDOW_STRIDE]
+    return heldout_windows(encoded, tokenizer.model_max_length)[::_WINDOW_STRIDE]
 
 
 def test_checkpoint_is_at_most_six_megabytes(folder: Path) -> None:
@@ -124,25 +123,25 @@ def test_recorded_figures_satisfy_the_bar(recorded: dict[str, Any]) -> None:
 
 def test_heldout_loss_recomputed(
     model: PreTrainedModel,
-    windows: tuple[torch.Tensor, torch.Tensor],
+    windows: list[torch.Tensor],
     recorded: dict[str, Any],
 ) -> None:
-    loss = heldout_loss(model, *windows)
-    assert loss.tokens > 20_000
+    loss = measure_perplexity(model, windows)
+    assert loss.n_tokens > 20_000
     if check_heldout(stdlib_root(), load_heldout_record()).comparable:
-        assert loss.loss_nats <= 3.0
-        assert loss.loss_nats == pytest.approx(recorded["heldout_loss_nats"], abs=0.15)
+        assert loss.nll_nats <= 3.0
+        assert loss.nll_nats == pytest.approx(recorded["heldout_loss_nats"], abs=0.15)
     else:
-        assert loss.loss_nats <= 3.5
+        assert loss.nll_nats <= 3.5
 
 
 def test_recorded_previous_token_head_stands_out(
     model: PreTrainedModel,
-    windows: tuple[torch.Tensor, torch.Tensor],
+    windows: list[torch.Tensor],
     recorded: dict[str, Any],
 ) -> None:
-    inputs, labels = windows
-    full = inputs[(labels != IGNORED_LABEL).all(dim=1)][:8]
+    longest = max(map(len, windows))
+    full = torch.stack([window[:-1] for window in windows if len(window) == longest][:8])
     _assert_stands_out(previous_token_scores(model, full), recorded["best_previous_token_head"])
 
 
@@ -164,8 +163,12 @@ def test_scores_agree_with_a_plain_loop(model: PreTrainedModel) -> None:
 
 def test_heldout_windows_label_every_token_once() -> None:
     documents = [torch.arange(10), torch.arange(100, 105)]
-    _, labels = heldout_windows(documents, length=4)
-    assert labels[labels != IGNORED_LABEL].tolist() == [*range(1, 10), *range(101, 105)]
+    windows = heldout_windows(documents, length=4)
+    assert max(map(len, windows)) == 5
+    assert torch.cat([window[1:] for window in windows]).tolist() == [
+        *range(1, 10),
+        *range(101, 105),
+    ]
 
 
 def test_heldout_modules_are_not_trained_on(tmp_path: Path) -> None:

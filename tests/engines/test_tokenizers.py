@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 import trilens
 from engines.engine import Engine, byte_level, save_model, sentencepiece_like
+from llama_cases import llama_config
 from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.checkpoint.gguf.tokenizer import PRE_TOKENIZERS
 
@@ -21,15 +22,8 @@ TRAINING = [
     "CamelCaseWords and HTTPServer2Go, a/b/c//d ... !!! ??? /// --- ===\n\n",
 ] * 3
 TEXTS = [*TRAINING[:3], "", " ", "\n", "x", "  leading", "trailing  ", "1 22 333 4444", "don't'S"]
-CONFIG = LlamaConfig(
-    vocab_size=600,
-    hidden_size=256,
-    intermediate_size=256,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
+ENDS = {"max_position_embeddings": 64, "tie_word_embeddings": True}
+CONFIG = llama_config(256, 256, layers=1, heads=4, vocab=600, **ENDS)
 BY_NAME = {name: key for key, name in PRE_TOKENIZERS.items()}
 
 

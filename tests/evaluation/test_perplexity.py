@@ -11,13 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tolerances import largest, sum_error
 from trilens.demo import demo_path
 from trilens.errors import NonFiniteError, ShapeError, TextError, ValueRangeError
-from trilens.evaluation.perplexity import (
-    Perplexity,
-    batches_of_blocks,
-    measure_perplexity,
-    token_nll_nats,
-)
-from trilens.text.documents import token_blocks
+from trilens.evaluation.loop import Perplexity, log_likelihoods
+from trilens.evaluation.perplexity import measure_perplexity
+from trilens.text.token_blocks import batches_by_length, token_blocks
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +25,9 @@ def test_token_losses_are_the_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(600, 50, generator=generator) * 4
     ids = torch.randint(50, (600,), generator=generator)
-    expected = -logits.double().log_softmax(-1)[:-1].gather(1, ids[1:, None]).squeeze(1)
+    expected = logits.double().log_softmax(-1)[:-1].gather(1, ids[1:, None]).squeeze(1)
     bound = sum_error(50, 1, torch.float32) + sum_error(4, largest(logits), torch.float32)
-    assert largest(token_nll_nats(logits, ids) - expected) <= bound
+    assert largest(log_likelihoods(logits, ids) - expected) <= bound
 
 
 def test_batches_and_lengths_do_not_change_the_measure(model: PreTrainedModel) -> None:
@@ -48,6 +44,7 @@ def test_batches_and_lengths_do_not_change_the_measure(model: PreTrainedModel) -
         ]
     count = sum(len(block) - 1 for block in blocks)
     assert alone.n_tokens == together.n_tokens == count
+    assert alone.block_length == together.block_length == 32
     # Losses of more than 1 nat, each with a float32 sum over the vocabulary, of 1.
     close = float(sum_error(model.config.vocab_size, 1, torch.float32))
     assert alone.nll_nats == pytest.approx(float(sum(losses)) / count, rel=close)
@@ -67,7 +64,10 @@ def test_the_mode_is_put_back(model: PreTrainedModel) -> None:
 
 def test_blocks_are_grouped_by_length() -> None:
     blocks = [torch.zeros(n, dtype=torch.int64) for n in (4, 4, 4, 2, 4)]
-    assert [len(batch) for batch in batches_of_blocks(blocks, 2)] == [2, 1, 1, 1]
+    assert [len(batch) for batch in batches_by_length(blocks, batch_size=2)] == [2, 1, 1, 1]
+    assert [len(batch) for batch in batches_by_length(blocks, max_tokens=9)] == [2, 1, 1, 1]
+    assert [len(batch) for batch in batches_by_length(blocks, max_tokens=1)] == [1] * 5
+    assert [len(batch) for batch in batches_by_length(blocks)] == [3, 1, 1]
 
 
 def test_what_it_refuses(model: PreTrainedModel) -> None:
@@ -76,7 +76,7 @@ def test_what_it_refuses(model: PreTrainedModel) -> None:
     with pytest.raises(ValueRangeError, match="batch_size is 0"):
         measure_perplexity(model, [torch.tensor([1, 2])], batch_size=0)
     with pytest.raises(ShapeError, match="do not belong"):
-        token_nll_nats(torch.zeros(3, 5), torch.tensor([1, 2]))
+        log_likelihoods(torch.zeros(3, 5), torch.tensor([1, 2]))
     weight = model.model.norm.weight
     kept = weight.detach().clone()
     try:
@@ -88,4 +88,4 @@ def test_what_it_refuses(model: PreTrainedModel) -> None:
 
 
 def test_a_hopeless_model_has_infinite_perplexity() -> None:
-    assert Perplexity(nll_nats=1e4, n_tokens=1).value == math.inf
+    assert Perplexity(nll_nats=1e4, n_tokens=1, block_length=2).value == math.inf

@@ -94,6 +94,6 @@ def test_no_token_to_predict(lens: Lens) -> None:
 def test_logits_that_do_not_fit_are_refused(
     lens: Lens, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(damage, "_KEPT_BYTES", 1000)
+    monkeypatch.setattr(damage, "_MAX_BYTES", 1000)
     with pytest.raises(TooLargeError, match="take fewer tokens"):
         ReferenceLogits(lens, blocks("llama"))

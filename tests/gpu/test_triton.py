@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
-from packed_cases import DTYPES, RULES, check, inputs, made
+from packed_cases import DTYPES, biases, check, inputs, made, packed_matrices
 from tolerances import assert_close_sums
 from trilens.ternary.packed import multiply
 from trilens.ternary.packed.gpu import dispatch as gpu
@@ -35,17 +35,12 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
-    rows, cols = draw(st.integers(1, 100)), draw(st.integers(1, 500))
-    per = draw(st.sampled_from(["tensor", "row", "group"]))
-    size = draw(st.sampled_from([5, 48, 128, 1024])) if per == "group" else None
-    rule = draw(st.sampled_from(RULES))
-    packed = made(rows, cols, draw(st.integers(0, 99)), rule=rule, per=per, group_size=size)
+    packed = draw(packed_matrices((1, 100), (1, 500), [5, 48, 128, 1024]))
     n = draw(st.sampled_from([1, 2, 4, 5, 16, 17, 70]))
     # The interpreter's matrix product multiplies the bits of bfloat16 as whole numbers.
     can = [t for t in DTYPES if DEVICE == "cuda" or n <= 4 or t != torch.bfloat16]
-    x = inputs(n, cols, draw(st.sampled_from(can)))
-    bias = torch.linspace(-1, 1, rows).to(x.dtype) if draw(st.booleans()) else None
-    return packed, x, bias
+    x = inputs(n, packed.cols, draw(st.sampled_from(can)))
+    return packed, x, draw(biases(packed, x))
 
 
 @settings(max_examples=40, deadline=None)

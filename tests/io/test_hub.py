@@ -20,14 +20,8 @@ from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from trilens.errors import (
-    ConfigError,
-    CorruptFileError,
-    LoadError,
-    ModelNotFoundError,
-    OfflineError,
-    UnsafeFormatError,
-)
+from loading_cases import refused
+from trilens import errors
 from trilens.io import hub
 from trilens.models.loading import load
 
@@ -156,15 +150,6 @@ def files(tmp_path_factory):
     }
 
 
-def refused(error, path, **options):
-    with pytest.raises(error) as caught:
-        load(path, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 700
-    return message
-
-
 def test_a_model_is_fetched_once_and_then_read_from_the_cache(server, files, monkeypatch):
     server.repos["some/model"] = files["one"]
     first = load("some/model")
@@ -213,7 +198,7 @@ def test_all_shards_of_an_index_are_fetched(server, files):
 def test_an_index_that_names_missing_shards(server, files):
     lost = next(name for name in files["many"] if name.endswith(".safetensors"))
     server.repos["some/model"] = {n: c for n, c in files["many"].items() if n != lost}
-    assert lost in refused(CorruptFileError, "some/model")
+    assert lost in refused(errors.CorruptFileError, "some/model")
 
 
 def test_an_index_that_leads_elsewhere(server, files):
@@ -222,7 +207,7 @@ def test_an_index_that_leads_elsewhere(server, files):
         "config.json": files["one"]["config.json"],
         "model.safetensors.index.json": index,
     }
-    assert "escape.safetensors" in refused(CorruptFileError, "some/model")
+    assert "escape.safetensors" in refused(errors.CorruptFileError, "some/model")
 
 
 def test_weights_by_another_name(server, files):
@@ -240,7 +225,7 @@ def test_pickled_weights_are_not_even_fetched(server, files):
         "config.json": files["one"]["config.json"],
         "pytorch_model.bin": b"\0",
     }
-    message = refused(UnsafeFormatError, "some/model")
+    message = refused(errors.UnsafeFormatError, "some/model")
     assert "some/model" in message
     assert "pytorch_model.bin" in message
     assert "pytorch_model.bin" not in server.fetched
@@ -248,25 +233,25 @@ def test_pickled_weights_are_not_even_fetched(server, files):
 
 def test_repositories_without_a_model(server, files):
     server.repos["some/model"] = {"README.md": b""}
-    assert "has no config.json" in refused(ConfigError, "some/model")
+    assert "has no config.json" in refused(errors.ConfigError, "some/model")
     server.repos["some/other"] = {"config.json": files["one"]["config.json"]}
-    assert "has no weights" in refused(LoadError, "some/other")
+    assert "has no weights" in refused(errors.LoadError, "some/other")
 
 
 def test_a_revision(server, files, monkeypatch):
     server.repos["some/model"] = files["one"]
     load("some/model", revision="v1")
-    message = refused(ModelNotFoundError, "some/model", revision="v2")
+    message = refused(errors.ModelNotFoundError, "some/model", revision="v2")
     assert "some/model" in message
     assert "'v2'" in message
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     load("some/model", revision="v1")
     load("some/model", revision=COMMIT)
-    assert "'v2'" in refused(OfflineError, "some/model", revision="v2")
+    assert "'v2'" in refused(errors.OfflineError, "some/model", revision="v2")
 
 
 def test_an_id_that_the_hub_does_not_have(server):
-    message = refused(ModelNotFoundError, "some/absent")
+    message = refused(errors.ModelNotFoundError, "some/absent")
     assert "some/absent" in message
     assert "HF_TOKEN" in message
 
@@ -275,7 +260,7 @@ def test_an_id_that_the_hub_does_not_have(server):
 def test_a_gated_model(server, files, which):
     server.repos["some/model"] = files["one"]
     setattr(server, which, (403, "GatedRepo"))
-    message = refused(ModelNotFoundError, "some/model")
+    message = refused(errors.ModelNotFoundError, "some/model")
     assert "gated" in message
     assert "HF_TOKEN" in message
 
@@ -284,13 +269,13 @@ def test_a_gated_model(server, files, which):
 def test_a_token_that_is_refused(server, files, status):
     server.repos["some/model"] = files["one"]
     server.refusal = (status, "")
-    assert "HF_TOKEN" in refused(ModelNotFoundError, "some/model")
+    assert "HF_TOKEN" in refused(errors.ModelNotFoundError, "some/model")
 
 
 def test_a_hub_in_trouble(server, files, monkeypatch):
     server.repos["some/model"] = files["one"]
     server.refusal = (503, "")
-    message = refused(OfflineError, "some/model")
+    message = refused(errors.OfflineError, "some/model")
     assert "some/model" in message
     assert "503" in message
 
@@ -305,7 +290,7 @@ def test_a_hub_in_trouble_does_not_keep_a_cached_model_away(server, files):
 def test_a_hub_that_never_answers_is_given_up_on(server, monkeypatch):
     monkeypatch.setattr(hub, "_PROBE_TIMEOUT_S", 0.2)
     server.silent = True
-    assert "some/model" in refused(OfflineError, "some/model")
+    assert "some/model" in refused(errors.OfflineError, "some/model")
 
 
 def test_a_hub_that_is_not_there(server, files, monkeypatch):
@@ -313,7 +298,7 @@ def test_a_hub_that_is_not_there(server, files, monkeypatch):
     load("some/model")
     # Port 9 of the loopback: nothing listens, the connection is refused at once.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    message = refused(OfflineError, "some/other")
+    message = refused(errors.OfflineError, "some/other")
     assert "some/other" in message
     assert "local directory" in message
     assert load("some/model").source == "some/model"
@@ -337,7 +322,7 @@ def test_a_cache_from_elsewhere(server, files, monkeypatch):
     assert load("some/model").source == "some/model"
     lost = next(snapshot.glob("*.safetensors"))
     lost.unlink()
-    message = refused(OfflineError, "some/model")
+    message = refused(errors.OfflineError, "some/model")
     assert "incomplete" in message
     assert lost.name in message
 
@@ -349,7 +334,7 @@ def test_a_cache_without_weights(server, files, monkeypatch, kept):
     for path in snapshot.iterdir():
         if path.name != kept:
             path.unlink()
-    message = refused(OfflineError, "some/model")
+    message = refused(errors.OfflineError, "some/model")
     assert "HF_HUB_OFFLINE" in message
     assert "some/model" in message
 
@@ -358,19 +343,19 @@ def test_a_cache_of_pickles(server, files, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     config = files["one"]["config.json"]
     lay_out_cache(constants.HF_HUB_CACHE, {"config.json": config, "pytorch_model.bin": b""})
-    assert "pytorch_model.bin" in refused(UnsafeFormatError, "some/model")
+    assert "pytorch_model.bin" in refused(errors.UnsafeFormatError, "some/model")
 
 
 def test_offline_asks_nobody(server, files, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     server.repos["some/model"] = files["one"]
-    refused(OfflineError, "some/model")
+    refused(errors.OfflineError, "some/model")
     assert server.fetched == []
 
 
 @pytest.mark.parametrize("name", ["a--b", "owner/na..me", "owner/name.git", "-x", "a b", "é/x"])
 def test_what_can_be_no_hub_id(server, name):
-    assert "does not exist" in refused(ModelNotFoundError, name)
+    assert "does not exist" in refused(errors.ModelNotFoundError, name)
 
 
 def test_the_environment_is_honoured(tmp_path, files):
@@ -408,4 +393,4 @@ def test_a_directory_comes_before_a_hub_id(server, files, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert load("some/model").source == str(folder.resolve())
     shutil.rmtree(folder)
-    refused(ModelNotFoundError, "some/model")
+    refused(errors.ModelNotFoundError, "some/model")

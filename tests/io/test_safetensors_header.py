@@ -18,14 +18,10 @@ from trilens.errors import (
     TrilensError,
     UnsafeFormatError,
 )
-from trilens.io.safetensors_header import (
-    estimate,
-    read_header,
-    read_headers,
-    read_json,
-    shard_names,
-    weight_files,
-)
+from trilens.io.json import read_json
+from trilens.io.safetensors_header import read_header
+from trilens.io.weight_files import read_headers, shard_names, weight_files
+from trilens.io.weight_memory import memory_bytes
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -294,14 +290,13 @@ def test_weights_by_another_name(tmp_path):
 )
 def test_estimate_counts_floating_tensors_in_the_target_dtype(file, dtype, a, b):
     # c holds integers, which no load casts: 2 × 8 bytes whatever the dtype.
-    assert estimate(file.parent, dtype) == 6 * a + 5 * b + 2 * 8
-    assert estimate(str(file.parent), dtype) == 6 * a + 5 * b + 2 * 8
+    assert memory_bytes(read_headers(file.parent), file.parent, dtype) == 6 * a + 5 * b + 2 * 8
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_estimate_follows_the_configurations_dtype(file, key):
     (file.parent / "config.json").write_text(json.dumps({key: "float64"}))
-    assert estimate(file.parent) == 6 * 8 + 5 * 8 + 2 * 8
+    assert memory_bytes(read_headers(file.parent), file.parent) == 6 * 8 + 5 * 8 + 2 * 8
 
 
 def test_estimate_reads_no_tensor_byte(tmp_path):
@@ -312,7 +307,7 @@ def test_estimate_reads_no_tensor_byte(tmp_path):
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         stream.truncate(8 + len(header) + size)
-    assert estimate(tmp_path, "bfloat16") == size // 2
+    assert memory_bytes(read_headers(tmp_path), tmp_path, "bfloat16") == size // 2
 
 
 @pytest.mark.parametrize(

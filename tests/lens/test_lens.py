@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llama_cases import llama_config
 from tinymodels import build, prompt_ids
 from tolerances import assert_near, sum_error
 from trilens.errors import (
@@ -292,14 +293,7 @@ def _overwrite(_module, args, _output) -> None:
 
 def test_a_model_that_overwrites_its_tensors_is_copied() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=64,
-    )
+    config = llama_config(32, 64, layers=3, heads=4, vocab=64)
     model = _InPlace(config).eval()
     lens = Lens(model)
     seen = []

@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from loading_cases import refused
 from trilens.errors import (
     ConfigError,
     CorruptFileError,
@@ -48,7 +49,8 @@ from trilens.errors import (
     UnsafeFormatError,
     UsageError,
 )
-from trilens.io.safetensors_header import estimate
+from trilens.io.weight_files import read_headers
+from trilens.io.weight_memory import memory_bytes
 from trilens.models import loading
 from trilens.models.loading import Loaded, load
 from trilens.models.rwkv7.config import RWKV7Config
@@ -123,15 +125,6 @@ def edit_weights(folder, change):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def refused(error, path, **options):
-    with pytest.raises(error) as caught:
-        load(path, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 700
-    return message
-
-
 @pytest.mark.parametrize(
     ("saved", "config", "loaded", "unused"),
     [
@@ -192,7 +185,11 @@ def test_the_dtype_asked_for(checkpoint, dtype):
     found = load(checkpoint, dtype=dtype)
     assert {p.dtype for p in found.model.parameters()} == {wanted}
     own_bytes = sum(p.nbytes for p in found.model.parameters())
-    assert found.estimate_bytes == own_bytes == estimate(checkpoint, dtype)
+    assert (
+        found.estimate_bytes
+        == own_bytes
+        == memory_bytes(read_headers(checkpoint), checkpoint, dtype)
+    )
 
 
 def test_the_dtype_auto_is_the_checkpoints_own(tmp_path):
@@ -231,7 +228,7 @@ def test_a_sharded_checkpoint(tmp_path):
 
 def test_memory_is_checked_before_anything_is_loaded(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "build_model", lambda *_, **__: pytest.fail("loaded"))
-    needed = estimate(checkpoint)
+    needed = memory_bytes(read_headers(checkpoint), checkpoint)
     options = {"device_map": None, "revision": None, "trust_remote_code": False}
     with pytest.raises(MemoryShortError) as caught:
         loading._load(checkpoint, dtype="auto", free_bytes=lambda: needed - 1, **options)
@@ -242,7 +239,7 @@ def test_memory_is_checked_before_anything_is_loaded(checkpoint, monkeypatch):
 
 
 def test_as_much_memory_as_needed_is_enough(checkpoint):
-    needed = estimate(checkpoint, "bfloat16")
+    needed = memory_bytes(read_headers(checkpoint), checkpoint, "bfloat16")
     found = loading._load(
         checkpoint,
         dtype="bfloat16",

@@ -19,17 +19,7 @@ from transformers import (
     RobertaModel,
 )
 
-from trilens.errors import (
-    DtypeError,
-    EmptyPromptError,
-    NoTokenizerError,
-    PromptError,
-    PromptTooLongError,
-    ShapeError,
-    TokenIdError,
-    TrilensError,
-    UsageError,
-)
+from trilens import errors
 from trilens.models.tokens import (
     max_positions_of,
     pad_id_for,
@@ -170,20 +160,22 @@ def test_a_list_is_read_exactly_or_refused_with_its_first_bad_id(ids):
     if not bad:
         assert read(ids).ids.tolist() == ids
         return
-    message = refusal(TokenIdError, ids)
+    message = refusal(errors.TokenIdError, ids)
     assert f"token id {bad[0][1]} at position {bad[0][0]} " in message
     assert "0–99" in message
 
 
 def test_ids_that_no_int64_holds_are_named_as_they_are():
-    assert str(2**64 - 1) in refusal(TokenIdError, np.array([2**64 - 1], dtype=np.uint64))
-    assert str(2**64 - 1) in refusal(TokenIdError, torch.tensor([2**64 - 1], dtype=torch.uint64))
+    assert str(2**64 - 1) in refusal(errors.TokenIdError, np.array([2**64 - 1], dtype=np.uint64))
+    assert str(2**64 - 1) in refusal(
+        errors.TokenIdError, torch.tensor([2**64 - 1], dtype=torch.uint64)
+    )
 
 
 @pytest.mark.parametrize("ids", [[5, 100], [5, -1], torch.tensor([5, 100]), np.array([[5, -1]])])
 def test_ids_outside_the_vocabulary(ids):
     bad = torch.as_tensor(ids).reshape(-1)[1].item()
-    assert f"token id {bad} at position 1 is out of range" in refusal(TokenIdError, ids)
+    assert f"token id {bad} at position 1 is out of range" in refusal(errors.TokenIdError, ids)
 
 
 def test_the_last_id_of_the_vocabulary_is_in_range():
@@ -196,12 +188,12 @@ def test_the_last_id_of_the_vocabulary_is_in_range():
     ids=repr,
 )
 def test_empty_prompts(prompt, word_piece):
-    assert "prompt is empty" in refusal(EmptyPromptError, prompt, word_piece)
+    assert "prompt is empty" in refusal(errors.EmptyPromptError, prompt, word_piece)
 
 
 def test_text_that_gives_no_token_is_empty(byte_level, word_piece):
     assert read(" ", word_piece, vocab_size=len(word_piece)).strings == ("[CLS]", "[SEP]")
-    message = refusal(EmptyPromptError, " ", word_piece, add_special_tokens=False)
+    message = refusal(errors.EmptyPromptError, " ", word_piece, add_special_tokens=False)
     assert "prompt is empty" in message
 
 
@@ -226,7 +218,7 @@ def test_text_that_gives_no_token_is_empty(byte_level, word_piece):
     ids=repr,
 )
 def test_ids_that_are_no_integers(prompt, value):
-    assert value in refusal(DtypeError, prompt)
+    assert value in refusal(errors.DtypeError, prompt)
 
 
 @pytest.mark.parametrize(
@@ -242,43 +234,45 @@ def test_ids_that_are_no_integers(prompt, value):
     ids=repr,
 )
 def test_several_rows_point_to_capture_many(prompt, word_piece):
-    assert "capture_many" in refusal(ShapeError, prompt, word_piece)
+    assert "capture_many" in refusal(errors.ShapeError, prompt, word_piece)
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 3)])
 def test_other_ranks(shape):
-    assert f"shape {list(shape)}" in refusal(ShapeError, torch.zeros(shape, dtype=torch.long))
+    assert f"shape {list(shape)}" in refusal(
+        errors.ShapeError, torch.zeros(shape, dtype=torch.long)
+    )
 
 
 @pytest.mark.parametrize(
     "prompt", [None, 7, b"text", {"input_ids": [1]}, {1, 2}, Ellipsis], ids=repr
 )
 def test_what_is_no_prompt(prompt):
-    assert type(prompt).__name__ in refusal(UsageError, prompt)
+    assert type(prompt).__name__ in refusal(errors.UsageError, prompt)
 
 
 def test_a_meta_tensor_holds_no_ids():
-    assert "meta" in refusal(UsageError, torch.empty(3, dtype=torch.long, device="meta"))
+    assert "meta" in refusal(errors.UsageError, torch.empty(3, dtype=torch.long, device="meta"))
 
 
 def test_too_long_for_the_positions(word_piece):
     assert len(read([1] * 8, max_positions=8).ids) == 8
-    message = refusal(PromptTooLongError, [1] * 9, max_positions=8)
+    message = refusal(errors.PromptTooLongError, [1] * 9, max_positions=8)
     assert "9 tokens" in message
     assert "8 positions" in message
-    refusal(PromptTooLongError, "the cat sat on the mat", word_piece, max_positions=4)
+    refusal(errors.PromptTooLongError, "the cat sat on the mat", word_piece, max_positions=4)
 
 
 def test_text_without_a_tokenizer():
-    assert "no tokenizer" in refusal(NoTokenizerError, "text")
+    assert "no tokenizer" in refusal(errors.NoTokenizerError, "text")
 
 
 def test_a_lone_surrogate_is_no_text(byte_level):
-    assert "U+D83D" in refusal(PromptError, "ab\ud83d", byte_level)
+    assert "U+D83D" in refusal(errors.PromptError, "ab\ud83d", byte_level)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(byte_level):
-    message = refusal(TokenIdError, "the cat", byte_level, vocab_size=10)
+    message = refusal(errors.TokenIdError, "the cat", byte_level, vocab_size=10)
     assert "the tokenizer knows more tokens than this model" in message
 
 
@@ -410,7 +404,7 @@ def test_vocab_size_counts_the_rows_of_the_embedding():
 
 
 def test_a_model_without_tokens_has_no_vocabulary():
-    with pytest.raises(UsageError, match="Linear has no input embedding"):
+    with pytest.raises(errors.UsageError, match="Linear has no input embedding"):
         vocab_size_of(torch.nn.Linear(2, 2))
 
 
@@ -459,7 +453,7 @@ def test_pad_id_prefers_the_models_own(word_piece, byte_level):
 def test_anything_is_read_or_refused_by_an_own_error(byte_level, prompt):
     try:
         found = read(prompt, byte_level, vocab_size=len(byte_level), max_positions=12)
-    except TrilensError as error:
+    except errors.TrilensError as error:
         assert str(error)
         assert len(str(error).splitlines()) == 1
     else:

@@ -15,9 +15,9 @@ from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation, ReferenceLogits
-from trilens.io.safetensors_header import read_headers
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
-from trilens.planning.candidates import KEEP, Candidate, data_free, of_plan
+from trilens.planning.candidates import EXCLUDED, Candidate, data_free, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.planning import make_plan
 from trilens.planning.result import PlanOptions
@@ -32,7 +32,7 @@ FEW = [
 
 def few(matrix: ModelMatrix, **options: Any) -> Sequence[Candidate]:
     """Fewer candidates than there are, so that tests take less time."""
-    return [*(of_plan(entry, **options) for entry in FEW), KEEP]
+    return [*(of_plan(entry, **options) for entry in FEW), EXCLUDED]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_more_bits_mean_less_damage(lens: Lens) -> None:
 
 
 def test_a_bound_alone_takes_no_more_bits_than_it_needs(lens: Lens) -> None:
-    bound = PlanOptions(max_ratio=1.5, costs="predicted")
+    bound = PlanOptions(max_perplexity_ratio=1.5, costs="predicted")
     planned = make_plan(lens, IDS, HELD, options=bound, candidates=few)
     assert planned.holds
     assert planned.damage.perplexity_ratio <= 1.5
@@ -138,7 +138,7 @@ def test_a_rule_of_somebody_else_is_one_entry(lens: Lens) -> None:
         ({}, UsageError, "a budget of bits, a bound"),
         ({"budget_bits": 0}, ValueRangeError, "budget of 0 bits"),
         ({"budget_bits": math.nan}, ValueRangeError, "budget of nan bits"),
-        ({"max_ratio": 0.9}, ValueRangeError, "ratio 0.9 is out of range"),
+        ({"max_perplexity_ratio": 0.9}, ValueRangeError, "ratio 0.9 is out of range"),
         ({"budget_bits": 2, "costs": "guessed"}, UsageError, "measured, predicted"),
         ({"budget_bits": 2, "storage": "zip"}, UsageError, "storage 'zip'"),
         ({"budget_bits": 2, "scale_dtype": "int8"}, UsageError, "scale dtype 'int8'"),

@@ -13,10 +13,11 @@ from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.demo import demo_path
 from trilens.errors import NonFiniteError, UsageError
 from trilens.evaluation.reference import ReferenceLogits
-from trilens.io.safetensors_header import read_headers
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.planning.matrices import find_matrices
 from trilens.planning.sensitivity import measure_sensitivity
+from trilens.progress import Step
 from trilens.taps.parameters import checksum
 
 FAMILIES = ["gpt2", "mamba", "rwkv", "mixtral", "gpt_oss", "recurrent_gemma"]
@@ -83,13 +84,13 @@ def lens(tmp_path_factory: pytest.TempPathFactory) -> Lens:
 
 
 def test_each_matrix_and_its_prediction(lens: Lens) -> None:
-    told: list[tuple[int, int, str]] = []
+    steps: list[Step] = []
     found = measure_sensitivity(
         lens,
         blocks("llama"),
         rule=EXACT,
         each_matrix=True,
-        progress=lambda *step: told.append(step),
+        progress=steps.append,
     )
     rows = found.of("matrix")
     assert len(rows) == 28
@@ -101,7 +102,7 @@ def test_each_matrix_and_its_prediction(lens: Lens) -> None:
     assert correlation is not None
     assert correlation > 0.7
     assert found.to_dict()["rank_correlation"]["matrix"] == correlation
-    assert [done for done, _, _ in told] == list(range(told[0][1]))
+    assert [step.done for step in steps] == list(range(steps[0].total))
     whole = found.of("blocks")[-1].predicted_kl_nats
     assert whole == pytest.approx(sum(row.predicted_kl_nats or 0.0 for row in rows))
 
@@ -115,8 +116,8 @@ def test_without_a_prediction_there_is_no_correlation(lens: Lens) -> None:
 def test_an_exception_on_the_way_leaves_the_weights(lens: Lens) -> None:
     before = checksum(dict(lens.model.named_parameters()))
 
-    def stop(_done: int, _steps: int, what: str) -> None:
-        if what == "blocks 2":
+    def stop(step: Step) -> None:
+        if step.what == "blocks 2":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

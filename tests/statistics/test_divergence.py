@@ -11,7 +11,14 @@ from hypothesis.extra import numpy as hnp
 
 from tolerances import assert_close_sums, sum_error
 from trilens.errors import DtypeError, NonFiniteError, ShapeError, ValueRangeError
-from trilens.statistics.divergence import cosine, js_nats, kl_nats, max_relative, relative_error
+from trilens.statistics.divergence import (
+    cosine,
+    js_nats,
+    kl_nats,
+    max_relative,
+    relative_error,
+    relative_errors,
+)
 
 ROWS = [kl_nats, js_nats, cosine]
 WHOLE = [relative_error, max_relative]
@@ -262,3 +269,18 @@ def test_probabilities_of_a_narrow_dtype_are_normalised() -> None:
     narrow = js_nats(a.softmax(-1).bfloat16(), b.softmax(-1).bfloat16())
     # bfloat16 rounds every probability by up to 2⁻⁹
     np.testing.assert_allclose(narrow, exact, rtol=4e-3)
+
+
+def test_relative_errors_are_those_of_each_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    b = a + 1e-3 * torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    a[3], b[3], a[4] = 0, 0, 0
+    b[0] = a[0]
+    found = relative_errors(a, b)
+    assert found.shape == (5,)
+    assert found[0] == found[3] == 0 and found[4] == math.inf
+    for row in (1, 2):
+        assert found[row] == pytest.approx(relative_error(a[row], b[row]), rel=1e-13)
+    with pytest.raises(NonFiniteError, match="row 2 of b"):
+        relative_errors(a, b.index_fill(0, torch.tensor([2]), math.nan))

@@ -15,7 +15,7 @@ from trilens.errors import SilentSiteError
 from trilens.lens.lens import Lens
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.taps.kernels import KERNELS, kernel_calls, kernel_places
-from trilens.taps.session import CaptureRequest, listening
+from trilens.taps.session import CaptureRequest, recording_of
 
 NAMES = (*KERNEL_GATES, *DECODE_KERNELS.values())
 
@@ -103,7 +103,7 @@ def test_a_replacement_made_meanwhile_is_kept() -> None:
         assert namespace[name] is other
     finally:
         namespace[name] = original
-    assert not KERNELS._overrides
+    assert not KERNELS._overrides.active
 
 
 def test_places_are_the_files_of_the_models_own_classes() -> None:
@@ -118,7 +118,7 @@ def test_a_session_gives_the_arguments_by_layer() -> None:
     lens = Lens(model)
     layers = lens.gate_layers["mixer.dt"]
     wanted = CaptureRequest(layers, None, (6,), (), {}, kernels=layers)
-    with torch.no_grad(), listening(model, lens.anatomy, wanted) as recording:
+    with torch.no_grad(), recording_of(model, lens.anatomy, wanted) as recording:
         model(input_ids=ids, use_cache=False)
     with torch.no_grad(), kernel_calls(model) as calls:
         model(input_ids=ids, use_cache=False)
@@ -133,6 +133,6 @@ def test_a_session_gives_the_arguments_by_layer() -> None:
     with (
         pytest.raises(SilentSiteError, match=f"recurrence of layer {without}"),
         torch.no_grad(),
-        listening(model, lens.anatomy, missing),
+        recording_of(model, lens.anatomy, missing),
     ):
         model(input_ids=ids, use_cache=False)

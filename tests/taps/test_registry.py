@@ -6,9 +6,10 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llama_cases import llama_config
 from tinymodels import build, prompt_ids
 from trilens.lens.lens import Lens
 from trilens.taps.registry import REGISTRY, attention_keys
@@ -166,14 +167,7 @@ def test_a_plain_run_in_another_thread_is_not_recorded() -> None:
 
 
 def test_two_models_built_from_one_config_object() -> None:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
+    config = llama_config(32, 64, layers=2, heads=4, vocab=64, num_key_value_heads=2)
     torch.manual_seed(0)
     first, second = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     assert first.config is second.config

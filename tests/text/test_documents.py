@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trilens.demo import demo_path
 from trilens.errors import NoTokenizerError, TextError, ValueRangeError
-from trilens.text.documents import STDLIB, read_documents, token_blocks
+from trilens.text.documents import STDLIB, read_documents
+from trilens.text.token_blocks import token_blocks
 
 
 @pytest.fixture(scope="module")

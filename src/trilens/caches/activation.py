@@ -9,7 +9,7 @@ layer numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class _LayerCache(ByLayer):
             self.push(tensor)
 
     @classmethod
-    def with_capacity(cls, n_layers: int) -> Self:
+    def with_capacity(cls, n_layers: SupportsIndex) -> Self:
         """An empty cache whose first push allocates room for `n_layers` in ONE contiguous tensor.
 
         Pushes then copy into that tensor, and `stack()` is a view of it. Its dtype, device and
@@ -147,7 +147,7 @@ class _LayerCache(ByLayer):
         buffer = () if self._buffer is None else (self._buffer,)
         return distinct_bytes((*self._tensors, *buffer))
 
-    def get_layer(self, i: int) -> Tensor | None:
+    def get_layer(self, i: SupportsIndex) -> Tensor | None:
         """The tensor of layer `i`, or None where nothing is stored.
 
         Layer numbers are the model's own and do not count from the end: a negative one is not
@@ -159,7 +159,7 @@ class _LayerCache(ByLayer):
         index = self._index_of(whole_number(i, "layer"))
         return None if index is None else self._tensors[index]
 
-    def __getitem__(self, layer: int) -> Tensor:
+    def __getitem__(self, layer: SupportsIndex) -> Tensor:
         index = self._index_of(whole_number(layer, "layer"))
         if index is None:
             raise absent_layer(layer, self, self.layers)
@@ -322,7 +322,7 @@ class FullActivationCache(_LayerCache):
         """Tokens per layer; 0 while nothing is stored."""
         return 0 if self.is_empty else int(self._tensors[0].shape[0])
 
-    def get_position(self, layer: int, position: int) -> Tensor:
+    def get_position(self, layer: SupportsIndex, position: SupportsIndex) -> Tensor:
         """The residual stream after one block at one token, as a copy.
 
         Shapes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class AttentionCache(ByLayer):
         self._reasons: dict[int, str] = {}
 
     @classmethod
-    def with_capacity(cls, n_layers: int) -> Self:
+    def with_capacity(cls, n_layers: SupportsIndex) -> Self:
         """An empty cache that expects n_layers patterns.
 
         Patterns are kept by reference, so that there is nothing to reserve, and more may come.
@@ -177,7 +177,7 @@ class AttentionCache(ByLayer):
             tensor for pattern in self._layers.values() for tensor in pattern.tensors().values()
         )
 
-    def pattern(self, layer: int) -> Pattern:
+    def pattern(self, layer: SupportsIndex) -> Pattern:
         """The pattern of a layer, nothing computed yet.
 
         Raises:
@@ -193,10 +193,10 @@ class AttentionCache(ByLayer):
             raise absent_layer(number, self, self.layers, why=why)
         return self._layers[number]
 
-    def __getitem__(self, layer: int) -> Pattern:
+    def __getitem__(self, layer: SupportsIndex) -> Pattern:
         return self.pattern(layer)
 
-    def get_layer(self, layer: int, *, allow_large: bool = False) -> Tensor | None:
+    def get_layer(self, layer: SupportsIndex, *, allow_large: bool = False) -> Tensor | None:
         """The whole pattern of a layer [batch, heads, seq_q, seq_k], or None where none is stored.
 
         A pushed pattern comes back as it was pushed; a captured one is computed now.
@@ -224,7 +224,11 @@ class AttentionCache(ByLayer):
         return pattern.dense()
 
     def attention_from_position(
-        self, layer: int, position: int, head: int | None = None, batch: int = 0
+        self,
+        layer: SupportsIndex,
+        position: SupportsIndex,
+        head: SupportsIndex | None = None,
+        batch: SupportsIndex = 0,
     ) -> Floats:
         """How much a query position attends to every key: [seq_k], the mean over heads or one head.
 
@@ -239,7 +243,11 @@ class AttentionCache(ByLayer):
         return _floats(pattern.rows([query], one, row)[:, 0].mean(0))
 
     def attention_to_position(
-        self, layer: int, position: int, head: int | None = None, batch: int = 0
+        self,
+        layer: SupportsIndex,
+        position: SupportsIndex,
+        head: SupportsIndex | None = None,
+        batch: SupportsIndex = 0,
     ) -> Floats:
         """How much every query attends to a key position: [seq_q], the mean over heads or one head.
 
@@ -252,7 +260,12 @@ class AttentionCache(ByLayer):
         return _floats(pattern.columns([key], one, row)[..., 0].mean(0))
 
     def top_attended_positions(
-        self, layer: int, from_position: int, k: int, head: int | None = None, batch: int = 0
+        self,
+        layer: SupportsIndex,
+        from_position: SupportsIndex,
+        k: SupportsIndex,
+        head: SupportsIndex | None = None,
+        batch: SupportsIndex = 0,
     ) -> list[tuple[int, float]]:
         """The k keys that a query position attends to most, as (key position, weight), descending.
 
@@ -269,7 +282,7 @@ class AttentionCache(ByLayer):
         order = np.argsort(-weights, kind="stable")[:n]
         return [(int(position), float(weights[position])) for position in order]
 
-    def entropy(self, layer: int, *, batch: int = 0) -> Floats:
+    def entropy(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Entropy of every row in nats, renormalised over its keys: [heads, seq_q].
 
         Raises:
@@ -280,7 +293,7 @@ class AttentionCache(ByLayer):
         pattern, row = self._unsigned(layer, batch, "entropy")
         return _floats(pattern.entropy(row))
 
-    def mean_distance(self, layer: int, *, batch: int = 0) -> Floats:
+    def mean_distance(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Mean distance in tokens from query to key, of the renormalised row: [heads, seq_q].
 
         Raises:
@@ -291,7 +304,7 @@ class AttentionCache(ByLayer):
         pattern, row = self._unsigned(layer, batch, "mean_distance")
         return _floats(pattern.mean_distance(row))
 
-    def received(self, layer: int, *, batch: int = 0) -> Floats:
+    def received(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Mean raw weight that each key gets from the queries that may see it: [heads, seq_k].
 
         Raises:
@@ -302,7 +315,7 @@ class AttentionCache(ByLayer):
         pattern, row = self._unsigned(layer, batch, "received")
         return _floats(pattern.received(row))
 
-    def sink_mass(self, layer: int, *, batch: int = 0) -> Floats:
+    def sink_mass(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Share of each row that no key got, because a sink took it: [heads, seq_q], in [0, 1].
 
         Raises:
@@ -342,14 +355,18 @@ class AttentionCache(ByLayer):
             return "AttentionCache(empty)"
         return f"AttentionCache({spell_layers(self.layers)}, {self.nbytes / 2**20:,.1f} MiB)"
 
-    def _place(self, layer: int, head: int | None, batch: int) -> tuple[Pattern, int, int | None]:
+    def _place(
+        self, layer: SupportsIndex, head: SupportsIndex | None, batch: SupportsIndex
+    ) -> tuple[Pattern, int, int | None]:
         pattern = self.pattern(layer)
         owner = f"layer {layer}"
         row = check_index(batch, pattern.batch, "batch row", owner)
         one = None if head is None else check_index(head, pattern.heads, "head", owner)
         return pattern, row, one
 
-    def _unsigned(self, layer: int, batch: int, question: str) -> tuple[Pattern, int]:
+    def _unsigned(
+        self, layer: SupportsIndex, batch: SupportsIndex, question: str
+    ) -> tuple[Pattern, int]:
         pattern, row, _ = self._place(layer, None, batch)
         if pattern.signed:
             raise UsageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Self
+from typing import Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class GateCache:
             raise NotStoredError(f"gate {name!r} is not stored: this cache holds {stored}")
         return found
 
-    def pre(self, name: str, layer: int) -> Tensor:
+    def pre(self, name: str, layer: SupportsIndex) -> Tensor:
         """What was captured: the gate's pre-activation, in the model's dtype.
 
         Shapes:
@@ -133,7 +133,7 @@ class GateCache:
         """
         return self._records[self._key(name, layer)]
 
-    def get(self, name: str, layer: int) -> Tensor:
+    def get(self, name: str, layer: SupportsIndex) -> Tensor:
         """The value that the model used: the gate's function of the stored pre-activation.
 
         Computed in the tensor's own dtype by the torch calls of `transformers`, so that it equals
@@ -152,7 +152,7 @@ class GateCache:
             return RATED_FUNCTIONS[spec.function].value(x, self._records[spec.rate, key[1]])
         return UNARY_FUNCTIONS[spec.function].value(x)
 
-    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+    def __getitem__(self, key: tuple[str, SupportsIndex]) -> Tensor:
         name, layer = key
         return self.get(name, layer)
 
@@ -165,7 +165,7 @@ class GateCache:
     def __contains__(self, key: object) -> bool:
         return key in self._records
 
-    def openness(self, name: str, layer: int) -> Tensor:
+    def openness(self, name: str, layer: SupportsIndex) -> Tensor:
         """How open the gate was, from 0 (closed) to 1 (open).
 
         A sigmoid's openness is its value; of silu(x) it is σ(x), of every gelu(x) the exact Φ(x),
@@ -199,7 +199,7 @@ class GateCache:
             opened = ((opened - low) / (high - low)).clamp(0.0, 1.0)
         return opened
 
-    def horizon_tokens(self, name: str, layer: int) -> Tensor:
+    def horizon_tokens(self, name: str, layer: SupportsIndex) -> Tensor:
         """How far back a decay remembers: 1/(1−a) tokens, the sum of all weights 1, a, a² …
 
         Shapes:
@@ -212,7 +212,7 @@ class GateCache:
         # PROMOTE: 1 − a has no digits left for a near 1; −expm1(ln a) has all of them.
         return 1.0 / -torch.expm1(self._log_decay(name, layer))
 
-    def half_life_tokens(self, name: str, layer: int) -> Tensor:
+    def half_life_tokens(self, name: str, layer: SupportsIndex) -> Tensor:
         """After how many tokens at this decay half is left: ln 2 / −ln a.
 
         Shapes:
@@ -227,7 +227,7 @@ class GateCache:
         """
         return math.log(2.0) / -self._log_decay(name, layer)
 
-    def _log_decay(self, name: str, layer: int) -> Tensor:
+    def _log_decay(self, name: str, layer: SupportsIndex) -> Tensor:
         key = self._key(name, layer)
         spec, x = self._specs[key], self._records[key].double()
         if spec.kind != "decay":
@@ -244,7 +244,7 @@ class GateCache:
             return torch.nn.functional.logsigmoid(x)
         return torch.log(UNARY_FUNCTIONS[spec.function].value(x))
 
-    def analyse(self, name: str, layer: int, threshold: float = 0.1) -> GatingAnalysis:
+    def analyse(self, name: str, layer: SupportsIndex, threshold: float = 0.1) -> GatingAnalysis:
         """Which units of the gate are dead, which saturated: statistics of its openness.
 
         Args:
@@ -260,7 +260,7 @@ class GateCache:
         """
         return GatingAnalysis.from_activations(self.openness(name, layer), threshold)
 
-    def spec(self, name: str, layer: int | None = None) -> GateSpec:
+    def spec(self, name: str, layer: SupportsIndex | None = None) -> GateSpec:
         """What the gate is.
 
         Args:
@@ -302,7 +302,7 @@ class GateCache:
             return "GateCache(empty)"
         return f"GateCache({'; '.join(f'{n}: {spell_layers(self.layers(n))}' for n in self.names)})"
 
-    def _key(self, name: str, layer: int) -> tuple[str, int]:
+    def _key(self, name: str, layer: SupportsIndex) -> tuple[str, int]:
         layers = self.layers(name)
         number = whole_number(layer, "layer")
         if number not in layers:

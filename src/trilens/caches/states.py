@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -181,7 +181,9 @@ class StateCache(ByLayer):
         """Bytes of the distinct storages that this cache keeps alive."""
         return distinct_bytes(tensor for _, _, tensor in self.tensors())
 
-    def get(self, layer: int, position: int = -1, part: str | None = None) -> Tensor:
+    def get(
+        self, layer: SupportsIndex, position: SupportsIndex = -1, part: str | None = None
+    ) -> Tensor:
         """The state of a layer after a token.
 
         Args:
@@ -208,11 +210,11 @@ class StateCache(ByLayer):
             )
         return parts[name][place]
 
-    def __getitem__(self, layer: int) -> Tensor:
+    def __getitem__(self, layer: SupportsIndex) -> Tensor:
         """The states of a layer's first part: [positions, …]."""
         return next(iter(self._layers[self._layer(layer)].values()))
 
-    def spec(self, layer: int) -> StateSpec:
+    def spec(self, layer: SupportsIndex) -> StateSpec:
         """What the state of a layer is: axes, orientation, how it is read.
 
         Raises:
@@ -221,7 +223,7 @@ class StateCache(ByLayer):
         """
         return self._specs[self._layer(layer)]
 
-    def norms(self, position: int = -1) -> Floats:
+    def norms(self, position: SupportsIndex = -1) -> Floats:
         """The size of each stored layer's state after a token: [layers], in the order of `layers`.
 
         The Frobenius norm of the state's first part.
@@ -235,7 +237,9 @@ class StateCache(ByLayer):
         # PROMOTE: squares of a hundred thousand entries.
         return np.array([float(state.double().norm()) for state in found], dtype=np.float32)
 
-    def unit_norms(self, layer: int, position: int = -1, part: str | None = None) -> Floats:
+    def unit_norms(
+        self, layer: SupportsIndex, position: SupportsIndex = -1, part: str | None = None
+    ) -> Floats:
         """The norm of each head's or channel's state after a token: [first axis].
 
         Raises:
@@ -300,13 +304,13 @@ class StateCache(ByLayer):
         after = ", ".join(map(str, self._positions))
         return f"StateCache({spell_layers(self.layers)}; after tokens {after} of {self._seq})"
 
-    def _layer(self, layer: int) -> int:
+    def _layer(self, layer: SupportsIndex) -> int:
         number = whole_number(layer, "layer")
         if number not in self._layers:
             raise absent_layer(number, self, self.layers, why=self._reasons.get(number, ""))
         return number
 
-    def _place(self, position: int) -> int:
+    def _place(self, position: SupportsIndex) -> int:
         owner = f"this prompt of {self._seq} tokens"
         index = check_index(position, self._seq, "position", owner, negative=True)
         if index not in self._positions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def spell_layers(layers: Sequence[int]) -> str:
 
 
 def absent_layer(
-    layer: int, cache: object, stored: Sequence[int], *, why: str = "", of: str = ""
+    layer: SupportsIndex, cache: object, stored: Sequence[int], *, why: str = "", of: str = ""
 ) -> AbsentLayerError:
     """The one error for a layer that a cache does not hold.
 

@@ -8,14 +8,13 @@ from typing import Any
 from trilens.checkpoint.coding import entries
 from trilens.checkpoint.format.names import CONFIG_NAME
 from trilens.checkpoint.format.quantization_config import quantization_config
-from trilens.checkpoint.format.shards import json_bytes, sha256_of, write_whole
-from trilens.checkpoint.job import Job
-from trilens.io.safetensors_header import INDEX_NAME, SINGLE_NAME, explicit_name
+from trilens.checkpoint.job import DTYPE_NAMES, Job
+from trilens.io.atomic import write_bytes
+from trilens.io.guarded import read_bytes
+from trilens.io.json import json_bytes
+from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME, explicit_name
 
-__all__ = ["DTYPE_NAMES", "write_side_files"]
-
-DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-"""Floating-point dtypes, as safetensors and as torch call them."""
+__all__ = ["write_side_files"]
 
 
 def write_side_files(out: Path, job: Job) -> dict[str, str]:
@@ -24,24 +23,21 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     Raises:
         WriteError: no space, no permission.
     """
+    content = {path.name: read_bytes(path) for path in job.side_files}
     index = _index(job)
     if index is not None:
-        name, content = index
-        write_whole(out / name, json_bytes(content))
-    for path in job.side_files:
-        write_whole(out / path.name, path.read_bytes())
-    write_whole(out / CONFIG_NAME, json_bytes(_config(job)))
-    names = [path.name for path in job.side_files] + [CONFIG_NAME]
-    return {name: sha256_of(out / name) for name in names + ([index[0]] if index else [])}
+        content[index[0]] = json_bytes(index[1])
+    content[CONFIG_NAME] = json_bytes(_config(job))
+    return {name: write_bytes(out / name, data) for name, data in content.items()}
 
 
 def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = explicit_name(job.folder)
-    if [file.name for file in job.files] in ([SINGLE_NAME], [explicit]):
+    explicit = explicit_name(job.source.folder)
+    if [file.name for file in job.source.files] in ([SINGLE_NAME], [explicit]):
         return None
     weight_map = {}
     total = 0
-    for file in job.files:
+    for file in job.source.files:
         for choice, header in job.of_file(file):
             for name, _, _, size_bytes in entries(choice, header, job.plan):
                 weight_map[name] = file.name
@@ -50,13 +46,13 @@ def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
 
 
 def _config(job: Job) -> dict[str, Any]:
-    config = dict(job.config)
+    config = dict(job.source.settings)
     if not config.get("dtype") and not config.get("torch_dtype"):
         # Without it transformers takes the first floating-point tensor's: a scale's.
         sizes: dict[str, int] = {}
-        for header in job.headers.values():
+        for header in job.source.headers.values():
             if header.dtype in DTYPE_NAMES:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = quantization_config(job.plan, job.choices, job.headers)
+    config["quantization_config"] = quantization_config(job.plan, job.choices, job.source.headers)
     return config

@@ -17,13 +17,13 @@ from trilens.checkpoint.format.report import Outcome, TensorReport
 from trilens.checkpoint.format.shards import MappedFile, ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import to_be_coded
+from trilens.checkpoint.source import tensor_of
 from trilens.errors import WriteError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.ternary.calibrated.rules import n_planes_of
-from trilens.ternary.codecs.compact import compact_rows
 from trilens.ternary.codecs.packing import Base3, TwoBit
+from trilens.ternary.codecs.rows import compact_rows, pack_rows
 from trilens.ternary.granularity import resolve_units
-from trilens.ternary.packed.linear import pack_rows
 from trilens.ternary.quantize import PerLayerQuant, Scale
 from trilens.ternary.rules.kernels import parallel_map
 from trilens.ternary.rules.rules import RuleName
@@ -36,7 +36,6 @@ __all__ = [
     "entries",
     "packed_parts",
     "planned",
-    "tensor_of",
 ]
 
 CODES_PER_BYTE: dict[Storage, int] = {"two_bit": 4, "compact": 5}
@@ -46,12 +45,6 @@ _SCALE_DTYPES = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F3
 Entry = tuple[str, str, tuple[int, ...], int]
 """Name, dtype, shape and bytes of a tensor in the output."""
 
-_TORCH_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 _ROWS_WEIGHTS = 1 << 20  # weights packed and compared together
 
 _DECODED = "packed in the file, unpacked when loaded"
@@ -207,17 +200,6 @@ def code_tensor(
         output_error=output_errors[0] if len(output_errors) == 1 else None,
         other_rule=other_rule,
     )
-
-
-def tensor_of(header: TensorHeader, file: MappedFile) -> Tensor:
-    """A floating-point tensor of the source, by reference to its file.
-
-    Shapes: → [*header.shape]
-    """
-    raw = file.bytes(header.begin, header.end)
-    if header.begin % 8:
-        raw = raw.copy()  # old writers do not align; a view of such bytes is undefined
-    return torch.from_numpy(raw).view(_TORCH_DTYPES[header.dtype]).reshape(header.shape)
 
 
 def _report(

@@ -16,7 +16,8 @@ from trilens.checkpoint.format.report import SampleReport
 from trilens.errors import NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.models.loading import load
-from trilens.text.documents import read_documents, token_blocks
+from trilens.text.documents import read_documents
+from trilens.text.token_blocks import token_blocks
 
 __all__ = ["FEWEST_TOKENS", "Baseline", "Sample"]
 

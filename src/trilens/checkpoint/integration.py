@@ -8,9 +8,7 @@ unpacked on the way in.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -21,14 +19,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trilens.checkpoint.coding import CODES_PER_BYTE
+from trilens.checkpoint.arriving import Arriving, dense_like, packed_like, two_bit_codes
 from trilens.checkpoint.format.names import FORMAT_VERSION, QUANT_METHOD, ROTATION, part_name
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.format.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
-from trilens.ternary.calibrated.rules import n_planes_of
-from trilens.ternary.codecs.compact import expand_rows, is_compact
-from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear, holds_code_3, pack_rows
+from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear
 from trilens.ternary.rotation import rotate_back
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
@@ -179,7 +175,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         group_size: int | None,
     ) -> Tensor:
         two_bit = {
-            part: _two_bit(tensor, cols, name, self.config.storage)
+            part: two_bit_codes(tensor, cols, name, self.config.storage)
             if part.endswith("codes")
             else tensor
             for part, tensor in parts.items()
@@ -188,17 +184,6 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         if self.config.rotation is None:
             return packed.dense(dtype)
         return rotate_back(packed.dense()).to(dtype)
-
-
-def _two_bit(codes: Tensor, cols: int, name: str, storage: str) -> Tensor:
-    """Codes as they lie in memory, from those of the file; illegal ones are refused."""
-    if storage == "compact":
-        if not is_compact(codes):
-            raise CorruptFileError(f"{name} holds a byte above 242: five trits make at most that")
-        return pack_rows(expand_rows(codes.cpu(), cols)).to(codes.device)
-    if holds_code_3(codes):
-        raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
-    return codes
 
 
 def _collect(input_dict: dict[str, Any], prefix: str) -> list[dict[str, Tensor]]:
@@ -261,11 +246,20 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
             if found is None:
                 continue  # a bare model has no place for what only the full one has
             parent, _dot, name = found.rpartition(".")
-            setattr(model.get_submodule(parent), name, _packed_like(model, found, path, config))
+            setattr(
+                model.get_submodule(parent),
+                name,
+                packed_like(
+                    model.get_submodule(found),
+                    config.of(f"{path}.weight", model),
+                    compact=config.storage == "compact",
+                    rotated=config.rotation is not None,
+                ),
+            )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path, module in list(model.named_modules()):
-            if isinstance(module, _Arriving):
+            if isinstance(module, Arriving):
                 parent, _dot, name = path.rpartition(".")
                 module = module.arrived(path)  # noqa: PLW2901
                 setattr(model.get_submodule(parent), name, module)
@@ -292,7 +286,7 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, module in list(model.named_modules()):
             if isinstance(module, TernaryLinear):
                 parent, _dot, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, _dense_like(module, target))
+                setattr(model.get_submodule(parent), name, dense_like(module, target))
         return model
 
 
@@ -303,103 +297,6 @@ def _path_in(model: Any, path: str) -> str | None:
         if isinstance(module_at(model, spelling), nn.Linear | Conv1D):
             return spelling
     return None
-
-
-class _Arriving(TernaryLinear):
-    """A layer with room for compact codes, as long as a checkpoint is read."""
-
-    @property
-    def packed(self) -> Packed:
-        """The packed weight in two-bit codes; some models look at weights while they load."""
-        held = super().packed
-        second = None if held.second_codes is None else self._codes("second_codes")
-        return replace(held, codes=self._codes("codes"), second_codes=second)
-
-    def arrived(self, path: str) -> TernaryLinear:
-        """The layer that computes, with what was read.
-
-        Raises:
-            CorruptFileError: a byte that is no five trits.
-            ConfigError: the codes were left on disk.
-        """
-        if self.codes.is_meta:
-            raise ConfigError(
-                f"{path} is offloaded, but its codes are compact: load the model onto a device "
-                'that holds it, or make the checkpoint with storage="two_bit"'
-            )
-        new = TernaryLinear(
-            self.in_features,
-            self.out_features,
-            bias=False,
-            per_row=self.scale.shape[0] > 1,
-            group_size=self.group_size,
-            transposed=self.transposed,
-            rotated=self.rotated,
-            device="meta",
-            dtype=self._like.dtype,
-        )
-        new._like = self._like
-        for name in (*PARTS, "bias"):
-            setattr(new, name, getattr(self, name))
-        for name in ("codes", "second_codes"):
-            if getattr(self, name) is not None:
-                codes = self._codes(name, f"{name} of {path}")
-                setattr(new, name, nn.Parameter(codes, requires_grad=False))
-        return new.train(self.training)
-
-    def make_room(self) -> None:
-        """Replace the empty two-bit codes by room for what the file holds."""
-        for name in ("codes", "second_codes"):
-            codes = getattr(self, name)
-            if codes is not None:
-                width = math.ceil(self.in_features / CODES_PER_BYTE["compact"])
-                room = codes.new_zeros((self.out_features, width))
-                setattr(self, name, nn.Parameter(room, requires_grad=False))
-
-    def _codes(self, part: str, name: str = "codes") -> Tensor:
-        return _two_bit(getattr(self, part).data, self.in_features, name, "compact")
-
-
-def _packed_like(model: Any, path: str, stored: str, config: TrilensConfig) -> TernaryLinear:
-    old = model.get_submodule(path)
-    options = config.of(f"{stored}.weight", model)
-    transposed = isinstance(old, Conv1D)
-    first, second = old.weight.shape
-    layer = _Arriving if config.storage == "compact" else TernaryLinear
-    new = layer(
-        first if transposed else second,
-        second if transposed else first,
-        bias=old.bias is not None,
-        per_row=options["per"] != "tensor",
-        group_size=options["group_size"],
-        has_offset=options["rule"] == "asymmetric",
-        has_second=n_planes_of(options["rule"]) == 2,
-        transposed=transposed,
-        rotated=config.rotation is not None,
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-    )
-    if isinstance(new, _Arriving):
-        new.make_room()
-    new.train(old.training)
-    return new
-
-
-def _dense_like(layer: TernaryLinear, dtype: torch.dtype | None) -> nn.Module:
-    """The layer that a packed one stands in for, with a dense weight."""
-    weight = layer.weight if dtype is None else layer.reconstruct().to(dtype)
-    new: nn.Module
-    with torch.device("meta"):
-        if layer.transposed:
-            new = Conv1D(layer.out_features, layer.in_features)
-        else:
-            new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    names: Iterable[tuple[str, Tensor | None]] = (("weight", weight), ("bias", layer.bias))
-    for name, tensor in names:
-        if tensor is not None:
-            value = tensor.detach().to(weight.dtype).contiguous()
-            new.register_parameter(name, nn.Parameter(value))
-    return new.train(layer.training)
 
 
 # In place of the names that `trilens.registration` enters until the classes are needed.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trilens.checkpoint.format.names import JOURNAL_NAME, MANIFEST_NAME
 from trilens.errors import UsageError, WriteError
+from trilens.io.atomic import sweep
 from trilens.io.messages import reason
 
 __all__ = ["check_folder", "make_folder"]
@@ -31,12 +32,13 @@ def check_folder(out: Path, source: Path) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """Make the directory where it is missing.
+    """Make the directory where it is missing, and remove what a killed run left in it.
 
     Raises:
         WriteError: it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
     except OSError as cause:
         raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause

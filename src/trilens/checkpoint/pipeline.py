@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from trilens.checkpoint.auxiliary_files import DTYPE_NAMES, write_side_files
+from trilens.checkpoint.auxiliary_files import write_side_files
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.rollback import rollback
-from trilens.checkpoint.calibration.run import BlockProgress, CalibrationSource
 from trilens.checkpoint.calibration.store import Store
-from trilens.checkpoint.coding import code_tensor, entries, planned, tensor_of
+from trilens.checkpoint.coding import code_tensor, entries, planned
 from trilens.checkpoint.evaluate import Baseline, Sample
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal, Order, manifest_bytes, read_manifest
@@ -26,27 +23,19 @@ from trilens.checkpoint.format.names import (
     MANIFEST_NAME,
 )
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile, ShardWriter, sha256_of, write_whole
-from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.source import open_source
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
-from trilens.checkpoint.job import Job, side_files
+from trilens.checkpoint.job import Job, follow, read_job
 from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
-from trilens.errors import ConfigError, UsageError, WriteError
-from trilens.io.hub import local_folder
-from trilens.io.safetensors_header import (
-    read_headers,
-    read_json,
-    weight_files,
-)
-from trilens.models.build import read_config
-from trilens.models.rwkv7 import model as rwkv7
+from trilens.errors import UsageError, WriteError
+from trilens.io.atomic import write_bytes
+from trilens.progress import Progress, Step
 
-__all__ = ["Format", "calibration_source", "ternarize"]
+__all__ = ["Format", "ternarize"]
 
 Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
@@ -61,8 +50,7 @@ def ternarize(
     revision: str | None = None,
     calibration: Calibration | None = None,
     sample: Sample | None = None,
-    progress: Callable[[TensorReport], None] | None = None,
-    block_progress: Callable[[BlockProgress], None] | None = None,
+    progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
 
@@ -87,8 +75,7 @@ def ternarize(
             without one only the rules that need no data can be asked.
         sample: a text on which source and result are measured; the finding stands in the report
             and in the model card.
-        progress: called with each tensor's report.
-        block_progress: called while a calibration runs.
+        progress: called with each block while a calibration runs, then with each tensor written.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
@@ -99,8 +86,8 @@ def ternarize(
         NonFiniteError: NaN or Inf among the weights of a matrix.
         ValueRangeError: a scale that its dtype cannot hold.
         WriteError: the output cannot be written.
-        DamageError: the perplexity rises by more than the calibration's `max_damage`. Nothing is
-            left behind.
+        DamageError: the perplexity rises by more than the calibration's `max_perplexity_ratio`;
+            nothing is left behind.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
@@ -129,7 +116,7 @@ def ternarize(
             f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
             "pass a gguf format, for example gguf-tq2_0, or another name"
         )
-    job = _read(src, plan or TernaryPlan(), revision)
+    job = read_job(src, plan or TernaryPlan(), revision=revision)
     if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
             f"rule {job.plan.calibrated[0]!r} looks at what the matrices get: give a calibration "
@@ -141,12 +128,12 @@ def ternarize(
             "one of them out"
         )
     if dry_run:
-        tensors = [planned(choice, job.headers[choice.name], job.plan) for choice in job.choices]
+        tensors = [planned(*pair, job.plan) for pair in job.pairs]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
     out = Path(dst)
-    check_folder(out, job.folder)
+    check_folder(out, job.source.folder)
     order = Order.of(
-        [*job.files, job.folder / CONFIG_NAME, *job.side_files],
+        [*job.source.files, job.source.folder / CONFIG_NAME, *job.side_files],
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
@@ -158,7 +145,7 @@ def ternarize(
         check_damage(found.damage, calibration, written=True)
         return found
     # Measured first: a sample that is no good is refused before anything is written.
-    baseline = Baseline.of(sample, job.folder) if sample else None
+    baseline = Baseline.of(sample, job.source.folder) if sample else None
     is_new = not out.exists()
     make_folder(out)
     _check_space(out, job)
@@ -168,26 +155,24 @@ def ternarize(
     if calibration is not None:
         before, damage = rollback(
             out,
-            _source(job),
-            job.plan,
+            job,
             calibration,
             journal,
             is_new=is_new,
-            say=block_progress,
+            progress=progress,
         )
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
     report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
-    write_whole(out / CARD_NAME, model_card(report).encode())
-    digests[CARD_NAME] = sha256_of(out / CARD_NAME)
+    digests[CARD_NAME] = write_bytes(out / CARD_NAME, model_card(report).encode())
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
     }
     if before is not None:
         shutil.rmtree(before.folder)
-    write_whole(out / MANIFEST_NAME, manifest_bytes(order, report, files))
+    write_bytes(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
 
@@ -199,13 +184,13 @@ def _to_gguf(
     format: GgufFormat,
     revision: str | None,
     dry_run: bool,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
 ) -> TernaryReport:
     check_place(out)
     plan = plan or TernaryPlan()
     if plan.rotate:
         raise UsageError(
-            "rotate cannot be said in a GGUF file: engines would not turn the inputs; leave it out"
+            "rotate has no place in a GGUF file: engines would not rotate the inputs; leave it out"
         )
     if plan.calibrated:
         raise UsageError(
@@ -213,63 +198,12 @@ def _to_gguf(
             "with: write a directory by that rule, then the GGUF file from that directory"
         )
     source = open_source(src, plan, revision=revision)
-    choices = _follow(plan, source.choices)
+    choices = follow(plan, source.choices)
     return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
 
 
-def _read(src: str | os.PathLike[str], plan: TernaryPlan, revision: str | None) -> Job:
-    rwkv7.register()
-    folder, source = local_folder(src, revision=revision, code=False)
-    raw = read_json(folder / CONFIG_NAME, ConfigError)
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise UsageError(
-            f"{source} is quantized already ({name!r}): give the checkpoint with plain weights"
-        )
-    config, _ = read_config(folder, trusted=False)
-    headers = read_headers(folder)
-    skeleton = build_skeleton(config, headers)
-    choices = _follow(plan, choose(skeleton, headers))
-    names = {name for c in choices for name, *_ in entries(c, headers[c.name], plan)}
-    if len(names) < sum(len(entries(c, headers[c.name], plan)) for c in choices):
-        raise UsageError(f"{source} has tensors named like packed parts: they would collide")
-    job = Job(
-        folder,
-        raw,
-        weight_files(folder),
-        headers,
-        choices,
-        plan,
-        side_files(folder),
-        config,
-        type(skeleton),
-    )
-    overrides(job.plan, job.choices, job.headers)  # refuses before anything is written
-    return job
-
-
-def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-    """What the plan's expressions leave of what is possible."""
-    possible = [choice.name for choice in choices if choice.storage != "kept"]
-    kept = plan.chosen(possible, [choice.name for choice in choices])
-    if len(kept) == len(possible):
-        raise UsageError(
-            "nothing is left to make ternary: the checkpoint has no linear layer of a block that "
-            "the plan does not keep"
-        )
-    return tuple(
-        replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice
-        for choice in choices
-    )
-
-
 def _check_space(out: Path, job: Job) -> None:
-    needed = sum(
-        size_bytes
-        for choice in job.choices
-        for *_, size_bytes in entries(choice, job.headers[choice.name], job.plan)
-    )
+    needed = sum(size_bytes for pair in job.pairs for *_, size_bytes in entries(*pair, job.plan))
     there = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     free = shutil.disk_usage(out).free
     if needed - there > free:
@@ -283,39 +217,19 @@ def _write_shards(
     job: Job,
     journal: Journal,
     before: Store | None,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
 ) -> tuple[list[TensorReport], dict[str, str]]:
     tensors: list[TensorReport] = []
     digests: dict[str, str] = {}
-    for file in job.files:
+    for file in job.source.files:
         shard = out / file.name
         done = journal.finished(shard)
         if done is None:
-            done = _write_shard(shard, file, job, before, progress)
+            done = _write_shard(shard, file, job, before, progress, len(tensors))
             journal.add(shard.name, *done)
         digests[shard.name] = done[0]
         tensors += done[1]
     return tensors, digests
-
-
-def calibration_source(
-    src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None = None
-) -> CalibrationSource:
-    """A checkpoint as `run_calibration` takes it, for studies of rules without any output.
-
-    Raises: as `ternarize`, for a source or a plan that cannot be used.
-    """
-    return _source(_read(src, plan, revision))
-
-
-def _source(job: Job) -> CalibrationSource:
-    mapped = {file: MappedFile(file) for file in job.files}
-    tensors = {
-        name: tensor_of(header, mapped[header.file])
-        for name, header in job.headers.items()
-        if header.dtype in DTYPE_NAMES
-    }
-    return CalibrationSource(job.folder, job.model_config, job.model_class, tensors, job.choices)
 
 
 def _write_shard(
@@ -323,14 +237,15 @@ def _write_shard(
     file: Path,
     job: Job,
     before: Store | None,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
+    n_before: int,
 ) -> tuple[str, list[TensorReport]]:
-    mapped = MappedFile(file)
+    mapped = job.source.mapped(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
             reports.append(code_tensor(choice, header, job.plan, mapped, writer, before=before))
             if progress is not None:
-                progress(reports[-1])
+                progress(Step(n_before + len(reports), len(job.choices), choice.name))
         return writer.commit(), reports

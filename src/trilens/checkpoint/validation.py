@@ -9,17 +9,20 @@ from typing import Any, get_args
 
 import torch
 
-from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts, tensor_of
+from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts
 from trilens.checkpoint.format.manifest import read_manifest
 from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.checkpoint.format.report import Outcome, TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile, sha256_of
+from trilens.checkpoint.format.shards import MappedFile
+from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
+from trilens.io.guarded import sha256_of
+from trilens.io.json import read_json
 from trilens.io.messages import clip
-from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
-from trilens.ternary.codecs.compact import expand_rows, is_compact
-from trilens.ternary.packed.linear import holds_code_3, unpack_rows
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
+from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
 __all__ = ["validate"]
 
@@ -58,7 +61,9 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
         ) from cause
     for name, claim in files.items():
         _check_file(folder, name, claim)
-    config = read_json(folder / CONFIG_NAME, ConfigError).get("quantization_config")
+    config = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True).get(
+        "quantization_config"
+    )
     if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
         raise CorruptFileError(f"{folder} has a {CONFIG_NAME} without its quantization_config")
     headers = read_headers(folder)

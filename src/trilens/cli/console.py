@@ -18,7 +18,8 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from trilens.errors import UsageError
-from trilens.io.tensors import json_text, write_whole
+from trilens.io.atomic import write_bytes
+from trilens.io.json import json_text
 from trilens.progress import Progress, Step
 
 __all__ = ["check_file", "show", "show_json", "shown_progress", "status", "timed"]
@@ -71,7 +72,7 @@ def check_file(file: Path | None) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    write_whole(file, lambda opened: opened.write(text.encode()))
+    write_bytes(file, text.encode())
 
 
 @contextmanager

@@ -32,7 +32,7 @@ __all__ = [
     "Layers",
     "LogitLens",
     "Logits",
-    "MaxDamage",
+    "MaxPerplexityRatio",
     "MaxTokens",
     "Model",
     "Only",
@@ -201,10 +201,10 @@ PlanFile = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Report the sizes from the headers; write nothing.")
 ]
-MaxDamage = Annotated[
+MaxPerplexityRatio = Annotated[
     float | None,
     typer.Option(
-        "--max-damage",
+        "--max-perplexity-ratio",
         metavar="RATIO",
         help="Maximum ratio of perplexities, after to before; beyond it exit with 3.",
     ),

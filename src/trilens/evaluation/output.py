@@ -1,6 +1,6 @@
-"""What two models say about the same tokens: perplexity, KL divergence, top tokens.
+"""What two models predict of the same tokens: perplexity, KL divergence, top tokens.
 
-Streamed: logits come in prompt by prompt and are gone again; one float per token is kept, for the
+Streamed: logits come in prompt by prompt and are gone again; one float per token stays, for the
 percentiles, and three numbers per prompt, for the confidence of the perplexity.
 
 A chunk of rows is small enough to stay in the processor's cache while all questions are put to it,
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError, ValueRangeError
+from trilens.evaluation.loop import perplexity_of, row_chunks, softmax_terms
 from trilens.statistics.divergence import kl_nats
 
-__all__ = ["Interval", "OutputAccumulator", "OutputResult", "perplexity_of"]
+__all__ = ["Interval", "OutputAccumulator", "OutputResult"]
 
-_CHUNK_ELEMENTS = 1 << 18  # 1 MB of float32 a tensor; a few of them are alive at once
 _SPAN = 64
 _TOP = 5
 _MODULE = "output"
@@ -88,12 +88,12 @@ class OutputResult:
     @property
     def perplexity_before(self) -> float | None:
         """exp of the mean negative log-likelihood; infinite beyond the range of floats."""
-        return perplexity_of(self.nll_nats_before)
+        return None if self.nll_nats_before is None else perplexity_of(self.nll_nats_before)
 
     @property
     def perplexity_after(self) -> float | None:
         """exp of the mean negative log-likelihood; infinite beyond the range of floats."""
-        return perplexity_of(self.nll_nats_after)
+        return None if self.nll_nats_after is None else perplexity_of(self.nll_nats_after)
 
     @property
     def perplexity_ratio(self) -> float | None:
@@ -104,11 +104,11 @@ class OutputResult:
 
 
 class OutputAccumulator:
-    """Takes the logits of two models prompt by prompt; `result()` says how far they are apart.
+    """Takes the logits of two models prompt by prompt; `result()` gives how far they are apart.
 
     Args:
         next_token: position i predicts token i + 1. False for a model that does not, such as a
-            masked language model: then every position counts and nothing is said of right tokens.
+            masked language model: then every position counts and there are no target tokens.
         seed: of the bootstrap.
 
     Memory:
@@ -117,9 +117,9 @@ class OutputAccumulator:
 
     __slots__ = (
         "_kl",
+        "_likely",
         "_next_token",
         "_nll",
-        "_right",
         "_seed",
         "_square",
         "_tokens",
@@ -134,7 +134,7 @@ class OutputAccumulator:
         self._kl: list[NDArray[np.float32]] = []
         self._nll: list[tuple[float, float]] = []
         self._tokens: list[int] = []
-        self._right = [0.0, 0.0]
+        self._likely = [0.0, 0.0]
         self._square = 0.0
         self._top1 = self._top5 = 0
         self._vocab = 0
@@ -157,18 +157,16 @@ class OutputAccumulator:
         """
         self._check(logits_before, logits_after, ids)
         if self._next_token:
-            logits_before, logits_after, right = logits_before[:-1], logits_after[:-1], ids[1:]
+            logits_before, logits_after, targets = logits_before[:-1], logits_after[:-1], ids[1:]
         else:
-            right = ids
+            targets = ids
         # Two models may lie on two devices.
-        right = right.to(logits_before.device, torch.long)
-        step = max(1, _CHUNK_ELEMENTS // logits_before.shape[1])
+        targets = targets.to(logits_before.device, torch.long)
         chunks = []
-        for at in range(0, len(right), step):
-            rows = slice(at, at + step)
+        for rows in row_chunks(len(targets), logits_before.shape[1]):
             p = logits_before[rows].float()
             q = logits_after[rows].to(p.device).float()
-            chunks.append(_chunk(p, q, right[rows], at))
+            chunks.append(_chunk(p, q, targets[rows], rows.start))
         # PROMOTE: sums over a corpus drift in float32.
         found = torch.cat(chunks, dim=1).double().cpu().numpy()
         kl, log_p, log_q, top1, top5 = found
@@ -179,8 +177,8 @@ class OutputAccumulator:
         self._top5 += int(top5.sum())
         self._nll.append((-float(log_p.sum()), -float(log_q.sum())))
         likely, likely_after = np.exp(log_p), np.exp(log_q)
-        self._right[0] += float(likely.sum())
-        self._right[1] += float(likely_after.sum())
+        self._likely[0] += float(likely.sum())
+        self._likely[1] += float(likely_after.sum())
         self._square += float(np.square(likely_after - likely).sum())
 
     def result(self) -> OutputResult:
@@ -196,8 +194,8 @@ class OutputAccumulator:
         n, wide = kl.size, kl.astype(np.float64)
         tokens = np.asarray(self._tokens, dtype=np.int64)
         nll = np.asarray(self._nll, dtype=np.float64).reshape(-1, 2)
-        told = self._next_token
-        intervals = _bootstrap(nll, tokens, self._seed) if told else (None, None, None)
+        causal = self._next_token
+        intervals = _bootstrap(nll, tokens, self._seed) if causal else (None, None, None)
         before, after = nll.sum(0) / n
         return OutputResult(
             n_prompts=len(tokens),
@@ -208,11 +206,11 @@ class OutputAccumulator:
             kl_nats_max=float(wide.max()),
             same_top1=self._top1 / n,
             same_top5=self._top5 / (n * min(_TOP, self._vocab)),
-            nll_nats_before=float(before) if told else None,
-            nll_nats_after=float(after) if told else None,
-            target_probability_before=self._right[0] / n if told else None,
-            target_probability_after=self._right[1] / n if told else None,
-            target_probability_rms_change=math.sqrt(self._square / n) if told else None,
+            nll_nats_before=float(before) if causal else None,
+            nll_nats_after=float(after) if causal else None,
+            target_probability_before=self._likely[0] / n if causal else None,
+            target_probability_after=self._likely[1] / n if causal else None,
+            target_probability_rms_change=math.sqrt(self._square / n) if causal else None,
             nll_interval_before=intervals[0],
             nll_interval_after=intervals[1],
             nll_interval_change=intervals[2],
@@ -236,10 +234,10 @@ class OutputAccumulator:
             raise ShapeError(
                 f"ids have shape {list(ids.shape)}: one id for each of {before.shape[0]} positions"
             )
-        fewest = 2 if self._next_token else 1
-        if len(ids) < fewest:
+        minimum = 2 if self._next_token else 1
+        if len(ids) < minimum:
             raise ShapeError(
-                f"prompt of {len(ids)} tokens has nothing to compare: it needs {fewest} or more"
+                f"prompt of {len(ids)} tokens has nothing to compare: it needs {minimum} or more"
             )
         if int(ids.min()) < 0 or int(ids.max()) >= before.shape[1]:
             raise ValueRangeError(
@@ -248,11 +246,11 @@ class OutputAccumulator:
             )
 
 
-def _chunk(p: Tensor, q: Tensor, right: Tensor, first: int) -> Tensor:
-    """KL, log probability of the right token before and after, same top 1, top 5 in common.
+def _chunk(p: Tensor, q: Tensor, targets: Tensor, first: int) -> Tensor:
+    """KL, log probability of the target token before and after, same top 1, top 5 in common.
 
     Shapes:
-        p, q float32 [rows, vocab]; right [rows]; returns float32 [5, rows].
+        p, q float32 [rows, vocab]; targets [rows]; returns float32 [5, rows].
     """
     top_p, best_p = _top(p)
     top_q, best_q = _top(q)
@@ -265,27 +263,21 @@ def _chunk(p: Tensor, q: Tensor, right: Tensor, first: int) -> Tensor:
                 f"logits of the model {side} hold NaN or +Inf, or −Inf alone, at token {row}: "
                 "its weights or its arithmetic overflow"
             )
-    scratch = p - best_p
-    target_p = scratch.gather(1, right[:, None])
-    share = scratch.exp_()
-    total = share.sum(-1, keepdim=True)
-    other = q - best_q
-    target_q = other.gather(1, right[:, None])
-    other_log = other.exp_().sum(-1, keepdim=True).log_()
-    total_log = total.log()
+    share, total, target_p = softmax_terms(p, best_p, targets)
+    scratch, other_total, target_q = softmax_terms(q, best_q, targets)
     # Σ p (ln p − ln q), with what does not depend on the token taken out of the sum: best_p −
-    # best_q stays inside the difference, where equal logits give exactly 0.
-    gap = torch.sub(p, q, out=other)
+    # best_q stays within the difference, where equal logits give exactly 0.
+    gap = torch.sub(p, q, out=scratch)
     mean_gap = share.mul_(gap).sum(-1, keepdim=True) / total
-    kl = (mean_gap - ((best_p - best_q) + (total_log - other_log))).clamp_(min=0.0)
+    kl = (mean_gap - ((best_p - best_q) + (total.log() - other_total.log()))).clamp_(min=0.0)
     if not bool(kl.isfinite().all()):
         # A token that one model excludes (−Inf) needs care; few models do that.
         kl = torch.from_numpy(kl_nats(p, q)).to(kl.dtype).to(kl.device)[:, None]
     common = (top_p[:, :, None] == top_q[:, None, :]).sum((1, 2))
     rows = (
         kl[:, 0],
-        (target_p - total_log)[:, 0],
-        (target_q - other_log)[:, 0],
+        target_p,
+        target_q,
         (top_p[:, 0] == top_q[:, 0]).float(),
         common.float(),
     )
@@ -341,13 +333,3 @@ def _bootstrap(
 def _percentile(values: NDArray[np.float64], percent: float) -> float:
     # Between two infinities there is nothing to interpolate.
     return float(np.percentile(values, percent, method="higher"))
-
-
-def perplexity_of(nats: float | None) -> float | None:
-    """Perplexity of a mean negative log-likelihood; Inf beyond what a float holds."""
-    if nats is None:
-        return None
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf

@@ -1,27 +1,26 @@
 """What a change of weights does to a model's predictions, on a few blocks of tokens.
 
-The logits of the unchanged model are computed once and kept, so that every measurement costs one
-forward pass over the blocks.
+The logits of the unchanged model are computed once and stay in memory, so that every measurement
+costs one forward pass over the blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trilens.errors import EmptyPromptError, NonFiniteError, TooLargeError
+from trilens.evaluation.loop import logits_of, mean_nll, perplexity_of
 from trilens.evaluation.output import OutputAccumulator
 from trilens.lens.lens import Lens
-from trilens.models.forward_call import device_of, forward_arguments
-from trilens.taps.mode import evaluating
+from trilens.text.token_blocks import batches_by_length
 
 __all__ = ["Degradation", "ReferenceLogits"]
 
-_KEPT_BYTES = 4 << 30
+_MAX_BYTES = 4 << 30
 _BATCH_TOKENS = 2048
 
 
@@ -43,7 +42,7 @@ class Degradation:
     @property
     def perplexity_ratio(self) -> float:
         """Perplexity over that of the unchanged model."""
-        return math.exp(self.nll_nats) if self.nll_nats < 700 else math.inf
+        return perplexity_of(self.nll_nats)
 
 
 class ReferenceLogits:
@@ -56,6 +55,7 @@ class ReferenceLogits:
     Attributes:
         n_tokens: Tokens that are predicted: all but the first of each block.
         nll_nats: Mean negative log-likelihood of the unchanged model.
+        block_length: Tokens of the longest block.
 
     Raises:
         EmptyPromptError: no block with a token to predict.
@@ -67,32 +67,33 @@ class ReferenceLogits:
 
     def __init__(self, lens: Lens, blocks: Sequence[Tensor]) -> None:
         self._lens = lens
-        usable = [block for block in blocks if block.numel() >= 2]
+        usable = [block.reshape(-1) for block in blocks if block.numel() >= 2]
         if not usable:
             raise EmptyPromptError(
                 "the text gives no token to predict: blocks of 2 tokens or more are needed"
             )
         vocab = lens.anatomy.vocab or 0
         needed = sum(block.numel() for block in usable) * vocab * lens.model.dtype.itemsize
-        if needed > _KEPT_BYTES:
+        if needed > _MAX_BYTES:
             raise TooLargeError(
                 f"the logits to compare with would take {needed / 2**30:.1f} GB "
-                f"(limit {_KEPT_BYTES >> 30} GB): take fewer tokens"
+                f"(limit {_MAX_BYTES >> 30} GB): take fewer tokens"
             )
-        self._batches = _batches(usable)
-        self._kept: list[Tensor] = []
-        self.n_tokens = sum(batch.numel() - len(batch) for batch in self._batches)
-        own = OutputAccumulator()
-        for batch in self._batches:
-            logits = _forward(lens, batch)
-            try:
-                _add(own, logits, logits, batch)
-            except NonFiniteError as cause:
-                raise NonFiniteError(
-                    "the model's own logits hold NaN or Inf: nothing to measure"
-                ) from cause
-            self._kept.append(logits.clone())
-        self.nll_nats = own.result().nll_nats_before or 0.0
+        self._batches = list(batches_by_length(sorted(usable, key=len), max_tokens=_BATCH_TOKENS))
+        self._logits: list[Tensor] = []
+        try:
+            own = mean_nll(self._recorded(lens))
+        except NonFiniteError as cause:
+            raise NonFiniteError(
+                "the model's own logits hold NaN or Inf: nothing to measure"
+            ) from cause
+        self.n_tokens, self.nll_nats = own.n_tokens, own.nll_nats
+        self.block_length = own.block_length
+
+    def _recorded(self, lens: Lens) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, logits in logits_of(lens.model, self._batches):
+            self._logits.append(logits.clone())
+            yield batch, logits
 
     def measure(self, other: Lens | None = None) -> Degradation:
         """Compare a model with the one of the beginning.
@@ -101,38 +102,13 @@ class ReferenceLogits:
             other: a model with the same tokens; None for the own one as it is now.
         """
         found = OutputAccumulator()
-        lens = other or self._lens
+        passes = logits_of((other or self._lens).model, self._batches)
         try:
-            for batch, before in zip(self._batches, self._kept, strict=True):
-                _add(found, before, _forward(lens, batch), batch)
+            for before, (batch, after) in zip(self._logits, passes, strict=True):
+                for block in zip(before, after, batch, strict=True):
+                    found.add(*block)
         except NonFiniteError:
             return Degradation(math.inf, math.inf, self.n_tokens)
         result = found.result()
         nll = (result.nll_nats_after or 0.0) - (result.nll_nats_before or 0.0)
         return Degradation(nll, result.kl_nats_mean, self.n_tokens)
-
-
-def _forward(lens: Lens, batch: Tensor) -> Tensor:
-    """Logits [batch, seq, vocab]."""
-    model = lens.model
-    arguments = forward_arguments(model, batch.to(device_of(model)), None)
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        logits: Tensor = model(**arguments).logits
-    return logits
-
-
-def _batches(blocks: Sequence[Tensor]) -> list[Tensor]:
-    """Blocks of one length together, without padding: right for every family."""
-    by_length: dict[int, list[Tensor]] = {}
-    for block in blocks:
-        by_length.setdefault(block.numel(), []).append(block.reshape(-1))
-    found = []
-    for length, same in by_length.items():
-        step = max(1, _BATCH_TOKENS // length)
-        found += [torch.stack(same[i : i + step]) for i in range(0, len(same), step)]
-    return found
-
-
-def _add(into: OutputAccumulator, before: Tensor, after: Tensor, ids: Tensor) -> None:
-    for block in zip(before, after, ids, strict=True):
-        into.add(*block)

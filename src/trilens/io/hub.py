@@ -30,7 +30,7 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.io.messages import clip, reason
-from trilens.io.safetensors_header import (
+from trilens.io.weight_files import (
     INDEX_NAME,
     SINGLE_NAME,
     explicit_name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -182,7 +182,9 @@ class Capture:
         """Bytes of all tensors held, each storage counted once."""
         return distinct_bytes(tensor for _, tensor in self._tensors())
 
-    def top_tokens(self, k: int = 5, position: int = -1) -> list[tuple[int, float]]:
+    def top_tokens(
+        self, k: SupportsIndex = 5, position: SupportsIndex = -1
+    ) -> list[tuple[int, float]]:
         """The k most probable next tokens after a position: (token id, probability), descending.
 
         Raises:

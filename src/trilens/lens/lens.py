@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from trilens.progress import Progress, Step
 from trilens.taps.effective import effective_patterns
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
-from trilens.taps.session import CaptureRequest, Recording, listening
+from trilens.taps.session import CaptureRequest, Recording, recording_of
 
 __all__ = ["Lens"]
 
@@ -156,10 +156,10 @@ class Lens:
         attention: bool = False,
         gates: bool = False,
         effective: bool = False,
-        layers: Iterable[int] | None = None,
+        layers: Iterable[SupportsIndex] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
-        states: bool | Iterable[int] = False,
+        states: bool | Iterable[SupportsIndex] = False,
     ) -> Capture:
         """Run one prompt once and keep what was asked.
 
@@ -197,15 +197,15 @@ class Lens:
         self,
         prompts: Iterable[PromptLike],
         *,
-        batch_size: int = 8,
+        batch_size: SupportsIndex = 8,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
         effective: bool = False,
-        layers: Iterable[int] | None = None,
+        layers: Iterable[SupportsIndex] | None = None,
         logits: Which | None = "all",
         add_special_tokens: bool = True,
-        states: bool | Iterable[int] = False,
+        states: bool | Iterable[SupportsIndex] = False,
         progress: Progress | None = None,
     ) -> Iterator[Capture]:
         """One capture per prompt, in order, unpadded, holding one batch at a time.
@@ -337,8 +337,8 @@ class Lens:
         attention: bool,
         gates: bool,
         effective: bool,
-        layers: Iterable[int] | None,
-        states: bool | Iterable[int] = False,
+        layers: Iterable[SupportsIndex] | None,
+        states: bool | Iterable[SupportsIndex] = False,
     ) -> CaptureRequest:
         if residual not in ("last", "all", None):
             raise UsageError(f"residual {residual!r} is not an option: 'last', 'all' or None")
@@ -415,7 +415,7 @@ class Lens:
             evaluating(self.model),
             torch.inference_mode(False),
             torch.no_grad(),
-            listening(self.model, self.anatomy, wanted) as recording,
+            recording_of(self.model, self.anatomy, wanted) as recording,
         ):
             output = self.model(**arguments)
         return recording, output

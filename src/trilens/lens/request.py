@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 from trilens.caches.indices import check_index
 from trilens.errors import UsageError
@@ -12,7 +13,7 @@ from trilens.taps.session import StateRequest
 __all__ = ["read_layers", "read_states"]
 
 
-def read_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
+def read_layers(layers: Iterable[SupportsIndex] | None, n_layers: int) -> tuple[int, ...]:
     """Layer numbers, ascending and distinct; all of them where none are given.
 
     Raises:
@@ -33,7 +34,7 @@ def read_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
 
 
 def read_states(
-    states: bool | Iterable[int],
+    states: bool | Iterable[SupportsIndex],
     lengths: Sequence[int],
     layers: Sequence[int],
     claims: GateClaims,
@@ -69,7 +70,9 @@ def read_states(
     return StateRequest(found, positions, reasons)
 
 
-def _positions(states: bool | Iterable[int], lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def _positions(
+    states: bool | Iterable[SupportsIndex], lengths: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
     """Positions per prompt: from 0, ascending, distinct."""
     try:
         # A string iterates too, and is refused below: its characters are no positions.

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
+from trilens.io.json import read_json
 from trilens.io.messages import clip, reason
-from trilens.io.safetensors_header import TensorHeader, read_json
+from trilens.io.safetensors_header import TensorHeader
 
 __all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config"]
 
@@ -103,7 +104,7 @@ def _read_raw(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"directory {folder} has no config.json: give the directory of a transformers model"
         )
-    return read_json(file, ConfigError)
+    return read_json(file, ConfigError, non_finite=True)
 
 
 def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:

@@ -32,7 +32,8 @@ from transformers.utils import logging as transformers_logging
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
 from trilens.io.hub import local_folder
 from trilens.io.messages import reason
-from trilens.io.safetensors_header import memory_bytes, read_headers
+from trilens.io.weight_files import read_headers
+from trilens.io.weight_memory import memory_bytes
 from trilens.models.build import build_from_tensors, build_model, read_config
 from trilens.models.rwkv7 import model as rwkv7
 

@@ -30,8 +30,8 @@ def hessians_of(
 ) -> dict[str, Hessian]:
     """H = Σ x xᵀ of what each matrix gets as input, in float64, by the name of its parameter.
 
-    Experts kept in one tensor, whose inputs no module sees, and matrices that no token reached are
-    left out.
+    Experts stored in one tensor, whose inputs no module sees, and matrices that no token reached
+    are left out.
 
     Args:
         lens: the model, with dense weights.
@@ -61,9 +61,9 @@ def with_text(hessians: dict[str, Hessian]) -> Callable[..., tuple[Candidate, ..
     """
 
     def candidates(
-        matrix: ModelMatrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
+        matrix: ModelMatrix, *, scale_dtype: ScaleDtype, storage: Storage, exclude: bool = True
     ) -> tuple[Candidate, ...]:
-        found = data_free(matrix, scale_dtype=scale_dtype, storage=storage, keep=keep)
+        found = data_free(matrix, scale_dtype=scale_dtype, storage=storage, exclude=exclude)
         hessian = hessians.get(matrix.target)
         if hessian is None or matrix.merged or hessian.n_tokens < matrix.cols:
             return found  # as in ternarize: coded by the weights alone

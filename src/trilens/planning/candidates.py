@@ -1,7 +1,7 @@
-"""What a matrix can become: every rule that needs no data, at several sizes of groups, or kept.
+"""What a matrix can become: each rule without data at several group sizes, or not quantized.
 
-A candidate is one entry: a name, what a plan says of it, and a function from a matrix to what is
-left of it. Its bits follow from the plan, counted as the checkpoint counts them.
+A candidate is one entry: a name, its entry in a plan, and a function from a matrix to what
+survives of it. Its bits follow from the plan, counted as the checkpoint counts them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.coder import ScaleDtype
 from trilens.ternary.rules.rules import RULES, RuleName
 
-__all__ = ["GROUP_SIZES", "KEEP", "Candidate", "data_free", "of_plan"]
+__all__ = ["EXCLUDED", "GROUP_SIZES", "Candidate", "data_free", "of_plan"]
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -33,10 +33,10 @@ class Candidate:
     """One thing that a matrix can become.
 
     Attributes:
-        entry: What a plan says of the matrix.
-        plan: How it is stored: `TernaryPlan` for this matrix alone; None where it is kept.
+        entry: The entry of the matrix in a plan.
+        plan: How it is stored: `TernaryPlan` for this matrix alone; None where it is not quantized.
         reconstruct: From a matrix [rows, cols] and its name to the matrix that the trits stand for,
-            float32 [rows, cols]; None where it is kept.
+            float32 [rows, cols]; None where it is not quantized.
     """
 
     entry: MatrixPlan
@@ -51,7 +51,7 @@ class Candidate:
     def size_bytes(self, matrix: ModelMatrix) -> int:
         """Everything stored for the matrix."""
         if self.plan is None:
-            return matrix.n_weights * matrix.kept_bytes
+            return matrix.n_weights * matrix.dense_bytes
         parts = packed_parts(matrix.lead, matrix.rows, matrix.cols, self.plan)
         return sum(size_bytes for *_, size_bytes in parts)
 
@@ -76,19 +76,19 @@ class Candidate:
         return new
 
 
-KEEP = Candidate(MatrixPlan("keep"))
+EXCLUDED = Candidate(MatrixPlan("keep"))
 
 
 def of_plan(
     entry: MatrixPlan, *, scale_dtype: ScaleDtype = "float32", storage: Storage = "two_bit"
 ) -> Candidate:
-    """The candidate of one rule that needs no data, or `KEEP`.
+    """The candidate of one rule that needs no data, or `EXCLUDED`.
 
     Raises:
         UsageError: an option that does not exist.
     """
     if entry.rule == "keep":
-        return KEEP
+        return EXCLUDED
     if entry.rule in CALIBRATED_RULES:
         raise UsageError(
             f"rule {entry.rule!r} needs a calibration text, which is not looked at here: take one "
@@ -119,7 +119,7 @@ def of_plan(
 
 
 def data_free(
-    matrix: ModelMatrix, *, scale_dtype: ScaleDtype, storage: Storage, keep: bool = True
+    matrix: ModelMatrix, *, scale_dtype: ScaleDtype, storage: Storage, exclude: bool = True
 ) -> tuple[Candidate, ...]:
     """Every candidate of one matrix: each rule with each grouping that its shape allows.
 
@@ -127,7 +127,7 @@ def data_free(
         matrix: the matrix.
         scale_dtype: of all scales.
         storage: of all codes.
-        keep: whether leaving it as it is counts too.
+        exclude: whether not quantizing it is a candidate too.
     """
     entries = []
     for rule in RULES:
@@ -141,4 +141,4 @@ def data_free(
             if size < matrix.cols
         ]
     found = [of_plan(entry, scale_dtype=scale_dtype, storage=storage) for entry in entries]
-    return (*found, KEEP) if keep else tuple(found)
+    return (*found, EXCLUDED) if exclude else tuple(found)

@@ -37,7 +37,7 @@ class ModelMatrix:
         rows: Outputs.
         cols: Inputs.
         transposed: The parameter holds [in, out].
-        kept_bytes: Bytes of one weight where it is kept, as the checkpoint stores it.
+        dense_bytes: Bytes of one weight that is not quantized, as the checkpoint stores it.
         merged: Filled by transformers from several tensors, or from a part of one.
     """
 
@@ -49,7 +49,7 @@ class ModelMatrix:
     rows: int
     cols: int
     transposed: bool
-    kept_bytes: int
+    dense_bytes: int
     merged: bool = False
 
     @property
@@ -172,6 +172,6 @@ def _matrix(
         rows=second if transposed else first,
         cols=first if transposed else second,
         transposed=transposed,
-        kept_bytes=header.size_bytes // math.prod(header.shape),
+        dense_bytes=header.size_bytes // math.prod(header.shape),
         merged=merged,
     )

@@ -26,11 +26,11 @@ from trilens.errors import RestoreError, UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
-from trilens.planning.candidates import KEEP, Candidate, data_free
+from trilens.planning.candidates import EXCLUDED, Candidate, data_free
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error
 from trilens.planning.result import Costs, MatrixChoice, Planned, PlanOptions
-from trilens.planning.sensitivity import Progress
+from trilens.progress import Progress, Step
 from trilens.taps.parameters import checksum, swapped
 
 __all__ = ["Candidates", "Point", "Prices", "choose_plan", "make_plan", "price_candidates"]
@@ -110,7 +110,7 @@ def make_plan(
     matrices, and the logits of all tokens (`ReferenceLogits`).
     """
     matrices = find_matrices(lens, headers)
-    if options.budget_bits is not None:  # told now, not after minutes of measuring
+    if options.budget_bits is not None:  # refused now, not after minutes of measuring
         least = [_smallest(matrix, candidates, options) for matrix in matrices]
         _room(options.budget_bits, matrices, sum(least))
     prices = _prices(lens, matrices, blocks, options, candidates, progress)
@@ -126,7 +126,7 @@ def price_candidates(
     candidates: Candidates = data_free,
     progress: Progress | None = None,
 ) -> Prices:
-    """The first and long part of `make_plan`: it serves any budget and bound.
+    """The first and long part of `make_plan`: it holds for any budget and bound.
 
     Args, Raises, Memory: as `make_plan`; of the options, only costs, storage and scale dtype count.
     """
@@ -148,7 +148,7 @@ def _prices(
     n_measured = 0
     for done, matrix in enumerate(matrices):
         if progress is not None:
-            progress(done, len(matrices), matrix.target)
+            progress(Step(done, len(matrices), matrix.target))
         known = inputs.get(matrix.target)
         points = _front(lens, matrix, candidates, options, known)
         priced, n = _priced(lens, matrix, points, reference, options.costs, known)
@@ -161,7 +161,7 @@ def _prices(
 def choose_plan(
     lens: Lens, prices: Prices, held_out: Sequence[Tensor], *, options: PlanOptions
 ) -> Planned:
-    """The second part of `make_plan`: spend a budget, and measure what came of it.
+    """The second part of `make_plan`: spend a budget, and measure the result.
 
     Args:
         lens: the model that was priced.
@@ -173,14 +173,14 @@ def choose_plan(
         UsageError: a budget below the smallest plan there is, or options that were not priced.
     """
     for name in ("costs", "storage", "scale_dtype"):
-        wanted, there = getattr(options, name), getattr(prices.options, name)
-        if wanted != there:
-            raise UsageError(f"{name} {wanted!r} was not priced, but {there!r}: price it anew")
+        asked, there = getattr(options, name), getattr(prices.options, name)
+        if asked != there:
+            raise UsageError(f"{name} {asked!r} was not priced, but {there!r}: price it anew")
     before = checksum(dict(lens.model.named_parameters()))
-    judge = ReferenceLogits(lens, held_out)
-    chosen, damage = _choose(lens, prices.matrices, prices.fronts, options, judge)
+    held = ReferenceLogits(lens, held_out)
+    chosen, damage = _choose(lens, prices.matrices, prices.fronts, options, held)
     _check(lens, before)
-    return _planned(prices.matrices, chosen, options, damage, judge.nll_nats, prices.n_measured)
+    return _planned(prices.matrices, chosen, options, damage, held.nll_nats, prices.n_measured)
 
 
 def _check(lens: Lens, before: str) -> None:
@@ -228,7 +228,7 @@ def _priced(
     found, n_measured = [], 0
     for point in points:
         kl_nats = 0.0
-        if point.candidate is not KEEP:
+        if point.candidate is not EXCLUDED:
             with swapped(lens.model, {matrix.target: point.candidate.apply(matrix, own)}):
                 kl_nats = reference.measure().kl_nats
             n_measured += 1
@@ -276,7 +276,7 @@ def _choose(
     matrices: Sequence[ModelMatrix],
     fronts: Sequence[Sequence[Point]],
     options: PlanOptions,
-    judge: ReferenceLogits,
+    held: ReferenceLogits,
 ) -> tuple[list[Point], Degradation]:
     """The greedy choice, and what it was measured to do."""
     steps = _steps(fronts)
@@ -289,17 +289,18 @@ def _choose(
         for step in steps[:count]:
             levels[step.matrix] = step.to
         chosen = [front[level] for front, level in zip(fronts, levels, strict=True)]
-        return chosen, _judged(lens, matrices, chosen, judge)
+        return chosen, _evaluated(lens, matrices, chosen, held)
 
     best = measure(len(steps))
-    if options.max_ratio is None or best[1].perplexity_ratio > options.max_ratio:
+    highest = options.max_perplexity_ratio
+    if highest is None or best[1].perplexity_ratio > highest:
         return best
-    # The fewest upgrades that hold the bound. Each is measured, never taken from its neighbours.
+    # The minimum of upgrades within the bound. Each is measured, never taken from its neighbours.
     low, high = -1, len(steps)
     while high - low > 1:
         middle = (low + high) // 2
         tried = measure(middle)
-        if tried[1].perplexity_ratio <= options.max_ratio:
+        if tried[1].perplexity_ratio <= highest:
             high, best = middle, tried
         else:
             low = middle
@@ -330,18 +331,18 @@ def _within(steps: Sequence[_Step], room: int) -> list[_Step]:
     return taken
 
 
-def _judged(
-    lens: Lens, matrices: Sequence[ModelMatrix], chosen: Sequence[Point], judge: ReferenceLogits
+def _evaluated(
+    lens: Lens, matrices: Sequence[ModelMatrix], chosen: Sequence[Point], held: ReferenceLogits
 ) -> Degradation:
     weights = {
         matrix.target: point.candidate.apply(
             matrix, lens.model.get_parameter(matrix.target).detach()
         )
         for matrix, point in zip(matrices, chosen, strict=True)
-        if point.candidate is not KEEP
+        if point.candidate is not EXCLUDED
     }
     with swapped(lens.model, weights):
-        return judge.measure()
+        return held.measure()
 
 
 def _planned(

@@ -1,7 +1,7 @@
-"""A cheap guess of the damage that a changed matrix does: output error × downstream gain.
+"""A cheap prediction of the damage that a changed matrix does: output error × downstream gain.
 
 The output error is ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on inputs X that the matrix gets for real text; experts
-kept in one tensor, whose inputs no module sees, have ‖W−Ŵ‖² / ‖W‖² instead. The gain says what an
+stored in one tensor, whose inputs no module sees, have ‖W−Ŵ‖² / ‖W‖² instead. The gain says what an
 output error of 1 would cost: the KL that one random perturbation of the matrix causes, over that
 perturbation's own output error. One gain, of one short forward pass, serves every rule.
 
@@ -51,11 +51,11 @@ def inputs_of(
     seen: dict[str, list[Tensor]] = {}
     share = -(-_ROWS // min(8, len(blocks)))
 
-    def keep(name: str, rows: Tensor) -> None:
+    def sample(name: str, rows: Tensor) -> None:
         picks = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()
         seen.setdefault(name, []).append(rows[picks.to(rows.device)].float().cpu())
 
-    observe_inputs(lens.model, input_sizes(matrices), blocks[:8], keep)
+    observe_inputs(lens.model, input_sizes(matrices), blocks[:8], sample)
     return {name: torch.cat(rows)[:_ROWS] for name, rows in seen.items()}
 
 
@@ -73,7 +73,7 @@ def output_error(
         inputs: what it multiplies; None counts the error of the weights.
 
     Returns:
-        0 for no error, 1 where nothing is left; 0 too where there are no outputs.
+        0 for no error, 1 where nothing survives; 0 too where there are no outputs.
     """
     error = energy = 0.0
     for old, new in zip(matrix.of(before), matrix.of(after), strict=True):
@@ -94,7 +94,7 @@ def gain(
     *,
     seed: int = 0,
 ) -> float:
-    """KL in nats for an output error of 1, as one random perturbation tells.
+    """KL in nats for an output error of 1, predicted from one random perturbation.
 
     Args:
         lens: the model, with its own weights.

@@ -16,15 +16,18 @@ __all__ = ["Costs", "MatrixChoice", "PlanOptions", "Planned"]
 
 Costs: TypeAlias = Literal["measured", "predicted"]
 
+_KEYS = {"max_perplexity_ratio": "max_ratio"}  # in the file, where it differs
+
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What is asked of a plan.
 
     Attributes:
-        budget_bits: Most bits per weight over all matrices that can be made ternary, kept ones
-            counted as they are stored; None without a budget.
-        max_ratio: Highest ratio of perplexities on the held-out tokens; None without a bound.
+        budget_bits: Maximum bits per weight over all matrices that can be made ternary; excluded
+            ones count as they are stored; None without a budget.
+        max_perplexity_ratio: Maximum ratio of perplexities on the held-out tokens; None without a
+            bound.
         costs: "measured", or "predicted" from one perturbation of each matrix.
         storage: As in `TernaryPlan`.
         scale_dtype: As in `TernaryPlan`.
@@ -35,22 +38,23 @@ class PlanOptions:
     """
 
     budget_bits: float | None = None
-    max_ratio: float | None = None
+    max_perplexity_ratio: float | None = None
     costs: Costs = "measured"
     storage: Storage = "compact"
     scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         """Check every option."""
-        if self.budget_bits is None and self.max_ratio is None:
+        if self.budget_bits is None and self.max_perplexity_ratio is None:
             raise UsageError("a plan needs a budget of bits, a bound on the damage, or both")
         if self.budget_bits is not None and not 0 < self.budget_bits < math.inf:
             raise ValueRangeError(
                 f"budget of {self.budget_bits} bits is out of range: pass a number above 0"
             )
-        if self.max_ratio is not None and not 1 <= self.max_ratio < math.inf:
+        if self.max_perplexity_ratio is not None and not 1 <= self.max_perplexity_ratio < math.inf:
             raise ValueRangeError(
-                f"highest perplexity ratio {self.max_ratio} is out of range: pass 1 or more"
+                f"maximum perplexity ratio {self.max_perplexity_ratio} is out of range: "
+                "pass 1 or more"
             )
         if self.costs not in get_args(Costs):
             raise UsageError(f"costs {self.costs!r} are unknown: pass {', '.join(get_args(Costs))}")
@@ -103,7 +107,7 @@ class Planned(Tabular):
     @property
     def holds(self) -> bool:
         """Whether the damage is within the bound; True without one."""
-        bound = self.options.max_ratio
+        bound = self.options.max_perplexity_ratio
         return bound is None or self.damage.perplexity_ratio <= bound
 
     def table(self) -> list[dict[str, Any]]:
@@ -114,7 +118,9 @@ class Planned(Tabular):
         """Plain values for JSON: what was measured, then the plan itself."""
         return {
             "kind": "trilens-plan",
-            "asked": {name: getattr(self.options, name) for name in PlanOptions.__slots__},
+            "asked": {
+                _KEYS.get(name, name): getattr(self.options, name) for name in PlanOptions.__slots__
+            },
             "measured": {
                 "bits_per_weight": self.bits_per_weight,
                 "perplexity_ratio": self.damage.perplexity_ratio,

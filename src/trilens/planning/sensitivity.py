@@ -21,13 +21,11 @@ from trilens.lens.lens import Lens
 from trilens.planning.candidates import Candidate, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error, rank_correlation
+from trilens.progress import Progress, Step
 from trilens.results import Tabular
 from trilens.taps.parameters import checksum, swapped
 
-__all__ = ["Progress", "Sensitivity", "SensitivityRow", "Subject", "measure_sensitivity"]
-
-Progress: TypeAlias = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and what comes next."""
+__all__ = ["Sensitivity", "SensitivityRow", "Subject", "measure_sensitivity"]
 
 Subject: TypeAlias = Literal["block", "blocks", "kind", "matrix"]
 
@@ -48,7 +46,8 @@ class SensitivityRow:
         output_error: Of their outputs, the mean over their weights; see `predictor`.
         nll_nats: Measured change of the mean negative log-likelihood.
         kl_nats: Measured KL(unchanged ‖ changed).
-        predicted_kl_nats: The cheap guess: the sum over the matrices; None where it wasn't asked.
+        predicted_kl_nats: The sum of the predictions for the matrices; None where it was not
+            requested.
     """
 
     subject: Subject
@@ -91,10 +90,10 @@ class Sensitivity(Tabular):
     def rank_correlation(self, subject: Subject) -> float | None:
         """Spearman's, between measured and predicted KL; None below three rows or unpredicted."""
         rows = self.of(subject)
-        guesses = [row.predicted_kl_nats for row in rows if row.predicted_kl_nats is not None]
-        if len(guesses) < len(rows):
+        predictions = [row.predicted_kl_nats for row in rows if row.predicted_kl_nats is not None]
+        if len(predictions) < len(rows):
             return None
-        return rank_correlation([row.kl_nats for row in rows], guesses)
+        return rank_correlation([row.kl_nats for row in rows], predictions)
 
     def table(self) -> list[dict[str, Any]]:
         """One plain row for each part."""
@@ -121,7 +120,7 @@ class _Changed:
     candidate: Candidate
     weights: Mapping[str, Tensor]
     errors: Mapping[str, float]
-    guesses: Mapping[str, float] | None
+    predictions: Mapping[str, float] | None
 
 
 def measure_sensitivity(
@@ -145,11 +144,11 @@ def measure_sensitivity(
         rule: what a matrix becomes; `MatrixPlan("absmean")` where not given.
         headers: of the checkpoint it was loaded from; see `find_matrices`.
         each_matrix: measure every matrix alone, too.
-        predict: make the cheap guess, for which every matrix is perturbed once.
+        predict: predict the KL cheaply, for which every matrix is perturbed once.
         progress: called before every step.
 
     Raises:
-        UsageError: nothing can be made ternary, or `rule` keeps matrices.
+        UsageError: nothing can be made ternary, or `rule` excludes matrices.
         NonFiniteError: NaN or Inf among weights or in the model's own logits.
         RestoreError: the weights did not come back.
 
@@ -165,20 +164,20 @@ def measure_sensitivity(
     steps = len(matrices) * (2 if predict else 1) + len(parts)
     done = 0
 
-    def tell(what: str) -> None:
+    def report(what: str) -> None:
         nonlocal done
         if progress is not None:
-            progress(done, steps, what)
+            progress(Step(done, steps, what))
         done += 1
 
     model = lens.model
     before = checksum(dict(model.named_parameters()))
     reference = ReferenceLogits(lens, blocks)
-    changed = _change(lens, matrices, candidate, blocks, predict, tell)
+    changed = _change(lens, matrices, candidate, blocks, predict, report)
     rows = []
     with ExitStack() as together:
         for subject, name, members in parts:
-            tell(f"{subject} {name}")
+            report(f"{subject} {name}")
             weights = {matrix.target: changed.weights[matrix.target] for matrix in members}
             if subject == "blocks":
                 # Those of the blocks before are in place already.
@@ -223,25 +222,25 @@ def _change(
     candidate: Candidate,
     blocks: Sequence[Tensor],
     predict: bool,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> _Changed:
     inputs = inputs_of(lens, matrices, blocks)
     weights, errors = {}, {}
     for matrix in matrices:
-        tell(f"coding {matrix.target}")
+        report(f"coding {matrix.target}")
         own = lens.model.get_parameter(matrix.target).detach()
         weights[matrix.target] = candidate.apply(matrix, own)
         known = inputs.get(matrix.target)
         errors[matrix.target] = output_error(matrix, own, weights[matrix.target], known)
-    guesses = None
+    predictions = None
     if predict:
         short = ReferenceLogits(lens, blocks[: max(1, len(blocks) // _SHORT)])
-        guesses = {}
+        predictions = {}
         for matrix in matrices:
-            tell(f"perturbing {matrix.target}")
+            report(f"perturbing {matrix.target}")
             factor = gain(lens, matrix, short, inputs.get(matrix.target))
-            guesses[matrix.target] = factor * errors[matrix.target]
-    return _Changed(candidate, weights, errors, guesses)
+            predictions[matrix.target] = factor * errors[matrix.target]
+    return _Changed(candidate, weights, errors, predictions)
 
 
 def _row(
@@ -255,7 +254,7 @@ def _row(
     n_weights = sum(matrix.n_weights for matrix in members)
     size_bytes = sum(changed.candidate.size_bytes(matrix) for matrix in members)
     error = sum(changed.errors[m.target] * m.n_weights for m in members) / n_weights
-    guesses = changed.guesses
+    predictions = changed.predictions
     return SensitivityRow(
         subject=subject,
         name=name,
@@ -265,5 +264,7 @@ def _row(
         output_error=error,
         nll_nats=damage.nll_nats,
         kl_nats=damage.kl_nats,
-        predicted_kl_nats=None if guesses is None else sum(guesses[m.target] for m in members),
+        predicted_kl_nats=None
+        if predictions is None
+        else sum(predictions[m.target] for m in members),
     )

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from trilens.errors import DtypeError, NonFiniteError, ShapeError, ValueRangeError
 
-__all__ = ["cosine", "js_nats", "kl_nats", "max_relative", "relative_error"]
+__all__ = [
+    "cosine",
+    "js_nats",
+    "js_nats_of_rows",
+    "kl_nats",
+    "max_relative",
+    "relative_error",
+    "relative_errors",
+]
 
 Operand = Tensor | ArrayLike
 
@@ -71,6 +79,27 @@ def js_nats(p: Operand, q: Operand) -> NDArray[np.float64]:
     return _per_row(p, q, _js_block, "n")
 
 
+def js_nats_of_rows(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen–Shannon divergence of each pair of rows, without cancellation.
+
+    With m = (p + q)/2 and d = (p − q)/(p + q) it is ½ Σ m [(1 + d) ln(1 + d) + (1 − d) ln(1 − d)]:
+    no difference of logarithms, so that a divergence of 1e-9 still has digits in float32.
+
+    Nothing is checked, and the dtype stays: for blocks that fit in a cache. `js_nats` is exact
+    where rows are disjoint.
+
+    Shapes:
+        p, q [..., n], rows of sum 1 or less; returns [...], in [0, ln 2].
+    """
+    both = p + q
+    # 1 − |d| of at least half an ulp keeps 0 · ln 0 away; where both are 0, d is 0.
+    gap = (p - q).div_(both.clamp(min=torch.finfo(p.dtype).tiny))
+    gap.clamp_(-1 + torch.finfo(p.dtype).eps / 2, 1 - torch.finfo(p.dtype).eps / 2)
+    up = torch.log1p(gap).mul_(1 + gap)
+    down = torch.log1p(-gap).mul_(1 - gap)
+    return up.add_(down).mul_(both).sum(-1).div_(4).clamp_(0, math.log(2.0))
+
+
 def cosine(a: Operand, b: Operand) -> NDArray[np.float64]:
     """Cosine of the angle between two vectors, per row.
 
@@ -88,6 +117,11 @@ def cosine(a: Operand, b: Operand) -> NDArray[np.float64]:
         NonFiniteError: NaN or Inf, naming the row.
     """
     return _per_row(a, b, _cosine_block, "n")
+
+
+def relative_errors(a: Operand, b: Operand) -> NDArray[np.float64]:
+    """‖a − b‖² / ‖a‖² per row; see `relative_error`, and `cosine` for shapes and errors."""
+    return _per_row(a, b, _relative_block, "n")
 
 
 def relative_error(a: Operand, b: Operand) -> float:
@@ -200,6 +234,15 @@ def _cosine_block(a: Tensor, b: Tensor, first_row: int) -> Tensor:
     inner = (x * y).sum(-1) / product.masked_fill(product == 0.0, 1.0)
     both_zero = (xx == 0.0) & (yy == 0.0)
     return inner.clamp(-1.0, 1.0).masked_fill(both_zero, 1.0)
+
+
+def _relative_block(a: Tensor, b: Tensor, first_row: int) -> Tensor:
+    for side, rows in (("a", a), ("b", b)):
+        _refuse(~rows.isfinite().all(-1), side, first_row, "holds NaN or Inf")
+    largest = torch.maximum(a.abs().amax(-1, keepdim=True), b.abs().amax(-1, keepdim=True))
+    scale = largest.masked_fill(largest == 0.0, 1.0)
+    error = ((a - b) / scale).square().sum(-1)
+    return (error / (a / scale).square().sum(-1)).masked_fill(error == 0.0, 0.0)
 
 
 def _per_row(

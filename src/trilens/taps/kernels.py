@@ -20,7 +20,9 @@ from typing import Any
 
 from torch import nn
 
+from trilens.errors import CaptureError
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
+from trilens.taps.override import CountedOverrides, Functions
 
 __all__ = [
     "KERNELS",
@@ -31,12 +33,10 @@ __all__ = [
     "kernel_places",
 ]
 
-Namespace = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class KernelWatcher:
-    """Who is told of kernel calls: before each one, and after it with its arguments.
+    """A callback of kernel calls: before each one, and after it with its arguments.
 
     Attributes:
         enter: called with the function's name.
@@ -64,27 +64,17 @@ class KernelRecord:
 
 
 @dataclass(slots=True)
-class _Override:
-    """One replaced global while somebody watches."""
-
-    original: Callable[..., Any]
-    wrapper: Callable[..., Any]
-    count: int = 0
-
-
-@dataclass(slots=True)
 class KernelTap:
     """All current kernel watchers of this process and the replaced globals that serve them."""
 
-    _guard: threading.Lock = field(default_factory=threading.Lock)
     _watchers: dict[int, list[KernelWatcher]] = field(default_factory=dict)
-    _overrides: dict[tuple[int, str], _Override] = field(default_factory=dict)
+    _overrides: CountedOverrides = field(default_factory=CountedOverrides)
 
     @contextmanager
     def watch(
-        self, places: Iterable[tuple[Namespace, str]], watcher: KernelWatcher
+        self, places: Iterable[tuple[Functions, str]], watcher: KernelWatcher
     ) -> Iterator[None]:
-        """Tell the watcher of every call that this thread makes while the block runs.
+        """Report every call to the watcher that this thread makes while the block runs.
 
         Args:
             places: module namespace and function name, from `kernel_places`.
@@ -93,41 +83,21 @@ class KernelTap:
         thread = threading.get_ident()
         with ExitStack() as stack:
             for namespace, name in places:
-                stack.enter_context(self._override(namespace, name))
-            with self._guard:
+                stack.enter_context(self._overrides.override(namespace, name, self._wrapper))
+            with self._overrides.guard:
                 self._watchers.setdefault(thread, []).append(watcher)
             try:
                 yield
             finally:
-                with self._guard:
+                with self._overrides.guard:
                     mine = self._watchers[thread]
                     mine.remove(watcher)
                     if not mine:
                         del self._watchers[thread]
 
-    @contextmanager
-    def _override(self, namespace: Namespace, name: str) -> Iterator[None]:
-        key = id(namespace), name
-        with self._guard:
-            state = self._overrides.get(key)
-            if state is None:
-                original = namespace[name]
-                state = _Override(original, self._wrapper(name, original))
-                self._overrides[key] = state
-                namespace[name] = state.wrapper
-            state.count += 1
-        try:
-            yield
-        finally:
-            with self._guard:
-                state.count -= 1
-                if state.count == 0:
-                    del self._overrides[key]
-                    # Somebody else's replacement, made meanwhile, is not ours to undo.
-                    if namespace[name] is state.wrapper:
-                        namespace[name] = state.original
-
-    def _wrapper(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapper(self, name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+        if original is None:
+            raise CaptureError(f"function {name} is gone: the model was changed since the probe")
         watchers = self._watchers
         signature = inspect.signature(original)
 
@@ -147,14 +117,14 @@ class KernelTap:
         return kernel
 
 
-def kernel_places(model: nn.Module, names: Iterable[str]) -> list[tuple[Namespace, str]]:
+def kernel_places(model: nn.Module, names: Iterable[str]) -> list[tuple[Functions, str]]:
     """Where the files of a model's classes hold functions of the given names."""
-    wanted = tuple(names)
+    known = tuple(names)
     files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    found = []
+    found: list[tuple[Functions, str]] = []
     for file in sorted(files):
         namespace = vars(sys.modules[file]) if file in sys.modules else {}
-        found += [(namespace, name) for name in wanted if callable(namespace.get(name))]
+        found += [(namespace, name) for name in known if callable(namespace.get(name))]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Captures that share a model or a config object take turns; others run side by side."""
+"""A lock of captures that share a model or a config object; others run side by side."""
 
 from __future__ import annotations
 

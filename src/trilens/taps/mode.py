@@ -31,7 +31,7 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
     full attention for good). Weights are not copied.
 
     Yields:
-        Says whether the model still has the modules that it began with.
+        A function: whether the model still has the modules that it began with.
     """
     before = {module: _state(module) for module in model.modules()}
     structure = _structure(model)

@@ -12,8 +12,7 @@ watches pass straight through. The override is counted, and goes when the last w
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from trilens.errors import AttentionPathError
+from trilens.taps.override import CountedOverrides, Functions
 
 __all__ = ["REGISTRY", "AttentionCall", "AttentionRegistry", "attention_keys"]
 
 _REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _EAGER_SUFFIX = "eager_attention_forward"
-
-Interface = MutableMapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +51,11 @@ Watcher = Callable[[AttentionCall], None]
 
 
 @dataclass(slots=True)
-class _Override:
-    """One key of one interface while somebody watches."""
-
-    count: int = 0
-    had_local: bool = False
-    previous: Callable[..., Any] | None = None
-
-
-@dataclass(slots=True)
 class AttentionRegistry:
     """All current watchers of this process and the overrides that serve them."""
 
-    _guard: threading.Lock = field(default_factory=threading.Lock)
     _watchers: dict[int, Watcher] = field(default_factory=dict)
-    _overrides: dict[tuple[int, str], _Override] = field(default_factory=dict)
+    _overrides: CountedOverrides = field(default_factory=CountedOverrides)
 
     @contextmanager
     def watch(self, modules: Mapping[nn.Module, str], watcher: Watcher) -> Iterator[None]:
@@ -84,38 +72,16 @@ class AttentionRegistry:
         }
         with ExitStack() as stack:
             for interface, key in targets.values():
-                stack.enter_context(self._override(interface, key))
+                stack.enter_context(self._overrides.override(interface, key, self._wrapper))
             mine = {id(module): watcher for module in modules}
-            with self._guard:
+            with self._overrides.guard:
                 self._watchers.update(mine)
             try:
                 yield
             finally:
-                with self._guard:
+                with self._overrides.guard:
                     for key_id in mine:
                         self._watchers.pop(key_id, None)
-
-    @contextmanager
-    def _override(self, interface: Interface, key: str) -> Iterator[None]:
-        with self._guard:
-            state = self._overrides.setdefault((id(interface), key), _Override())
-            if state.count == 0:
-                local = vars(interface).get("_local_mapping", {})
-                state.had_local = key in local
-                state.previous = interface.get(key)
-                interface[key] = self._wrapper(key, state.previous)
-            state.count += 1
-        try:
-            yield
-        finally:
-            with self._guard:
-                state.count -= 1
-                if state.count == 0:
-                    if state.had_local and state.previous is not None:
-                        interface[key] = state.previous
-                    else:
-                        del interface[key]
-                    del self._overrides[(id(interface), key)]
 
     def _wrapper(self, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         watchers = self._watchers
@@ -144,9 +110,9 @@ class AttentionRegistry:
         return attention
 
 
-def _interfaces(module: nn.Module) -> Iterable[Interface]:
+def _interfaces(module: nn.Module) -> Iterable[Functions]:
     """The registry objects that the module's code asks: the global one, or its file's own."""
-    found: dict[int, Interface] = {}
+    found: dict[int, Functions] = {}
     for cls in type(module).__mro__:
         interface = getattr(sys.modules.get(cls.__module__), _REGISTRY_NAME, None)
         if interface is not None:

@@ -31,7 +31,7 @@ from trilens.models.trace import same, tensors_in
 from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
-__all__ = ["CaptureRequest", "Recording", "StateRequest", "listening"]
+__all__ = ["CaptureRequest", "Recording", "StateRequest", "recording_of"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
@@ -43,7 +43,7 @@ class StateRequest:
     """Which recurrent states one pass is to leave behind.
 
     Attributes:
-        layers: layers whose state is wanted.
+        layers: layers whose state is requested.
         positions: after which tokens, per row of the batch: from 0, ascending, distinct.
         reasons: why the model's other layers have no state in this capture.
     """
@@ -61,12 +61,12 @@ class CaptureRequest:
         layers: layer numbers, ascending.
         residual: "last", "all" or None.
         lengths: real tokens of each row of the batch, on the CPU.
-        attention: layers whose attention is wanted.
-        gates: gate sites that are wanted, by (name, layer).
-        kernels: layers whose recurrence is wanted, with all that it is given.
-        states: recurrent states that are wanted.
+        attention: layers whose attention is requested.
+        gates: requested gate sites, by (name, layer).
+        kernels: layers whose recurrence is requested, with all its arguments.
+        states: requested recurrent states.
         boundaries: the recurrences that no kernel function carries, with where they begin and end.
-        copy: copy what is kept, for a model that overwrites its own tensors.
+        copy: copy what is recorded, for a model that overwrites its own tensors.
     """
 
     layers: tuple[int, ...]
@@ -99,17 +99,17 @@ class Recording:
 
 
 class _Session:
-    def __init__(self, anatomy: Anatomy, wanted: CaptureRequest) -> None:
+    def __init__(self, anatomy: Anatomy, request: CaptureRequest) -> None:
         self.anatomy = anatomy
-        self.wanted = wanted
+        self.request = request
         self.recording = Recording()
         self.thread = threading.get_ident()
         self.layer: int | None = None
         self.done = 0
-        self.kept: list[tuple[Tensor, int]] = []
-        self.taps = _by_tap(wanted.gates)
+        self.references: list[tuple[Tensor, int]] = []
+        self.taps = _by_tap(request.gates)
         self.counts: dict[tuple[int, TapKey], int] = {}
-        self.inside: dict[str, Any] | None = None
+        self.entry: dict[str, Any] | None = None
 
     def mine(self) -> bool:
         return threading.get_ident() == self.thread
@@ -131,22 +131,22 @@ class _Session:
             return
         layer, self.layer = self.layer, None
         self.done += 1
-        if self.wanted.residual is None or layer not in self.wanted.layers:
+        if self.request.residual is None or layer not in self.request.layers:
             return
         stream = list(tensors_in(output))[self.anatomy.blocks[layer].output]
         if not self.anatomy.batch_first:
             stream = stream.transpose(0, 1)
-        if self.wanted.residual == "all":
+        if self.request.residual == "all":
             self.recording.residual[layer] = self.keep(stream)
         else:
             rows = torch.arange(stream.shape[0], device=stream.device)
-            last = torch.tensor(self.wanted.lengths, device=stream.device) - 1
+            last = torch.tensor(self.request.lengths, device=stream.device) - 1
             # Indexing copies: keeping a last token must not keep the whole sequence alive.
             self.recording.residual[layer] = stream.detach()[rows, last]
 
     def attend(self, call: AttentionCall) -> None:
         layer = self.layer
-        if not self.mine() or layer is None or layer not in self.wanted.attention:
+        if not self.mine() or layer is None or layer not in self.request.attention:
             return
         before = self.recording.attention.get(layer)
         if before is not None:
@@ -181,14 +181,14 @@ class _Session:
             if key[0] != "kernel" and site.source.order != number:
                 continue
             if site.read is None:
-                kept = self.keep(calls["tensors"][site.source.index])
+                value = self.keep(calls["tensors"][site.source.index])
             else:
                 # A value computed here is this capture's own.
                 if site.read not in read:
-                    value = site.read(calls).detach()
-                    read[site.read] = self.keep(value) if _is_input(value, calls) else value
-                kept = read[site.read]
-            self.recording.gates.setdefault((name, layer), []).append(kept)
+                    found = site.read(calls).detach()
+                    read[site.read] = self.keep(found) if _is_input(found, calls) else found
+                value = read[site.read]
+            self.recording.gates.setdefault((name, layer), []).append(value)
 
     def module_hook(self, key: TapKey) -> Callable[..., None]:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -203,8 +203,8 @@ class _Session:
 
         return before if key[0] == "input" else after
 
-    def kernel_left(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
-        if self.layer is not None and self.layer in self.wanted.kernels:
+    def leave_kernel(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        if self.layer is not None and self.layer in self.request.kernels:
             held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             calls = self.recording.kernels.setdefault(self.layer, [])
             calls.append(KernelRecord(name, held, self.keep_result(result)))
@@ -220,7 +220,7 @@ class _Session:
         def ours() -> Boundary | None:
             if not self.mine() or self.layer is None:
                 return None
-            found = self.wanted.boundaries.get(self.layer)
+            found = self.request.boundaries.get(self.layer)
             return found if found is not None and edge in (found.enter, found.leave) else None
 
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -242,28 +242,30 @@ class _Session:
         return before if edge.event == "input" else after
 
     def entered(self, boundary: Boundary, arguments: Mapping[str, Any]) -> None:
-        inside = dict(arguments)
-        if self.layer in self.wanted.kernels or self.wanted.copy:
-            inside = {k: self.keep_result(v) for k, v in arguments.items()}
-        self.inside = {**inside, "module": boundary.module}
+        given = dict(arguments)
+        if self.layer in self.request.kernels or self.request.copy:
+            given = {k: self.keep_result(v) for k, v in arguments.items()}
+        self.entry = {**given, "module": boundary.module}
 
     def left(self, boundary: Boundary, result: Any) -> None:
-        if self.layer is None or self.inside is None:
+        if self.layer is None or self.entry is None:
             return
-        held, self.inside = self.inside, None
-        if self.layer in self.wanted.kernels:
+        held, self.entry = self.entry, None
+        if self.layer in self.request.kernels:
             record = KernelRecord(boundary.function, held, self.keep_result(result))
             self.recording.kernels.setdefault(self.layer, []).append(record)
         self.remember(boundary.function, held, result)
 
     def remember(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         """The states of one call, at once: what they are computed from need not outlive it."""
-        wish, layer = self.wanted.states, self.layer
-        if layer is None or layer not in wish.layers:
+        request, layer = self.request.states, self.layer
+        if layer is None or layer not in request.layers:
             return
-        lengths = self.wanted.lengths
+        lengths = self.request.lengths
         try:
-            states = states_of(name, arguments, result, positions=wish.positions, lengths=lengths)
+            states = states_of(
+                name, arguments, result, positions=request.positions, lengths=lengths
+            )
         except RecurrentStateError as error:
             raise RecurrentStateError(f"layer {layer}: {error}") from error
         self.recording.states.setdefault(layer, []).append(states)
@@ -279,22 +281,22 @@ class _Session:
     def keep(self, tensor: Tensor) -> Tensor:
         """A detached reference (or copy), with its version to see whether it is overwritten."""
         tensor = tensor.detach()
-        if self.wanted.copy:
+        if self.request.copy:
             return tensor.clone()
-        self.kept.append((tensor, tensor._version))
+        self.references.append((tensor, tensor._version))
         return tensor
 
     def finish(self) -> None:
-        """Say so if a wanted site did not fire."""
-        got, wanted = self.recording, self.wanted
-        got.overwritten = any(tensor._version != version for tensor, version in self.kept)
+        """Raise if a requested site did not fire."""
+        got, asked = self.recording, self.request
+        got.overwritten = any(tensor._version != version for tensor, version in self.references)
         silent = []
-        if wanted.residual is not None:
-            silent += [f"resid_post of layer {i}" for i in wanted.layers if i not in got.residual]
-        silent += [f"attention of layer {i}" for i in wanted.attention if i not in got.attention]
-        silent += [f"{name} of layer {i}" for name, i in wanted.gates if (name, i) not in got.gates]
-        silent += [f"recurrence of layer {i}" for i in wanted.kernels if i not in got.kernels]
-        silent += [f"state of layer {i}" for i in wanted.states.layers if i not in got.states]
+        if asked.residual is not None:
+            silent += [f"resid_post of layer {i}" for i in asked.layers if i not in got.residual]
+        silent += [f"attention of layer {i}" for i in asked.attention if i not in got.attention]
+        silent += [f"{name} of layer {i}" for name, i in asked.gates if (name, i) not in got.gates]
+        silent += [f"recurrence of layer {i}" for i in asked.kernels if i not in got.kernels]
+        silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]
         if silent:
             raise SilentSiteError(
                 f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
@@ -304,30 +306,32 @@ class _Session:
 
 
 @contextmanager
-def listening(model: nn.Module, anatomy: Anatomy, wanted: CaptureRequest) -> Iterator[Recording]:
+def recording_of(
+    model: nn.Module, anatomy: Anatomy, request: CaptureRequest
+) -> Iterator[Recording]:
     """Record one forward pass that runs inside the block.
 
     Yields:
         The recording, complete when the block ends.
 
     Raises:
-        SilentSiteError: a wanted site did not fire.
+        SilentSiteError: a requested site did not fire.
         CaptureError: the blocks did not run in the proven order.
     """
-    session = _Session(anatomy, wanted)
+    session = _Session(anatomy, request)
     with ExitStack() as stack:
         for module in {id(block.module): block.module for block in anatomy.blocks}.values():
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
             stack.callback(module.register_forward_hook(session.leave_block).remove)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
-        noted = {*wanted.kernels, *wanted.states.layers}
-        kernels |= set(KERNEL_GATES) if noted - set(wanted.boundaries) else set()
-        for edge in {edge for b in wanted.boundaries.values() for edge in (b.enter, b.leave)}:
-            told = session.boundary_hook(edge)
+        observed = {*request.kernels, *request.states.layers}
+        kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()
+        for edge in {edge for b in request.boundaries.values() for edge in (b.enter, b.leave)}:
+            hook = session.boundary_hook(edge)
             if edge.event == "input":
-                stack.callback(edge.module.register_forward_pre_hook(told, with_kwargs=True).remove)
+                stack.callback(edge.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             else:
-                stack.callback(edge.module.register_forward_hook(told).remove)
+                stack.callback(edge.module.register_forward_hook(hook).remove)
         for key in session.taps:
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":
@@ -335,13 +339,13 @@ def listening(model: nn.Module, anatomy: Anatomy, wanted: CaptureRequest) -> Ite
             elif tapped is not None:
                 stack.callback(tapped.register_forward_hook(hook).remove)
         if kernels:
-            watcher = KernelWatcher(_nothing, session.kernel_left)
+            watcher = KernelWatcher(_nothing, session.leave_kernel)
             stack.enter_context(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
-        if wanted.attention:
-            paths = {anatomy.attention[layer] for layer in wanted.attention}
+        if request.attention:
+            paths = {anatomy.attention[layer] for layer in request.attention}
             attending = [model.get_submodule(path) for path in paths]
-            watched = attention_keys(model, attending)
-            stack.enter_context(REGISTRY.watch(watched, session.attend))
+            keys = attention_keys(model, attending)
+            stack.enter_context(REGISTRY.watch(keys, session.attend))
         yield session.recording
     session.finish()
 

@@ -1,25 +1,19 @@
-"""Text to measure on: documents from files, and the token blocks that a model reads.
-
-A block never spans two documents, so no token is predicted from a text that is not its own.
-"""
+"""Text to measure on: documents from files."""
 
 from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from trilens.errors import NoTokenizerError, TextError, ValueRangeError
+from trilens.errors import TextError
 
-__all__ = ["STDLIB", "read_documents", "token_blocks"]
+__all__ = ["STDLIB", "read_documents"]
 
 STDLIB = "stdlib"
 """The word for the running Python's own standard library, a text that is always there."""
@@ -59,63 +53,6 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
     if not documents:
         raise TextError(f"{source} holds no text: every document is empty")
     return documents
-
-
-def token_blocks(
-    tokenizer: PreTrainedTokenizerBase | None,
-    documents: Sequence[str],
-    *,
-    length: int,
-    limit_tokens: int | None = None,
-) -> tuple[Tensor, ...]:
-    """Cut documents into blocks of token ids.
-
-    Every document is encoded as the tokenizer encodes a prompt, special tokens included. Blocks of
-    a document do not overlap; the rest at its end is a shorter block, dropped where it has fewer
-    than two tokens and so predicts nothing.
-
-    Shapes
-        each block int64 [seq], 2 ≤ seq ≤ length.
-
-    Args:
-        tokenizer: the model's own.
-        documents: texts.
-        length: most tokens of a block.
-        limit_tokens: stop once the blocks hold this many tokens; the last block is cut to fit.
-
-    Raises:
-        NoTokenizerError: the model came without a tokenizer.
-        ValueRangeError: a length or limit below 2.
-        TextError: no document gives a block.
-    """
-    if tokenizer is None:
-        raise NoTokenizerError("text needs a tokenizer, and this model came without one")
-    if length < 2:
-        raise ValueRangeError(
-            f"block length is {length}: at least 2 tokens, so that one is predicted"
-        )
-    if limit_tokens is not None and limit_tokens < 2:
-        raise ValueRangeError(
-            f"token limit is {limit_tokens}: at least 2, so that one is predicted"
-        )
-    blocks: list[Tensor] = []
-    left = limit_tokens
-    for document in documents:
-        # verbose=False: a document longer than the model's context is the rule here, not a mishap.
-        ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
-        for block in torch.split(ids, length):
-            piece = block if left is None else block[:left]
-            if len(piece) < 2:
-                continue
-            blocks.append(piece)
-            left = None if left is None else left - len(piece)
-        if left is not None and left < 2:
-            break
-    if not blocks:
-        raise TextError(
-            f"{len(documents)} documents give no block of 2 tokens or more: give longer text"
-        )
-    return tuple(blocks)
 
 
 def _files(folder: Path) -> list[Path]:

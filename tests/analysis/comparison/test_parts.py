@@ -16,7 +16,6 @@ from trilens.analysis.comparison.attention import (
     EFFECTIVE,
     SOFTMAX,
     AttentionAccumulator,
-    js_nats_of_rows,
 )
 from trilens.analysis.comparison.conditions import parse_condition
 from trilens.analysis.comparison.gates import GateAccumulator
@@ -30,7 +29,7 @@ from trilens.caches.patterns.protocol import DensePattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import IncomparableError, NotStoredError, ShapeError, UsageError
 from trilens.lens.lens import Lens
-from trilens.statistics.divergence import cosine, js_nats
+from trilens.statistics.divergence import cosine, js_nats, js_nats_of_rows
 from trilens.statistics.gating import GatingAccumulator
 from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant

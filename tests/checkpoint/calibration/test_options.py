@@ -104,8 +104,8 @@ def test_bad_options() -> None:
         with pytest.raises(ValueRangeError, match=next(iter(option))):
             Calibration(DOCUMENTS, **option)  # type: ignore[arg-type]
     for bound in (0, -1.0, float("nan")):
-        with pytest.raises(ValueRangeError, match="max_damage"):
-            Calibration(DOCUMENTS, max_damage=bound)
+        with pytest.raises(ValueRangeError, match="max_perplexity_ratio"):
+            Calibration(DOCUMENTS, max_perplexity_ratio=bound)
     with pytest.raises(NoTokenizerError):
         draw(Calibration(DOCUMENTS), None, longest=512)
 
@@ -119,7 +119,7 @@ def test_from_files(tmp_path: Path) -> None:
     )
     assert found.documents == DOCUMENTS
     assert found.evaluation == (DOCUMENTS[0],)
-    other = Calibration(DOCUMENTS, (DOCUMENTS[0],), tokens=512, max_damage=2.0)
+    other = Calibration(DOCUMENTS, (DOCUMENTS[0],), tokens=512, max_perplexity_ratio=2.0)
     assert found.to_dict() == other.to_dict()  # the bound does not change the result
     assert found.to_dict() != Calibration(DOCUMENTS[1:], tokens=512).to_dict()
     with pytest.raises(TextError, match="no text at"):

@@ -24,12 +24,13 @@ from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.gguf import validate_gguf
-from trilens.checkpoint.pipeline import calibration_source
+from trilens.checkpoint.job import read_job
 from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import DamageError, NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.lens.proof import prove
+from trilens.progress import Step
 
 DOCUMENTS = tuple(
     "\n".join(f"def f{i}_{j}(x, y):\n    return x * {i} + y - {j}\n" for j in range(30))
@@ -108,9 +109,7 @@ def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None
     for rule in ("exact", "gptq", "best"):
         plan = TernaryPlan(rule, group_size=128, only=("self_attn",))  # type: ignore[arg-type]
         folder = tmp_path / rule
-        store, _ = run.run_calibration(
-            calibration_source(small_demo, plan), plan, calibration(), folder
-        )
+        store, _ = run.run_calibration(read_job(small_demo, plan), calibration(), folder)
         last = store.records[-1]
         errors[rule] = last.error
         if rule.startswith("best"):
@@ -127,26 +126,28 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(small_demo: Path, tmp_p
     class Killed(BaseException):
         pass
 
-    def killed(now: run.BlockProgress) -> None:
-        if now.block == 1 and "down_proj" in now.doing:
+    def killed(now: Step) -> None:
+        if now.done == 1 and "down_proj" in now.what:
             raise Killed
 
-    def killed_late(now: run.BlockProgress) -> None:
-        if "together, 5" in now.doing:
+    def killed_late(now: Step) -> None:
+        if "together, 5" in now.what:
             raise Killed
 
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        ternarize(small_demo, out, plan=plan, calibration=calibration(), block_progress=killed)
+        ternarize(small_demo, out, plan=plan, calibration=calibration(), progress=killed)
     assert sorted(path.name for path in out.iterdir()) == [
         "trilens-calibration",
         "trilens-unfinished.json",
     ]
     with pytest.raises(Killed):
-        ternarize(small_demo, out, plan=plan, calibration=calibration(), block_progress=killed_late)
-    seen: list[run.BlockProgress] = []
-    ternarize(small_demo, out, plan=plan, calibration=calibration(), block_progress=seen.append)
-    assert {now.block for now in seen} == {2}  # what is done when both are coded
+        ternarize(small_demo, out, plan=plan, calibration=calibration(), progress=killed_late)
+    seen: list[Step] = []
+    ternarize(small_demo, out, plan=plan, calibration=calibration(), progress=seen.append)
+    both, rest = [now for now in seen if now.total == 2], [now for now in seen if now.total != 2]
+    assert {now.done for now in both} == {2}
+    assert [now.done for now in rest] == list(range(1, rest[0].total + 1))
     assert any(now.seconds_left is not None for now in seen)
     assert content(out) == content(tmp_path / "whole")
     with pytest.raises(UsageError, match="another calibration text"):
@@ -185,16 +186,18 @@ def test_too_much_damage_is_refused_before_anything_is_written(
     out = tmp_path / "out"
     plan = TernaryPlan("absmean")
     with pytest.raises(DamageError, match="nothing was written"):
-        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_perplexity_ratio=1.01))
     assert not out.exists()
     out.mkdir()  # an empty directory of the caller's stays
     with pytest.raises(DamageError):
-        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_perplexity_ratio=1.01))
     assert not list(out.iterdir())
-    report = ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1e9))
+    report = ternarize(
+        small_demo, out, plan=plan, calibration=calibration(max_perplexity_ratio=1e9)
+    )
     assert report.damage is not None and report.damage.ratio > 1.01
     with pytest.raises(DamageError, match="written before"):
-        ternarize(small_demo, out, plan=plan, calibration=calibration(max_damage=1.01))
+        ternarize(small_demo, out, plan=plan, calibration=calibration(max_perplexity_ratio=1.01))
 
 
 def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
@@ -202,7 +205,7 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     text.write_text("\n".join(json.dumps({"text": document}) for document in DOCUMENTS))
     common = ["ternarize", str(small_demo), "--rule", "gptq"]
     given = ["--calibrate", str(text), "--max-tokens", "512", "--seq-length", "64"]
-    strict = ["ternarize", str(small_demo), *given, "--max-damage", "1.001"]
+    strict = ["ternarize", str(small_demo), *given, "--max-perplexity-ratio", "1.001"]
     refused = CliRunner().invoke(app, [*strict, "-o", str(tmp_path / "a")])
     assert refused.exit_code == 3
     assert "Traceback" not in refused.output and refused.stderr.count("\n") == 1
@@ -212,7 +215,8 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, [*common, "-o", str(tmp_path / "c")])
     assert missing.exit_code == 2 and "--calibrate" in missing.stderr
     lone = CliRunner().invoke(
-        app, ["ternarize", str(small_demo), "-o", str(tmp_path / "c"), "--max-damage", "2"]
+        app,
+        ["ternarize", str(small_demo), "-o", str(tmp_path / "c"), "--max-perplexity-ratio", "2"],
     )
     assert lone.exit_code == 2 and "--calibrate" in lone.stderr
 
@@ -245,9 +249,7 @@ def test_experts_are_judged_on_the_tokens_that_reach_them(model_type: str, tmp_p
     errors: dict[str, dict[tuple[str, int], float]] = {}
     for rule in ("exact", "gptq"):
         plan = TernaryPlan(rule, per="row")  # type: ignore[arg-type]
-        store, damage = run.run_calibration(
-            calibration_source(source, plan), plan, calibration(), tmp_path / rule
-        )
+        store, damage = run.run_calibration(read_job(source, plan), calibration(), tmp_path / rule)
         found = [m for r in store.records for m in r.matrices if "experts" in m.name]
         reached = {(m.name, m.expert) for m in found if m.n_tokens}
         share = model.config.num_experts_per_tok / model.config.num_local_experts

@@ -13,7 +13,7 @@ from checkpoint_cases import saved
 from tinymodels import tiny_config
 from trilens.checkpoint.format.skeleton import _computes_linear, build_skeleton, choose
 from trilens.errors import ConfigError
-from trilens.io.safetensors_header import read_headers
+from trilens.io.weight_files import read_headers
 from trilens.models.build import read_config
 
 

@@ -113,7 +113,7 @@ def test_a_bound_that_cannot_be_held_is_exit_code_3(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "plan.json"
-    arguments = ("--costs", "predicted", "--budget-bits", 2, "--max-damage", 1, *FAST)
+    arguments = ("--costs", "predicted", "--budget-bits", 2, "--max-perplexity-ratio", 1, *FAST)
     result = run("plan", model, "--data", data, "-o", file, *arguments)
     assert "perplexity × 1." in result.stdout.replace("\n", " ")
     assert result.exit_code == 3
@@ -136,7 +136,7 @@ def test_a_bound_that_cannot_be_held_is_exit_code_3(
         (("plan",), "a budget of bits"),
         (("plan", "--budget-bits", 0.5), "smallest plan takes"),
         (("plan", "--budget-bits", "nan"), "budget of nan"),
-        (("plan", "--max-damage", 0.5), "ratio 0.5 is out of range"),
+        (("plan", "--max-perplexity-ratio", 0.5), "ratio 0.5 is out of range"),
         (("plan", "--budget-bits", 2, "--costs", "guessed"), "'guessed' is not one of"),
         (("plan", "--budget-bits", 2, "--storage", "zip"), "'zip' is not one of"),
         (("plan", "--budget-bits", 2, "--evaluate", "/nowhere"), "/nowhere"),

@@ -15,13 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from tolerances import assert_close_sums, largest
 from trilens.errors import CorruptFileError, DtypeError, ShapeError
 from trilens.ternary.codecs.packing import TwoBit
-from trilens.ternary.packed.linear import (
-    Packed,
-    TernaryLinear,
-    holds_code_3,
-    pack_rows,
-    unpack_rows,
-)
+from trilens.ternary.codecs.rows import holds_code_3, pack_rows, unpack_rows
+from trilens.ternary.packed.linear import Packed, TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packed_cases import DTYPES, RULES, check, inputs, made
+from packed_cases import DTYPES, RULES, biases, check, inputs, made, packed_matrices
 from tolerances import assert_close_sums, sum_error
 from trilens.errors import UsageError
 from trilens.ternary.packed import multiply as subject
@@ -29,14 +29,9 @@ def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
-    rows, cols = draw(st.integers(64, 150)), draw(st.integers(1, 700))
-    per = draw(st.sampled_from(["tensor", "row", "group"]))
-    size = draw(st.sampled_from([16, 48, 128, 1024])) if per == "group" else None
-    rule = draw(st.sampled_from(RULES))
-    packed = made(rows, cols, draw(st.integers(0, 99)), rule=rule, per=per, group_size=size)
-    x = inputs(draw(st.sampled_from([1, 2, 3])), cols, draw(st.sampled_from(DTYPES)))
-    bias = torch.linspace(-1, 1, rows).to(x.dtype) if draw(st.booleans()) else None
-    return packed, x, bias
+    packed = draw(packed_matrices((64, 150), (1, 700), [16, 48, 128, 1024]))
+    x = inputs(draw(st.sampled_from([1, 2, 3])), packed.cols, draw(st.sampled_from(DTYPES)))
+    return packed, x, draw(biases(packed, x))
 
 
 @pytest.mark.parametrize("method", loops.methods_here())

@@ -17,7 +17,7 @@ N = 40_000
 def in_pieces(weights: np.ndarray, n_pieces: int) -> UnitScan:
     pieces = np.array_split(weights, n_pieces)
     return UnitScan(
-        1, weights.size, n_pieces, lambda i: pieces[i][None], kernels_for(weights.size, "plain")
+        1, weights.size, n_pieces, lambda i: pieces[i][None], kernels_for(weights.size, "numpy")
     )
 
 

@@ -14,7 +14,7 @@ from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.fused import pack_absmean
 from trilens.ternary.rules.kernels import numba_is_here
 
-BACKENDS = ["plain", "auto"] + (["compiled"] if numba_is_here() else [])
+BACKENDS = ["numpy", "auto"] + (["compiled"] if numba_is_here() else [])
 
 
 def gaussian(*shape: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ def weights(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loops_are_bit_identical(shape: tuple[int, int], dtype: type) -> None:
     x = weights(shape, dtype)
-    compiled, reference = kernels_for(0, "compiled"), kernels_for(0, "plain")
+    compiled, reference = kernels_for(0, "compiled"), kernels_for(0, "numpy")
     assert np.array_equal(compiled.abs_sums(x), reference.abs_sums(x))
     for n_cuts in (2, 8):
         cuts = np.sort(weights((shape[0], n_cuts), dtype, seed=1), axis=1)
@@ -112,7 +112,7 @@ def test_rules_are_bit_identical(
             has_offset=rule == "asymmetric",
             backend=backend,
         )
-        for backend in ("plain", "compiled")
+        for backend in ("numpy", "compiled")
     ]
     assert np.array_equal(coded[0].trits, coded[1].trits)
     assert np.array_equal(coded[0].scales, coded[1].scales)

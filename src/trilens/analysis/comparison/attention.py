@@ -15,8 +15,9 @@ from torch import Tensor
 from trilens.analysis.comparison.rows import Row, against_itself, change
 from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import IncomparableError
+from trilens.statistics.divergence import js_nats_of_rows
 
-__all__ = ["EFFECTIVE", "SOFTMAX", "AttentionAccumulator", "js_nats_of_rows"]
+__all__ = ["EFFECTIVE", "SOFTMAX", "AttentionAccumulator"]
 
 SOFTMAX = "attention"
 EFFECTIVE = "effective_attention.relu_l1"
@@ -94,24 +95,6 @@ class AttentionAccumulator:
                     pair = means[i][head], means[i + 4][head]
                     found.append(change(metric, *pair, module=module, layer=layer, head=head))
         return found
-
-
-def js_nats_of_rows(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen–Shannon divergence of each pair of rows, without cancellation.
-
-    With m = (p + q)/2 and d = (p − q)/(p + q) it is ½ Σ m [(1 + d) ln(1 + d) + (1 − d) ln(1 − d)]:
-    no difference of logarithms, so that a divergence of 1e-9 still has digits in float32.
-
-    Shapes:
-        p, q [..., n], rows of sum 1 or less; returns [...], in [0, ln 2].
-    """
-    both = p + q
-    # 1 − |d| of at least half an ulp keeps 0 · ln 0 away; where both are 0, d is 0.
-    gap = (p - q).div_(both.clamp(min=torch.finfo(p.dtype).tiny))
-    gap.clamp_(-1 + torch.finfo(p.dtype).eps / 2, 1 - torch.finfo(p.dtype).eps / 2)
-    up = torch.log1p(gap).mul_(1 + gap)
-    down = torch.log1p(-gap).mul_(1 - gap)
-    return up.add_(down).mul_(both).sum(-1).div_(4).clamp_(0, math.log(2.0))
 
 
 def _statistics(p: Tensor, q: Tensor, queries: Sequence[int], offset: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trilens.analysis.comparison.rows import Row, against_itself, change
-from trilens.evaluation.output import OutputResult, perplexity_of
+from trilens.evaluation.loop import perplexity_of
+from trilens.evaluation.output import OutputResult
 
 __all__ = ["output_rows"]
 
@@ -28,7 +29,7 @@ def output_rows(result: OutputResult) -> list[Row]:
             pair = getattr(before, end), getattr(after, end)
             both = [perplexity_of(value) for value in pair]
             rows += [
-                change(f"perplexity_ci95_{end}", both[0] or 0.0, both[1] or 0.0, module=_MODULE),
+                change(f"perplexity_ci95_{end}", *both, module=_MODULE),
                 change(f"nll_nats_ci95_{end}", *pair, module=_MODULE),
                 against_itself(f"nll_nats_change_ci95_{end}", getattr(moved, end), module=_MODULE),
             ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trilens.analysis.comparison.rows import Row, against_itself
 from trilens.errors import ShapeError
+from trilens.statistics.divergence import cosine, relative_errors
 
 __all__ = ["ResidualAccumulator"]
 
@@ -42,12 +42,11 @@ class ResidualAccumulator:
                 f"residual of layer {layer} is {list(before.shape)} before and "
                 f"{list(after.shape)} after: the same tokens and width are needed"
             )
-        cosine, error = _apart(before, after)
+        angles, errors = cosine(before, after), relative_errors(before, after)
         sums = self._sums.setdefault(layer, [0.0] * 4)
-        new = (cosine.sum(), error.sum(), cosine[-1], error[-1])
-        for i, value in enumerate(torch.stack(new).tolist()):
-            sums[i] += value
-        self._tokens[layer] = self._tokens.get(layer, 0) + len(cosine)
+        for i, value in enumerate((angles.sum(), errors.sum(), angles[-1], errors[-1])):
+            sums[i] += float(value)
+        self._tokens[layer] = self._tokens.get(layer, 0) + len(angles)
         self._prompts[layer] = self._prompts.get(layer, 0) + 1
 
     def rows(self) -> list[Row]:
@@ -66,25 +65,3 @@ class ResidualAccumulator:
                 for metric, value, itself in values
             ]
         return found
-
-
-def _apart(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and relative error of each token: float64 [seq] each.
-
-    1 − cos is taken from the distance of the unit vectors, |u − v|² / 2: for streams that nearly
-    agree, 1 minus a quotient near 1 would have no digits left.
-    """
-    # PROMOTE: squares of bfloat16 residuals have two digits, and overflow in float16.
-    a, b = before.double(), after.to(before.device).double()
-    norm_a = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-    norm_b = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
-    gap = torch.linalg.vector_norm(a - b, dim=-1)
-    unit_a = a / norm_a.masked_fill(norm_a == 0, 1)
-    unit_b = b / norm_b.masked_fill(norm_b == 0, 1)
-    apart = torch.linalg.vector_norm(unit_a - unit_b, dim=-1).square() / 2
-    cosine = (1 - apart).clamp(-1, 1)
-    # A zero vector and another: no angle, 0. Two zero vectors are equal, 1.
-    none = (norm_a == 0).logical_xor(norm_b == 0)[:, 0]
-    cosine = cosine.masked_fill(none, 0)
-    ratio = gap / norm_a[:, 0]
-    return cosine, ratio.square().masked_fill(gap == 0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +21,9 @@ from trilens.errors import (
     UsageError,
     WriteError,
 )
-from trilens.io.tensors import read_tensors, write_tensors, write_whole
+from trilens.io.atomic import write_bytes
+from trilens.io.json import json_bytes, read_json
+from trilens.io.tensors import read_tensors, write_tensors
 from trilens.lens.capture import ModelInfo
 from trilens.results import Tabular
 
@@ -157,8 +158,7 @@ class Comparison(Tabular):
             "files": {"table": _TABLE, "arrays": _ARRAYS},
         }
         del manifest["table"]
-        body = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
-        write_whole(folder / _MANIFEST, lambda file: file.write(body.encode()))
+        write_bytes(folder / _MANIFEST, json_bytes(manifest))
         return folder
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,11 +190,8 @@ class Comparison(Tabular):
         folder = Path(path)
         if not (folder / _MANIFEST).is_file():
             raise ModelNotFoundError(f"{folder} is no saved comparison: it has no {_MANIFEST}")
-        try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise CorruptFileError(f"{folder / _MANIFEST} can't be read: {error}") from error
-        kind = manifest.get("format") if isinstance(manifest, dict) else None
+        manifest = read_json(folder / _MANIFEST, CorruptFileError)
+        kind = manifest.get("format")
         if kind != _FORMAT or manifest.get("version") != _VERSION:
             raise CorruptFileError(
                 f"{folder / _MANIFEST} is {kind!r}: a {_FORMAT} of version {_VERSION} is needed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,8 @@ from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.lens import Lens
 from trilens.models.tokens import PromptLike, max_positions_of, read_prompt, vocab_size_of
 from trilens.numbers import at_least
+from trilens.progress import Progress, Step
+from trilens.text.token_blocks import batches_by_length
 
 __all__ = ["CompareOptions", "compare"]
 
@@ -85,17 +87,20 @@ def compare(
     prompts: Iterable[PromptLike],
     *,
     options: CompareOptions | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
-    """Run two models of equal shape on the same tokens and say what differs, outside and inside.
+    """Run two models of equal shape on the same tokens and measure what differs.
 
-    Outside: perplexity, KL divergence, top tokens. Inside, per layer: residual stream, attention
+    Output: perplexity, KL divergence, top tokens. Internal, per layer: residual stream, attention
     (of recurrent layers the effective attention), what heads do, gates, logit lens, weights.
 
     Args:
         before: the reference: a lens, a checkpoint directory or a hub id.
-        after: what became of it: ternary, fine-tuned, in another dtype, a later checkpoint.
+        after: the derived model: ternary, fine-tuned, in another dtype, a later checkpoint.
         prompts: texts, lists of token ids or tensors; read once, so that a generator will do.
         options: see `CompareOptions`.
+        progress: called after every batch with the prompts that are done; the total is the number
+            done where `prompts` has no length.
 
     Returns:
         A frozen comparison. Equal models give a delta of exactly 0 in every row.
@@ -116,8 +121,12 @@ def compare(
     left, right = _lens(before), _lens(after)
     check_comparable(left, right)
     run = _Run(left, right, chosen)
-    for batch in _batches(prompts, left, right, chosen):
-        run.add(batch)
+    read = _read(prompts, left, right, chosen)
+    for batch in batches_by_length(read, batch_size=chosen.batch_size):
+        run.add(batch.unbind())
+        if progress is not None:
+            total = len(prompts) if isinstance(prompts, Sized) else run.n_prompts
+            progress(Step(run.n_prompts, total, "prompts"))
     return run.result()
 
 
@@ -127,23 +136,23 @@ class _Run:
         self.options = options
         self.sites: CommonSites = common_sites(before, after)
         masked = type(before.model) in MODEL_FOR_MASKED_LM_MAPPING.values()
-        self.outside = OutputAccumulator(next_token=not masked, seed=options.seed)
-        self.speaks = bool(before.anatomy.unembedding) and bool(after.anatomy.unembedding)
-        self.fewest = 1 if masked or not self.speaks else 2
+        self.output = OutputAccumulator(next_token=not masked, seed=options.seed)
+        self.has_output = bool(before.anatomy.unembedding) and bool(after.anatomy.unembedding)
+        self.min_tokens = 1 if masked or not self.has_output else 2
         self.residual = ResidualAccumulator()
         self.attention = AttentionAccumulator()
         self.gates = GateAccumulator(options.gate_threshold)
         self.lens = LensAccumulator(before.n_layers)
-        self.settled: list[Tensor] = []
+        self.converged: list[Tensor] = []
         self.models: list[ModelInfo] = []
         self.n_prompts = self.n_tokens = 0
 
     def add(self, batch: Sequence[Tensor]) -> None:
         for number, ids in enumerate(batch, start=self.n_prompts):
-            if len(ids) < self.fewest:
+            if len(ids) < self.min_tokens:
                 raise EmptyPromptError(
-                    f"prompt {number} has {len(ids)} token: {self.fewest} or more are needed, or "
-                    "there is nothing to predict"
+                    f"prompt {number} has {len(ids)} token: {self.min_tokens} or more are needed, "
+                    "or there is nothing to predict"
                 )
         before, after = (self._captures(lens, batch) for lens in self.lenses)
         while before:
@@ -167,7 +176,7 @@ class _Run:
             refuse_nonfinite(capture, side, self.n_prompts)
         if before.logits is not None and after.logits is not None:
             try:
-                self.outside.add(before.logits, after.logits, before.token_ids)
+                self.output.add(before.logits, after.logits, before.token_ids)
             except NonFiniteError as error:
                 raise NonFiniteError(
                     f"prompt {self.n_prompts}: {error}; the residual stream is finite after every "
@@ -183,14 +192,14 @@ class _Run:
         if before.has("gates") and after.has("gates"):
             for name, layer in self.sites.gates:
                 self.gates.add(name, layer, before.gates, after.gates)
-        if self.speaks and self.options.lens != "none":
+        if self.has_output and self.options.lens != "none":
             first = 0 if self.options.lens == "all" else -1
-            settled = [
+            converged = [
                 convergence_layers(lens, [stream[first:] for stream in each.activations])
                 for lens, each in zip(self.lenses, streams, strict=True)
             ]
-            self.lens.add(settled[0], settled[1])
-            self.settled.append(torch.stack(settled).int())
+            self.lens.add(converged[0], converged[1])
+            self.converged.append(torch.stack(converged).int())
         self.n_tokens += len(before.token_ids)
         self.n_prompts += 1
         self.models = [before.model, after.model]
@@ -204,10 +213,10 @@ class _Run:
     def result(self) -> Comparison:
         if not self.n_prompts:
             raise EmptyPromptError("prompts are empty: there is nothing to compare; give some")
-        outside = self.outside.result() if self.speaks else None
+        output = self.output.result() if self.has_output else None
         roles = self._roles()
         rows = [
-            *(output_rows(outside) if outside is not None else ()),
+            *(output_rows(output) if output is not None else ()),
             *self.residual.rows(),
             *self.attention.rows(),
             *(roles.rows() if roles else ()),
@@ -216,8 +225,8 @@ class _Run:
             *weight_rows(*self.lenses),
         ]
         notes = list(self.sites.notes)
-        if not self.speaks:
-            notes.append("a model without an unembedding: nothing outside is compared")
+        if not self.has_output:
+            notes.append("a model without an unembedding: no output is compared")
         return Comparison(
             before=self.models[0],
             after=self.models[1],
@@ -226,7 +235,7 @@ class _Run:
             options=MappingProxyType(asdict(self.options)),
             rows=tuple(rows),
             role_changes=tuple(roles.changes(self.options.role_threshold) if roles else ()),
-            arrays=MappingProxyType(self._arrays(outside)),
+            arrays=MappingProxyType(self._arrays(output)),
             notes=tuple(notes),
         )
 
@@ -237,33 +246,33 @@ class _Run:
         if not layers or not probes:
             return None
         roles = RoleAccumulator(half)
-        wanted: dict[str, Any] = {
+        request: dict[str, Any] = {
             "residual": None,
             # Asked for no logits, some models run their last layers for the last token alone.
             "logits": "last",
             "attention": bool(self.sites.attention),
             "effective": bool(self.sites.effective),
         }
-        runs = (lens.capture_many(probes, batch_size=2, **wanted) for lens in self.lenses)
+        runs = (lens.capture_many(probes, batch_size=2, **request) for lens in self.lenses)
         for before, after in zip(*runs, strict=True):
             for layer, module in layers.items():
                 roles.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
         return roles
 
-    def _arrays(self, outside: OutputResult | None) -> dict[str, NamedArray]:
+    def _arrays(self, output: OutputResult | None) -> dict[str, NamedArray]:
         arrays: dict[str, NamedArray] = {}
-        if outside is not None:
+        if output is not None:
             # A copy: the result's own array is read-only, which torch warns of.
-            kl = torch.from_numpy(outside.token_kl_nats.copy())
+            kl = torch.from_numpy(output.token_kl_nats.copy())
             arrays["token_kl_nats"] = NamedArray(("predictions",), kl)
-            counts = torch.from_numpy(outside.prompt_tokens)
+            counts = torch.from_numpy(output.prompt_tokens)
             arrays["prompt_predictions"] = NamedArray(("prompts",), counts)
-            if outside.nll_nats_before is not None:
-                nll = torch.from_numpy(outside.prompt_nll_nats)
+            if output.nll_nats_before is not None:
+                nll = torch.from_numpy(output.prompt_nll_nats)
                 arrays["prompt_nll_nats"] = NamedArray(("prompts", "before_after"), nll)
-        if self.settled:
-            settled = torch.cat(self.settled, dim=1)
-            arrays["settle_layer"] = NamedArray(("before_after", "positions"), settled)
+        if self.converged:
+            converged = torch.cat(self.converged, dim=1)
+            arrays["settle_layer"] = NamedArray(("before_after", "positions"), converged)
         for unit in self.gates.units():
             pair = torch.stack([unit.before, unit.after])
             name = f"openness.{unit.layer}.{unit.name}"
@@ -282,11 +291,10 @@ def _lens(model: Lens | str | Path) -> Lens:
     return Lens.from_pretrained(str(model))
 
 
-def _batches(
+def _read(
     prompts: Iterable[PromptLike], before: Lens, after: Lens, options: CompareOptions
-) -> Iterator[list[Tensor]]:
-    """Token ids, neighbours of one length together, read by both tokenizers where there are two."""
-    batch: list[Tensor] = []
+) -> Iterator[Tensor]:
+    """Token ids, read by both tokenizers where there are two."""
     for number, prompt in enumerate(prompts):
         ids = _ids(prompt, before if before.tokenizer is not None else after, before, options)
         if isinstance(prompt, str) and None not in (before.tokenizer, after.tokenizer):
@@ -297,12 +305,7 @@ def _batches(
                     f"({len(ids)} tokens) before and {other[:6].tolist()} … ({len(other)} tokens) "
                     "after; give token ids, if the same ids mean the same to both models"
                 )
-        if batch and (len(batch) == options.batch_size or len(ids) != len(batch[0])):
-            yield batch
-            batch = []
-        batch.append(ids)
-    if batch:
-        yield batch
+        yield ids
 
 
 def _ids(prompt: PromptLike, reader: Lens, lens: Lens, options: CompareOptions) -> Tensor:

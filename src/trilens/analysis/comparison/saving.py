@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trilens.analysis.comparison.rows import Row
 from trilens.errors import CorruptFileError, ModelNotFoundError
-from trilens.io.tensors import write_whole
+from trilens.io.atomic import atomic
 
 __all__ = ["read_rows", "write_rows"]
 
@@ -32,7 +32,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     schema = pa.schema([(name, types.get(name, pa.float64())) for name in _NAMES])
     columns = {name: [getattr(row, name) for row in rows] for name in _NAMES}
     table = pa.table(columns, schema=schema)
-    write_whole(path, lambda file: pq.write_table(table, file))
+    with atomic(path) as file:
+        pq.write_table(table, file)
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from trilens.analysis.comparison.rows import Row, against_itself, change
 from trilens.errors import NonFiniteError
 from trilens.lens.lens import Lens
+from trilens.statistics.divergence import relative_error
 from trilens.ternary.packed.linear import TernaryLinear
 
 __all__ = ["matrix_shapes", "weight_rows"]
-
-_BLOCK_ELEMENTS = 1 << 20
 
 
 def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -79,24 +76,14 @@ def _compare(name: str, before: Tensor, after: Tensor) -> tuple[float, float, fl
     """Relative error, and the shares of zeros; None where there is nothing to compare."""
     if before.shape != after.shape or not before.numel() or before.is_meta or after.is_meta:
         return None
-    a, b = before.reshape(-1), after.reshape(-1)
-    error = norm = 0.0
-    zeros = [0, 0]
-    for at in range(0, len(a), _BLOCK_ELEMENTS):
-        left, right = a[at : at + _BLOCK_ELEMENTS], b[at : at + _BLOCK_ELEMENTS]
-        right = right.to(left.device)
-        zeros[0] += left.numel() - int(left.count_nonzero())
-        zeros[1] += right.numel() - int(right.count_nonzero())
-        # PROMOTE: a sum over 2e8 squares drifts in float32.
-        wide = left.double()
-        norm += float(wide.square().sum())
-        if left.dtype != right.dtype or not torch.equal(left, right):
-            error += float((wide - right.double()).square().sum())
-    for value, side in ((norm, "before"), (error, "after")):
-        if not math.isfinite(value):
-            raise NonFiniteError(f"weight {name} of the model {side} holds NaN or Inf")
-    ratio = 0.0 if not error else (error / norm if norm else math.inf)
-    return ratio, zeros[0] / len(a), zeros[1] / len(a)
+    after = after.to(before.device)
+    try:
+        error = relative_error(before, after)
+    except NonFiniteError as cause:
+        side = "after" if bool(before.isfinite().all()) else "before"
+        raise NonFiniteError(f"weight {name} of the model {side} holds NaN or Inf") from cause
+    zeros = [1 - int(side.count_nonzero()) / side.numel() for side in (before, after)]
+    return error, zeros[0], zeros[1]
 
 
 def _place(name: str, blocks: Mapping[str, int]) -> tuple[int | None, str]:

@@ -1,6 +1,6 @@
 """One block: its matrices coded in the order in which data runs through them, then the fit.
 
-Each matrix is judged on the inputs that the ternary matrices before it give. A dense twin of the
+Each matrix is fitted to the inputs that the ternary matrices before it give. A dense twin of the
 block, run on the dense model's residual stream, says what its outputs should be.
 """
 
@@ -10,88 +10,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from trilens.checkpoint.calibration.block_job import (
+    BlockJob,
+    BlockMatrix,
+    held_weight,
+    put_matrix,
+    rule_of,
+)
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.experts import expert_inputs, expert_of
-from trilens.checkpoint.calibration.fit import FitOptions, fit_block, transposed
+from trilens.checkpoint.calibration.fit import fit_block, transposed
 from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
-from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights, to_be_coded
 from trilens.errors import NonFiniteError
 from trilens.ternary.calibrated.hessian import Moments, MomentSums
 from trilens.ternary.calibrated.rules import (
-    CALIBRATED_RULES,
     Calibrated,
-    CalibratedRule,
     calibrate,
 )
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RuleName
 
-__all__ = [
-    "BlockJob",
-    "BlockMatrix",
-    "CodedBlock",
-    "code_block",
-    "held_weight",
-    "put_matrix",
-    "rule_of",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockMatrix:
-    """A matrix that becomes ternary, and where it stands in its block.
-
-    Attributes:
-        name: The stored tensor's.
-        path: The module's path in the block; "" for a part of a parameter without a module.
-        parameter: The parameter's name in the block.
-        expert: Its number among the matrices of one stored tensor.
-        place: Of a part: how its values are found in the parameter.
-        transposed: It is stored as [in, out].
-        reason: Of a part: why its inputs are not seen.
-    """
-
-    name: str
-    path: str
-    parameter: str
-    expert: int = 0
-    place: Callable[[Tensor], Tensor] | None = None
-    transposed: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockJob:
-    """All that coding a block needs.
-
-    Attributes:
-        index: The block's number.
-        matrices: What becomes ternary in it.
-        vectors: Its norms and biases that may be fitted: parameter in the block → stored tensor
-            and dtype.
-        batches: The text.
-        dense: The dense model's residual stream before the block.
-        ternary: The ternary model's.
-        plan: Group size and scales' dtype.
-        rule: What is done; None for the plan's rule, which looks at weights alone.
-        fit: How norms, biases and scales are fitted.
-    """
-
-    index: int
-    matrices: tuple[BlockMatrix, ...]
-    vectors: Mapping[str, tuple[str, torch.dtype]]
-    batches: tuple[Batch, ...]
-    dense: Stream
-    ternary: Stream
-    plan: TernaryPlan
-    rule: CalibratedRule | None
-    fit: FitOptions
+__all__ = ["CodedBlock", "code_block"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +52,7 @@ def code_block(
     runner: BlockRunner,
     job: BlockJob,
     dense_after: Callable[[nn.Module], Stream],
-    say: Callable[[str], None] = lambda _: None,
+    observe: Callable[[str], None] = lambda _: None,
 ) -> CodedBlock:
     """Code a block's matrices and fit what else may move.
 
@@ -116,7 +60,7 @@ def code_block(
         runner: runs blocks.
         job: what to do.
         dense_after: makes the dense model's residual stream after the block, from its dense twin.
-        say: told what is going on.
+        observe: called with the name of what is coded next.
 
     Raises:
         NonFiniteError: the model gives NaN or Inf on the text, or holds it.
@@ -136,41 +80,17 @@ def code_block(
     for path, why in unseen.items():
         coder.code_without_inputs(by_path[path], why)
     for stage in stages:
-        say(", ".join(path.rpartition(".")[2] for path in stage.members))
+        observe(", ".join(path.rpartition(".")[2] for path in stage.members))
         coder.code_stage(stage, by_path)
     for name in experts:
-        say(name.rpartition(".")[2])
+        observe(name.rpartition(".")[2])
         coder.code_experts(name, [matrix for matrix in parts if matrix.parameter == name])
-    say("norms, biases, scales")
+    observe("norms, biases, scales")
     return coder.finish(after)
-
-
-def rule_of(
-    plan: TernaryPlan, rule: CalibratedRule | None, matrix: BlockMatrix
-) -> CalibratedRule | None:
-    """What is done with a matrix: the plan's own entry for it goes before `rule`."""
-    entry = plan.matrices.get(matrix.name)
-    return rule if entry is None else CALIBRATED_RULES.get(entry.rule)
 
 
 def _too_few(n_tokens: int) -> str:
     return f"{n_tokens} tokens of the text reached it: too few"
-
-
-def held_weight(block: nn.Module, matrix: BlockMatrix) -> Tensor:
-    """A matrix as a block holds it. Shapes: → [out, in]."""
-    if matrix.place is None:
-        weight = block.get_parameter(f"{matrix.path}.weight").data
-        return weight.T if transposed(block, matrix.path) else weight
-    part = matrix.place(block.get_parameter(matrix.parameter).data)
-    return part.T if matrix.transposed else part
-
-
-def put_matrix(
-    block: nn.Module, matrix: BlockMatrix, quant: PerLayerQuant, plan: TernaryPlan
-) -> None:
-    """Put Ŵ into a block in place of the matrix."""
-    held_weight(block, matrix).copy_(plain_weights(quant, plan))
 
 
 class _Coder:

@@ -84,7 +84,7 @@ class _Block:
         }
 
     @property
-    def moving(self) -> list[Tensor]:
+    def trainable(self) -> list[Tensor]:
         factors = [factor for matrix in self.matrices.values() for factor in matrix.factors]
         return factors + list(self.steps.values())
 
@@ -171,7 +171,7 @@ def fit_end_to_end(
     batches: Sequence[Batch],
     dense: Stream,
     options: FitOptions,
-    say: Callable[[float], None] = lambda _: None,
+    observe: Callable[[float], None] = lambda _: None,
 ) -> EndToEndFit:
     """Fit all blocks together.
 
@@ -181,7 +181,7 @@ def fit_end_to_end(
         batches: the text.
         dense: the dense model's residual stream after its last block.
         options: how long, how fast.
-        say: told how much of the work is done, 0 to 1.
+        observe: called with the share of the work that is done, in [0, 1].
 
     Memory: one block in float32 three times, 1 byte for each ternary weight of the model (2 with
     two planes), 12 bytes for each scale; a batch's residual stream between all blocks, its
@@ -195,8 +195,8 @@ def fit_end_to_end(
             return torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
 
     nothing: EndToEndFit = EndToEndFit(tuple({} for _ in parts), tuple({} for _ in parts), 0.0, 0.0)
-    moving = [tensor for part in parts for tensor in part.moving]
-    if not moving or not batches or options.whole_passes == 0:
+    trainable = [tensor for part in parts for tensor in part.trainable]
+    if not trainable or not batches or options.whole_passes == 0:
         return nothing
     probed = batches[:_PROBED]
     before = model.measure(probed, wanted)
@@ -204,7 +204,7 @@ def fit_end_to_end(
         return nothing
     # What is nearly right needs small steps.
     rate = options.whole_rate * min(1.0, before)
-    adam = torch.optim.Adam(moving, lr=rate)
+    adam = torch.optim.Adam(trainable, lr=rate)
     batches = pieces_of(batches, options.step_tokens)
     n_steps = options.whole_passes * len(batches)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)
@@ -212,7 +212,7 @@ def fit_end_to_end(
     done = 0
     for _ in range(options.whole_passes):
         for i in torch.randperm(len(batches), generator=generator).tolist():
-            say(done / n_steps)
+            observe(done / n_steps)
             adam.zero_grad()
             model.learn(batches[i], wanted(batches[i]))
             adam.step()

@@ -163,10 +163,10 @@ def _descend(
     rate: float,
 ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
     """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    moving = {path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
+    trainable = {path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
     sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
     steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
-    parameters = [f for m in moving.values() for f in m.factors] + list(steps.values())
+    parameters = [f for m in trainable.values() for f in m.factors] + list(steps.values())
     if not parameters or not batches:
         return dict(start), dict(quants)
     adam = torch.optim.Adam(parameters, lr=rate)
@@ -180,7 +180,7 @@ def _descend(
         for i in torch.randperm(len(batches), generator=generator).tolist():
             batch, wanted = batches[i], targets.read(batches[i])
             given = {}
-            for path, matrix in moving.items():
+            for path, matrix in trainable.items():
                 weights = matrix.weights()
                 given[f"{path}.weight"] = weights.T if transposed(block, path) else weights
             given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
@@ -192,7 +192,7 @@ def _descend(
             falling.step()
     with torch.no_grad():
         values = {name: start[name] + sizes[name] * step for name, step in steps.items()}
-    return values, {path: matrix.result() for path, matrix in moving.items()}
+    return values, {path: matrix.result() for path, matrix in trainable.items()}
 
 
 class Overridden(nn.Module):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trilens.errors import TextError, UsageError, ValueRangeError
 from trilens.numbers import at_least
-from trilens.text.documents import read_documents, token_blocks
+from trilens.text.documents import read_documents
+from trilens.text.token_blocks import token_blocks
 
 __all__ = ["Calibration", "Drawn", "draw"]
 
@@ -36,7 +37,7 @@ class Calibration:
         length: Tokens of a block, at most; the model's own longest input where that is less.
         seed: What is drawn from the documents, and in which order.
         batch_size: Blocks that run together.
-        max_damage: The largest ratio of perplexities that is written, or None for any.
+        max_perplexity_ratio: The largest ratio of perplexities that is written, or None for any.
 
     Raises:
         TextError: no document.
@@ -51,7 +52,7 @@ class Calibration:
     length: int = 512
     seed: int = 0
     batch_size: int = 8
-    max_damage: float | None = None
+    max_perplexity_ratio: float | None = None
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -75,10 +76,10 @@ class Calibration:
         for name, lowest in least.items():
             number = at_least(lowest, getattr(self, name), f"calibration {name}")
             object.__setattr__(self, name, number)  # NumPy's integers are none for JSON
-        bound = self.max_damage
+        bound = self.max_perplexity_ratio
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise ValueRangeError(
-                f"max_damage is {bound!r}: a ratio of perplexities above 0 is needed, such as 1.5"
+                f"max_perplexity_ratio is {bound!r}: a number above 0 is needed, such as 1.5"
             )
 
     @classmethod

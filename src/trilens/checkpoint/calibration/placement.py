@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trilens.checkpoint.calibration.coder import BlockMatrix
+from trilens.checkpoint.calibration.block_job import BlockMatrix
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.errors import UsageError
 from trilens.models.anatomy import Anatomy

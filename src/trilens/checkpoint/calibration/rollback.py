@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from trilens.checkpoint.calibration.options import Calibration
-from trilens.checkpoint.calibration.run import BlockProgress, CalibrationSource, run_calibration
+from trilens.checkpoint.calibration.run import run_calibration
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal
 from trilens.checkpoint.format.names import WORK_NAME
-from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.job import Job
 from trilens.errors import TrilensError, WriteError
+from trilens.progress import Progress
 
 __all__ = ["rollback"]
 
 
 def rollback(
     out: Path,
-    source: CalibrationSource,
-    plan: TernaryPlan,
+    job: Job,
     calibration: Calibration,
     journal: Journal,
     *,
     is_new: bool,
-    say: Callable[[BlockProgress], None] | None,
+    progress: Progress | None,
 ) -> tuple[Store, Damage]:
     """Code every matrix on a text, and refuse too much damage.
 
@@ -35,12 +34,11 @@ def rollback(
 
     Args:
         out: the output's directory.
-        source: the checkpoint.
-        plan: the rule and its options.
+        job: the checkpoint, and the plan.
         calibration: the text.
         journal: of the output.
         is_new: the directory was made for this run.
-        say: told of progress.
+        progress: as in `run_calibration`.
 
     Raises:
         DamageError: more than `calibration` allows.
@@ -48,7 +46,7 @@ def rollback(
     """
     work = out / WORK_NAME
     try:
-        store, damage = run_calibration(source, plan, calibration, work, say=say)
+        store, damage = run_calibration(job, calibration, work, progress=progress)
         check_damage(damage, calibration)
     except WriteError:
         raise

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.checkpoint.calibration.coder import (
+from trilens.checkpoint.calibration.block_job import (
     BlockJob,
     BlockMatrix,
-    code_block,
     held_weight,
     put_matrix,
     rule_of,
 )
+from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.coder import code_block
 from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.options import Calibration, Drawn, draw
@@ -29,81 +26,42 @@ from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.shards import json_bytes, write_whole
-from trilens.checkpoint.format.skeleton import Choice
+from trilens.checkpoint.job import Job
 from trilens.checkpoint.rotation import plain_weights
-from trilens.errors import CorruptFileError, NonFiniteError
-from trilens.evaluation.perplexity import token_nll_nats
-from trilens.io.safetensors_header import read_json
+from trilens.errors import CorruptFileError
+from trilens.evaluation.loop import mean_nll
+from trilens.io.atomic import write_bytes
+from trilens.io.json import json_bytes, read_json
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
+from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["BlockProgress", "CalibrationSource", "run_calibration"]
+__all__ = ["run_calibration"]
 
 _DAMAGE_NAME = "damage.json"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockProgress:
-    """Where a calibration is.
-
-    Attributes:
-        block: The block's number; `n_blocks` when all are coded.
-        n_blocks: How many there are.
-        doing: What is going on in it.
-        seconds_left: Of the whole calibration, once a block is finished.
-        error: Relative error of the last finished block's output.
-    """
-
-    block: int
-    n_blocks: int
-    doing: str
-    seconds_left: float | None
-    error: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationSource:
-    """A checkpoint that was read.
-
-    Attributes:
-        folder: Its directory.
-        config: Its configuration.
-        model_class: The class its tensors fill.
-        tensors: The stored tensors, mapped.
-        choices: What becomes of each.
-    """
-
-    folder: Path
-    config: Any
-    model_class: type
-    tensors: Mapping[str, Tensor]
-    choices: tuple[Choice, ...]
-
-
 def run_calibration(
-    source: CalibrationSource,
-    plan: TernaryPlan,
+    job: Job,
     calibration: Calibration,
     folder: Path,
     *,
     rule: CalibratedRule | None = None,
     fit: FitOptions | None = None,
-    say: Callable[[BlockProgress], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Store, Damage]:
     """Code every matrix with the help of a text, and measure the damage.
 
     Args:
-        source: the checkpoint.
-        plan: the rule and its options.
+        job: the checkpoint, and the plan.
         calibration: the text.
         folder: where finished blocks are kept; of the same source, plan and text.
         rule: a calibrated rule in place of the plan's.
         fit: how norms, biases and scales are fitted, for rules that do so.
-        say: told of progress.
+        progress: called with the block at work; `done` are the blocks before it.
 
     Raises:
         TextError: text that is too short, empty or all alike.
@@ -122,18 +80,19 @@ def run_calibration(
     if done.is_file():
         return store, _read_damage(done)
     torch.manual_seed(calibration.seed)
-    model, tokenizer = load_mapped(source.folder, source.model_class, source.config, source.tensors)
+    source, plan, tensors = job.source, job.plan, job.tensors
+    model, tokenizer = load_mapped(source.folder, job.model_class, source.config, tensors)
     drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
-    placed = place_choices(model, anatomy, source.choices, source.tensors)
+    placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or FitOptions(seed=calibration.seed)
-    run = _Run(runner, placed, plan, calibration, drawn, store, say, rule, fit)
+    run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit)
     run.blocks()
     run.whole()
     damage = run.damage()
-    write_whole(done, json_bytes(damage.to_dict()))
+    write_bytes(done, json_bytes(damage.to_dict()))
     return store, damage
 
 
@@ -148,14 +107,14 @@ class _Run:
         calibration: Calibration,
         drawn: Drawn,
         store: Store,
-        say: Callable[[BlockProgress], None] | None,
+        progress: Progress | None,
         rule: CalibratedRule | None,
         fit: FitOptions,
     ) -> None:
         self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
-        self.say = say
+        self.progress = progress
         size = calibration.batch_size
         self.text = batches_of(drawn.blocks, size)
         self.apart = batches_of(drawn.evaluation, size, start=self.text[-1].stop)
@@ -176,7 +135,7 @@ class _Run:
     def damage(self) -> Damage:
         """Measure the perplexity of both models on the text set apart."""
         last = self.runner.n_blocks
-        self._tell(last, "perplexity")
+        self._report(last, "perplexity")
         before = self._perplexity(self._stream("dense", last), self.apart)
         whole = self.store.whole
         if whole is None or not (whole.matrices or whole.vectors):
@@ -223,10 +182,10 @@ class _Run:
             return make
 
         def dense_after(block: nn.Module) -> Stream:
-            self._tell(index, "dense block")
+            self._report(index, "dense block")
             return self._write("dense", index + 1, after(dense, block))
 
-        coded = code_block(self.runner, job, dense_after, lambda doing: self._tell(index, doing))
+        coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, after(ternary, coded.module))
         self.store.add(coded.record, coded.quants, coded.vectors)
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
@@ -241,12 +200,12 @@ class _Run:
             return
         last, began = self.runner.n_blocks, time.monotonic()
 
-        def say(share: float) -> None:
+        def observe(share: float) -> None:
             left = (time.monotonic() - began) * (1 - share) / share if share else None
-            self._tell(last, f"all blocks together, {share:.0%}", left)
+            self._report(last, f"all blocks together, {share:.0%}", left)
 
         found = fit_end_to_end(
-            self.runner, finished, self.text, self._stream("dense", last), self.fit, say
+            self.runner, finished, self.text, self._stream("dense", last), self.fit, observe
         )
         quants: dict[tuple[str, int], PerLayerQuant] = {}
         vectors: dict[str, Tensor] = {}
@@ -308,19 +267,7 @@ class _Run:
         return Stream(path, self.width, n_tokens), apart
 
     def _perplexity(self, stream: Stream, batches: Sequence[Batch]) -> float:
-        total, count = 0.0, 0
-        for batch in batches:
-            logits = self.runner.logits(batch.ids, stream.read(batch))
-            for row, ids in zip(logits, batch.ids, strict=True):
-                total += float(token_nll_nats(row, ids).double().sum())
-                count += len(ids) - 1
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                f"the loss over {count} tokens of the evaluation text is {total}: the logits hold "
-                "NaN or Inf"
-            )
-        mean = total / count
-        return math.exp(mean) if mean < 709 else math.inf
+        return mean_nll((b.ids, self.runner.logits(b.ids, stream.read(b))) for b in batches).value
 
     def _path(self, name: str, index: int) -> Path:
         return self.store.folder / f"{name}-{index:05d}.f32"
@@ -332,15 +279,16 @@ class _Run:
         path, _ = write_stream(self._path(name, index), self.all, make)
         return Stream(path, self.width, self.n_tokens)
 
-    def _tell(self, index: int, doing: str, left: float | None = None) -> None:
-        if self.say is None:
+    def _report(self, index: int, what: str, left: float | None = None) -> None:
+        if self.progress is None:
             return
-        if self.finished_now and index < self.runner.n_blocks:
-            spent = time.monotonic() - self.began
-            left = spent / self.finished_now * (self.runner.n_blocks - index)
-        records = self.store.records
-        error = records[-1].error if records else None
-        self.say(BlockProgress(index, self.runner.n_blocks, doing, left, error))
+        total = self.runner.n_blocks
+        if index < total:
+            what = f"layer {index} of 0–{total - 1}: {what}"
+            if self.finished_now:
+                spent = time.monotonic() - self.began
+                left = spent / self.finished_now * (total - index)
+        self.progress(Step(index, total, what, left))
 
 
 def _read_damage(path: Path) -> Damage:

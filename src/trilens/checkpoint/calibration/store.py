@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trilens.checkpoint.format.shards import json_bytes, write_whole
 from trilens.errors import CorruptFileError, TrilensError
-from trilens.io.safetensors_header import read_json
-from trilens.ternary.packed.linear import Packed, unpack_rows
+from trilens.io.atomic import write_bytes
+from trilens.io.json import json_bytes, read_json
+from trilens.ternary.codecs.rows import unpack_rows
+from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockRecord", "EndToEndRecord", "MatrixRecord", "Store"]
@@ -123,8 +124,8 @@ class Store:
             quants: its matrices, by tensor name and expert.
             vectors: new values, by tensor name, in the dtype in which they are stored.
         """
-        write_whole(self._tensors(record.index), save(_tensors_of(quants, vectors)))
-        write_whole(self._json(record.index), json_bytes(asdict(record)))
+        write_bytes(self._tensors(record.index), save(_tensors_of(quants, vectors)))
+        write_bytes(self._json(record.index), json_bytes(asdict(record)))
         self.records.append(record)
 
     def finish(
@@ -135,8 +136,8 @@ class Store:
     ) -> None:
         """Keep what the fit of all blocks together found: it goes before what the blocks say."""
         record = EndToEndRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
-        write_whole(self._whole("safetensors"), save(_tensors_of(quants, vectors)))
-        write_whole(self._whole("json"), json_bytes(asdict(record)))
+        write_bytes(self._whole("safetensors"), save(_tensors_of(quants, vectors)))
+        write_bytes(self._whole("json"), json_bytes(asdict(record)))
         self.whole = record
 
     def vector(self, name: str) -> Tensor | None:

@@ -1,12 +1,10 @@
 """Residual streams of a whole text, on disk: memory holds one batch of them.
 
-A stream is one file of float32 [tokens, d_model], batch after batch. It is written beside its place
-and renamed when it is whole.
+A stream is one file of float32 [tokens, d_model], batch after batch, written whole or not at all.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trilens.errors import CorruptFileError, WriteError
-from trilens.evaluation.perplexity import batches_of_blocks
-from trilens.io.messages import reason
+from trilens.errors import CorruptFileError
+from trilens.io.atomic import atomic
+from trilens.text.token_blocks import batches_by_length
 
 __all__ = ["Batch", "Stream", "batches_of", "pieces_of", "write_stream"]
 
@@ -43,8 +41,8 @@ class Batch:
 def batches_of(blocks: Sequence[Tensor], batch_size: int, start: int = 0) -> tuple[Batch, ...]:
     """Neighbouring blocks of equal length, numbered through."""
     found = []
-    for group in batches_of_blocks(blocks, batch_size):
-        found.append(Batch(torch.stack(group), start))
+    for ids in batches_by_length(blocks, batch_size=batch_size):
+        found.append(Batch(ids, start))
         start = found[-1].stop
     return tuple(found)
 
@@ -98,18 +96,10 @@ def write_stream(
     Raises:
         WriteError: no space, no permission.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     width = 0
-    try:
-        with temporary.open("wb") as file:
-            for batch in batches:
-                hidden = make(batch)
-                width = hidden.shape[-1]
-                file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
+    with atomic(path) as file:
+        for batch in batches:
+            hidden = make(batch)
+            width = hidden.shape[-1]
+            file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
     return path, width

@@ -47,7 +47,7 @@ class Damage:
 
 class _Bound(Protocol):
     @property
-    def max_damage(self) -> float | None: ...
+    def max_perplexity_ratio(self) -> float | None: ...
 
 
 def check_damage(damage: Damage | None, bound: _Bound | None, *, written: bool = False) -> None:
@@ -61,12 +61,13 @@ def check_damage(damage: Damage | None, bound: _Bound | None, *, written: bool =
     Raises:
         DamageError: it is above; NaN is above everything.
     """
-    if damage is None or bound is None or bound.max_damage is None:
+    highest = None if bound is None else bound.max_perplexity_ratio
+    if damage is None or highest is None:
         return
-    if not damage.ratio <= bound.max_damage:
+    if not damage.ratio <= highest:
         end = "it was written before" if written else "nothing was written"
         raise DamageError(
             f"damage is {damage.ratio:.4g} times the perplexity ({damage.perplexity_before:.4g} to "
-            f"{damage.perplexity_after:.4g}), more than the {bound.max_damage:g} allowed: {end}; "
+            f"{damage.perplexity_after:.4g}), more than the {highest:g} allowed: {end}; "
             "take a better rule, smaller groups or two planes, keep some matrices, or allow more"
         )

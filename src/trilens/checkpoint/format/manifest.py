@@ -20,9 +20,10 @@ from trilens.checkpoint.format.names import (
 )
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import json_bytes, sha256_of, write_whole
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
-from trilens.io.safetensors_header import read_json
+from trilens.io.atomic import write_bytes
+from trilens.io.guarded import sha256_of
+from trilens.io.json import json_bytes, read_json
 from trilens.ternary.rules.kernels import parallel_map
 
 __all__ = ["Journal", "Order", "fingerprint", "manifest_bytes", "read_manifest"]
@@ -169,7 +170,7 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        write_whole(self._path, json_bytes({**self._order.to_dict(), "shards": self._shards}))
+        write_bytes(self._path, json_bytes({**self._order.to_dict(), "shards": self._shards}))
 
 
 def manifest_bytes(order: Order, report: TernaryReport, files: dict[str, Any]) -> bytes:

@@ -12,7 +12,8 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
-from trilens.io.messages import reason
+from trilens.io.guarded import read_bytes
+from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
@@ -27,7 +28,7 @@ Storage: TypeAlias = Literal["two_bit", "compact"]
 class TernaryPlan:
     """How to make a checkpoint ternary.
 
-    The linear layers of the blocks are made ternary; embeddings, unembedding, norms, routers,
+    The linear layers of the blocks become ternary; embeddings, unembedding, norms, routers,
     convolutions and one-dimensional tensors are kept as they are, whatever the plan says.
 
     Attributes:
@@ -100,7 +101,7 @@ class TernaryPlan:
         """Which of the matrices the plan keeps, and why.
 
         Args:
-            names: The matrices that can be made ternary.
+            names: The matrices that can become ternary.
             all_names: Every tensor of the checkpoint.
 
         Returns:
@@ -108,7 +109,7 @@ class TernaryPlan:
 
         Raises:
             UsageError: an expression in `keep` that matches no tensor, or one in `only` that
-                matches no matrix that can be made ternary, or an entry of `matrices` for
+                matches no matrix that can become ternary, or an entry of `matrices` for
                 something else than such a matrix.
         """
         matrices, everything = list(names), list(all_names)
@@ -116,7 +117,7 @@ class TernaryPlan:
         if foreign:
             raise UsageError(
                 f"plan has an entry for {foreign[0]!r}, which is no linear layer of a block that "
-                f"can be made ternary: {_hint(matrices)}"
+                f"can become ternary: {_hint(matrices)}"
             )
         for expression in self.keep:
             if not any(re.search(expression, name) for name in everything):
@@ -175,16 +176,13 @@ class TernaryPlan:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """The plan of `to_json`, or of a report that holds one as "plan".
 
         Raises:
             UsageError: no JSON, or as `from_dict`.
         """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"plan is not valid JSON: {error}") from error
+        values = parse_json(text, "plan", UsageError)
         if isinstance(values, dict) and "plan" in values:
             values = values["plan"]
         return cls.from_dict(values)
@@ -196,12 +194,7 @@ class TernaryPlan:
         Raises:
             UsageError: the file cannot be read, or as `from_json`.
         """
-        file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as cause:
-            raise UsageError(f"plan {file} cannot be read: {reason(cause)}") from cause
-        return cls.from_json(text)
+        return cls.from_json(read_bytes(Path(path), UsageError, max_bytes=SIZE_LIMIT_BYTES))
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -1,11 +1,9 @@
-"""Files that are written whole or not at all, and their hashes."""
+"""A safetensors file of an output: written at known places, read back, hashed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,83 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import CorruptFileError, WriteError
+from trilens.io.atomic import AtomicFile
+from trilens.io.guarded import open_regular
 from trilens.io.messages import reason
-from trilens.io.tensors import json_text
 
-__all__ = [
-    "DTYPE_BYTES",
-    "MappedFile",
-    "ShardSlot",
-    "ShardWriter",
-    "json_bytes",
-    "move_into_place",
-    "sha256_of",
-    "temporary_path",
-    "write_whole",
-]
+__all__ = ["DTYPE_BYTES", "MappedFile", "ShardSlot", "ShardWriter"]
 
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4}
 DTYPE_BYTES |= {"F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 """Bytes of one number; every dtype that is not here has 1 or less."""
 
 _CHUNK_BYTES = 1 << 22
-_TEMPORARY = ".{}.partial"
-
-
-def json_bytes(value: Any) -> bytes:
-    """The one way in which this package writes JSON files."""
-    return (json_text(value, indent=1) + "\n").encode()
-
-
-def sha256_of(file: Path) -> str:
-    """Hash of a file's content.
-
-    Raises:
-        CorruptFileError: it cannot be read.
-    """
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as cause:
-        raise CorruptFileError(f"{file} cannot be read: {cause.strerror or cause}") from cause
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to disk and rename it.
-
-    Raises:
-        WriteError: no space, no permission.
-    """
-    temporary = temporary_path(path)
-    try:
-        temporary.unlink(missing_ok=True)  # a link of that name would lead the writing elsewhere
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        move_into_place(temporary, path)
-    except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is made before it is renamed to its place."""
-    return path.with_name(_TEMPORARY.format(path.name))
-
-
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a file that is whole and flushed.
-
-    Raises:
-        OSError: as the system says.
-    """
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name too must survive a power cut
-    finally:
-        os.close(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +47,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as cause:
             raise CorruptFileError(f"{path} cannot be read: {reason(cause)}") from cause
@@ -144,15 +76,8 @@ class ShardWriter:
     def __init__(
         self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...], int]]
     ) -> None:
-        self.path = path
-        self._temporary = temporary_path(path)
         self._header, self.slots = _layout(entries)
-        try:
-            self._temporary.unlink(missing_ok=True)  # as in `write_whole`
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError as cause:
-            raise WriteError(f"{path} cannot be written: {reason(cause)}") from cause
-        self._open = True
+        self._file = AtomicFile(path)
 
     def put(self, offset: int, data: NDArray[np.uint8]) -> None:
         """Write bytes at an offset and read them back.
@@ -163,10 +88,10 @@ class ShardWriter:
         flat = np.ascontiguousarray(data).reshape(-1)
         for start in range(0, flat.size, _CHUNK_BYTES):
             part = flat[start : start + _CHUNK_BYTES].tobytes()
-            self._write(part, offset + start)
-            if os.pread(self._file, len(part), offset + start) != part:
+            self._file.put(part, offset + start)
+            if self._file.get(len(part), offset + start) != part:
                 raise WriteError(
-                    f"{self.path} does not hold what was written to it: check the disk"
+                    f"{self._file.path} does not hold what was written to it: check the disk"
                 )
 
     def get(self, offset: int, size: int) -> NDArray[np.uint8]:
@@ -174,25 +99,23 @@ class ShardWriter:
 
         Shapes: → [size]
         """
-        return np.frombuffer(os.pread(self._file, size, offset), dtype=np.uint8)
+        return np.frombuffer(self._file.get(size, offset), dtype=np.uint8)
 
     def commit(self) -> str:
-        """Flush to disk, rename, and give the hash of the content."""
-        try:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._open = False
-            digest = sha256_of(self._temporary)
-            move_into_place(self._temporary, self.path)
-        except OSError as cause:
-            raise WriteError(f"{self.path} cannot be written: {reason(cause)}") from cause
+        """Flush to disk, rename, and give the hash of the content.
+
+        Raises:
+            WriteError: as the system reports.
+        """
+        digest = self._file.sha256
+        self._file.commit()
         return digest
 
     def __enter__(self) -> Self:
         try:
             self.put(0, np.frombuffer(self._header, dtype=np.uint8))
         except WriteError:
-            self._close()
+            self._file.close()
             raise
         return self
 
@@ -202,21 +125,7 @@ class ShardWriter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._open:
-            os.close(self._file)
-            self._open = False
-        self._temporary.unlink(missing_ok=True)
-
-    def _write(self, part: bytes, offset: int) -> None:
-        done = 0
-        while done < len(part):
-            try:
-                done += os.pwrite(self._file, part[done:], offset + done)
-            except OSError as cause:
-                raise WriteError(f"{self.path} cannot be written: {reason(cause)}") from cause
+        self._file.close()
 
 
 def _layout(

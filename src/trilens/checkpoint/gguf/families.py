@@ -1,4 +1,4 @@
-"""Which architectures the engine knows, and what it has to be told about each.
+"""Which architectures the engine knows, and what it needs to know about each.
 
 This is one of the two places that name model families (the other is `models.gates`): a GGUF file
 states its architecture by name, and the engine's code for that name fixes everything that the file

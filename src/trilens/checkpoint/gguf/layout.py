@@ -61,7 +61,7 @@ class GgufSlot:
     def report(self, **measured: Any) -> TensorReport:
         """What became of the tensor, as far as headers tell, and what was measured."""
         choice = self.choice
-        told: dict[str, Any] = {
+        known: dict[str, Any] = {
             "name": self.name if choice is None else choice.name,
             "packed_as": self.name,
             "shape": self.shape,
@@ -71,17 +71,17 @@ class GgufSlot:
             "size_bytes_before": self.size_bytes_before,
             "size_bytes": self.size_bytes,
         }
-        return TensorReport(**{**told, **measured})
+        return TensorReport(**{**known, **measured})
 
     def _reason(self) -> str:
         if self.choice is None:
             return "made for the engine"
-        said = [self.choice.reason] if self.choice.reason else []
+        notes = [self.choice.reason] if self.choice.reason else []
         if not self.is_coded and FLOAT_TYPES[self.type_id][0] != self.dtype:
-            said.append(f"stored as {FLOAT_TYPES[self.type_id][0]}")
+            notes.append(f"stored as {FLOAT_TYPES[self.type_id][0]}")
         if self.offset:
-            said.append(f"with {self.offset:g} added, as the model does")
-        return "; ".join(said)
+            notes.append(f"with {self.offset:g} added, as the model does")
+        return "; ".join(notes)
 
 
 def with_fallbacks(

@@ -8,36 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from trilens.checkpoint.coding import tensor_of
-from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.format.names import find_parts
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport
-from trilens.checkpoint.format.shards import MappedFile
 from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.source import Checkpoint
 from trilens.checkpoint.validation import validate
-from trilens.errors import ConfigError, UsageError, ValueRangeError
-from trilens.io.hub import local_folder
-from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
-from trilens.models.build import read_config
+from trilens.errors import UsageError, ValueRangeError
+from trilens.io.safetensors_header import TensorHeader
 from trilens.models.loading import load_tokenizer
-from trilens.ternary.codecs.compact import expand_rows
+from trilens.ternary.codecs.rows import expand_rows, unpack_rows
 from trilens.ternary.granularity import Per
-from trilens.ternary.packed.linear import unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RuleName
 
 __all__ = ["GgufMatrix", "GgufSource", "open_source"]
 
-_PART_DTYPES = {
-    "U8": torch.uint8,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 _KNOWN_SETTINGS = frozenset(
     {
         "quant_method",
@@ -77,37 +65,32 @@ class GgufSource:
         name: What errors and the file call it.
         config: transformers' configuration.
         tokenizer: transformers' tokenizer, or None.
+        tensor: A stored tensor by its name.
         model: The skeleton.
         headers: Every tensor; of a ternary checkpoint as it was before.
         choices: What is to become of each.
-        plan: How the weights were made ternary; None for plain weights.
+        plan: How the weights were ternarized; None for dense weights.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        raw = read_json(folder / CONFIG_NAME, ConfigError).get("quantization_config")
-        self.name = name
-        self.config, _ = read_config(folder, trusted=False)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        folder, name = checkpoint.folder, checkpoint.name
+        self.name = folder.name if Path(name) == folder else name
+        self.config = checkpoint.config
         self.tokenizer = load_tokenizer(folder, trusted=False)
-        self._stored = read_headers(folder)
-        self._files: dict[Path, MappedFile] = {}
+        self.tensor = checkpoint.tensor
+        self._stored = checkpoint.headers
         self._packed: dict[str, TensorReport] = {}
         self.plan: TernaryPlan | None = None
         self.headers: Mapping[str, TensorHeader] = self._stored
-        if raw is not None:
-            _check_settings(raw, name)
+        settings = checkpoint.settings.get("quantization_config")
+        if settings is not None:
+            _check_settings(settings, self.name)
             report = validate(folder)
             self.plan = report.plan
             self._packed = {tensor.name: tensor for tensor in report.coded}
             self.headers = {t.name: self._header_before(t) for t in report.tensors}
         self.model: Any = build_skeleton(self.config, self.headers)
         self.choices = tuple(map(self._as_stored, choose(self.model, self.headers)))
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor that is not packed.
-
-        Shapes: → [*shape]
-        """
-        return tensor_of(self._stored[name], self._file(self._stored[name]))
 
     def matrix(self, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
         """A matrix as trits: coded by the plan, or the trits that are there.
@@ -136,7 +119,7 @@ class GgufSource:
     def _unpacked(self, choice: Choice) -> GgufMatrix:
         report = self._packed[choice.name]
         parts = find_parts(report.packed_as, self._stored)
-        codes, scale = (self._part(parts[part]) for part in ("codes", "scale"))
+        codes, scale = (self.tensor(parts[part]) for part in ("codes", "scale"))
         cols = report.shape[0 if choice.transposed else 1]
         own = None if self.plan is None else self.plan.of(choice.name)
         compact = own is not None and own.storage == "compact"
@@ -157,16 +140,6 @@ class GgufSource:
         exact = PerLayerQuant.from_trits(trits, scale, choice.name, group_size=group_size, per=per)
         error = 0.0 if torch.equal(halves, scale) else quant.relative_error(exact.reconstruct())
         return GgufMatrix(quant, error, was_ternary=True)
-
-    def _part(self, name: str) -> Tensor:
-        header = self._stored[name]
-        raw = np.array(self._file(header).bytes(header.begin, header.end))
-        return torch.from_numpy(raw).view(_PART_DTYPES[header.dtype]).reshape(header.shape)
-
-    def _file(self, header: TensorHeader) -> MappedFile:
-        if header.file not in self._files:
-            self._files[header.file] = MappedFile(header.file)
-        return self._files[header.file]
 
     def _header_before(self, tensor: TensorReport) -> TensorHeader:
         """The header that a tensor had before it was packed; its place says nothing."""
@@ -197,27 +170,21 @@ def open_source(
         UsageError: quantized by something else, or a plan for weights that are trits already.
         LoadError: the source cannot be read, or is damaged; see `trilens.errors`.
     """
-    folder, name = local_folder(src, revision=revision, code=False)
-    source = GgufSource(folder, folder.name if Path(name) == folder else name)
+    checkpoint = Checkpoint.open(src, revision=revision, ternary=True)
+    source = GgufSource(checkpoint)
     if source.plan is not None and plan != _EVERYTHING:
         raise UsageError(
-            f"{name} is ternary already, and its trits are kept as they are: leave out the rule "
-            "and every other option of the plan, or give the checkpoint with plain weights"
+            f"{checkpoint.name} is ternary already, and its trits are kept as they are: leave out "
+            "the rule and every other option of the plan, or give the checkpoint with plain weights"
         )
     return source
 
 
-def _check_settings(settings: Any, name: str) -> None:
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method != QUANT_METHOD:
-        raise UsageError(
-            f"{name} is quantized already ({method!r}): give the checkpoint with plain weights, or "
-            "one that trilens ternarize wrote"
-        )
-    said = {key for key, value in settings.items() if value is not None}
-    unknown = sorted(said - _KNOWN_SETTINGS)
+def _check_settings(settings: dict[str, Any], name: str) -> None:
+    given = {key for key, value in settings.items() if value is not None}
+    unknown = sorted(given - _KNOWN_SETTINGS)
     if unknown:
         raise UsageError(
-            f"{name} was made ternary with {unknown[0]!r}, which no GGUF file can say: give the "
+            f"{name} was ternarized with {unknown[0]!r}, which no GGUF file can hold: give the "
             "checkpoint with plain weights"
         )

@@ -1,6 +1,6 @@
 """A tokenizer as a GGUF file states it: tokens, kinds, merges, and how text is cut before them.
 
-The engine has its own tokenizers. It is told the name of one (`tokenizer.ggml.pre`), so a tokenizer
+The engine has its own tokenizers. The file names one (`tokenizer.ggml.pre`), so a tokenizer
 is matched by what it does (its regular expressions, its special tokens seen around a text), and
 refused by name where the engine has none that does the same.
 """
@@ -52,7 +52,7 @@ Source: llama.cpp, `src/llama-vocab.cpp`.
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What the engine is told about a tokenizer.
+    """What the file holds about a tokenizer.
 
     Attributes:
         model: "gpt2" for byte-level BPE, "llama" for BPE over characters (see `sentencepiece`).

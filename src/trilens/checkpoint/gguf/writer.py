@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +17,6 @@ from torch import Tensor
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import move_into_place, temporary_path
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.gguf.families import Family, find_family
 from trilens.checkpoint.gguf.formats import GgufFormat, check_packed, fitting_plan
@@ -30,7 +26,8 @@ from trilens.checkpoint.gguf.source import GgufSource
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
 from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
 from trilens.errors import CorruptFileError, UsageError, WriteError
-from trilens.io.messages import reason
+from trilens.io.atomic import AtomicFile, atomic
+from trilens.progress import Progress, Step
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
 
@@ -49,7 +46,7 @@ def write_gguf(
     out: Path,
     *,
     dry_run: bool = False,
-    progress: Callable[[TensorReport], None] | None = None,
+    progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a checkpoint as one GGUF file.
 
@@ -64,7 +61,7 @@ def write_gguf(
         format: of the ternary tensors. Kept matrices keep their dtype, kept vectors are float32.
         out: the file, which must not exist.
         dry_run: report what would be stored, write nothing.
-        progress: called with each tensor's report.
+        progress: called with each tensor that was written.
 
     Raises:
         UsageError: the architecture, the plan or the tokenizer does not fit; `out` exists.
@@ -91,10 +88,9 @@ def write_gguf(
     if dry_run:
         return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
     _check_space(out, todo)
-    with _file_in_the_making(out) as temporary:
-        reports = _write(temporary, writer, source, family, todo, plan, format, progress)
-        _seal(temporary)
-        move_into_place(temporary, out)
+    with atomic(out) as file:
+        reports = _write(file, writer, source, family, todo, plan, format, progress)
+        _seal(file)
     return TernaryReport(plan, (*reports, *absent))
 
 
@@ -143,36 +139,36 @@ def _made(name: str, values: NDArray[np.float32]) -> GgufSlot:
 
 
 def _write(
-    temporary: Path,
+    file: AtomicFile,
     writer: GGUFWriter,
     source: GgufSource,
     family: Family,
     todo: list[GgufSlot],
     plan: TernaryPlan,
     format: GgufFormat,
-    progress: Callable[[TensorReport], None] | None,
+    progress: Progress | None,
 ) -> list[TensorReport]:
     reports = []
     try:
-        writer.write_header_to_file(temporary)
+        writer.write_header_to_file(file.temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for slot in todo:
             if slot.is_coded:
-                report = _write_coded(writer, source, family, slot, plan, format)
+                report = _write_coded(file, writer, source, family, slot, plan, format)
             else:
-                data = _kept_bytes(source, family, slot)
-                _put(writer, slot, data)
+                _put(file, writer, slot, _kept_bytes(source, family, slot))
                 report = slot.report(decoded_exactly=True)
             reports.append(report)
             if progress is not None:
-                progress(report)
+                progress(Step(len(reports), len(todo), slot.name))
     finally:
         writer.close()
     return reports
 
 
 def _write_coded(
+    file: AtomicFile,
     writer: GGUFWriter,
     source: GgufSource,
     family: Family,
@@ -191,7 +187,7 @@ def _write_coded(
     packed = np.empty((rows, slot.size_bytes // rows), dtype=np.uint8)
     for first, last in row_spans(rows, cols):
         packed[first:last] = format.codec.encode(trits[first:last], scales[first:last])
-    found = _put(writer, slot, packed).reshape(packed.shape)
+    found = _put(file, writer, slot, packed).reshape(packed.shape)
     for first, last in row_spans(rows, cols):
         _compare(slot, format, found[first:last], trits[first:last], scales[first:last])
     outcome, why = _outcome(quant, matrix.relative_error, matrix.was_ternary)
@@ -258,7 +254,9 @@ def _kept_bytes(source: GgufSource, family: Family, slot: GgufSlot) -> NDArray[n
     return values.contiguous().view(torch.uint8).reshape(-1).numpy()
 
 
-def _put(writer: GGUFWriter, slot: GgufSlot, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _put(
+    file: AtomicFile, writer: GGUFWriter, slot: GgufSlot, data: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
     """Write a tensor, and read it back.
 
     Shapes: data [...] uint8 → [size_bytes]
@@ -270,36 +268,17 @@ def _put(writer: GGUFWriter, slot: GgufSlot, data: NDArray[np.uint8]) -> NDArray
     begin = writer.ggml_pad(stream.tell(), writer.data_alignment)
     writer.write_tensor_data(data)
     stream.flush()
-    with Path(stream.name).open("rb") as again:
-        again.seek(begin)
-        found = np.frombuffer(again.read(slot.size_bytes), dtype=np.uint8)
+    found = np.frombuffer(file.get(slot.size_bytes, begin), dtype=np.uint8)
     if not np.array_equal(found, data.reshape(-1)):
-        raise WriteError(f"{stream.name} does not hold what was written to it: check the disk")
+        raise WriteError(f"{file.path} does not hold what was written to it: check the disk")
     return found
 
 
-def _seal(temporary: Path) -> None:
-    """Read the header back, put the tensors' hash in it, and flush to disk."""
-    file = read_gguf(temporary)
-    digest = data_hash(file)
-    header = file.content.bytes(0, file.data_begin).tobytes()
-    with temporary.open("r+b") as stream:
-        stream.seek(header.index(_NO_HASH.encode()))
-        stream.write(digest.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-@contextmanager
-def _file_in_the_making(out: Path) -> Iterator[Path]:
-    """A place beside the file; whatever happens, nothing stays there."""
-    temporary = temporary_path(out)
-    try:
-        yield temporary
-    except OSError as cause:
-        raise WriteError(f"{out} cannot be written: {reason(cause)}") from cause
-    finally:
-        temporary.unlink(missing_ok=True)
+def _seal(file: AtomicFile) -> None:
+    """Read the header back, and put the tensors' hash in it."""
+    written = read_gguf(file.temporary)
+    header = written.content.bytes(0, written.data_begin).tobytes()
+    file.put(data_hash(written).encode(), header.index(_NO_HASH.encode()))
 
 
 def _check_space(out: Path, todo: list[GgufSlot]) -> None:

@@ -17,7 +17,7 @@ def plan(
     data: o.Data,
     output: o.Output = None,
     budget_bits: o.Budget = None,
-    max_damage: o.MaxDamage = None,
+    max_perplexity_ratio: o.MaxPerplexityRatio = None,
     calibrate: o.Calibrate = None,
     evaluate: o.Evaluate = None,
     costs: o.Costs = "measured",

@@ -1,7 +1,7 @@
 """Declaration of `trilens ternarize`.
 
 Exit codes: 0 done; 1 the output can't be written; 2 an argument is wrong, or the source can't be
-used; 3 more damage than --max-damage allows.
+used; 3 more damage than --max-perplexity-ratio allows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def ternarize(
     plan: o.PlanFile = None,
     calibrate: o.Calibrate = None,
     evaluate: o.Evaluate = None,
-    max_damage: o.MaxDamage = None,
+    max_perplexity_ratio: o.MaxPerplexityRatio = None,
     max_tokens: o.MaxTokens = None,
     seq_length: o.SeqLength = None,
     batch_size: o.BatchSize = None,

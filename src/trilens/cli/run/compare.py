@@ -11,12 +11,12 @@ import typer
 from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
-from trilens.cli.console import show, show_json, status, timed
+from trilens.cli.console import show, show_json, shown_progress, timed
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
-from trilens.text.documents import token_blocks
+from trilens.text.token_blocks import token_blocks
 
 __all__ = ["run"]
 
@@ -58,9 +58,8 @@ def run(
             limit_tokens=max_tokens,
         )
         options = CompareOptions(lens=lens, batch_size=batch_size, seed=seed or 0)
-        # Until compare takes a callback for its progress.
-        with status(f"comparing on {len(blocks)} sequences"):
-            found = compare(left, right, blocks, options=options)
+        with shown_progress() as progress:
+            found = compare(left, right, blocks, options=options, progress=progress)
         if output is not None:
             found.save(output)
         if format == "json":

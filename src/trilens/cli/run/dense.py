@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,13 +10,14 @@ from torch import Tensor
 from trilens.cli.run.prompts import open_lens
 from trilens.errors import ConfigError, UsageError, ValueRangeError
 from trilens.io.hub import local_folder
-from trilens.io.safetensors_header import TensorHeader, read_headers, read_json
+from trilens.io.json import read_json
+from trilens.io.safetensors_header import TensorHeader
+from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
 from trilens.models.tokens import max_positions_of
-from trilens.progress import Progress, Step
 from trilens.text.token_blocks import sample_blocks
 
-__all__ = ["Dense", "counted", "open_dense"]
+__all__ = ["Dense", "open_dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,3 @@ def open_dense(
         str(folder), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
     return Dense(lens, read_headers(folder))
-
-
-def counted(progress: Progress | None) -> Callable[[int, int, str], None] | None:
-    """A callback of three values, until planning calls with a `Step`."""
-    if progress is None:
-        return None
-    return lambda done, total, what: progress(Step(done, total, what))

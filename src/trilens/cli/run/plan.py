@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trilens.checkpoint.format.shards import json_bytes, write_whole
 from trilens.cli.console import check_file, show, show_json, shown_progress, status, timed
-from trilens.cli.run.dense import counted, open_dense
+from trilens.cli.run.dense import open_dense
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
+from trilens.io.atomic import write_bytes
+from trilens.io.json import json_bytes
 from trilens.planning.calibrated_candidates import hessians_of, with_text
 from trilens.planning.candidates import data_free
 from trilens.planning.matrices import find_matrices
@@ -30,7 +31,7 @@ def run(
     data: str,
     output: Path | None,
     budget_bits: float | None,
-    max_damage: float | None,
+    max_perplexity_ratio: float | None,
     calibrate: str | None,
     evaluate: str | None,
     costs: Any,
@@ -49,7 +50,7 @@ def run(
     """Make a plan, print it, and write it where it keeps within the bound."""
     options = PlanOptions(
         budget_bits=budget_bits,
-        max_ratio=max_damage,
+        max_perplexity_ratio=max_perplexity_ratio,
         costs=costs,
         storage=storage,
         scale_dtype=scale_dtype,
@@ -92,7 +93,7 @@ def run(
                 options=options,
                 headers=dense.headers,
                 candidates=candidates,
-                progress=counted(progress),
+                progress=progress,
             )
         if format == "json":
             show_json(planned.to_dict())
@@ -101,7 +102,8 @@ def run(
         if not planned.holds:
             raise DamageError(
                 f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "
-                f"--max-damage is {max_damage}; no plan was written; allow more bits or more damage"
+                f"--max-perplexity-ratio is {max_perplexity_ratio}; no plan was written; allow "
+                "more bits or more damage"
             )
         if output is not None:
-            write_whole(output, json_bytes(planned.to_dict()))
+            write_bytes(output, json_bytes(planned.to_dict()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.cli.console import show, show_json, shown_progress
-from trilens.cli.run.dense import counted, open_dense
+from trilens.cli.run.dense import open_dense
 from trilens.cli.run.text import documents_of
 from trilens.planning.sensitivity import measure_sensitivity
 from trilens.report.text.sensitivity import print_sensitivity
@@ -55,7 +55,7 @@ def run(
             headers=dense.headers,
             each_matrix=each_matrix,
             predict=predict,
-            progress=counted(progress),
+            progress=progress,
         )
     if format == "json":
         show_json({**_HEAD, **found.to_dict()})

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trilens.checkpoint.calibration.options import Calibration
-from trilens.checkpoint.calibration.run import BlockProgress
 from trilens.checkpoint.evaluate import Sample
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.pipeline import ternarize
 from trilens.cli.console import show, show_json, shown_progress, timed
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
-from trilens.progress import Progress, Step
 from trilens.report.text.ternary import REPORT_HEAD, print_report
 
 __all__ = ["run"]
@@ -37,7 +34,7 @@ def run(
     plan: Path | None,
     calibrate: str | None,
     evaluate: str | None,
-    max_damage: float | None,
+    max_perplexity_ratio: float | None,
     max_tokens: int | None,
     seq_length: int | None,
     batch_size: int | None,
@@ -64,7 +61,7 @@ def run(
         "length": seq_length,
         "batch_size": batch_size,
         "seed": seed,
-        "max_damage": max_damage,
+        "max_perplexity_ratio": max_perplexity_ratio,
     }
     read = partial(documents_of, field=field)
     held_out = () if evaluate is None else read(evaluate)
@@ -74,8 +71,8 @@ def run(
         calibration = Calibration(read(calibrate), held_out, **given)
     elif given:
         raise UsageError(
-            "--max-tokens, --seq-length, --batch-size, --seed and --max-damage are options of a "
-            "calibration: add --calibrate TEXT"
+            "--max-tokens, --seq-length, --batch-size, --seed and --max-perplexity-ratio are "
+            "options of a calibration: add --calibrate TEXT"
         )
     elif evaluate is not None:
         sample = Sample(Path(evaluate).name, held_out)
@@ -89,7 +86,7 @@ def run(
             revision=revision,
             calibration=calibration,
             sample=sample,
-            block_progress=_of_blocks(progress),
+            progress=progress,
         )
     if format == "json":
         show_json({**REPORT_HEAD, **report.to_dict()})
@@ -105,16 +102,3 @@ def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
         option = "ignore" if given[0] == "keep" else given[0].replace("_", "-")
         raise UsageError(f"--plan and --{option} are both given: the plan file says it all")
     return TernaryPlan.load(file)
-
-
-def _of_blocks(progress: Progress | None) -> Callable[[BlockProgress], None] | None:
-    """The callback of a calibration, until `ternarize` calls with a `Step`."""
-    if progress is None:
-        return None
-
-    def report(now: BlockProgress) -> None:
-        last = now.n_blocks - 1
-        place = f"layer {now.block} of 0–{last}: " if now.block <= last else ""
-        progress(Step(now.block, now.n_blocks, f"{place}{now.doing}", now.seconds_left))
-
-    return report

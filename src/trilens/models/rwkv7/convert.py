@@ -7,12 +7,9 @@ names are also ours. Values are copied bit for bit; low-rank matrices of a `.pth
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +29,8 @@ from trilens.errors import (
     UnsafeFormatError,
     UsageError,
 )
+from trilens.io.atomic import atomic_folder
+from trilens.io.json import read_json
 from trilens.models.rwkv7.config import RWKV7Config
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
@@ -219,13 +218,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json" if source.is_dir() else source.parent / "config.json"
     if source.suffix in _PICKLES or not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, not a configuration")
-    return content
+    return read_json(path, ConfigError, non_finite=True)
 
 
 def _infer_config(
@@ -295,17 +288,9 @@ def _check(tensors: dict[str, Tensor], config: RWKV7Config, source: Path) -> Non
 
 
 def _write(tensors: dict[str, Tensor], config: RWKV7Config, target: Path) -> None:
-    """Write beside the target and rename, so that a half-written checkpoint is never seen."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        config.save_pretrained(scratch)
-        save_file(_unshared(tensors), scratch / "model.safetensors", metadata={"format": "pt"})
-        scratch.chmod(0o755)
-        scratch.replace(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with atomic_folder(target) as folder:
+        config.save_pretrained(folder)
+        save_file(_unshared(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

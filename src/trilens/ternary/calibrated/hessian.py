@@ -1,6 +1,6 @@
 """What a matrix sees of a calibration text: the second moments of its inputs, and of its outputs.
 
-A matrix W that gets the inputs x and should give the outputs y is judged, when Ŵ takes its place,
+A matrix W that gets the inputs x and should give the outputs y is measured, when Ŵ takes its place,
 by Σ‖Ŵx − y‖². That is a quadratic form in Ŵ, and three sums over the text are all it needs:
 
     H = Σ x xᵀ   [cols, cols]      C = Σ y xᵀ   [rows, cols]      E = Σ ‖y‖²

@@ -1,6 +1,6 @@
 """The hot loops of the calibrated rules, as plain functions that numba compiles.
 
-`descent_plain` says what each one computes, and gives the same bits. No `fastmath`, as in `loops`.
+`numpy_kernels` documents what each one computes, and gives the same bits. No `fastmath`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["code_columns", "sweep"]
 
 
 def code_columns(work: Any, scales: Any, upper: Any, groups: Any, trits: Any, errors: Any) -> None:
-    """See `descent_plain.code_columns`."""
+    """See `numpy_kernels.code_columns`."""
     rows, width = work.shape
     two = scales.shape[2] == 2
     for r in range(rows):
@@ -42,7 +42,7 @@ def code_columns(work: Any, scales: Any, upper: Any, groups: Any, trits: Any, er
 
 
 def sweep(trits: Any, scales: Any, groups: Any, slope: Any, hessian: Any, least: Any) -> Any:
-    """See `descent_plain.sweep`."""
+    """See `numpy_kernels.sweep`."""
     rows, planes, cols = trits.shape
     changed, gained = 0, 0.0
     for r in range(rows):

@@ -242,9 +242,9 @@ def refine(
         now = loss(turn, target, hessian)
         if now >= least:
             break
-        settled = least - now <= _CONVERGED * least
+        converged = least - now <= _CONVERGED * least
         best, least, total = turn, now, total + changes
-        if settled:
+        if converged:
             break
     return best, total
 

@@ -100,8 +100,8 @@ class _Blocks:
         halves = np.ascontiguousarray(raw[:, self.scale_at : self.scale_at + 2]).view("<f2")[:, 0]
         self._refuse(~np.isfinite(halves), "has a scale that is NaN or Inf")
         begin = 2 if self.scale_at == 0 else 0
-        digits, bad = self._unpack(raw[:, begin : begin + self.block_bytes - 2])
-        self._refuse(bad, "holds a code that is no trit")
+        digits = self._unpack(raw[:, begin : begin + self.block_bytes - 2])
+        self._refuse(np.any(digits == 3, axis=1), "holds a code that is no trit")
         trits = digits.view(np.int8) - np.int8(1)
         rows, _ = rows_and_cols(shape)
         return Unpacked(trits.reshape(tuple(shape)), halves.astype(np.float32).reshape(rows, -1))
@@ -110,8 +110,11 @@ class _Blocks:
         """Shapes: digits [blocks, scale_block] → [blocks, block_bytes − 2]."""
         raise NotImplementedError
 
-    def _unpack(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Shapes: codes [blocks, block_bytes − 2] → digits [blocks, scale_block], bad [blocks]."""
+    def _unpack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Digits, 3 where a code is no trit.
+
+        Shapes: codes [blocks, block_bytes − 2] → digits [blocks, scale_block]
+        """
         raise NotImplementedError
 
     def _halves(self, scales: Any, rows: int, n_blocks: int) -> NDArray[np.float16]:
@@ -161,11 +164,11 @@ class TQ1(_Blocks):
         packed: NDArray[np.uint8] = ((numbers * 256 + 242) // 243).astype(np.uint8)
         return packed
 
-    def _unpack(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def _unpack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         n = len(codes)
         found = _FIVE_DIGITS[codes]  # [blocks, 52, 5], 3 in every place where the byte is none
-        bad = np.any(found[:, :, 0] == 3, axis=1) | np.any(found[:, 48:, 4] != 0, axis=1)
-        digits = np.concatenate(
+        found[:, 48:][found[:, 48:, 4] != 0] = 3  # the last bytes hold four digits
+        return np.concatenate(
             [
                 found[:, :32].transpose(0, 2, 1).reshape(n, -1),
                 found[:, 32:48].transpose(0, 2, 1).reshape(n, -1),
@@ -173,7 +176,6 @@ class TQ1(_Blocks):
             ],
             axis=1,
         )
-        return digits, bad
 
 
 class TQ2(_Blocks):
@@ -188,11 +190,10 @@ class TQ2(_Blocks):
         parts = digits.reshape(len(digits), 2, 4, 32)
         return stacked(parts.transpose(2, 0, 1, 3)).reshape(len(digits), -1)
 
-    def _unpack(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def _unpack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         halves = codes.reshape(len(codes), 2, 1, 32)
         digits = halves >> _SHIFTS[:, None] & np.uint8(3)
-        digits = digits.reshape(len(codes), -1)
-        return digits, np.any(digits == 3, axis=1)
+        return digits.reshape(len(codes), -1)
 
 
 class Q2(_Blocks):
@@ -206,10 +207,9 @@ class Q2(_Blocks):
     def _pack(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return stacked(digits.reshape(len(digits), 16, 4).transpose(2, 0, 1))
 
-    def _unpack(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def _unpack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         digits = codes[:, :, None] >> _SHIFTS & np.uint8(3)
-        digits = digits.reshape(len(codes), -1)
-        return digits, np.any(digits == 3, axis=1)
+        return digits.reshape(len(codes), -1)
 
 
 def _number(digits: NDArray[np.uint8]) -> NDArray[np.uint16]:

@@ -90,18 +90,20 @@ class Codec(Protocol):
         """Bytes back to trits and scales; refuses what no encoder writes."""
 
 
-class TwoBit:
-    """Four trits to a byte, any shape."""
+class _Bytes:
+    """Some trits to a byte in a row, any shape; the last byte is filled up with zeros."""
 
-    name = "two_bit"
+    name: str
+    bits_per_weight: float
     row_multiple = 1
     col_multiple = 1
     scale_block = None
-    bits_per_weight = 2.0
+    in_byte: int
+    problem: str
 
     def size_bytes(self, shape: Sequence[int]) -> int:
         """How many bytes the weights of this shape take."""
-        return -(-math.prod(shape) // 4)
+        return -(-math.prod(shape) // self.in_byte)
 
     def encode(self, trits: Trits, scales: Any = None) -> NDArray[np.uint8]:
         """Shapes: trits [*shape] → [size_bytes].
@@ -111,59 +113,68 @@ class TwoBit:
             UsageError: scales are given, which this layout does not store.
         """
         _no_scales(self, scales)
-        digits = _filled_up(as_trits(trits).reshape(-1), 4)
-        return _fold(digits.view("<u4"))
+        return self._packed(_filled_up(as_trits(trits).reshape(-1), self.in_byte))
 
     def decode(self, data: Data, shape: Sequence[int]) -> Unpacked:
         """Shapes: data [size_bytes] → trits [*shape].
 
         Raises:
-            CorruptFileError: a wrong number of bytes, a code 3, or a last byte filled up with
-                something else than zeros.
+            CorruptFileError: a wrong number of bytes, a byte that is no trits, or a last byte
+                filled up with something else than zeros.
         """
         raw = as_bytes(data, self.size_bytes(shape), f"{self.name} codes of shape {tuple(shape)}")
-        _refuse(_code_3(raw), raw, f"{self.name} codes", "holds the code 3")
-        return Unpacked(_cut(_FOUR_TRITS.take(raw).view(np.int8), shape, self.name), None)
+        _refuse(self._wrong(raw), raw, f"{self.name} codes", self.problem)
+        return Unpacked(_cut(self._unpacked(raw), shape, self.name), None)
+
+    def _packed(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _wrong(self, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        raise NotImplementedError
+
+    def _unpacked(self, raw: NDArray[np.uint8]) -> NDArray[np.int8]:
+        raise NotImplementedError
 
 
-class Base3:
-    """Five trits to a byte, any shape."""
+class TwoBit(_Bytes):
+    """Four trits to a byte, any shape; the code 3 is refused."""
+
+    name = "two_bit"
+    bits_per_weight = 2.0
+    in_byte = 4
+    problem = "holds the code 3"
+
+    def _packed(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return _fold(digits.view("<u4"))
+
+    def _wrong(self, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        return _code_3(raw)
+
+    def _unpacked(self, raw: NDArray[np.uint8]) -> NDArray[np.int8]:
+        return _FOUR_TRITS.take(raw).view(np.int8)
+
+
+class Base3(_Bytes):
+    """Five trits to a byte, any shape; a byte of 243 or more is refused."""
 
     name = "base3"
-    row_multiple = 1
-    col_multiple = 1
-    scale_block = None
     bits_per_weight = 1.6
+    in_byte = 5
+    problem = "is no five digits of base 3 (at most 242)"
 
-    def size_bytes(self, shape: Sequence[int]) -> int:
-        """How many bytes the weights of this shape take."""
-        return -(-math.prod(shape) // 5)
-
-    def encode(self, trits: Trits, scales: Any = None) -> NDArray[np.uint8]:
-        """Shapes: trits [*shape] → [size_bytes].
-
-        Raises:
-            DtypeError, ShapeError, ValueRangeError: no trits; see `as_trits`.
-            UsageError: scales are given, which this layout does not store.
-        """
-        _no_scales(self, scales)
-        digits = _filled_up(as_trits(trits).reshape(-1), 5).reshape(-1, 5)
+    def _packed(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        digits = digits.reshape(-1, 5)
         packed = digits[:, 4].copy()
         for place in (3, 2, 1, 0):
             packed *= np.uint8(3)
             packed += digits[:, place]
         return packed
 
-    def decode(self, data: Data, shape: Sequence[int]) -> Unpacked:
-        """Shapes: data [size_bytes] → trits [*shape].
+    def _wrong(self, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        return raw >= 3**5
 
-        Raises:
-            CorruptFileError: a wrong number of bytes, a byte of 243 or more, or a last byte filled
-                up with something else than zeros.
-        """
-        raw = as_bytes(data, self.size_bytes(shape), f"{self.name} codes of shape {tuple(shape)}")
-        _refuse(raw >= 3**5, raw, f"{self.name} codes", "is no five digits of base 3 (at most 242)")
-        return Unpacked(_cut(_FIVE_TRITS[raw].reshape(-1), shape, self.name), None)
+    def _unpacked(self, raw: NDArray[np.uint8]) -> NDArray[np.int8]:
+        return _FIVE_TRITS[raw].reshape(-1)
 
 
 class BitNet:

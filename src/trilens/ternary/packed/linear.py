@@ -16,54 +16,19 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trilens.errors import CorruptFileError, ShapeError
-from trilens.ternary.codecs.packing import TwoBit
+from trilens.ternary.codecs.rows import holds_code_3, pack_rows, unpack_rows
 from trilens.ternary.packed.multiply import multiply, multiply_back
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rotation import rotate, rotate_back
 
-__all__ = ["PARTS", "Packed", "TernaryLinear", "holds_code_3", "pack_rows", "unpack_rows"]
+__all__ = ["PARTS", "Packed", "TernaryLinear"]
 
 PARTS = ("codes", "scale", "offset", "second_codes", "second_scale")
 """The tensors of a packed matrix; the last three only for the rules that make them."""
 
-_CODE_3 = 0b01010101
-_FOUR_TRITS = torch.tensor(
-    [[(byte >> shift & 3) - 1 for shift in (0, 2, 4, 6)] for byte in range(256)]
-)  # of each byte: one look-up for four trits
-
-
-def pack_rows(trits: Tensor) -> Tensor:
-    """Trits to two-bit codes, each row by itself; a row's last byte is filled up with zeros.
-
-    Shapes: trits int8 [..., cols] → uint8 [..., ceil(cols / 4)]
-
-    Raises:
-        DtypeError, ShapeError, ValueRangeError: no trits; see `packing.as_trits`.
-    """
-    missing = -trits.shape[-1] % 4 if trits.ndim else 0
-    whole = functional.pad(trits, (0, missing)) if missing else trits
-    codes = torch.from_numpy(TwoBit().encode(whole))
-    return codes.reshape(*trits.shape[:-1], -1)
-
-
-def unpack_rows(codes: Tensor, cols: int, dtype: torch.dtype = torch.int8) -> Tensor:
-    """Two-bit codes back to trits; what a last byte holds past `cols` is not looked at.
-
-    Shapes: codes uint8 [..., ceil(cols / 4)] → [..., cols] of `dtype`
-    """
-    table = _FOUR_TRITS.to(device=codes.device, dtype=dtype)
-    return functional.embedding(codes.int(), table).flatten(-2)[..., :cols]
-
-
-def holds_code_3(codes: Tensor) -> bool:
-    """Whether any of the codes is 3, which is no trit.
-
-    Shapes: codes uint8 [...]
-    """
-    return bool((codes & (codes >> 1) & _CODE_3).any())
+_ZERO_TRITS = 0b01010101  # four codes of the trit 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,10 +217,10 @@ class TernaryLinear(nn.Module):
             return nn.Parameter(empty, requires_grad=False)
 
         shapes = {
-            "codes": part(True, codes, _CODE_3),
+            "codes": part(True, codes, _ZERO_TRITS),
             "scale": part(True, grid, None),
             "offset": part(has_offset, grid, None),
-            "second_codes": part(has_second, codes, _CODE_3),
+            "second_codes": part(has_second, codes, _ZERO_TRITS),
             "second_scale": part(has_second, grid, None),
             "bias": nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
             if bias

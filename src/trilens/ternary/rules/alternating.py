@@ -23,7 +23,7 @@ __all__ = ["CellCounts", "Minimum", "alternate", "cell_counts", "cuts_between"]
 _MAX_TURNS = 25
 _CONVERGED = 1e-6  # largest relative change of a unit's explained energy in the last turn
 
-_WORTH_PARTING = 0.75  # settled units are left behind once they are more than a quarter
+_WORTH_PARTING = 0.75  # converged units are left behind once they are more than a quarter
 
 
 class CellCounts(Protocol):
@@ -49,7 +49,7 @@ class _LongUnit:
         return self.scan.cells(cuts)
 
     def only(self, which: NDArray[np.bool_]) -> CellCounts:
-        del which  # there is one unit, and nobody asks when it has settled
+        del which  # there is one unit, and nobody asks when it has converged
         return self
 
 
@@ -146,16 +146,16 @@ def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.f
     """
     latest = _turn(counts, book, start)
     best = latest
-    moving = np.arange(counts.n_units)
+    open_units = np.arange(counts.n_units)
     for _ in range(_MAX_TURNS - 1):
         latest = _turn(counts, book, latest.scales)
-        gained = latest.explained - best.explained[moving]
-        best = best.with_better(moving, latest)
+        gained = latest.explained - best.explained[open_units]
+        best = best.with_better(open_units, latest)
         still = gained > _CONVERGED * latest.explained
         if not still.any():
             break
         if np.count_nonzero(still) < _WORTH_PARTING * len(still):
-            moving, counts, latest = moving[still], counts.only(still), latest.only(still)
+            open_units, counts, latest = open_units[still], counts.only(still), latest.only(still)
     return best
 
 

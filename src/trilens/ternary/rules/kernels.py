@@ -1,6 +1,7 @@
 """The hot loops: compiled by numba where it is installed and the work pays for it, else NumPy.
 
-Both give the same bits (`plain` fixes the order of every sum), so which one ran never shows.
+Both give the same bits (`numpy_kernels` fixes the order of every sum): which one ran never
+shows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trilens.ternary.weights_view import FloatArray
 
 __all__ = ["Backend", "Kernels", "kernels_for", "numba_is_here", "parallel_map"]
 
-Backend: TypeAlias = Literal["auto", "plain", "compiled"]
+Backend: TypeAlias = Literal["auto", "numpy", "compiled"]
 
 _WORTH_COMPILING = 1 << 20  # weights: below, NumPy is done before the compiled code is loaded
 
@@ -33,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 class Kernels(Protocol):
-    """One implementation of the hot loops; `plain` documents each."""
+    """One implementation of the hot loops; `numpy_kernels` documents each."""
 
     def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
         """Σ|w| of each unit."""
@@ -66,7 +67,7 @@ class Kernels(Protocol):
         """Two-bit codes of a flat block, four to a byte."""
 
 
-class _Plain:
+class _NumPy:
     abs_sums = staticmethod(numpy_kernels.abs_sums)
     codes = staticmethod(numpy_kernels.codes)
     cells = staticmethod(numpy_kernels.cells)
@@ -165,14 +166,14 @@ def kernels_for(n_weights: int, backend: Backend = "auto") -> Kernels:
     Raises:
         UsageError: "compiled" without numba, or an unknown backend.
     """
-    if backend not in {"auto", "plain", "compiled"}:
-        raise UsageError(f"backend {backend!r} is unknown: pass 'auto', 'plain' or 'compiled'")
-    if backend == "plain" or (backend == "auto" and n_weights < _WORTH_COMPILING):
-        return _Plain()
+    if backend not in {"auto", "numpy", "compiled"}:
+        raise UsageError(f"backend {backend!r} is unknown: pass 'auto', 'numpy' or 'compiled'")
+    if backend == "numpy" or (backend == "auto" and n_weights < _WORTH_COMPILING):
+        return _NumPy()
     compiled = _compiled() if numba_is_here() else None
     if compiled is None and backend == "compiled":
         raise UsageError("backend 'compiled' needs numba, which cannot be used: pip install numba")
-    return compiled or _Plain()
+    return compiled or _NumPy()
 
 
 def parallel_map(

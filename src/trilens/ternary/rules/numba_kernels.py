@@ -1,4 +1,4 @@
-"""The hot loops as plain functions that numba compiles; `plain` says what each one computes.
+"""The hot loops as plain functions that numba compiles; `numpy_kernels` documents each.
 
 They run without the interpreter lock and without numba's own threads: callers split the work.
 Nothing here may be compiled with `fastmath`: the order of every sum is part of the contract.
@@ -26,7 +26,7 @@ _STEP = 256
 
 
 def abs_sums(x: Any, out: Any) -> None:
-    """See `plain.abs_sums`."""
+    """See `numpy_kernels.abs_sums`."""
     first = np.empty(LANES, dtype=np.float64)
     second = np.empty(LANES, dtype=np.float64)
     length = x.shape[1]
@@ -55,7 +55,7 @@ def abs_sums(x: Any, out: Any) -> None:
 
 
 def codes(x: Any, cuts: Any, out: Any) -> None:
-    """See `plain.codes`."""
+    """See `numpy_kernels.codes`."""
     half = cuts.shape[1] // 2
     for unit in range(x.shape[0]):
         row, codes_row = x[unit], out[unit]
@@ -69,7 +69,7 @@ def codes(x: Any, cuts: Any, out: Any) -> None:
 
 
 def cells(x: Any, cuts: Any, counts: Any, sums: Any) -> None:
-    """See `plain.cells`; counts and sums come in as zeros."""
+    """See `numpy_kernels.cells`; counts and sums come in as zeros."""
     half = cuts.shape[1] // 2
     for unit in range(x.shape[0]):
         row = x[unit]
@@ -83,7 +83,7 @@ def cells(x: Any, cuts: Any, counts: Any, sums: Any) -> None:
 
 
 def histogram(bits: Any, x: Any, base: int, shift: int, counts: Any, sums: Any) -> None:
-    """See `plain.histogram`; bits are |x|'s float32 bits, counts and sums come in as zeros."""
+    """See `numpy_kernels.histogram`; bits are |x|'s float32 bits, counts and sums zeros."""
     last = counts.shape[0] - 1
     for i in range(x.shape[0]):
         index = min(max((np.int64(bits[i] & 0x7FFFFFFF) >> shift) - base, 0), last)
@@ -92,7 +92,7 @@ def histogram(bits: Any, x: Any, base: int, shift: int, counts: Any, sums: Any) 
 
 
 def best_prefix(ascending: Any, best: Any, best_sum: Any) -> None:
-    """See `plain.best_prefix`."""
+    """See `numpy_kernels.best_prefix`."""
     length = ascending.shape[1]
     for unit in range(ascending.shape[0]):
         row = ascending[unit]
@@ -109,7 +109,7 @@ def best_prefix(ascending: Any, best: Any, best_sum: Any) -> None:
 
 
 def sorted_cells(ascending: Any, prefix: Any, cuts: Any, counts: Any, sums: Any) -> None:
-    """See `plain.sorted_cells`."""
+    """See `numpy_kernels.sorted_cells`."""
     length, n_cuts = ascending.shape[1], cuts.shape[1]
     for unit in range(ascending.shape[0]):
         row = ascending[unit]
@@ -132,7 +132,7 @@ def sorted_cells(ascending: Any, prefix: Any, cuts: Any, counts: Any, sums: Any)
 
 
 def squared_sums(x: Any, values: Any, out: Any) -> None:
-    """See `plain.squared_sums`."""
+    """See `numpy_kernels.squared_sums`."""
     errors = np.zeros((2, LANES), dtype=np.float64)
     energies = np.zeros((2, LANES), dtype=np.float64)
     length = x.shape[0]
@@ -165,7 +165,7 @@ def squared_sums(x: Any, values: Any, out: Any) -> None:
 
 
 def two_bit(x: Any, cut: Any, out: Any) -> None:
-    """See `plain.two_bit`."""
+    """See `numpy_kernels.two_bit`."""
     code = np.empty(_STEP, dtype=np.uint8)
     words = code.view(np.uint32)
     below = -cut

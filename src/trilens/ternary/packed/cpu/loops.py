@@ -1,7 +1,7 @@
 """The compiled loops over packed codes, by name, and which of them this processor can run.
 
-Needs numba: `team` imports this module where numba is installed. numba keeps compiled loops beside
-the file of each; it does not see that another file, such as `vectors`, has changed.
+Needs numba: `thread_pool` imports this module where numba is installed. numba keeps compiled loops
+beside the file of each; it does not see that another file, such as `vectors`, has changed.
 """
 
 from __future__ import annotations

@@ -16,28 +16,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from trilens.ternary.packed.cpu import jobs as j
 from trilens.ternary.packed.cpu import vectors as v
-from trilens.ternary.packed.cpu.jobs import (
-    BATCH,
-    CODES,
-    COLS,
-    GROUP_WORDS,
-    GROUPS,
-    INPUT_BYTES,
-    INPUTS,
-    OUT,
-    ROUNDING,
-    ROW_BYTES,
-    ROWS,
-    SCALE,
-    SCALE_STEP,
-    SECOND_CODES,
-    SECOND_SCALE,
-    WORDS,
-    X,
-    last_word,
-    rounded,
-)
+from trilens.ternary.packed.cpu.jobs import last_word, rounded
 
 __all__ = ["STRIPE", "multiply_any", "multiply_pairs", "multiply_singles", "prepare_pairs"]
 
@@ -81,7 +62,11 @@ def _turn(source: Any, stride: Any, n_bytes: Any, out: Any, tail: Any) -> None:
 @njit
 def _stripe_scales(job: Any, scale: Any, first: Any, out: Any, tail: Any) -> None:
     """The scales of a stripe: float32 [groups, 64 rows], rounded."""
-    step, groups, rounding = v.read(job, SCALE_STEP), v.read(job, GROUPS), v.read(job, ROUNDING)
+    step, groups, rounding = (
+        v.read(job, j.SCALE_STEP),
+        v.read(job, j.GROUPS),
+        v.read(job, j.ROUNDING),
+    )
     address = scale + 4 * step * first
     if step == 0:
         for part in range(4):
@@ -189,14 +174,14 @@ def _add_chunk(
 
 @njit
 def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
-    rows, row_bytes, words = v.read(job, ROWS), v.read(job, ROW_BYTES), v.read(job, WORDS)
-    group_words, groups = v.read(job, GROUP_WORDS), v.read(job, GROUPS)
+    rows, row_bytes, words = v.read(job, j.ROWS), v.read(job, j.ROW_BYTES), v.read(job, j.WORDS)
+    group_words, groups = v.read(job, j.GROUP_WORDS), v.read(job, j.GROUPS)
     batch, inputs, input_bytes = (
-        v.read(job, BATCH),
-        v.read(job, INPUTS),
-        v.read(job, INPUT_BYTES),
+        v.read(job, j.BATCH),
+        v.read(job, j.INPUTS),
+        v.read(job, j.INPUT_BYTES),
     )
-    out = v.read(job, OUT)
+    out = v.read(job, j.OUT)
     turned_buffer, tail_buffer = np.empty(1040, np.float32), np.empty(272, np.float32)
     scale_buffer = np.empty(64 * ((groups + 15) // 16 * 16) + 16, np.float32)
     total_buffer = np.empty(64 * batch + 16, np.float32)
@@ -209,10 +194,10 @@ def _multiply(job: Any, pairs: Any, singles: Any, column_bytes: Any) -> None:
         for i in range(4 * batch):
             v.store_floats(totals + 64 * i, v.zeros())
         for plane in range(2):
-            codes = v.read(job, SECOND_CODES if plane else CODES)
+            codes = v.read(job, j.SECOND_CODES if plane else j.CODES)
             if codes == 0:
                 break
-            scale = v.read(job, SECOND_SCALE if plane else SCALE)
+            scale = v.read(job, j.SECOND_SCALE if plane else j.SCALE)
             _stripe_scales(job, scale, first, scales, tail)
             source = codes + first * row_bytes
             for word in range(0, words, 16):
@@ -262,10 +247,10 @@ def multiply_any(job: Any) -> None:
 
 def prepare_pairs(job: Any) -> None:
     """All sums ±x₀ ± x₁ of two neighbouring columns: float32 [batch, words · 8, 16]."""
-    x, cols, words = v.read(job, X), v.read(job, COLS), v.read(job, WORDS)
+    x, cols, words = v.read(job, j.X), v.read(job, j.COLS), v.read(job, j.WORDS)
     first, second = v.spread_trits(_QUICK), v.spread_trits(_SLOW)
-    for i in range(v.read(job, BATCH)):
-        out = v.read(job, INPUTS) + i * v.read(job, INPUT_BYTES)
+    for i in range(v.read(job, j.BATCH)):
+        out = v.read(job, j.INPUTS) + i * v.read(job, j.INPUT_BYTES)
         for pair in range(8 * words):
             a = v.times(first, v.splat(_column(x, 2 * pair, cols)))
             b = v.times(second, v.splat(_column(x, 2 * pair + 1, cols)))

@@ -78,9 +78,9 @@ def run_job(loop: Loop, job: NDArray[np.int64], n_threads: int = 1) -> None:
     if n_threads < 2:
         loop.call(address)
         return
-    team = _openmp()
-    if team is not None:
-        team(loop.address, address, n_threads, 0)
+    pool = _openmp()
+    if pool is not None:
+        pool(loop.address, address, n_threads, 0)
     else:
         parallel_map(loop.call, [address] * n_threads)
 

@@ -7,28 +7,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from trilens.ternary.packed.cpu import jobs as j
 from trilens.ternary.packed.cpu import vectors as v
-from trilens.ternary.packed.cpu.jobs import (
-    CODES,
-    FIRST_ROW,
-    GROUP_WORDS,
-    OFFSET,
-    OUT,
-    OUT_BYTES,
-    OUT_KIND,
-    OUT_ROUNDING,
-    ROUNDING,
-    ROW_BYTES,
-    ROWS,
-    SCALE,
-    SCALE_STEP,
-    SECOND_CODES,
-    SECOND_SCALE,
-    WORDS,
-    last_word,
-    rounded,
-    value_at,
-)
+from trilens.ternary.packed.cpu.jobs import last_word, rounded, value_at
 
 __all__ = ["unpack"]
 
@@ -55,13 +36,13 @@ def _word(codes: Any, word: Any, row_bytes: Any) -> Any:
 
 @njit
 def _unpack_row(job: Any, row: Any, out: Any) -> None:
-    words, row_bytes = v.read(job, WORDS), v.read(job, ROW_BYTES)
-    group_words, kind = v.read(job, GROUP_WORDS), v.read(job, OUT_KIND)
-    codes = v.read(job, CODES) + row * row_bytes
-    scale = v.read(job, SCALE) + 4 * row * v.read(job, SCALE_STEP)
+    words, row_bytes = v.read(job, j.WORDS), v.read(job, j.ROW_BYTES)
+    group_words, kind = v.read(job, j.GROUP_WORDS), v.read(job, j.OUT_KIND)
+    codes = v.read(job, j.CODES) + row * row_bytes
+    scale = v.read(job, j.SCALE) + 4 * row * v.read(job, j.SCALE_STEP)
     group = np.int64(0)
     for start in range(0, words, group_words):
-        factor = rounded(value_at(scale, group), v.read(job, ROUNDING))
+        factor = rounded(value_at(scale, group), v.read(job, j.ROUNDING))
         stop = min(start + group_words, words)
         whole = min(stop, row_bytes // 4)
         if kind == 1:  # the same loop for each kind: nothing is decided inside
@@ -85,16 +66,20 @@ def _unpack_row(job: Any, row: Any, out: Any) -> None:
 @njit
 def _unpack_sums(job: Any, row: Any, out: Any) -> None:
     """A row of two planes, or one that has offsets."""
-    words, row_bytes = v.read(job, WORDS), v.read(job, ROW_BYTES)
-    group_words, rounding = v.read(job, GROUP_WORDS), v.read(job, OUT_ROUNDING)
-    second, offset, kind = v.read(job, SECOND_CODES), v.read(job, OFFSET), v.read(job, OUT_KIND)
-    at, shift = row * row_bytes, 4 * row * v.read(job, SCALE_STEP)
-    codes, scale = v.read(job, CODES) + at, v.read(job, SCALE) + shift
+    words, row_bytes = v.read(job, j.WORDS), v.read(job, j.ROW_BYTES)
+    group_words, rounding = v.read(job, j.GROUP_WORDS), v.read(job, j.OUT_ROUNDING)
+    second, offset, kind = (
+        v.read(job, j.SECOND_CODES),
+        v.read(job, j.OFFSET),
+        v.read(job, j.OUT_KIND),
+    )
+    at, shift = row * row_bytes, 4 * row * v.read(job, j.SCALE_STEP)
+    codes, scale = v.read(job, j.CODES) + at, v.read(job, j.SCALE) + shift
     group = np.int64(0)
     for start in range(0, words, group_words):
         first, other, added = value_at(scale, group), v.zeros(), v.zeros()
         if second:
-            other = value_at(v.read(job, SECOND_SCALE) + shift, group)
+            other = value_at(v.read(job, j.SECOND_SCALE) + shift, group)
         if offset:
             added = value_at(offset + shift, group)
         for word in range(start, min(start + group_words, words)):
@@ -110,14 +95,14 @@ def _unpack_sums(job: Any, row: Any, out: Any) -> None:
 
 def unpack(job: Any) -> None:
     """Rows of the matrix: numbers of a dtype, rounded once."""
-    stop, start = v.read(job, ROWS), v.read(job, FIRST_ROW)
-    sums = v.read(job, SECOND_CODES) != 0 or v.read(job, OFFSET) != 0
+    stop, start = v.read(job, j.ROWS), v.read(job, j.FIRST_ROW)
+    sums = v.read(job, j.SECOND_CODES) != 0 or v.read(job, j.OFFSET) != 0
     while True:
         first = start + _ROWS_AT_ONCE * v.next_number(job)
         if first >= stop:
             break
         for row in range(first, min(first + _ROWS_AT_ONCE, stop)):
-            out = v.read(job, OUT) + (row - start) * v.read(job, OUT_BYTES)
+            out = v.read(job, j.OUT) + (row - start) * v.read(job, j.OUT_BYTES)
             if sums:
                 _unpack_sums(job, row, out)
             else:

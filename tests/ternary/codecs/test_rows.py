@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilens.errors import ValueRangeError
-from trilens.ternary.codecs.compact import compact_rows, expand_rows, is_compact
+from trilens.ternary.codecs.rows import compact_rows, expand_rows, is_compact
 
 
 @given(st.integers(1, 7), st.integers(1, 23), st.integers(0, 10**6))

@@ -1,0 +1,181 @@
+"""Which files of a directory are a checkpoint's weights, and all their headers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
+from trilens.io.json import read_json
+from trilens.io.messages import clip
+from trilens.io.safetensors_header import TensorHeader, read_header
+
+__all__ = [
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "explicit_name",
+    "read_headers",
+    "refusal",
+    "shard_names",
+    "weight_files",
+]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def shard_names(index: Path) -> tuple[str, ...]:
+    """Read the shard file names of an index, each once, in order of first mention.
+
+    Raises:
+        CorruptFileError: the index cannot be read, has no `weight_map` or a key twice, names a file
+            outside its own directory, or files that differ only by case.
+    """
+    weight_map = read_json(index, CorruptFileError, unique_keys=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{index} has no weight_map from tensor names to shard files")
+    for name in weight_map.values():
+        _check_file_name(index, name)
+    names = tuple(dict.fromkeys(weight_map.values()))
+    if len({name.casefold() for name in names}) < len(names):
+        raise CorruptFileError(
+            f"{index} names weight files that differ only by case: many file systems hold one of "
+            "them; rename them"
+        )
+    return names
+
+
+def _check_file_name(source: Path, name: Any) -> None:
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+    if not plain or ".." in name or not name.endswith(".safetensors"):
+        raise CorruptFileError(
+            f"{source} names the weight file {clip(name)}: only plain *.safetensors names in its "
+            "own directory are allowed"
+        )
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Find the safetensors files of a checkpoint: one file, or the shards of an index.
+
+    Raises:
+        UnsafeFormatError: only pickled weights are there. They are never opened.
+        CorruptFileError: the index is malformed or names shards that are missing, or a file is a
+            link that leads out of the checkpoint.
+        LoadError: there are no weights, or only ones that trilens does not read.
+    """
+    names = _names_in(folder)
+    sharded = [name for name in names if _DISTRIBUTED_SHARD.fullmatch(name)]
+    if sharded:
+        raise LoadError(
+            f"{folder} holds a distributed checkpoint ({sharded[0]}): consolidate it first, "
+            f"so that it holds {SINGLE_NAME} or {INDEX_NAME}"
+        )
+    explicit = explicit_name(folder)
+    if explicit is not None and explicit.endswith(".safetensors"):
+        return _existing(folder, (explicit,), folder / "config.json")
+    if explicit is None and (folder / SINGLE_NAME).is_file():
+        return _existing(folder, (SINGLE_NAME,), folder / SINGLE_NAME)
+    index = folder / (explicit or INDEX_NAME)
+    if index.is_file():
+        return _existing(folder, shard_names(index), index)
+    if explicit is not None:
+        raise CorruptFileError(f"{index} is missing: config.json names it as the weights")
+    raise refusal(str(folder), names)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError as cause:
+        raise LoadError(f"directory {folder} cannot be read: {cause.strerror or cause}") from cause
+
+
+def explicit_name(folder: Path) -> str | None:
+    """`transformers_weights` of config.json: the one way to call the weights by another name.
+
+    Raises:
+        LoadError: config.json is broken, or the name is not a plain one of a safetensors file or
+        index.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    name = read_json(config, ConfigError, non_finite=True).get("transformers_weights")
+    if name is None:
+        return None
+    stem = name.removesuffix(".index.json") if isinstance(name, str) else name
+    _check_file_name(config, stem)
+    return str(name)
+
+
+def _existing(folder: Path, names: tuple[str, ...], source: Path) -> tuple[Path, ...]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CorruptFileError(
+            f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
+            f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+        )
+    for name in names:
+        _check_link(folder, name)
+    return tuple(folder / name for name in names)
+
+
+def _check_link(folder: Path, name: str) -> None:
+    """Refuse a link out of the checkpoint; the hub's cache links snapshots to its own blobs."""
+    if not (folder / name).is_symlink():
+        return
+    target, home = (folder / name).resolve(), folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(place) for place in homes):
+        raise CorruptFileError(
+            f"{folder / name} is a link that leads out of the checkpoint, to {target}: "
+            "put the file itself there, or give the directory that holds it"
+        )
+
+
+def refusal(source: str, names: list[str]) -> LoadError:
+    """The error for a place whose files `names` hold no weights that trilens reads."""
+    pickled = sorted(n for n in names if Path(n).suffix.lower() in _PICKLE_SUFFIXES)
+    if pickled:
+        return UnsafeFormatError(
+            f"{source} has only pickled weights ({pickled[0]}), which can run code when opened: "
+            "convert it with safetensors (safetensors.torch.save_file, or save_pretrained)"
+        )
+    other = sorted(
+        n for n in names if n.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
+    )
+    found = f"; it has {other[0]}, which is not a transformers checkpoint's file" if other else ""
+    return LoadError(f"{source} has no weights: {SINGLE_NAME} or {INDEX_NAME} is needed{found}")
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Read the headers of all weight files of the checkpoint in `folder`.
+
+    Raises:
+        LoadError: as `weight_files` and `read_header`; also when an index names a tensor that no
+            shard holds.
+    """
+    files = weight_files(folder)
+    found: dict[str, TensorHeader] = {}
+    for file in files:
+        tensors = read_header(file)
+        twice = next((name for name in tensors if name in found), None)
+        if twice is not None:
+            raise CorruptFileError(
+                f"{folder} holds tensor {clip(twice)} twice, in {found[twice].file.name} and "
+                f"{file.name}: remove one of the files"
+            )
+        found.update(tensors)
+    index = folder / (explicit_name(folder) or INDEX_NAME)
+    if index.name.endswith(".index.json") and files[0].name != SINGLE_NAME:
+        named = read_json(index, CorruptFileError)["weight_map"]
+        lost = [name for name in named if name not in found]
+        if lost:
+            raise CorruptFileError(
+                f"{index} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
+            )
+    return found
