@@ -79,7 +79,7 @@ def test_the_model_computes_with_the_weights_turned_back(model_type: str, tmp_pa
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "olmo2", "gpt_neox", "falcon", "qwen3"])
 def test_turning_alone_changes_no_logits(model_type: str, tmp_path: Path) -> None:
-    """Weights and inputs rotated, nothing made ternary: float32 logits stay within 1e-4."""
+    """Weights and inputs rotated, nothing ternarized: float32 logits stay within 1e-4."""
     source = saved(model_type, tmp_path / "src")
     model = load(source)
     wanted = logits(model, model_type)

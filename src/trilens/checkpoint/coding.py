@@ -116,7 +116,7 @@ def packed_parts(
 
 
 def planned(choice: Choice, header: TensorHeader, plan: TernaryPlan) -> TensorReport:
-    """The report of a tensor as far as headers tell."""
+    """The report of a tensor as far as headers show."""
     kept = choice.storage == "kept"
     return _report(choice, header, plan, "kept" if kept else "planned")
 

@@ -1,4 +1,4 @@
-"""How much worse a text is predicted once the weights are ternary: measured, not guessed."""
+"""How much worse a text is predicted once the weights are ternary: measured, not predicted."""
 
 from __future__ import annotations
 

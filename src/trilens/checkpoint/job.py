@@ -45,7 +45,7 @@ class Job:
     Attributes:
         source: The checkpoint.
         choices: What is possible with each tensor, and left by the plan.
-        plan: How matrices become ternary.
+        plan: How matrices are ternarized.
         side_files: Small files that are copied.
         model_class: The class that the tensors fill.
     """

@@ -65,7 +65,7 @@ def ternarize(
         src: directory with config.json and safetensors, or a hub id.
         dst: directory for the output: new, empty, or of the same unfinished run. For GGUF a new
             file, which is written whole or not at all.
-        plan: what becomes ternary, and how; `TernaryPlan()` where not given.
+        plan: what is ternarized, and how; `TernaryPlan()` where not given.
         format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
             "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
             of an earlier call.

@@ -1,4 +1,4 @@
-"""Small trained models that ship with the package, and the code that trained them.
+"""Small trained models that are included in the package.
 
 The checkpoints are ordinary Hugging Face directories, made to be compressed and measured offline
 in seconds. They were trained from scratch on the Python standard library's own sources by

@@ -148,8 +148,8 @@ def _gates(recording: Recording, wanted: CaptureRequest, row: int) -> GateCache 
 
 
 def _states(recording: Recording, wanted: CaptureRequest, row: int) -> StateCache | None:
-    wish = wanted.states
-    if not wish.layers:
+    request = wanted.states
+    if not request.layers:
         return None
     found = {
         layer: join_states([call[row] for call in calls])
@@ -158,9 +158,9 @@ def _states(recording: Recording, wanted: CaptureRequest, row: int) -> StateCach
     return StateCache.from_layers(
         {layer: state.parts for layer, state in found.items()},
         {layer: state.spec for layer, state in found.items()},
-        positions=wish.positions[row],
+        positions=request.positions[row],
         seq=wanted.lengths[row],
-        reasons=wish.reasons,
+        reasons=request.reasons,
     )
 
 

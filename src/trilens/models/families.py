@@ -137,7 +137,7 @@ def _row(plain: dict[str, Any]) -> FamilyRow:
 
 
 def load_families() -> FamilyTable:
-    """The table of model families that ships with the package."""
+    """The table of model families, as last swept."""
     text = files("trilens.models").joinpath("families.json").read_text(encoding="utf-8")
     return FamilyTable.from_dict(json.loads(text))
 

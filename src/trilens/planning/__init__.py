@@ -1,4 +1,4 @@
-"""Which matrices break when they become ternary, and a plan that spares them."""
+"""Which matrices break when they are ternarized, and a plan that spares them."""
 
 from lazy_loader import attach_stub
 

@@ -74,7 +74,7 @@ def input_sizes(matrices: Sequence[ModelMatrix]) -> dict[str, int]:
 def find_matrices(
     lens: Lens, headers: Mapping[str, TensorHeader] | None = None
 ) -> tuple[ModelMatrix, ...]:
-    """The linear layers of a model's blocks that can be made ternary.
+    """The linear layers of a model's blocks that can be ternarized.
 
     Args:
         lens: the loaded model.
@@ -102,7 +102,7 @@ def find_matrices(
         if (home := _home(target, paths)) is not None
     ]
     if not matrices:
-        raise UsageError("the model has no linear layer of a block that could be made ternary")
+        raise UsageError("the model has no linear layer of a block that could be ternarized")
     return tuple(sorted(matrices, key=lambda matrix: matrix.layer))
 
 

@@ -102,7 +102,7 @@ def make_plan(
         progress: called before every step.
 
     Raises:
-        UsageError: nothing can be made ternary, or the budget is below the smallest plan there is.
+        UsageError: nothing can be ternarized, or the budget is below the smallest plan there is.
         NonFiniteError: NaN or Inf among weights or in the model's own logits.
         RestoreError: the weights did not come back.
 

@@ -24,7 +24,7 @@ class PlanOptions:
     """What is asked of a plan.
 
     Attributes:
-        budget_bits: Maximum bits per weight over all matrices that can be made ternary; excluded
+        budget_bits: Maximum bits per weight over all matrices that can be ternarized; excluded
             ones count as they are stored; None without a budget.
         max_perplexity_ratio: Maximum ratio of perplexities on the held-out tokens; None without a
             bound.
@@ -90,7 +90,7 @@ class Planned(Tabular):
         plan: For `ternarize`.
         options: What was asked.
         choices: One for each matrix, in the model's order.
-        bits_per_weight: Over all matrices that can be made ternary, as they will be stored.
+        bits_per_weight: Over all matrices that can be ternarized, as they will be stored.
         damage: Measured on held-out tokens with the whole plan in the model.
         nll_nats: Mean negative log-likelihood of the unchanged model on them.
         n_measured: Candidates whose KL was measured to make it.

@@ -1,6 +1,6 @@
-"""Which blocks and which kinds of matrices break a model when they become ternary.
+"""Which blocks and which kinds of matrices break a model when they are ternarized.
 
-Each block alone, blocks 0 … i together, and each kind of matrix alone are made ternary in the
+Each block alone, blocks 0 … i together, and each kind of matrix alone are ternarized in the
 loaded model, measured on real tokens and put back. No checkpoint is written.
 """
 
@@ -34,7 +34,7 @@ _SHORT = 4  # the perturbations are measured on one token of this many
 
 @dataclass(frozen=True, slots=True)
 class SensitivityRow:
-    """One part of the model made ternary.
+    """One part of the model ternarized.
 
     Attributes:
         subject: "block": one alone; "blocks": all up to this one; "kind": one kind of matrix in
@@ -148,7 +148,7 @@ def measure_sensitivity(
         progress: called before every step.
 
     Raises:
-        UsageError: nothing can be made ternary, or `rule` excludes matrices.
+        UsageError: nothing can be ternarized, or `rule` excludes matrices.
         NonFiniteError: NaN or Inf among weights or in the model's own logits.
         RestoreError: the weights did not come back.
 

@@ -1,6 +1,6 @@
 """Rotations by Hadamard matrices: a layer's inputs and its weights rotated together.
 
-For an orthogonal Q, W·x = (W·Qᵀ)·(Q·x). Turned weights have no outliers left: each is a sum over
+For an orthogonal Q, W·x = (W·Qᵀ)·(Q·x). Rotated weights have no outliers left: each is a sum over
 many, so that few levels fit them better. Q = H·D: D changes signs by a fixed pattern, H is made of
 Hadamard matrices and needs about n·log n additions.
 

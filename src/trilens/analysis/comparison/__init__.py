@@ -1,3 +1,3 @@
-"""Two models on the same tokens: what differs in what they say, and inside."""
+"""Two models on the same tokens: what differs in output and internals."""
 
 __all__: list[str] = []

@@ -21,7 +21,7 @@ _CHUNK_ELEMENTS = 1 << 23  # of logits
 
 
 class LensAccumulator:
-    """Takes the settle layers of positions of both models.
+    """Takes the convergence layers of positions of both models.
 
     Memory:
         a number per layer.
@@ -34,7 +34,7 @@ class LensAccumulator:
         self._counts = torch.zeros(2, n_layers, dtype=torch.int64)
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        """Settle layers of the same positions.
+        """Convergence layers of the same positions.
 
         Shapes:
             before, after int64 [positions].
@@ -43,7 +43,7 @@ class LensAccumulator:
             self._counts[side] += torch.bincount(layers, minlength=self._n_layers)
 
     def rows(self) -> list[Row]:
-        """Share of positions that have settled, per layer, and the mean settle layer."""
+        """Share of positions that have converged, per layer, and the mean convergence layer."""
         total = int(self._counts[0].sum())
         if not total:
             return []

@@ -44,7 +44,7 @@ class NamedArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison(Tabular):
-    """Two models on the same tokens: what differs in what they say, and inside.
+    """Two models on the same tokens: what differs in output and internals.
 
     Every number stands in a row (layer, module, head, metric, before, after, delta). Of a quantity
     that each model has, before and after are the two values; of a divergence between the two,
@@ -61,7 +61,7 @@ class Comparison(Tabular):
         rows: the table.
         role_changes: heads that gained or lost a role.
         arrays: what is too long for rows, with named axes: the KL of each token, the average
-            openness of each unit, the settle layer of each position.
+            openness of each unit, the convergence layer of each position.
         notes: what could not be compared, in words.
     """
 

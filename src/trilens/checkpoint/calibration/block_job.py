@@ -1,4 +1,4 @@
-"""What becomes ternary in a block, and all that coding it needs."""
+"""What is ternarized in a block, and all that coding it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BlockJob", "BlockMatrix", "held_weight", "put_matrix", "rule_of"]
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """A matrix that becomes ternary, and where it stands in its block.
+    """A matrix that is ternarized, and where it stands in its block.
 
     Attributes:
         name: The stored tensor's.
@@ -47,7 +47,7 @@ class BlockJob:
 
     Attributes:
         index: The block's number.
-        matrices: What becomes ternary in it.
+        matrices: What is ternarized in it.
         vectors: Its norms and biases that may be fitted: parameter in the block → stored tensor
             and dtype.
         batches: The text.

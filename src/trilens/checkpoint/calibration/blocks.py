@@ -1,7 +1,7 @@
 """A model run block by block: what comes before the blocks, one block at a time, what comes after.
 
 All but the block that is looked at is passed over: the model runs with blocks that hand their input
-on, stops where the wanted block is called, and tells the arguments it would have got (masks,
+on, stops where the requested block is called, and reports the arguments it would have got (masks,
 positions). So no block's way of being called has to be known. That this gives what the model gives
 is proven on a short probe before anything else.
 """

@@ -24,7 +24,7 @@ class Placed:
     """What calibration works on in one block.
 
     Attributes:
-        matrices: What becomes ternary.
+        matrices: What is ternarized.
         vectors: Norms and biases: parameter in the block → stored tensor and its dtype.
     """
 
@@ -44,7 +44,7 @@ def place_choices(
         tensors: the stored tensors.
 
     Raises:
-        UsageError: a matrix that is to become ternary is outside the blocks, or is not found in
+        UsageError: a matrix that is to be ternarized is outside the blocks, or is not found in
             the parameter that it fills.
     """
     starts = [block.path + "." for block in anatomy.blocks]
@@ -62,7 +62,7 @@ def place_choices(
             continue
         if index is None:
             raise UsageError(
-                f"tensor {choice.name} is to become ternary, but stands outside the blocks that a "
+                f"tensor {choice.name} is to be ternarized, but stands outside the blocks that a "
                 "text runs through: keep it, or leave the calibration out"
             )
         inside = choice.target.removeprefix(starts[index])

@@ -68,7 +68,7 @@ def find_stages(
 
     Args:
         block: the dense block.
-        paths: its linear layers that become ternary.
+        paths: its linear layers that are ternarized.
         run: runs it on `hidden`, gives its output.
         hidden: the residual stream before it [batch, seq, d_model].
 

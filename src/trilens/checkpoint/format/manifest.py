@@ -178,7 +178,7 @@ def manifest_bytes(order: Order, report: TernaryReport, files: dict[str, Any]) -
 
     Args:
         order: what was asked.
-        report: what became of each tensor.
+        report: the outcome of each tensor.
         files: size and hash of every other file of the output.
     """
     body = {**order.to_dict(), "files": files, "report": report.to_dict()}

@@ -37,7 +37,7 @@ class MatrixPlan:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the options, and settle what they imply."""
+        """Check the options, and derive what they imply."""
         if self.rule == "keep":
             if self.per is not None or self.group_size is not None:
                 raise UsageError(

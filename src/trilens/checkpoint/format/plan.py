@@ -1,4 +1,4 @@
-"""`TernaryPlan`: which matrices of a checkpoint become ternary, and by which rule."""
+"""`TernaryPlan`: which matrices of a checkpoint are ternarized, and by which rule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Storage: TypeAlias = Literal["two_bit", "compact"]
 class TernaryPlan:
     """How to make a checkpoint ternary.
 
-    The linear layers of the blocks become ternary; embeddings, unembedding, norms, routers,
+    The linear layers of the blocks are ternarized; embeddings, unembedding, norms, routers,
     convolutions and one-dimensional tensors are kept as they are, whatever the plan says.
 
     Attributes:
@@ -63,7 +63,7 @@ class TernaryPlan:
     matrices: Mapping[str, MatrixPlan] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Check every option, and settle what they imply."""
+        """Check every option, and derive what they imply."""
         check_rule(self.rule)
         units = resolve_units(1, 1, self.per, self.group_size)
         if self.scale_dtype not in get_args(ScaleDtype):
@@ -101,7 +101,7 @@ class TernaryPlan:
         """Which of the matrices the plan keeps, and why.
 
         Args:
-            names: The matrices that can become ternary.
+            names: The matrices that can be ternarized.
             all_names: Every tensor of the checkpoint.
 
         Returns:
@@ -109,7 +109,7 @@ class TernaryPlan:
 
         Raises:
             UsageError: an expression in `keep` that matches no tensor, or one in `only` that
-                matches no matrix that can become ternary, or an entry of `matrices` for
+                matches no matrix that can be ternarized, or an entry of `matrices` for
                 something else than such a matrix.
         """
         matrices, everything = list(names), list(all_names)
@@ -117,7 +117,7 @@ class TernaryPlan:
         if foreign:
             raise UsageError(
                 f"plan has an entry for {foreign[0]!r}, which is no linear layer of a block that "
-                f"can become ternary: {_hint(matrices)}"
+                f"can be ternarized: {_hint(matrices)}"
             )
         for expression in self.keep:
             if not any(re.search(expression, name) for name in everything):

@@ -1,4 +1,4 @@
-"""What became of each tensor: a frozen report, its table and its JSON."""
+"""The outcome of each tensor: a frozen report, its table and its JSON."""
 
 from __future__ import annotations
 
@@ -179,18 +179,18 @@ class TernaryReport(Tabular):
         if self.damage is not None:
             found = self.damage
             return (
-                f"Made ternary after training: perplexity {found.perplexity_before:.4g} became "
+                f"Ternarized after training: perplexity {found.perplexity_before:.4g} became "
                 f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
                 "tokens that were not calibrated on. Compare outputs of your own before any use."
             ) + (f" {self.sample.sentence}" if self.sample else "")
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
-            f"Made ternary after training: up to {worst:.1%} of a matrix's energy is lost. A model "
+            f"Ternarized after training: up to {worst:.1%} of a matrix's energy is lost. A model "
             "that was not trained for ternary weights is usually unusable after this. "
         ) + (
             f"{self.sample.sentence} One text is a sample: compare outputs before any use."
             if self.sample
-            else "The damage was not measured, and weight errors do not tell it: give a text "
+            else "The damage was not measured, and weight errors do not show it: give a text "
             "(--evaluate) and compare outputs before any use."
         )
 

@@ -149,7 +149,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def choose(model: Any, headers: Mapping[str, TensorHeader]) -> tuple[Choice, ...]:
-    """What can become ternary, in the order of the headers; the plan's own wishes come later.
+    """What can be ternarized, in the order of the headers; the plan's own requests come later.
 
     Args:
         model: the skeleton.

@@ -59,7 +59,7 @@ class GgufSlot:
         return self.choice is not None and self.choice.storage != "kept"
 
     def report(self, **measured: Any) -> TensorReport:
-        """What became of the tensor, as far as headers tell, and what was measured."""
+        """The outcome of the tensor, as far as headers show, and what was measured."""
         choice = self.choice
         known: dict[str, Any] = {
             "name": self.name if choice is None else choice.name,

@@ -57,7 +57,7 @@ def write_gguf(
     Args:
         source: the checkpoint.
         choices: what is to become of each of its tensors.
-        plan: how plain weights become ternary; its scales become float16.
+        plan: how plain weights are ternarized; its scales become float16.
         format: of the ternary tensors. Kept matrices keep their dtype, kept vectors are float32.
         out: the file, which must not exist.
         dry_run: report what would be stored, write nothing.

@@ -39,7 +39,7 @@ def blocks_of(trace: Trace, events: GateEvents, anatomy: Anatomy) -> Iterator[Bl
 
 
 class BlockView:
-    """The calls of one block, and which of its gating calls are settled."""
+    """The calls of one block, and which of its gating calls are explained."""
 
     def __init__(self, trace: Trace, events: GateEvents, block: ModuleCall) -> None:
         self.seq = trace.seq
@@ -64,16 +64,16 @@ class BlockView:
         return self.block.start < tick < self.block.end
 
     def open_calls(self) -> list[FunctionCall]:
-        """Gating calls that no rule has settled yet."""
+        """Gating calls that no rule has explained yet."""
         return [call for call in self.functions if call.tick not in self._settled]
 
-    def settle(self, calls: Iterable[FunctionCall]) -> None:
+    def explain(self, calls: Iterable[FunctionCall]) -> None:
         """These gating calls are accounted for."""
         self._settled |= {call.tick for call in calls}
 
-    def settle_path(self, path: str) -> None:
+    def explain_path(self, path: str) -> None:
         """The gating calls of this very module are accounted for."""
-        self.settle(call for call in self.functions if call.path == path)
+        self.explain(call for call in self.functions if call.path == path)
 
     def outputs(self, kernel: KernelCall | None = None) -> dict[str, list[Tensor]]:
         """Gating function → outputs, of one kernel call and what is outside all kernels."""

@@ -47,7 +47,7 @@ _RULES: tuple[ClaimRule, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class GateClaims:
-    """What became of every gating call of a probe.
+    """The outcome of every gating call of a probe.
 
     Attributes:
         gates: the proven gates, by (name, layer).
@@ -175,7 +175,7 @@ def find_gates(trace: Trace, events: GateEvents, anatomy: Anatomy) -> GateClaims
         site = glu.get(("mlp.gate", layer))
         if site is not None:
             found.append(site)
-            view.settle_path(site.spec.where)
+            view.explain_path(site.spec.where)
         left = []
         for call in view.open_calls():
             if _is_no_gate(call, view):

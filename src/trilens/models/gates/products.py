@@ -56,7 +56,7 @@ def find_product_gate(call: FunctionCall, view: BlockView) -> GateSite | None:
         shape=tuple(axes) if axes and math.prod(axes) == units else (units,),
         where=path,
     )
-    view.settle([call])
+    view.explain([call])
     return GateSite(spec, source, layout, read)
 
 

@@ -82,7 +82,7 @@ def _settle(view: BlockView, sites: list[GateSite]) -> None:
             else:
                 mine = call.function in ("softplus", "exp") and "mixer.decay" in names
             if mine:
-                view.settle([call])
+                view.explain([call])
 
 
 def _made(y: Tensor, value: Any) -> bool:

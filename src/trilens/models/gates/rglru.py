@@ -67,7 +67,7 @@ def _gates(call: ModuleCall, view: BlockView) -> list[GateSite]:
     )
     if not proven:
         return []
-    view.settle(inside)
+    view.explain(inside)
     width = call.inputs[0].shape[-1]
 
     def site(

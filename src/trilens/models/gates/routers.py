@@ -43,7 +43,7 @@ def find_routers(view: BlockView) -> list[GateSite]:
             read = _what_was_cut(call, topk, view)
             if read is None:
                 continue
-            view.settle([call])
+            view.explain([call])
             site = _site(call, *read, view)
             if site is None:
                 view.complaints.append(
@@ -68,7 +68,7 @@ def _masked_router(view: BlockView) -> list[GateSite]:
                     continue
                 if not bool(((logits == call.x) | left_out).all()):
                     continue
-                view.settle(calls)
+                view.explain(calls)
                 site = _site(call, logits, "masked", view)
                 return [] if site is None else [site]
     return []

@@ -52,7 +52,7 @@ def _forget_gate(backend: nn.Module, view: BlockView) -> list[GateSite]:
                 shape=(view.rows(x).shape[1],),
                 where=call.path,
             )
-            view.settle(inside)
+            view.explain(inside)
             return [GateSite(spec, GateSource("input", backend, index), layout)]
     return []
 
@@ -65,7 +65,7 @@ def _slope(module: nn.Module, path: str, view: BlockView) -> list[GateSite]:
     chunk = min(size, view.seq)
     if not is_recorded(torch.exp(-slope * chunk), [f.y for f in inside]):
         return []
-    view.settle(inside)
+    view.explain(inside)
     spec = GateSpec(
         name="mixer.decay",
         kind="decay",

@@ -35,7 +35,7 @@ def find_limited_glu(view: BlockView) -> list[GateSite]:
         layout = layout_of(output, view.seq)
         if layout is None or not is_recorded(torch.sigmoid(alpha * pre), [f.y for f in inside]):
             continue
-        view.settle(inside)
+        view.explain(inside)
         spec = GateSpec(
             name="mlp.gate",
             kind="activation",

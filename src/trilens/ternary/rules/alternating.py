@@ -140,7 +140,7 @@ class Minimum:
 
 
 def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.float64]) -> Minimum:
-    """Take turns from the scales `start` until they settle; at most 25 times.
+    """Alternate from the scales `start` until they converge; at most 25 times.
 
     Shapes: book [n_cells, 2], n_cells odd; start [units, 2]
     """
