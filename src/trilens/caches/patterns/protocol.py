@@ -7,6 +7,7 @@ A pattern is the weight that each query position gives to each key position, for
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -22,8 +23,10 @@ __all__ = [
     "BLOCK_BYTES",
     "DensePattern",
     "Device",
+    "KeptPattern",
     "Moved",
     "Pattern",
+    "PatternBase",
     "moved_once",
 ]
 
@@ -135,7 +138,73 @@ def moved_once(tensor: Tensor, device: Device, moved_so_far: Moved) -> Tensor:
     return moved_so_far[key]
 
 
-class DensePattern:
+class PatternBase(ABC):
+    """What every pattern has alike: its axes, and the memory that it keeps."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def _shape(self) -> tuple[int, int, int, int]:
+        """[batch, heads, seq_q, seq_k]."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it keeps, by name, by reference, maybe views."""
+
+    @property
+    def batch(self) -> int:
+        """Prompts in the pattern."""
+        return self._shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self._shape[1]
+
+    @property
+    def seq_q(self) -> int:
+        """Query positions."""
+        return self._shape[2]
+
+    @property
+    def seq_k(self) -> int:
+        """Key positions."""
+        return self._shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
+        return distinct_bytes(self.tensors().values())
+
+    def _row(self, batch: int) -> int:
+        return check_index(batch, self.batch, "batch row", "this pattern")
+
+
+class KeptPattern(PatternBase):
+    """A pattern whose `tensors()` and `params()` are the arguments of its constructor."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def params(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON; `kind` names the class of pattern."""
+
+    def to(self, device: Device, moved_so_far: Moved | None = None) -> Self:
+        """The pattern on another device; kept answers stay behind."""
+        memo = {} if moved_so_far is None else moved_so_far
+        tensors = {name: moved_once(each, device, memo) for name, each in self.tensors().items()}
+        return self.rebuild(tensors, self.params())
+
+    @classmethod
+    def rebuild(cls, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Self:
+        """The pattern that gave these `tensors()` and `params()`."""
+        options: dict[str, Any] = {**tensors, **params}
+        options.pop("kind", None)
+        return cls(**options)
+
+
+class DensePattern(PatternBase):
     """A pattern that is stored as it is: given by a model as weights, or pushed by hand.
 
     The tensor is kept by reference, detached, never copied. It carries no mask: a key counts as
@@ -173,24 +242,9 @@ class DensePattern:
         return self._tensor
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensor.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self._tensor.shape[1]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensor.shape[2]
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions."""
-        return self._tensor.shape[3]
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, heads, seq_q, seq_k = self._tensor.shape
+        return batch, heads, seq_q, seq_k
 
     @property
     def signed(self) -> bool:
@@ -203,11 +257,6 @@ class DensePattern:
     def dense_bytes(self) -> int:
         """Bytes of the stored weights, whatever else their storage holds."""
         return self._tensor.numel() * self._tensor.element_size()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage that the pattern keeps alive."""
-        return distinct_bytes([self._tensor])
 
     def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
         """Weights from the given query positions: [heads or 1, n, seq_k], owned by the caller.
@@ -315,7 +364,7 @@ class DensePattern:
         return f"DensePattern({list(self._tensor.shape)}, {self._tensor.dtype})"
 
     def _of(self, batch: int, head: int | None) -> Tensor:
-        row = check_index(batch, self.batch, "batch row", "this pattern")
+        row = self._row(batch)
         if head is None:
             return self._tensor[row]
         one = check_index(head, self.heads, "head", "this pattern")

@@ -58,19 +58,9 @@ class ChannelHeadsPattern(RecurrenceBase):
         return self._parts
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._parts[0].batch
-
-    @property
-    def heads(self) -> int:
-        """Heads."""
-        return len(self._parts)
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._parts[0].seq_q
+    def _shape(self) -> tuple[int, int, int, int]:
+        first = self._parts[0]
+        return first.batch, len(self._parts), first.seq_q, first.seq_k
 
     def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
         """Weights from the given query positions: [heads or 1, n, seq_k].

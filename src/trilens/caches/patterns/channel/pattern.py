@@ -19,7 +19,7 @@ from trilens.caches.patterns.channel.blocks import ChannelInputs
 from trilens.caches.patterns.protocol import BLOCK_BYTES
 from trilens.caches.patterns.recurrent.base import RecurrenceBase, check_decay, check_tensor, cut
 from trilens.caches.patterns.recurrent.blocks import Recurrence
-from trilens.caches.patterns.relu_l1 import RowSummary, summarise
+from trilens.caches.patterns.relu_l1 import RowSummary, SummarisedPattern, summarise
 from trilens.errors import UsageError, ValueRangeError
 
 __all__ = ["ChannelPattern", "DecayedSoftmaxPattern"]
@@ -107,24 +107,14 @@ class ChannelPattern(RecurrenceBase):
         return cls(step=-log_w, rate=rate, write=write)
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensors["step"].shape[0]
-
-    @property
-    def heads(self) -> int:
-        """1: the mean over channels."""
-        return 1
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, seq, _ = self._tensors["step"].shape
+        return batch, 1, seq, seq  # one head: the mean over channels
 
     @property
     def n_channels(self) -> int:
         """Channels that the mean runs over."""
         return self._tensors["step"].shape[2]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensors["step"].shape[1]
 
     def channels(self, start: int, stop: int) -> ChannelPattern:
         """The pattern of channels start … stop − 1 alone, from the same tensors.
@@ -216,7 +206,7 @@ class ChannelPattern(RecurrenceBase):
         return self.cut(name, row, n)
 
 
-class DecayedSoftmaxPattern(RecurrenceBase):
+class DecayedSoftmaxPattern(SummarisedPattern, RecurrenceBase):
     """Mean over channels of a softmax with exponential decay and a bonus for the own token.
 
         y_t = (Σ_{j<t} exp((t−1−j) · log_w + k_j) v_j + exp(bonus + k_t) v_t) / (the same without v)
@@ -250,29 +240,14 @@ class DecayedSoftmaxPattern(RecurrenceBase):
         self._summaries: dict[int, RowSummary] = {}
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensors["k"].shape[0]
-
-    @property
-    def heads(self) -> int:
-        """1: the mean over channels."""
-        return 1
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, seq, _ = self._tensors["k"].shape
+        return batch, 1, seq, seq  # one head: the mean over channels
 
     @property
     def n_channels(self) -> int:
         """Channels that the mean runs over."""
         return self._tensors["k"].shape[2]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensors["k"].shape[1]
-
-    @property
-    def signed(self) -> bool:
-        """False: a softmax has no negative weights."""
-        return False
 
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """One recurrence per block of channels, each channel a state of its own.
@@ -312,27 +287,8 @@ class DecayedSoftmaxPattern(RecurrenceBase):
         """The kind alone."""
         return {"kind": "decayed_softmax"}
 
-    def entropy(self, batch: int = 0) -> Tensor:
-        """Entropy of each row in nats, in [0, ln seq_k]: [1, seq_q]."""
-        return self._summary(batch).entropy.clone()
-
-    def mean_distance(self, batch: int = 0) -> Tensor:
-        """Mean distance in tokens between query and key: [1, seq_q]."""
-        return self._summary(batch).mean_distance.clone()
-
-    def received(self, batch: int = 0) -> Tensor:
-        """Mean weight that a key gets from the queries that may see it: [1, seq_k]."""
-        return self._summary(batch).received.clone()
-
-    def sink_mass(self, batch: int = 0) -> Tensor:
-        """Zeros: there is no sink."""
-        return torch.zeros_like(self._summary(batch).mass)
-
-    def _summary(self, batch: int) -> RowSummary:
-        row = self._row(batch)
-        if row not in self._summaries:
-            self._summaries[row] = summarise(self, row, causal=True)
-        return self._summaries[row]
+    def _summarise(self, row: int) -> RowSummary:
+        return summarise(self, row, causal=True)
 
     def _cut(self, name: str, row: int, n: int) -> Tensor:
         tensor = self._tensors[name]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trilens.caches.indices import check_index, check_positions, check_unpad
-from trilens.caches.patterns.protocol import Device, Moved, moved_once
+from trilens.caches.patterns.protocol import KeptPattern
 from trilens.caches.patterns.softmax.blocks import (
     HeadGroup,
     SoftmaxInputs,
@@ -24,14 +24,13 @@ from trilens.caches.patterns.softmax.blocks import (
 from trilens.caches.patterns.softmax.checks import check_number, check_q_k, check_sinks, check_term
 from trilens.caches.patterns.softmax.fused import summarise
 from trilens.caches.patterns.softmax.masks import SharedMasks
-from trilens.caches.storage import distinct_bytes
 from trilens.errors import ValueRangeError
 from trilens.numbers import at_least
 
 __all__ = ["SoftmaxPattern"]
 
 
-class SoftmaxPattern:
+class SoftmaxPattern(KeptPattern):
     """softmax(scaling · q kᵀ + …) of one layer, computed where it is asked and nowhere else.
 
     q, k, mask and bias are kept by reference and detached; O(tokens) memory as long as the model
@@ -68,20 +67,6 @@ class SoftmaxPattern:
         UsageError: not a tensor, or tensors on several devices.
     """
 
-    __slots__ = (
-        "_bias",
-        "_causal",
-        "_k",
-        "_mask",
-        "_moments",
-        "_q",
-        "_query_offset",
-        "_scaling",
-        "_sinks",
-        "_softcap",
-        "_summaries",
-    )
-
     def __init__(
         self,
         q: Tensor,
@@ -112,24 +97,8 @@ class SoftmaxPattern:
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._q.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self._q.shape[1]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._q.shape[2]
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions."""
-        return self._k.shape[2]
+    def _shape(self) -> tuple[int, int, int, int]:
+        return (*self._q.shape[:3], self._k.shape[2])
 
     @property
     def signed(self) -> bool:
@@ -161,11 +130,6 @@ class SoftmaxPattern:
         """Bytes that `dense()` takes."""
         size = self.batch * self.heads * self.seq_q * self.seq_k
         return size * self._inputs(0).dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
-        return distinct_bytes(self.tensors().values())
 
     def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
         """Weights from the given query positions: [heads or 1, n, seq_k].
@@ -278,12 +242,6 @@ class SoftmaxPattern:
             sinks=self._sinks,
         )
 
-    def to(self, device: Device, moved_so_far: Moved | None = None) -> SoftmaxPattern:
-        """The pattern on another device; kept answers stay behind."""
-        memo = {} if moved_so_far is None else moved_so_far
-        tensors = {name: moved_once(each, device, memo) for name, each in self.tensors().items()}
-        return SoftmaxPattern.rebuild(tensors, self.params())
-
     def tensors(self) -> dict[str, Tensor]:
         """q, k and, where there are any, mask, bias and sinks; by reference, maybe views."""
         named = {
@@ -305,13 +263,6 @@ class SoftmaxPattern:
             "softcap": self._softcap,
         }
 
-    @classmethod
-    def rebuild(cls, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Self:
-        """The pattern that gave these `tensors()` and `params()`."""
-        options: dict[str, Any] = {**tensors, **params}
-        options.pop("kind", None)
-        return cls(**options)
-
     def __repr__(self) -> str:
         own = ", ".join(name for name in ("mask", "bias", "sinks") if name in self.tensors())
         return (
@@ -319,9 +270,6 @@ class SoftmaxPattern:
             f"seq_k {self.seq_k}, {self._q.dtype}, causal {self._causal}"
             f"{', with ' + own if own else ''})"
         )
-
-    def _row(self, batch: int) -> int:
-        return check_index(batch, self.batch, "batch row", "this pattern")
 
     def _inputs(self, batch: int, head: int | None = None) -> SoftmaxInputs:
         row = self._row(batch)
