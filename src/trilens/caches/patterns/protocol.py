@@ -1,7 +1,7 @@
 """What an attention pattern answers, and the pattern that is simply stored.
 
 A pattern is the weight that each query position gives to each key position, for every head. The
-`Pattern` protocol says what can be asked of it without building the [seq_q, seq_k] matrix;
+`Pattern` class says what can be asked of it without building the [seq_q, seq_k] matrix;
 `DensePattern` answers from a stored tensor, `SoftmaxPattern` (its own file) from q and k.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ __all__ = [
     "KeptPattern",
     "Moved",
     "Pattern",
-    "PatternBase",
     "moved_once",
 ]
 
@@ -38,8 +37,7 @@ Device = torch.device | str | int
 Moved = dict[tuple[object, ...], Tensor]
 
 
-@runtime_checkable
-class Pattern(Protocol):
+class Pattern(ABC):
     """Attention weights of one layer, for every prompt of a batch.
 
     Shapes
@@ -50,107 +48,12 @@ class Pattern(Protocol):
     mass: what an attention sink takes is missing from the row. A masked weight is exactly 0.
     """
 
-    @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        ...
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        ...
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        ...
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions."""
-        ...
-
-    @property
-    def signed(self) -> bool:
-        """True where weights may be negative, so that entropy and the like have no meaning."""
-        ...
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes that `dense()` would take."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct storages that the pattern keeps alive."""
-        ...
-
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k]."""
-        ...
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n]."""
-        ...
-
-    def entropy(self, batch: int = 0) -> Tensor:
-        """Entropy of each row in nats, renormalised over its keys: [heads, seq_q]."""
-        ...
-
-    def mean_distance(self, batch: int = 0) -> Tensor:
-        """Mean distance in tokens between query and key, of the renormalised row."""
-        ...
-
-    def received(self, batch: int = 0) -> Tensor:
-        """Mean weight that a key gets from the queries that may see it: [heads, seq_k]."""
-        ...
-
-    def sink_mass(self, batch: int = 0) -> Tensor:
-        """Share of each row that no key got, because a sink took it: [heads, seq_q]."""
-        ...
-
-    def dense(self) -> Tensor:
-        """The whole pattern: [batch, heads, seq_q, seq_k]."""
-        ...
-
-    def unpad(self, row: int, n: int, shared: SharedMasks | None = None) -> Pattern:
-        """One prompt of a batch padded on the right: its first n tokens, in tensors of its own."""
-        ...
-
-    def to(self, device: Device, moved_so_far: Moved | None = None) -> Pattern:
-        """The pattern on another device; `moved_so_far` lets layers keep sharing tensors."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors it keeps, by name: with `params` all that `rebuild` needs."""
-        ...
-
-    def params(self) -> dict[str, Any]:
-        """Everything else it keeps, as JSON; `kind` names the class of pattern."""
-        ...
-
-
-def moved_once(tensor: Tensor, device: Device, moved_so_far: Moved) -> Tensor:
-    """The tensor on the device; views of the same memory are moved once per `moved_so_far`."""
-    key = tensor_identity(tensor)
-    if key not in moved_so_far:
-        moved_so_far[key] = moved(tensor, device)
-    return moved_so_far[key]
-
-
-class PatternBase(ABC):
-    """What every pattern has alike: its axes, and the memory that it keeps."""
-
     __slots__ = ()
 
     @property
     @abstractmethod
     def _shape(self) -> tuple[int, int, int, int]:
         """[batch, heads, seq_q, seq_k]."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors it keeps, by name, by reference, maybe views."""
 
     @property
     def batch(self) -> int:
@@ -173,22 +76,80 @@ class PatternBase(ABC):
         return self._shape[3]
 
     @property
+    @abstractmethod
+    def signed(self) -> bool:
+        """True where weights may be negative, so that entropy and the like have no meaning."""
+
+    @property
+    @abstractmethod
+    def dense_bytes(self) -> int:
+        """Bytes that `dense()` would take."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
         return distinct_bytes(self.tensors().values())
+
+    @abstractmethod
+    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
+        """Weights from the given query positions: [heads or 1, n, seq_k]."""
+
+    @abstractmethod
+    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
+        """Weights to the given key positions: [heads or 1, seq_q, n]."""
+
+    @abstractmethod
+    def entropy(self, batch: int = 0) -> Tensor:
+        """Entropy of each row in nats, renormalised over its keys: [heads, seq_q]."""
+
+    @abstractmethod
+    def mean_distance(self, batch: int = 0) -> Tensor:
+        """Mean distance in tokens between query and key, of the renormalised row."""
+
+    @abstractmethod
+    def received(self, batch: int = 0) -> Tensor:
+        """Mean weight that a key gets from the queries that may see it: [heads, seq_k]."""
+
+    @abstractmethod
+    def sink_mass(self, batch: int = 0) -> Tensor:
+        """Share of each row that no key got, because a sink took it: [heads, seq_q]."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The whole pattern: [batch, heads, seq_q, seq_k]."""
+
+    @abstractmethod
+    def unpad(self, row: int, n: int, shared: SharedMasks | None = None) -> Pattern:
+        """One prompt of a batch padded on the right: its first n tokens, in tensors of its own."""
+
+    @abstractmethod
+    def to(self, device: Device, moved_so_far: Moved | None = None) -> Pattern:
+        """The pattern on another device; `moved_so_far` lets layers keep sharing tensors."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it keeps, by name: with `params` all that `rebuild` needs."""
+
+    @abstractmethod
+    def params(self) -> dict[str, Any]:
+        """Everything else it keeps, as JSON; `kind` names the class of pattern."""
 
     def _row(self, batch: int) -> int:
         return check_index(batch, self.batch, "batch row", "this pattern")
 
 
-class KeptPattern(PatternBase):
+def moved_once(tensor: Tensor, device: Device, moved_so_far: Moved) -> Tensor:
+    """The tensor on the device; views of the same memory are moved once per `moved_so_far`."""
+    key = tensor_identity(tensor)
+    if key not in moved_so_far:
+        moved_so_far[key] = moved(tensor, device)
+    return moved_so_far[key]
+
+
+class KeptPattern(Pattern):
     """A pattern whose `tensors()` and `params()` are the arguments of its constructor."""
 
     __slots__ = ()
-
-    @abstractmethod
-    def params(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON; `kind` names the class of pattern."""
 
     def to(self, device: Device, moved_so_far: Moved | None = None) -> Self:
         """The pattern on another device; kept answers stay behind."""
@@ -204,7 +165,7 @@ class KeptPattern(PatternBase):
         return cls(**options)
 
 
-class DensePattern(PatternBase):
+class DensePattern(Pattern):
     """A pattern that is stored as it is: given by a model as weights, or pushed by hand.
 
     The tensor is kept by reference, detached, never copied. It carries no mask: a key counts as

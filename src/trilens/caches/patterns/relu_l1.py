@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trilens.caches.indices import check_positions
-from trilens.caches.patterns.protocol import BLOCK_BYTES, Device, Moved, Pattern, PatternBase
+from trilens.caches.patterns.protocol import BLOCK_BYTES, Device, Moved, Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 
 __all__ = ["ReluL1Pattern", "RowSummary", "SummarisedPattern", "row_blocks", "summarise"]
@@ -83,7 +83,7 @@ def row_blocks(pattern: Pattern) -> Iterator[range]:
         yield range(start, min(start + step, pattern.seq_q))
 
 
-class SummarisedPattern(PatternBase):
+class SummarisedPattern(Pattern):
     """An unsigned pattern whose statistics come from one walk over a prompt's rows, kept."""
 
     __slots__ = ()
