@@ -90,13 +90,33 @@ class Pattern(ABC):
         """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
         return distinct_bytes(self.tensors().values())
 
-    @abstractmethod
     def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k]."""
+        """Weights from the given query positions: [heads or 1, n, seq_k], owned by the caller.
+
+        Raises:
+            OutOfRangeError: a position, head or batch that is not there.
+        """
+        index = check_positions(positions, self.seq_q, "query position", "this pattern")
+        row, one = self._place(batch, head)
+        return self._rows(index, one, row)
+
+    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
+        """Weights to the given key positions: [heads or 1, seq_q, n], owned by the caller.
+
+        Raises:
+            OutOfRangeError: a position, head or batch that is not there.
+        """
+        index = check_positions(positions, self.seq_k, "key position", "this pattern")
+        row, one = self._place(batch, head)
+        return self._columns(index, one, row)
 
     @abstractmethod
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n]."""
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """`rows` of positions, head and batch row that are there."""
+
+    @abstractmethod
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """`columns` of positions, head and batch row that are there."""
 
     @abstractmethod
     def entropy(self, batch: int = 0) -> Tensor:
@@ -133,6 +153,10 @@ class Pattern(ABC):
     @abstractmethod
     def params(self) -> dict[str, Any]:
         """Everything else it keeps, as JSON; `kind` names the class of pattern."""
+
+    def _place(self, batch: int, head: int | None) -> tuple[int, int | None]:
+        one = None if head is None else check_index(head, self.heads, "head", "this pattern")
+        return self._row(batch), one
 
     def _row(self, batch: int) -> int:
         return check_index(batch, self.batch, "batch row", "this pattern")
@@ -219,23 +243,11 @@ class DensePattern(Pattern):
         """Bytes of the stored weights, whatever else their storage holds."""
         return self._tensor.numel() * self._tensor.element_size()
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k], owned by the caller.
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        return _promoted(self._of(row, head)[:, positions])
 
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        return _promoted(self._of(batch, head)[:, index])
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n], owned by the caller.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        return _promoted(self._of(batch, head)[:, :, index])
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        return _promoted(self._of(row, head)[:, :, positions])
 
     def entropy(self, batch: int = 0) -> Tensor:
         """Entropy of each row in nats, renormalised over its keys, 0 for a row of zeros."""

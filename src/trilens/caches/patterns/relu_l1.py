@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trilens.caches.indices import check_positions
 from trilens.caches.patterns.protocol import BLOCK_BYTES, Device, Moved, Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 
@@ -157,25 +156,14 @@ class ReluL1Pattern(SummarisedPattern):
         """Bytes that `dense()` takes."""
         return self._base.dense_bytes
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k], each row of sum 1 or 0.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        weights = self._base.rows(positions, head, batch).relu()
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        weights = self._base.rows(positions, head, row).relu()
         mass = weights.sum(-1, keepdim=True)
         return weights.div_(mass.masked_fill_(mass == 0, 1))
 
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        weights = self._base.columns(index, head, batch).relu()
-        mass = self._summary(batch).mass
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        weights = self._base.columns(positions, head, row).relu()
+        mass = self._summary(row).mass
         if head is not None:
             mass = mass[head : head + 1]
         return weights.div_(mass.masked_fill(mass == 0, 1)[..., None])

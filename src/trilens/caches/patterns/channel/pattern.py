@@ -7,14 +7,13 @@ pairs; it is walked through in blocks of channels, and the blocks' weights add u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trilens.caches.indices import check_positions
 from trilens.caches.patterns.channel.blocks import ChannelInputs
 from trilens.caches.patterns.protocol import BLOCK_BYTES
 from trilens.caches.patterns.recurrent.base import RecurrenceBase, check_decay, check_tensor, cut
@@ -133,29 +132,17 @@ class ChannelPattern(RecurrenceBase):
         parts["rate"] = parts["rate"][start:stop]
         return ChannelPattern(**parts)
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [1, n, seq_k].
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        if not 0 < len(positions) <= _FEW:
+            return super()._rows(positions, head, row)
+        inputs = ChannelInputs.of(*self._inputs(row))
+        return torch.stack([inputs.row(position) for position in positions])[None]
 
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        if not 0 < len(index) <= _FEW:
-            return super().rows(index, head, batch)
-        inputs = ChannelInputs.of(*self._inputs(*self._place(batch, head)))
-        return torch.stack([inputs.row(position) for position in index])[None]
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [1, seq_q, n].
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        if not 0 < len(index) <= _FEW:
-            return super().columns(index, head, batch)
-        inputs = ChannelInputs.of(*self._inputs(*self._place(batch, head)))
-        return torch.stack([inputs.column(position) for position in index], dim=-1)[None]
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        if not 0 < len(positions) <= _FEW:
+            return super()._columns(positions, head, row)
+        inputs = ChannelInputs.of(*self._inputs(row))
+        return torch.stack([inputs.column(position) for position in positions], dim=-1)[None]
 
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """One recurrence per block of channels; states run over (channel, state) pairs."""
@@ -186,7 +173,7 @@ class ChannelPattern(RecurrenceBase):
         """The kind alone."""
         return {"kind": "channel"}
 
-    def _inputs(self, batch: int, head: int | None = None) -> tuple[Tensor, ...]:
+    def _inputs(self, batch: int) -> tuple[Tensor, ...]:
         """step, rate, q, k and write of one prompt, in the dtype to compute in."""
         found = {
             name: (tensor if name == "rate" else tensor[batch]).to(self.dtype)

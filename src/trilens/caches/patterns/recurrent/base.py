@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
-from trilens.caches.indices import check_index, check_positions, check_unpad
+from trilens.caches.indices import check_unpad
 from trilens.caches.patterns.protocol import KeptPattern
 from trilens.caches.patterns.recurrent.blocks import Recurrence, column_weights, row_weights
 from trilens.caches.patterns.relu_l1 import ReluL1Pattern, row_blocks
@@ -60,27 +60,13 @@ class RecurrenceBase(KeptPattern):
         """Bytes that `dense()` takes."""
         return self.batch * self.heads * self.seq_q**2 * self.dtype.itemsize
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k].
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """Costs O(seq_k · d) per row and head. What comes after a query is exactly 0."""
+        return _total(row_weights(each, positions) for each in self.recurrences(row, head))
 
-        Costs O(seq_k · d) per row and head. What comes after a query is exactly 0.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        return _total(row_weights(each, index) for each in self._asked(batch, head))
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        Costs O(seq_q · d) per column and head. What comes before a key is exactly 0.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        return _total(column_weights(each, index) for each in self._asked(batch, head))
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """Costs O(seq_q · d) per column and head. What comes before a key is exactly 0."""
+        return _total(column_weights(each, positions) for each in self.recurrences(row, head))
 
     def dense(self) -> Tensor:
         """The whole pattern: [batch, heads, seq_q, seq_k].
@@ -154,13 +140,6 @@ class RecurrenceBase(KeptPattern):
     def _cut(self, name: str, row: int, n: int) -> Tensor:
         """One prompt's own tokens of a tensor; a subclass knows which are not per prompt."""
         return cut(self._tensors[name], row, n)
-
-    def _asked(self, batch: int, head: int | None) -> Iterator[Recurrence]:
-        return self.recurrences(*self._place(batch, head))
-
-    def _place(self, batch: int, head: int | None) -> tuple[int, int | None]:
-        one = None if head is None else check_index(head, self.heads, "head", "this pattern")
-        return self._row(batch), one
 
     def _refuse(self, question: str) -> NoReturn:
         raise UsageError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trilens.caches.indices import check_index, check_positions, check_unpad
+from trilens.caches.indices import check_index, check_unpad
 from trilens.caches.patterns.protocol import KeptPattern
 from trilens.caches.patterns.softmax.blocks import (
     HeadGroup,
@@ -131,36 +131,22 @@ class SoftmaxPattern(KeptPattern):
         size = self.batch * self.heads * self.seq_q * self.seq_k
         return size * self._inputs(0).dtype.itemsize
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k].
-
-        Costs one product of these queries with the keys; nothing else is computed.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        inputs = self._inputs(batch, head)
-        queries = torch.tensor(index, dtype=torch.long, device=self._q.device)
-        out = self._q.new_empty((inputs.heads, len(index), self.seq_k), dtype=inputs.dtype)
-        for group, start, stop in _row_walk(inputs, len(index)):
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """One product of these queries with the keys; nothing else is computed."""
+        inputs = self._inputs(row, head)
+        queries = torch.tensor(positions, dtype=torch.long, device=self._q.device)
+        out = self._q.new_empty((inputs.heads, len(positions), self.seq_k), dtype=inputs.dtype)
+        for group, start, stop in _row_walk(inputs, len(positions)):
             out[group.heads, start:stop] = row_weights(group, queries[start:stop])
         return out
 
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        The first question of this kind computes the prompt's log-sum-exp.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        inputs = self._inputs(batch, head)
-        lse = self._summary(batch).lse
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """The first question of this kind computes the prompt's log-sum-exp."""
+        lse = self._summary(row).lse
         if head is not None:
             lse = lse[head : head + 1]
-        return column_weights(inputs, lse, torch.tensor(index, dtype=torch.long, device=lse.device))
+        keys = torch.tensor(positions, dtype=torch.long, device=lse.device)
+        return column_weights(self._inputs(row, head), lse, keys)
 
     def lse(self, batch: int = 0) -> Tensor:
         """Log-sum-exp of each row's scores, without the sink: [heads, seq_q], −inf for no key."""
