@@ -17,10 +17,7 @@ Sites
 
 from __future__ import annotations
 
-__all__ = ["GATE_SITES", "PATTERN", "RESID_POST", "resolve_site"]
-
-RESID_POST = "resid_post"
-PATTERN = "pattern"
+__all__ = ["GATE_SITES"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -42,21 +39,3 @@ GATE_SITES: dict[str, str] = {
     "mixer.input": "gate on what enters a recurrence",
     "mixer.recurrence": "gate on a recurrence's decay",
 }
-
-
-def resolve_site(name: str) -> tuple[int | None, str]:
-    """Read a site name, ours or TransformerLens', as (layer or None, our name).
-
-    `blocks.5.hook_resid_post` → (5, "resid_post"); `blocks.5.attn.hook_pattern` → (5, "pattern");
-    `mlp.gate` → (None, "mlp.gate"). An unknown name is returned as it is, with layer None.
-    """
-    parts = name.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        return None, name
-    aliases = {
-        "hook_resid_post": RESID_POST,
-        "attn.hook_pattern": PATTERN,
-        "mlp.hook_pre": "mlp.gate",
-    }
-    rest = ".".join(parts[2:])
-    return int(parts[1]), aliases.get(rest, rest)

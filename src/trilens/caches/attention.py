@@ -290,8 +290,7 @@ class AttentionCache(ByLayer):
             OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
-        pattern, row = self._unsigned(layer, batch, "entropy")
-        return _floats(pattern.entropy(row))
+        return self._statistic(layer, batch, "entropy")
 
     def mean_distance(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Mean distance in tokens from query to key, of the renormalised row: [heads, seq_q].
@@ -301,8 +300,7 @@ class AttentionCache(ByLayer):
             OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
-        pattern, row = self._unsigned(layer, batch, "mean_distance")
-        return _floats(pattern.mean_distance(row))
+        return self._statistic(layer, batch, "mean_distance")
 
     def received(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Mean raw weight that each key gets from the queries that may see it: [heads, seq_k].
@@ -312,8 +310,7 @@ class AttentionCache(ByLayer):
             OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
-        pattern, row = self._unsigned(layer, batch, "received")
-        return _floats(pattern.received(row))
+        return self._statistic(layer, batch, "received")
 
     def sink_mass(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Share of each row that no key got, because a sink took it: [heads, seq_q], in [0, 1].
@@ -323,8 +320,7 @@ class AttentionCache(ByLayer):
             OutOfRangeError: a batch that is not there.
             UsageError: the pattern is signed.
         """
-        pattern, row = self._unsigned(layer, batch, "sink_mass")
-        return _floats(pattern.sink_mass(row))
+        return self._statistic(layer, batch, "sink_mass")
 
     def relu_l1(self) -> Self:
         """A cache that answers of signed patterns through their unsigned view.
@@ -364,16 +360,14 @@ class AttentionCache(ByLayer):
         one = None if head is None else check_index(head, pattern.heads, "head", owner)
         return pattern, row, one
 
-    def _unsigned(
-        self, layer: SupportsIndex, batch: SupportsIndex, question: str
-    ) -> tuple[Pattern, int]:
+    def _statistic(self, layer: SupportsIndex, batch: SupportsIndex, name: str) -> Floats:
         pattern, row, _ = self._place(layer, None, batch)
         if pattern.signed:
             raise UsageError(
-                f"layer {layer} has a signed pattern, whose {question} is not defined: ask its "
+                f"layer {layer} has a signed pattern, whose {name} is not defined: ask its "
                 "view relu_l1() (negative weights dropped, rows scaled to sum 1)"
             )
-        return pattern, row
+        return _floats(getattr(pattern, name)(row))
 
 
 def _unsigned_view(pattern: Pattern) -> Pattern:

@@ -245,24 +245,19 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
             found = _path_in(model, path)
             if found is None:
                 continue  # a bare model has no place for what only the full one has
-            parent, _dot, name = found.rpartition(".")
-            setattr(
-                model.get_submodule(parent),
-                name,
-                packed_like(
-                    model.get_submodule(found),
-                    config.of(f"{path}.weight", model),
-                    compact=config.storage == "compact",
-                    rotated=config.rotation is not None,
-                ),
+            layer = packed_like(
+                model.get_submodule(found),
+                config.of(f"{path}.weight", model),
+                compact=config.storage == "compact",
+                rotated=config.rotation is not None,
             )
+            model.set_submodule(found, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path, module in list(model.named_modules()):
             if isinstance(module, Arriving):
-                parent, _dot, name = path.rpartition(".")
                 module = module.arrived(path)  # noqa: PLW2901
-                setattr(model.get_submodule(parent), name, module)
+                model.set_submodule(path, module)
             if isinstance(module, TernaryLinear):
                 for parameter in module.packed.parts.values():
                     parameter.requires_grad_(False)
@@ -285,8 +280,7 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
         target: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, module in list(model.named_modules()):
             if isinstance(module, TernaryLinear):
-                parent, _dot, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, dense_like(module, target))
+                model.set_submodule(path, dense_like(module, target))
         return model
 
 

@@ -115,19 +115,6 @@ class OutputAccumulator:
         4 bytes per token and 24 per prompt.
     """
 
-    __slots__ = (
-        "_kl",
-        "_likely",
-        "_next_token",
-        "_nll",
-        "_seed",
-        "_square",
-        "_tokens",
-        "_top1",
-        "_top5",
-        "_vocab",
-    )
-
     def __init__(self, *, next_token: bool = True, seed: int = 0) -> None:
         self._next_token = next_token
         self._seed = seed

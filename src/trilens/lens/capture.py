@@ -123,51 +123,31 @@ class Capture:
 
     @property
     def residual(self) -> ActivationCache | FullActivationCache:
-        """The residual stream after each block.
-
-        Raises:
-            NotStoredError: it was not captured.
-        """
+        """The residual stream after each block; `NotStoredError` where it was not captured."""
         part = self.parts.residual
         return part if part is not None else self._refuse("residual")
 
     @property
     def attention(self) -> AttentionCache:
-        """Per-layer attention patterns, lazy.
-
-        Raises:
-            NotStoredError: it was not captured.
-        """
+        """Per-layer attention patterns, lazy; `NotStoredError` where it was not captured."""
         part = self.parts.attention
         return part if part is not None else self._refuse("attention")
 
     @property
     def effective(self) -> AttentionCache:
-        """The effective attention of every recurrent layer.
-
-        Raises:
-            NotStoredError: it was not captured.
-        """
+        """Recurrent layers' effective attention; `NotStoredError` where it was not captured."""
         part = self.parts.effective
         return part if part is not None else self._refuse("effective")
 
     @property
     def gates(self) -> GateCache:
-        """Per-layer gates.
-
-        Raises:
-            NotStoredError: they were not captured.
-        """
+        """Per-layer gates; `NotStoredError` where they were not captured."""
         part = self.parts.gates
         return part if part is not None else self._refuse("gates")
 
     @property
     def states(self) -> StateCache:
-        """Recurrent states of layers after chosen tokens.
-
-        Raises:
-            NotStoredError: they were not captured.
-        """
+        """Recurrent states after chosen tokens; `NotStoredError` where they were not captured."""
         part = self.parts.states
         return part if part is not None else self._refuse("states")
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.errors import AttentionPathError, ShapeError, UsageError
+from trilens.errors import ShapeError, UsageError
+from trilens.lens.batching import BatchSafety, padded
 from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.proof import Proof, prove
-from trilens.lens.request import read_layers, read_states
-from trilens.lens.split import agree, split
+from trilens.lens.request import read_attention, read_layers, read_states
+from trilens.lens.split import split
 from trilens.models.anatomy import Anatomy
-from trilens.models.forward_call import device_of, forward_arguments, probe_ids, text_config
-from trilens.models.gates.absent import attention_reasons
+from trilens.models.forward_call import device_of, forward_arguments, text_config
 from trilens.models.loading import load
 from trilens.models.tokens import (
     Prompt,
@@ -39,7 +39,6 @@ from trilens.taps.session import CaptureRequest, Recording, recording_of
 __all__ = ["Lens"]
 
 _LOCK = CaptureLock()
-_PROBE_KINDS = 7
 
 Which = Literal["last", "all"]
 
@@ -73,8 +72,11 @@ class Lens:
         self.unused_weights: tuple[str, ...] = ()
         self._copies = False
         self._effective_proven: set[int] = set()
-        self._batches = True
-        self._batches_checked = 0
+        self._safety = BatchSafety(
+            lambda prompts: self._run(
+                prompts, self._wanted(prompts, "all", False, False, False, None), "all"
+            )
+        )
 
     @classmethod
     def from_pretrained(
@@ -264,26 +266,7 @@ class Lens:
         measured once for each doubling of the length: sparse attention and windows begin to matter
         only when a prompt is longer than they are.
         """
-        if self._batches and tokens > self._batches_checked:
-            longest = 1 << max(3, (tokens - 1).bit_length())
-            longest = min(longest, self._max_positions or longest)
-            lengths = sorted({longest, longest // 2 + 1, 3}, reverse=True)
-            # Few kinds of tokens: a sparse attention that breaks ties by place shows only there.
-            rows = [
-                probe_ids(self.model, self._vocab, n, seed=n, kinds=_PROBE_KINDS) for n in lengths
-            ]
-            probes = [Prompt(row[0].cpu(), tuple(map(str, row[0].tolist()))) for row in rows]
-
-            def residuals(group: list[Prompt]) -> list[Capture]:
-                return self._run(
-                    group, self._wanted(group, "all", False, False, False, None), "all"
-                )
-
-            alone = [residuals([probe])[0] for probe in probes]
-            pairs = zip(residuals(probes), alone, strict=True)
-            self._batches = all(agree(a, b) for a, b in pairs)
-            self._batches_checked = longest
-        return self._batches
+        return self._safety.up_to(tokens, self.model, self._vocab, self._max_positions)
 
     @torch.no_grad()
     def unembed(self, residual: Tensor) -> Tensor:
@@ -343,8 +326,11 @@ class Lens:
         if residual not in ("last", "all", None):
             raise UsageError(f"residual {residual!r} is not an option: 'last', 'all' or None")
         chosen = read_layers(layers, self.n_layers)
-        softmax = self._attention(chosen, explicit=layers is not None) if attention else ()
         claims, name = self._proof.gates, type(self.model).__name__
+        softmax: tuple[int, ...] = ()
+        if attention:
+            which = "this model" if layers is None else f"layers {', '.join(map(str, chosen))}"
+            softmax = read_attention(chosen, which, self.anatomy, claims, name)
         recurrent = claims.effective_within(chosen, name) if effective else ()
         lengths = tuple(len(prompt.ids) for prompt in prompts)
         remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
@@ -360,33 +346,14 @@ class Lens:
             states=remembered,
         )
 
-    def _attention(self, layers: tuple[int, ...], *, explicit: bool) -> tuple[int, ...]:
-        anatomy = self.anatomy
-        for layer in layers:
-            if layer in anatomy.other_attention:
-                raise AttentionPathError(
-                    f"the attention of layer {layer} can't be captured: "
-                    f"{anatomy.other_attention[layer]}; the residual stream can (attention=False)"
-                )
-        found = tuple(layer for layer in layers if layer in anatomy.attention)
-        if not found:
-            have = ", ".join(map(str, anatomy.attention)) or "none"
-            which = f"layers {', '.join(map(str, layers))}" if explicit else "this model"
-            recurrences = self._proof.gates.recurrences
-            why = attention_reasons(anatomy, recurrences, layers, ())[layers[0]]
-            raise AttentionPathError(
-                f"{which} of {type(self.model).__name__} has no softmax attention (layers that "
-                f"have it: {have}; layer {layers[0]}: {why}); capture without attention=True"
-            )
-        return found
-
     def _run(
         self, prompts: Sequence[Prompt], wanted: CaptureRequest, logits: Which | None
     ) -> list[Capture]:
         """One forward pass over a padded batch, taken apart into one capture per prompt."""
         if logits not in ("last", "all", None):
             raise UsageError(f"logits {logits!r} is not an option: 'all', 'last' or None")
-        ids, mask = self._pad(prompts)
+        pad = pad_id_for(self.tokenizer, text_config(self.model), self._vocab)
+        ids, mask = padded(prompts, pad, device_of(self.model))
         recording, output = self._forward(ids, mask, wanted, logits is not None)
         if recording.overwritten:
             # This model writes into tensors it has handed on: from now on keep copies.
@@ -419,19 +386,6 @@ class Lens:
         ):
             output = self.model(**arguments)
         return recording, output
-
-    def _pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
-        """Right-padded ids [batch, seq] and their mask; no mask where nothing is padded."""
-        device = device_of(self.model)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        pad = pad_id_for(self.tokenizer, text_config(self.model), self._vocab)
-        ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt.ids)] = prompt.ids
-            mask[row, : len(prompt.ids)] = 1
-        ids = ids.to(device)
-        return ids, None if bool(mask.all()) else mask.to(device)
 
     def _info(self) -> ModelInfo:
         config = self.model.config

@@ -1,4 +1,4 @@
-"""What a caller asks of a capture, read: layers, and positions of recurrent states."""
+"""What a caller asks of a capture, read: layers, attention, positions of recurrent states."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 from trilens.caches.indices import check_index
-from trilens.errors import UsageError
+from trilens.errors import AttentionPathError, UsageError
+from trilens.models.anatomy import Anatomy
+from trilens.models.gates.absent import attention_reasons
 from trilens.models.gates.claims import GateClaims
 from trilens.taps.session import StateRequest
 
-__all__ = ["read_layers", "read_states"]
+__all__ = ["read_attention", "read_layers", "read_states"]
 
 
 def read_layers(layers: Iterable[SupportsIndex] | None, n_layers: int) -> tuple[int, ...]:
@@ -31,6 +33,38 @@ def read_layers(layers: Iterable[SupportsIndex] | None, n_layers: int) -> tuple[
     if not chosen:
         raise UsageError("layers is empty: name at least one layer, or leave it out for all")
     return tuple(sorted({check_index(each, n_layers, "layer", "this model") for each in chosen}))
+
+
+def read_attention(
+    layers: Sequence[int], which: str, anatomy: Anatomy, claims: GateClaims, model: str
+) -> tuple[int, ...]:
+    """The layers, of those asked for, whose softmax attention is captured.
+
+    Args:
+        layers: the layers asked for.
+        which: their name in messages, like "layers 2, 5" or "this model".
+        anatomy: the model's parts.
+        claims: what is proven of the model's recurrences.
+        model: the model's class, for messages.
+
+    Raises:
+        AttentionPathError: one has an attention that can't be captured, or none has any.
+    """
+    for layer in layers:
+        if layer in anatomy.other_attention:
+            raise AttentionPathError(
+                f"the attention of layer {layer} can't be captured: "
+                f"{anatomy.other_attention[layer]}; the residual stream can (attention=False)"
+            )
+    found = tuple(layer for layer in layers if layer in anatomy.attention)
+    if not found:
+        have = ", ".join(map(str, anatomy.attention)) or "none"
+        why = attention_reasons(anatomy, claims.recurrences, layers, ())[layers[0]]
+        raise AttentionPathError(
+            f"{which} of {model} has no softmax attention (layers that "
+            f"have it: {have}; layer {layers[0]}: {why}); capture without attention=True"
+        )
+    return found
 
 
 def read_states(

@@ -23,7 +23,7 @@ from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
 from trilens.taps.session import CaptureRequest, Recording
 
-__all__ = ["agree", "split"]
+__all__ = ["split"]
 
 
 def split(
@@ -162,19 +162,3 @@ def _states(recording: Recording, wanted: CaptureRequest, row: int) -> StateCach
         seq=wanted.lengths[row],
         reasons=request.reasons,
     )
-
-
-def agree(a: Capture, b: Capture) -> bool:
-    """Whether logits and residuals are equal within 1e-5, or a narrower dtype's rounding."""
-    pairs = [(a.logits, b.logits)]
-    if a.has("residual") and b.has("residual"):
-        pairs += [(a.residual[i], b.residual[i]) for i in a.residual]
-    for ours, theirs in pairs:
-        if ours is None or theirs is None:
-            continue
-        # PROMOTE: half-precision rows differ by their own rounding from batch to batch.
-        tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
-        left, right = ours.double(), theirs.double()
-        if float((left - right).abs().max()) > tolerance * max(1.0, float(right.abs().max())):
-            return False
-    return True

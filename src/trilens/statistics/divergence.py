@@ -152,21 +152,7 @@ def relative_error(a: Operand, b: Operand) -> float:
 
 
 def max_relative(a: Operand, b: Operand) -> float:
-    """max|a − b| / max|a| over all elements, relative to the original `a`.
-
-    Where a is all zero: 0 if b is too, else Inf.
-
-    Shapes:
-        a, b of the same shape.
-
-    Returns:
-        The error, in [0, Inf].
-
-    Raises:
-        ShapeError: shapes that differ, or no elements.
-        DtypeError: something else than real numbers.
-        NonFiniteError: NaN or Inf.
-    """
+    """max|a − b| / max|a| over all elements; all else as in `relative_error`."""
     x, y = _pair(a, b)
     largest = _largest(x)
     scale = _power_of_two(max(largest, _largest(y)))

@@ -1,14 +1,15 @@
 """What an attention pattern answers, and the pattern that is simply stored.
 
 A pattern is the weight that each query position gives to each key position, for every head. The
-`Pattern` protocol says what can be asked of it without building the [seq_q, seq_k] matrix;
+`Pattern` class says what can be asked of it without building the [seq_q, seq_k] matrix;
 `DensePattern` answers from a stored tensor, `SoftmaxPattern` (its own file) from q and k.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = [
     "BLOCK_BYTES",
     "DensePattern",
     "Device",
+    "KeptPattern",
     "Moved",
     "Pattern",
     "moved_once",
@@ -35,8 +37,7 @@ Device = torch.device | str | int
 Moved = dict[tuple[object, ...], Tensor]
 
 
-@runtime_checkable
-class Pattern(Protocol):
+class Pattern(ABC):
     """Attention weights of one layer, for every prompt of a batch.
 
     Shapes
@@ -47,84 +48,118 @@ class Pattern(Protocol):
     mass: what an attention sink takes is missing from the row. A masked weight is exactly 0.
     """
 
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def _shape(self) -> tuple[int, int, int, int]:
+        """[batch, heads, seq_q, seq_k]."""
+
     @property
     def batch(self) -> int:
         """Prompts in the pattern."""
-        ...
+        return self._shape[0]
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        ...
+        return self._shape[1]
 
     @property
     def seq_q(self) -> int:
         """Query positions."""
-        ...
+        return self._shape[2]
 
     @property
     def seq_k(self) -> int:
         """Key positions."""
-        ...
+        return self._shape[3]
 
     @property
+    @abstractmethod
     def signed(self) -> bool:
         """True where weights may be negative, so that entropy and the like have no meaning."""
-        ...
 
     @property
+    @abstractmethod
     def dense_bytes(self) -> int:
         """Bytes that `dense()` would take."""
-        ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the distinct storages that the pattern keeps alive."""
-        ...
+        """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
+        return distinct_bytes(self.tensors().values())
 
     def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k]."""
-        ...
+        """Weights from the given query positions: [heads or 1, n, seq_k], owned by the caller.
+
+        Raises:
+            OutOfRangeError: a position, head or batch that is not there.
+        """
+        index = check_positions(positions, self.seq_q, "query position", "this pattern")
+        row, one = self._place(batch, head)
+        return self._rows(index, one, row)
 
     def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n]."""
-        ...
+        """Weights to the given key positions: [heads or 1, seq_q, n], owned by the caller.
 
+        Raises:
+            OutOfRangeError: a position, head or batch that is not there.
+        """
+        index = check_positions(positions, self.seq_k, "key position", "this pattern")
+        row, one = self._place(batch, head)
+        return self._columns(index, one, row)
+
+    @abstractmethod
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """`rows` of positions, head and batch row that are there."""
+
+    @abstractmethod
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """`columns` of positions, head and batch row that are there."""
+
+    @abstractmethod
     def entropy(self, batch: int = 0) -> Tensor:
         """Entropy of each row in nats, renormalised over its keys: [heads, seq_q]."""
-        ...
 
+    @abstractmethod
     def mean_distance(self, batch: int = 0) -> Tensor:
         """Mean distance in tokens between query and key, of the renormalised row."""
-        ...
 
+    @abstractmethod
     def received(self, batch: int = 0) -> Tensor:
         """Mean weight that a key gets from the queries that may see it: [heads, seq_k]."""
-        ...
 
+    @abstractmethod
     def sink_mass(self, batch: int = 0) -> Tensor:
         """Share of each row that no key got, because a sink took it: [heads, seq_q]."""
-        ...
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The whole pattern: [batch, heads, seq_q, seq_k]."""
-        ...
 
+    @abstractmethod
     def unpad(self, row: int, n: int, shared: SharedMasks | None = None) -> Pattern:
         """One prompt of a batch padded on the right: its first n tokens, in tensors of its own."""
-        ...
 
+    @abstractmethod
     def to(self, device: Device, moved_so_far: Moved | None = None) -> Pattern:
         """The pattern on another device; `moved_so_far` lets layers keep sharing tensors."""
-        ...
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it keeps, by name: with `params` all that `rebuild` needs."""
-        ...
 
+    @abstractmethod
     def params(self) -> dict[str, Any]:
         """Everything else it keeps, as JSON; `kind` names the class of pattern."""
-        ...
+
+    def _place(self, batch: int, head: int | None) -> tuple[int, int | None]:
+        one = None if head is None else check_index(head, self.heads, "head", "this pattern")
+        return self._row(batch), one
+
+    def _row(self, batch: int) -> int:
+        return check_index(batch, self.batch, "batch row", "this pattern")
 
 
 def moved_once(tensor: Tensor, device: Device, moved_so_far: Moved) -> Tensor:
@@ -135,7 +170,26 @@ def moved_once(tensor: Tensor, device: Device, moved_so_far: Moved) -> Tensor:
     return moved_so_far[key]
 
 
-class DensePattern:
+class KeptPattern(Pattern):
+    """A pattern whose `tensors()` and `params()` are the arguments of its constructor."""
+
+    __slots__ = ()
+
+    def to(self, device: Device, moved_so_far: Moved | None = None) -> Self:
+        """The pattern on another device; kept answers stay behind."""
+        memo = {} if moved_so_far is None else moved_so_far
+        tensors = {name: moved_once(each, device, memo) for name, each in self.tensors().items()}
+        return self.rebuild(tensors, self.params())
+
+    @classmethod
+    def rebuild(cls, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Self:
+        """The pattern that gave these `tensors()` and `params()`."""
+        options: dict[str, Any] = {**tensors, **params}
+        options.pop("kind", None)
+        return cls(**options)
+
+
+class DensePattern(Pattern):
     """A pattern that is stored as it is: given by a model as weights, or pushed by hand.
 
     The tensor is kept by reference, detached, never copied. It carries no mask: a key counts as
@@ -173,24 +227,9 @@ class DensePattern:
         return self._tensor
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensor.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self._tensor.shape[1]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensor.shape[2]
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions."""
-        return self._tensor.shape[3]
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, heads, seq_q, seq_k = self._tensor.shape
+        return batch, heads, seq_q, seq_k
 
     @property
     def signed(self) -> bool:
@@ -204,28 +243,11 @@ class DensePattern:
         """Bytes of the stored weights, whatever else their storage holds."""
         return self._tensor.numel() * self._tensor.element_size()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage that the pattern keeps alive."""
-        return distinct_bytes([self._tensor])
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        return _promoted(self._of(row, head)[:, positions])
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k], owned by the caller.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        return _promoted(self._of(batch, head)[:, index])
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n], owned by the caller.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        return _promoted(self._of(batch, head)[:, :, index])
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        return _promoted(self._of(row, head)[:, :, positions])
 
     def entropy(self, batch: int = 0) -> Tensor:
         """Entropy of each row in nats, renormalised over its keys, 0 for a row of zeros."""
@@ -315,7 +337,7 @@ class DensePattern:
         return f"DensePattern({list(self._tensor.shape)}, {self._tensor.dtype})"
 
     def _of(self, batch: int, head: int | None) -> Tensor:
-        row = check_index(batch, self.batch, "batch row", "this pattern")
+        row = self._row(batch)
         if head is None:
             return self._tensor[row]
         one = check_index(head, self.heads, "head", "this pattern")

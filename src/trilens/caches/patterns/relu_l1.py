@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trilens.caches.indices import check_index, check_positions
 from trilens.caches.patterns.protocol import BLOCK_BYTES, Device, Moved, Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 
-__all__ = ["ReluL1Pattern", "RowSummary", "row_blocks", "summarise"]
+__all__ = ["ReluL1Pattern", "RowSummary", "SummarisedPattern", "row_blocks", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,46 @@ def row_blocks(pattern: Pattern) -> Iterator[range]:
         yield range(start, min(start + step, pattern.seq_q))
 
 
-class ReluL1Pattern:
+class SummarisedPattern(Pattern):
+    """An unsigned pattern whose statistics come from one walk over a prompt's rows, kept."""
+
+    __slots__ = ()
+
+    _summaries: dict[int, RowSummary]
+
+    @property
+    def signed(self) -> bool:
+        """False: no weight is negative."""
+        return False
+
+    def entropy(self, batch: int = 0) -> Tensor:
+        """Entropy of each row in nats, in [0, ln seq_k], 0 for a row of zeros: [heads, seq_q]."""
+        return self._summary(batch).entropy.clone()
+
+    def mean_distance(self, batch: int = 0) -> Tensor:
+        """Mean distance in tokens between query and key: [heads, seq_q], 0 for a row of zeros."""
+        return self._summary(batch).mean_distance.clone()
+
+    def received(self, batch: int = 0) -> Tensor:
+        """Mean weight that a key gets from the queries that may see it: [heads, seq_k]."""
+        return self._summary(batch).received.clone()
+
+    def sink_mass(self, batch: int = 0) -> Tensor:
+        """Zeros: a normalised row leaves nothing over, and a row of zeros has no sink."""
+        return torch.zeros_like(self._summary(batch).mass)
+
+    def _summary(self, batch: int) -> RowSummary:
+        row = self._row(batch)
+        if row not in self._summaries:
+            self._summaries[row] = self._summarise(row)
+        return self._summaries[row]
+
+    @abstractmethod
+    def _summarise(self, row: int) -> RowSummary:
+        """The walk itself."""
+
+
+class ReluL1Pattern(SummarisedPattern):
     """A view of a signed pattern: negative weights dropped, each row divided by what is left.
 
     It answers what a signed pattern cannot: entropy, distance, received weight. What the negative
@@ -109,78 +148,25 @@ class ReluL1Pattern:
         return self._base
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._base.batch
-
-    @property
-    def heads(self) -> int:
-        """Heads."""
-        return self._base.heads
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._base.seq_q
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions."""
-        return self._base.seq_k
-
-    @property
-    def signed(self) -> bool:
-        """False: that is what the view is for."""
-        return False
+    def _shape(self) -> tuple[int, int, int, int]:
+        return self._base.batch, self._base.heads, self._base.seq_q, self._base.seq_k
 
     @property
     def dense_bytes(self) -> int:
         """Bytes that `dense()` takes."""
         return self._base.dense_bytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
-        return self._base.nbytes
-
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k], each row of sum 1 or 0.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        weights = self._base.rows(positions, head, batch).relu()
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        weights = self._base.rows(positions, head, row).relu()
         mass = weights.sum(-1, keepdim=True)
         return weights.div_(mass.masked_fill_(mass == 0, 1))
 
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        weights = self._base.columns(index, head, batch).relu()
-        mass = self._summary(batch).mass
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        weights = self._base.columns(positions, head, row).relu()
+        mass = self._summary(row).mass
         if head is not None:
             mass = mass[head : head + 1]
         return weights.div_(mass.masked_fill(mass == 0, 1)[..., None])
-
-    def entropy(self, batch: int = 0) -> Tensor:
-        """Entropy of each row in nats, in [0, ln seq_k], 0 for a row of zeros: [heads, seq_q]."""
-        return self._summary(batch).entropy.clone()
-
-    def mean_distance(self, batch: int = 0) -> Tensor:
-        """Mean distance in tokens between query and key: [heads, seq_q], 0 for a row of zeros."""
-        return self._summary(batch).mean_distance.clone()
-
-    def received(self, batch: int = 0) -> Tensor:
-        """Mean weight that a key gets from the queries that may see it: [heads, seq_k]."""
-        return self._summary(batch).received.clone()
-
-    def sink_mass(self, batch: int = 0) -> Tensor:
-        """Zeros: a normalised row leaves nothing over, and a row of zeros has no sink."""
-        return torch.zeros_like(self._summary(batch).mass)
 
     def dense(self) -> Tensor:
         """The whole pattern: [batch, heads, seq_q, seq_k].
@@ -217,8 +203,5 @@ class ReluL1Pattern:
     def __repr__(self) -> str:
         return f"ReluL1Pattern({self._base!r})"
 
-    def _summary(self, batch: int) -> RowSummary:
-        row = check_index(batch, self.batch, "batch row", "this pattern")
-        if row not in self._summaries:
-            self._summaries[row] = summarise(self._base, row, causal=self._causal)
-        return self._summaries[row]
+    def _summarise(self, row: int) -> RowSummary:
+        return summarise(self._base, row, causal=self._causal)

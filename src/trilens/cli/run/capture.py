@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import typer
 
 from trilens.cli.console import check_file, timed
-from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
+from trilens.cli.run.prompts import Loading, chosen_layers, open_lens, prompt_text
 
 __all__ = ["run"]
 
@@ -27,21 +27,12 @@ def run(
     states: bool,
     layers: str | None,
     logits: Which,
-    dtype: str,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
+    **loading: Unpack[Loading],
 ) -> None:
     """Capture and save."""
     check_file(output)
     with timed(output):
-        lens = open_lens(
-            model,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        lens = open_lens(model, **loading)
         capture = lens.capture(
             prompt_text(prompt),
             residual=None if residual == "none" else residual,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import typer
 
@@ -12,7 +12,7 @@ from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
 from trilens.cli.console import show, show_json, shown_progress, timed
-from trilens.cli.run.prompts import open_lens
+from trilens.cli.run.prompts import Loading, open_lens
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
@@ -36,10 +36,8 @@ def run(
     batch_size: int,
     seed: int | None,
     field: str,
-    dtype: str,
-    device_map: str | None,
-    trust_remote_code: bool,
     format: str,
+    **loading: Unpack[Loading],
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
@@ -47,10 +45,7 @@ def run(
         raise UsageError(f"output {output} is a file: name a folder")
     documents = documents_of(data, field=field)
     with timed(output):
-        left, right = (
-            open_lens(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-            for name in (before, after)
-        )
+        left, right = (open_lens(name, **loading) for name in (before, after))
         blocks = token_blocks(
             left.tokenizer or right.tokenizer,
             documents,

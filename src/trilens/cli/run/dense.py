@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 from torch import Tensor
 
-from trilens.cli.run.prompts import open_lens
+from trilens.cli.run.prompts import Loading, open_lens
 from trilens.errors import ConfigError, UsageError, ValueRangeError
 from trilens.io.hub import local_folder
 from trilens.io.json import read_json
@@ -41,24 +42,17 @@ class Dense:
         )
 
 
-def open_dense(
-    model: str,
-    *,
-    dtype: str,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> Dense:
+def open_dense(model: str, **loading: Unpack[Loading]) -> Dense:
     """Open a checkpoint whose weights are not quantized yet.
 
     Raises:
         UsageError: they are.
         LoadError: it can't be loaded.
     """
-    folder, source = local_folder(model, revision=revision, code=trust_remote_code)
+    revision = loading.pop("revision", None)
+    folder, source = local_folder(
+        model, revision=revision, code=loading.get("trust_remote_code", False)
+    )
     if read_json(folder / "config.json", ConfigError).get("quantization_config") is not None:
         raise UsageError(f"{source} is quantized already: give the checkpoint with dense weights")
-    lens = open_lens(
-        str(folder), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
-    return Dense(lens, read_headers(folder))
+    return Dense(open_lens(str(folder), **loading), read_headers(folder))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from trilens.cli.console import check_file, show, show_json, shown_progress, status, timed
 from trilens.cli.run.dense import open_dense
+from trilens.cli.run.prompts import Loading
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
 from trilens.io.atomic import write_bytes
@@ -41,11 +42,8 @@ def run(
     seq_length: int,
     seed: int | None,
     field: str,
-    dtype: str,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
     format: str,
+    **loading: Unpack[Loading],
 ) -> None:
     """Make a plan, print it, and write it where it keeps within the bound."""
     options = PlanOptions(
@@ -62,13 +60,7 @@ def run(
     else:
         held_out = documents_of(evaluate, field=field)
     with timed(output):
-        dense = open_dense(
-            model,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        dense = open_dense(model, **loading)
         draw = partial(dense.blocks, length=seq_length, seed=seed)
         blocks = draw(documents, tokens=max_tokens)
         candidates: Candidates = data_free

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import sys
+from typing import TypedDict, Unpack
 
 from trilens.cli.console import status
 from trilens.errors import UsageError
 from trilens.lens.lens import Lens
 
-__all__ = ["chosen_layers", "open_lens", "prompt_text"]
+__all__ = ["Loading", "chosen_layers", "open_lens", "prompt_text"]
 
 
-def open_lens(
-    model: str,
-    *,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Lens:
+class Loading(TypedDict, total=False):
+    """How a model is loaded: the options of `Lens.from_pretrained`."""
+
+    dtype: str
+    device_map: str | None
+    revision: str | None
+    trust_remote_code: bool
+
+
+def open_lens(model: str, **loading: Unpack[Loading]) -> Lens:
     """Load a model, with a line on the terminal while it loads."""
     with status(f"loading {model}"):
-        return Lens.from_pretrained(
-            model,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        return Lens.from_pretrained(model, **loading)
 
 
 def prompt_text(prompt: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.cli.console import show, show_json, shown_progress
 from trilens.cli.run.dense import open_dense
+from trilens.cli.run.prompts import Loading
 from trilens.cli.run.text import documents_of
 from trilens.planning.sensitivity import measure_sensitivity
 from trilens.report.text.sensitivity import print_sensitivity
@@ -30,22 +31,13 @@ def run(
     seq_length: int,
     seed: int | None,
     field: str,
-    dtype: str,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
     format: str,
+    **loading: Unpack[Loading],
 ) -> None:
     """Measure and print."""
     entry = MatrixPlan(rule=rule, per=per, group_size=group_size)
     documents = documents_of(data, field=field)
-    dense = open_dense(
-        model,
-        dtype=dtype,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    dense = open_dense(model, **loading)
     blocks = dense.blocks(documents, length=seq_length, tokens=max_tokens, seed=seed)
     with shown_progress() as progress:
         found = measure_sensitivity(

@@ -15,6 +15,7 @@ from trilens.errors import (
     AttentionPathError,
     RecurrentStateError,
     SilentSiteError,
+    TrilensError,
     UnclaimedGateError,
 )
 from trilens.models.anatomy import Anatomy
@@ -77,21 +78,8 @@ class GateClaims:
         Raises:
             AttentionPathError: a recurrence without effective attention, or no recurrent layer.
         """
-        for layer in layers:
-            found = self.recurrences.get(layer)
-            if found is not None and found.refusal:
-                raise AttentionPathError(
-                    f"the effective attention of layer {layer} of {model} can't be captured: "
-                    f"{found.refusal}; capture without effective=True"
-                )
-        recurrent = tuple(layer for layer in layers if layer in self.recurrences)
-        if not recurrent:
-            raise AttentionPathError(
-                f"no layer asked of {model} is recurrent, so that none has an effective attention "
-                f"(there is one of {spell_layers(self.effective_layers)}); capture without "
-                "effective=True"
-            )
-        return recurrent
+        how = ("effective attention", "effective=True")
+        return self._recurrent(layers, model, AttentionPathError, *how)
 
     @property
     def state_layers(self) -> tuple[int, ...]:
@@ -108,18 +96,24 @@ class GateClaims:
         Raises:
             RecurrentStateError: a recurrence whose state is not known, or no recurrent layer.
         """
+        return self._recurrent(layers, model, RecurrentStateError, "recurrent state", "states")
+
+    def _recurrent(
+        self, layers: Sequence[int], model: str, error: type[TrilensError], what: str, option: str
+    ) -> tuple[int, ...]:
         for layer in layers:
             found = self.recurrences.get(layer)
             if found is not None and found.refusal:
-                raise RecurrentStateError(
-                    f"the recurrent state of layer {layer} of {model} can't be captured: "
-                    f"{found.refusal}; capture without states"
+                raise error(
+                    f"the {what} of layer {layer} of {model} can't be captured: "
+                    f"{found.refusal}; capture without {option}"
                 )
         recurrent = tuple(layer for layer in layers if layer in self.recurrences)
         if not recurrent:
-            raise RecurrentStateError(
-                f"no layer asked of {model} is recurrent, so that none has a recurrent state "
-                f"(there is one of {spell_layers(self.state_layers)}); capture without states"
+            article = "an" if what[0] == "e" else "a"
+            raise error(
+                f"no layer asked of {model} is recurrent, so that none has {article} {what} "
+                f"(there is one of {spell_layers(self.effective_layers)}); capture without {option}"
             )
         return recurrent
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,20 +84,8 @@ def rwkv7_attention(
     return y.transpose(1, 2).to(r.dtype), end
 
 
-def rwkv7_recurrent(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same recurrence, token by token: the definition, and the reference for the chunks.
-
-    Shapes, Args, Returns and Raises are those of `rwkv7_attention`.
-    """
-    return rwkv7_attention(r, log_w, k, v, a, b, state, chunk_size=1)
+rwkv7_recurrent = partial(rwkv7_attention, chunk_size=1)
+"""The same recurrence, token by token: the definition, and the reference for the chunks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     config_class = RWKV7Config
     base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["RWKV7Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
@@ -88,14 +89,6 @@ class RWKV7Model(RWKV7PreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding."""
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
-        self.embeddings = value
 
     def forward(
         self,
@@ -205,22 +198,6 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):  # type: ignore[m
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The unembedding."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the unembedding."""
-        self.lm_head = new_embeddings
 
     def forward(
         self,

@@ -10,129 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trilens.errors import CorruptFileError, ShapeError
-from trilens.ternary.codecs.rows import holds_code_3, pack_rows, unpack_rows
+from trilens.ternary.codecs.rows import holds_code_3
+from trilens.ternary.packed.matrix import PARTS, Packed
 from trilens.ternary.packed.multiply import multiply, multiply_back
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rotation import rotate, rotate_back
 
 __all__ = ["PARTS", "Packed", "TernaryLinear"]
 
-PARTS = ("codes", "scale", "offset", "second_codes", "second_scale")
-"""The tensors of a packed matrix; the last three only for the rules that make them."""
-
 _ZERO_TRITS = 0b01010101  # four codes of the trit 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """Packed matrices: Ŵ = scale · trits (+ second_scale · second_trits) (+ offset).
-
-    Shapes: lead are the leading dimensions, none for one matrix, one for experts
-
-    Attributes:
-        codes: uint8 [*lead, rows, ceil(cols / 4)].
-        scale: [*lead, rows or 1, groups or 1].
-        cols: Weights in a row.
-        group_size: Weights that share a scale in a row; None where a row has one scale.
-        offset: As `scale`, or None.
-        second_codes: As `codes`, or None.
-        second_scale: As `scale`, or None.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    cols: int
-    group_size: int | None = None
-    offset: Tensor | None = None
-    second_codes: Tensor | None = None
-    second_scale: Tensor | None = None
-
-    @classmethod
-    def of(cls, quant: PerLayerQuant) -> Self:
-        """Pack one quantized matrix.
-
-        Raises:
-            ShapeError: not a matrix.
-        """
-        if len(quant.shape) != 2:
-            raise ShapeError(f"weights {quant.name!r} have shape {quant.shape}: pass a matrix")
-        units = quant.units
-        grid = (1, 1) if quant.per == "tensor" else (units.rows, units.per_row)
-
-        def scales(values: Any) -> Tensor | None:
-            if values is None:
-                return None
-            return torch.from_numpy(np.array(values, dtype=np.float32).reshape(grid))
-
-        return cls(
-            codes=pack_rows(quant.trits),
-            scale=torch.from_numpy(quant.scales.reshape(grid).copy()),
-            cols=quant.shape[1],
-            group_size=quant.group_size,
-            offset=scales(quant.offset),
-            second_codes=None if quant.second_trits is None else pack_rows(quant.second_trits),
-            second_scale=scales(quant.second_scale),
-        )
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors that are there, by their names in `PARTS`."""
-        found = {name: getattr(self, name) for name in PARTS}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all the parts."""
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrices, rounded once to `dtype`.
-
-        Shapes: → [*lead, rows, cols]
-
-        Memory: the matrices in `dtype`, and up to 2 bytes for each weight on the way.
-        """
-        if self.offset is None and self.second_codes is None:
-            # Rounding commutes with a factor of −1, 0 or 1: no detour over float32.
-            return self._plane(self.codes, self.scale, dtype)
-        # PROMOTE: a sum of two terms in bfloat16 would be rounded three times instead of once
-        values = self._plane(self.codes, self.scale, torch.float32)
-        if self.second_codes is not None and self.second_scale is not None:
-            values += self._plane(self.second_codes, self.second_scale, torch.float32)
-        if self.offset is not None:
-            values += self._spread(self.offset)
-        return values.to(dtype)
-
-    def rows(self, start: int, stop: int) -> Self:
-        """Some rows, by reference. For one matrix.
-
-        Shapes: [rows, cols] → [stop − start, cols]
-        """
-
-        def part(name: str, tensor: Tensor) -> Tensor:
-            shared = not name.endswith("codes") and tensor.shape[0] == 1
-            return tensor if shared else tensor[start:stop]
-
-        parts: dict[str, Any] = {name: part(name, tensor) for name, tensor in self.parts.items()}
-        return replace(self, **parts)
-
-    def _plane(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        trits = unpack_rows(codes, self.cols, dtype)
-        return trits.mul_(self._spread(scale.to(dtype)))
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """One number per group to one per weight, where rows have more than one group."""
-        if self.group_size is None or values.shape[-1] == 1:
-            return values
-        return values.repeat_interleave(self.group_size, dim=-1)[..., : self.cols]
 
 
 class _Multiply(torch.autograd.Function):

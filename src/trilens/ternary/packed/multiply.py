@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from trilens.ternary.packed.cpu.thread_pool import find_loop, make_job, methods, run_job
 from trilens.ternary.packed.gpu.dispatch import multiply_on_gpu, triton_computes
-from trilens.ternary.packed.matrix import PackedMatrix
+from trilens.ternary.packed.matrix import Packed
 
 __all__ = ["multiply", "multiply_back"]
 
@@ -38,7 +38,7 @@ _DTYPES = frozenset({*_ROUNDING, torch.float64})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # subclasses may hold no memory of their own
 
 
-def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x · Ŵᵀ + b. No gradient.
 
     Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows], in the dtype of x (under
@@ -68,7 +68,7 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Ten
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def multiply_back(grad: Tensor, packed: PackedMatrix) -> Tensor:
+def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
     """The gradient of `multiply` with respect to x: grad · Ŵ.
 
     Shapes: grad [..., rows]; packed [rows, cols] → [..., cols], in the dtype of grad
@@ -86,7 +86,7 @@ def multiply_back(grad: Tensor, packed: PackedMatrix) -> Tensor:
     return out.to(grad.dtype).reshape(*grad.shape[:-1], packed.cols)
 
 
-def _by_address(x: Tensor, packed: PackedMatrix) -> bool:
+def _by_address(x: Tensor, packed: Packed) -> bool:
     codes = packed.codes
     return (
         codes.shape[0] * packed.cols >= _WORTH_PACKED
@@ -101,7 +101,7 @@ def _by_address(x: Tensor, packed: PackedMatrix) -> bool:
     )
 
 
-def _readable(packed: PackedMatrix) -> bool:
+def _readable(packed: Packed) -> bool:
     """Whether compiled loops can read the parts: groups of whole words, contiguous, float32."""
     size = packed.group_size
     parts = (packed.scale, packed.second_scale, packed.offset)
@@ -113,7 +113,7 @@ def _readable(packed: PackedMatrix) -> bool:
     )
 
 
-def _method(flat: Tensor, packed: PackedMatrix) -> str | None:
+def _method(flat: Tensor, packed: Packed) -> str | None:
     """How to look codes up; None where tiles are better."""
     if flat.dtype == torch.float64 or not 0 < len(flat) <= max(_LOOKUP_INPUTS.values()):
         return None
@@ -123,7 +123,7 @@ def _method(flat: Tensor, packed: PackedMatrix) -> str | None:
     return found[0] if found and len(flat) <= _LOOKUP_INPUTS[found[0]] else None
 
 
-def _looked_up(flat: Tensor, packed: PackedMatrix, method: str) -> Tensor:
+def _looked_up(flat: Tensor, packed: Packed, method: str) -> Tensor:
     """Shapes: flat [inputs, cols] → float32 [inputs, rows]."""
     n_inputs, cols = flat.shape
     rows, words = len(packed.codes), -(-cols // 16)
@@ -152,7 +152,7 @@ def _looked_up(flat: Tensor, packed: PackedMatrix, method: str) -> Tensor:
     return out
 
 
-def _tiled(flat: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Tensor:
+def _tiled(flat: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """Shapes: flat [inputs, cols] → [inputs, rows]."""
     out = flat.new_empty(len(flat), len(packed.codes))
     for start, stop in _tiles(packed, flat.dtype):
@@ -162,14 +162,14 @@ def _tiled(flat: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _tiles(packed: PackedMatrix, dtype: torch.dtype) -> list[tuple[int, int]]:
+def _tiles(packed: Packed, dtype: torch.dtype) -> list[tuple[int, int]]:
     rows = len(packed.codes)
     step = max(16, _TILE_BYTES // (packed.cols * dtype.itemsize) // 16 * 16)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _unpacked(
-    packed: PackedMatrix, start: int, stop: int, rounded: torch.dtype, dtype: torch.dtype
+    packed: Packed, start: int, stop: int, rounded: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
     """Rows of the matrix, rounded to one dtype and held in another.
 
@@ -194,12 +194,12 @@ def _unpacked(
     return tile[:, :cols]
 
 
-def _is_sum(packed: PackedMatrix) -> bool:
+def _is_sum(packed: Packed) -> bool:
     """Whether weights are sums, which are rounded as such, and not their terms."""
     return packed.offset is not None or packed.second_codes is not None
 
 
-def _job(packed: PackedMatrix, rounding: int) -> dict[str, Any]:
+def _job(packed: Packed, rounding: int) -> dict[str, Any]:
     """What the loops need to know of a matrix."""
     rows, cols = len(packed.codes), packed.cols
     groups = packed.scale.shape[1]

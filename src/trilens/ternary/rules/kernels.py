@@ -81,17 +81,6 @@ class _NumPy:
 class _Compiled:
     """Allocates what the compiled loops fill."""
 
-    __slots__ = (
-        "_abs_sums",
-        "_best_prefix",
-        "_cells",
-        "_codes",
-        "_histogram",
-        "_sorted_cells",
-        "_squared_sums",
-        "_two_bit",
-    )
-
     def __init__(self, numba: ModuleType) -> None:
         self._abs_sums = _compile(numba, numba_kernels.abs_sums)
         self._codes = _compile(numba, numba_kernels.codes)

@@ -58,35 +58,15 @@ class ChannelHeadsPattern(RecurrenceBase):
         return self._parts
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._parts[0].batch
+    def _shape(self) -> tuple[int, int, int, int]:
+        first = self._parts[0]
+        return first.batch, len(self._parts), first.seq_q, first.seq_k
 
-    @property
-    def heads(self) -> int:
-        """Heads."""
-        return len(self._parts)
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        return torch.cat([part.rows(positions, None, row) for part in self._of(head)])
 
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._parts[0].seq_q
-
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k].
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        return torch.cat([part.rows(positions, None, batch) for part in self._of(head)])
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        return torch.cat([part.columns(positions, None, batch) for part in self._of(head)])
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        return torch.cat([part.columns(positions, None, row) for part in self._of(head)])
 
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """The recurrences of one head.

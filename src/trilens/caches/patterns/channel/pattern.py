@@ -7,19 +7,18 @@ pairs; it is walked through in blocks of channels, and the blocks' weights add u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trilens.caches.indices import check_positions
 from trilens.caches.patterns.channel.blocks import ChannelInputs
 from trilens.caches.patterns.protocol import BLOCK_BYTES
 from trilens.caches.patterns.recurrent.base import RecurrenceBase, check_decay, check_tensor, cut
 from trilens.caches.patterns.recurrent.blocks import Recurrence
-from trilens.caches.patterns.relu_l1 import RowSummary, summarise
+from trilens.caches.patterns.relu_l1 import RowSummary, SummarisedPattern, summarise
 from trilens.errors import UsageError, ValueRangeError
 
 __all__ = ["ChannelPattern", "DecayedSoftmaxPattern"]
@@ -107,24 +106,14 @@ class ChannelPattern(RecurrenceBase):
         return cls(step=-log_w, rate=rate, write=write)
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensors["step"].shape[0]
-
-    @property
-    def heads(self) -> int:
-        """1: the mean over channels."""
-        return 1
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, seq, _ = self._tensors["step"].shape
+        return batch, 1, seq, seq  # one head: the mean over channels
 
     @property
     def n_channels(self) -> int:
         """Channels that the mean runs over."""
         return self._tensors["step"].shape[2]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensors["step"].shape[1]
 
     def channels(self, start: int, stop: int) -> ChannelPattern:
         """The pattern of channels start … stop − 1 alone, from the same tensors.
@@ -143,29 +132,17 @@ class ChannelPattern(RecurrenceBase):
         parts["rate"] = parts["rate"][start:stop]
         return ChannelPattern(**parts)
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [1, n, seq_k].
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        if not 0 < len(positions) <= _FEW:
+            return super()._rows(positions, head, row)
+        inputs = ChannelInputs.of(*self._inputs(row))
+        return torch.stack([inputs.row(position) for position in positions])[None]
 
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        if not 0 < len(index) <= _FEW:
-            return super().rows(index, head, batch)
-        inputs = ChannelInputs.of(*self._inputs(*self._place(batch, head)))
-        return torch.stack([inputs.row(position) for position in index])[None]
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [1, seq_q, n].
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        if not 0 < len(index) <= _FEW:
-            return super().columns(index, head, batch)
-        inputs = ChannelInputs.of(*self._inputs(*self._place(batch, head)))
-        return torch.stack([inputs.column(position) for position in index], dim=-1)[None]
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        if not 0 < len(positions) <= _FEW:
+            return super()._columns(positions, head, row)
+        inputs = ChannelInputs.of(*self._inputs(row))
+        return torch.stack([inputs.column(position) for position in positions], dim=-1)[None]
 
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """One recurrence per block of channels; states run over (channel, state) pairs."""
@@ -196,7 +173,7 @@ class ChannelPattern(RecurrenceBase):
         """The kind alone."""
         return {"kind": "channel"}
 
-    def _inputs(self, batch: int, head: int | None = None) -> tuple[Tensor, ...]:
+    def _inputs(self, batch: int) -> tuple[Tensor, ...]:
         """step, rate, q, k and write of one prompt, in the dtype to compute in."""
         found = {
             name: (tensor if name == "rate" else tensor[batch]).to(self.dtype)
@@ -216,7 +193,7 @@ class ChannelPattern(RecurrenceBase):
         return self.cut(name, row, n)
 
 
-class DecayedSoftmaxPattern(RecurrenceBase):
+class DecayedSoftmaxPattern(SummarisedPattern, RecurrenceBase):
     """Mean over channels of a softmax with exponential decay and a bonus for the own token.
 
         y_t = (Σ_{j<t} exp((t−1−j) · log_w + k_j) v_j + exp(bonus + k_t) v_t) / (the same without v)
@@ -250,29 +227,14 @@ class DecayedSoftmaxPattern(RecurrenceBase):
         self._summaries: dict[int, RowSummary] = {}
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensors["k"].shape[0]
-
-    @property
-    def heads(self) -> int:
-        """1: the mean over channels."""
-        return 1
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, seq, _ = self._tensors["k"].shape
+        return batch, 1, seq, seq  # one head: the mean over channels
 
     @property
     def n_channels(self) -> int:
         """Channels that the mean runs over."""
         return self._tensors["k"].shape[2]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensors["k"].shape[1]
-
-    @property
-    def signed(self) -> bool:
-        """False: a softmax has no negative weights."""
-        return False
 
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """One recurrence per block of channels, each channel a state of its own.
@@ -312,27 +274,8 @@ class DecayedSoftmaxPattern(RecurrenceBase):
         """The kind alone."""
         return {"kind": "decayed_softmax"}
 
-    def entropy(self, batch: int = 0) -> Tensor:
-        """Entropy of each row in nats, in [0, ln seq_k]: [1, seq_q]."""
-        return self._summary(batch).entropy.clone()
-
-    def mean_distance(self, batch: int = 0) -> Tensor:
-        """Mean distance in tokens between query and key: [1, seq_q]."""
-        return self._summary(batch).mean_distance.clone()
-
-    def received(self, batch: int = 0) -> Tensor:
-        """Mean weight that a key gets from the queries that may see it: [1, seq_k]."""
-        return self._summary(batch).received.clone()
-
-    def sink_mass(self, batch: int = 0) -> Tensor:
-        """Zeros: there is no sink."""
-        return torch.zeros_like(self._summary(batch).mass)
-
-    def _summary(self, batch: int) -> RowSummary:
-        row = self._row(batch)
-        if row not in self._summaries:
-            self._summaries[row] = summarise(self, row, causal=True)
-        return self._summaries[row]
+    def _summarise(self, row: int) -> RowSummary:
+        return summarise(self, row, causal=True)
 
     def _cut(self, name: str, row: int, n: int) -> Tensor:
         tensor = self._tensors[name]

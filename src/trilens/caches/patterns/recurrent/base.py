@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Self
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
 
-from trilens.caches.indices import check_index, check_positions, check_unpad
-from trilens.caches.patterns.protocol import Device, Moved, moved_once
+from trilens.caches.indices import check_unpad
+from trilens.caches.patterns.protocol import KeptPattern
 from trilens.caches.patterns.recurrent.blocks import Recurrence, column_weights, row_weights
 from trilens.caches.patterns.relu_l1 import ReluL1Pattern, row_blocks
 from trilens.caches.patterns.softmax.masks import SharedMasks, tensor_identity
-from trilens.caches.storage import distinct_bytes
 from trilens.errors import DtypeError, ShapeError, UsageError, ValueRangeError
 
 __all__ = ["RecurrenceBase", "check_decay", "check_tensor", "cut"]
 
 
-class RecurrenceBase(ABC):
+class RecurrenceBase(KeptPattern):
     """A causal pattern whose weights are those of one or more linear recurrences, summed.
 
     A subclass says what it keeps and gives its recurrences; nothing is computed before it is asked.
@@ -33,21 +32,6 @@ class RecurrenceBase(ABC):
             name: tensor.detach() for name, tensor in tensors.items() if tensor is not None
         }
 
-    @property
-    @abstractmethod
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-
-    @property
-    @abstractmethod
-    def heads(self) -> int:
-        """Heads."""
-
-    @property
-    @abstractmethod
-    def seq_q(self) -> int:
-        """Query positions."""
-
     @abstractmethod
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """The recurrences whose weights add up to the pattern of one prompt, one after the other.
@@ -56,15 +40,6 @@ class RecurrenceBase(ABC):
             batch: a row that is there.
             head: a head that is there, or None for all.
         """
-
-    @abstractmethod
-    def params(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON; `kind` names the class of pattern."""
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions, which are the query positions."""
-        return self.seq_q
 
     @property
     def signed(self) -> bool:
@@ -85,32 +60,13 @@ class RecurrenceBase(ABC):
         """Bytes that `dense()` takes."""
         return self.batch * self.heads * self.seq_q**2 * self.dtype.itemsize
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct storages that the pattern keeps alive."""
-        return distinct_bytes(self._tensors.values())
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """Costs O(seq_k · d) per row and head. What comes after a query is exactly 0."""
+        return _total(row_weights(each, positions) for each in self.recurrences(row, head))
 
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k].
-
-        Costs O(seq_k · d) per row and head. What comes after a query is exactly 0.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        return _total(row_weights(each, index) for each in self._asked(batch, head))
-
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        Costs O(seq_q · d) per column and head. What comes before a key is exactly 0.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        return _total(column_weights(each, index) for each in self._asked(batch, head))
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """Costs O(seq_q · d) per column and head. What comes before a key is exactly 0."""
+        return _total(column_weights(each, positions) for each in self.recurrences(row, head))
 
     def dense(self) -> Tensor:
         """The whole pattern: [batch, heads, seq_q, seq_k].
@@ -127,35 +83,19 @@ class RecurrenceBase(ABC):
         return out
 
     def entropy(self, batch: int = 0) -> Tensor:
-        """Refused: a signed row is no distribution.
-
-        Raises:
-            UsageError: always.
-        """
+        """Always refused with `UsageError`: a signed row is no distribution."""
         self._refuse("entropy")
 
     def mean_distance(self, batch: int = 0) -> Tensor:
-        """Refused: a signed row is no distribution.
-
-        Raises:
-            UsageError: always.
-        """
+        """Always refused with `UsageError`: a signed row is no distribution."""
         self._refuse("mean_distance")
 
     def received(self, batch: int = 0) -> Tensor:
-        """Refused: positive and negative weights would cancel.
-
-        Raises:
-            UsageError: always.
-        """
+        """Always refused with `UsageError`: positive and negative weights would cancel."""
         self._refuse("received")
 
     def sink_mass(self, batch: int = 0) -> Tensor:
-        """Refused: a signed row has no mass to lack.
-
-        Raises:
-            UsageError: always.
-        """
+        """Always refused with `UsageError`: a signed row has no mass to lack."""
         self._refuse("sink_mass")
 
     def relu_l1(self) -> ReluL1Pattern:
@@ -187,22 +127,9 @@ class RecurrenceBase(ABC):
             parts[name] = own[key]
         return self.rebuild(parts, self.params())
 
-    def to(self, device: Device, moved_so_far: Moved | None = None) -> Self:
-        """The pattern on another device."""
-        memo = {} if moved_so_far is None else moved_so_far
-        moved = {name: moved_once(each, device, memo) for name, each in self._tensors.items()}
-        return self.rebuild(moved, self.params())
-
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it keeps, by name, by reference, maybe views."""
         return dict(self._tensors)
-
-    @classmethod
-    def rebuild(cls, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Self:
-        """The pattern that gave these `tensors()` and `params()`."""
-        options: dict[str, Any] = {**tensors, **params}
-        options.pop("kind", None)
-        return cls(**options)
 
     def __repr__(self) -> str:
         return (
@@ -213,16 +140,6 @@ class RecurrenceBase(ABC):
     def _cut(self, name: str, row: int, n: int) -> Tensor:
         """One prompt's own tokens of a tensor; a subclass knows which are not per prompt."""
         return cut(self._tensors[name], row, n)
-
-    def _asked(self, batch: int, head: int | None) -> Iterator[Recurrence]:
-        return self.recurrences(*self._place(batch, head))
-
-    def _place(self, batch: int, head: int | None) -> tuple[int, int | None]:
-        one = None if head is None else check_index(head, self.heads, "head", "this pattern")
-        return self._row(batch), one
-
-    def _row(self, batch: int) -> int:
-        return check_index(batch, self.batch, "batch row", "this pattern")
 
     def _refuse(self, question: str) -> NoReturn:
         raise UsageError(

@@ -102,22 +102,6 @@ class Chunk:
     Writers are what the tokens add to the state: every b, where there are any, then every k.
     """
 
-    __slots__ = (
-        "_first_key",
-        "_raised",
-        "_steep",
-        "a",
-        "bounds",
-        "q",
-        "query_shift",
-        "start",
-        "stop",
-        "tokens",
-        "writers",
-        "wrote",
-        "wrote_at",
-    )
-
     def __init__(self, recurrence: Recurrence, start: int, stop: int, steep: bool) -> None:
         self.start = start
         self.stop = stop

@@ -182,19 +182,9 @@ class RecurrentPattern(RecurrenceBase):
         return cls(**bare.tensors(), row_scale=scale, scaling=scaling)
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._tensors["q"].shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Heads."""
-        return self._heads
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._tensors["q"].shape[2]
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, _, seq, _ = self._tensors["q"].shape
+        return batch, self._heads, seq, seq
 
     @property
     def dtype(self) -> torch.dtype:

@@ -152,7 +152,7 @@ def without_idle_mask(inputs: SoftmaxInputs) -> SoftmaxInputs:
 
 def shift(inputs: SoftmaxInputs) -> Tensor:
     """What centring took off every score of a row: [heads, seq_q]."""
-    out = torch.zeros(inputs.heads, inputs.seq_q, dtype=inputs.dtype, device=inputs.q.device)
+    out = inputs.q.new_zeros((inputs.heads, inputs.seq_q), dtype=inputs.dtype)
     if inputs.centre is not None:
         for head in range(inputs.heads):
             torch.mv(
@@ -229,9 +229,7 @@ def column_weights(inputs: SoftmaxInputs, lse: Tensor, positions: Tensor) -> Ten
         lse: [heads, seq_q] of the centred scores, from the summary.
         positions: [n] key positions.
     """
-    out = torch.empty(
-        inputs.heads, inputs.seq_q, len(positions), dtype=inputs.dtype, device=inputs.q.device
-    )
+    out = inputs.q.new_empty((inputs.heads, inputs.seq_q, len(positions)), dtype=inputs.dtype)
     for head in range(inputs.heads):
         part = inputs.only(slice(head, head + 1))
         keys = part.k[:, positions].to(part.dtype)
@@ -250,8 +248,7 @@ def summarise_block(group: HeadGroup, rows: slice, columns: slice) -> Summary:
     """The summary of some query positions, from their scores against the keys of their span."""
     inputs = group.inputs
     if columns.stop <= columns.start:
-        shape = (inputs.heads, rows.stop - rows.start)
-        empty = torch.zeros(shape, dtype=inputs.dtype, device=inputs.q.device)
+        empty = inputs.q.new_zeros((inputs.heads, rows.stop - rows.start), dtype=inputs.dtype)
         return Summary(torch.full_like(empty, -torch.inf), empty)
     scores = _scores(inputs, group.keys[:, columns], rows, columns)
     top = _finite(scores.amax(-1, keepdim=True))
@@ -279,9 +276,9 @@ def moments(inputs: SoftmaxInputs, lse: Tensor) -> tuple[Tensor, Tensor]:
     distance = torch.zeros(inputs.heads, inputs.seq_q, dtype=inputs.dtype, device=device)
     received = torch.zeros(inputs.heads, inputs.seq_k, dtype=inputs.dtype, device=device)
     positions = torch.arange(inputs.seq_k, device=device)
-    ones = torch.ones(1, 1, inputs.seq_q, dtype=inputs.dtype, device=device)
-    ones = ones.expand(inputs.heads, -1, -1)
-    kept = None if inputs.sinks is None else _kept(lse + shift(inputs), inputs.sinks)
+    kept = torch.ones_like(distance)
+    if inputs.sinks is not None:
+        kept = _kept(lse + shift(inputs), inputs.sinks)
     step, groups = row_blocks(inputs)
     walk = spans(inputs, step)
     for group in groups:
@@ -291,8 +288,7 @@ def moments(inputs: SoftmaxInputs, lse: Tensor) -> tuple[Tensor, Tensor]:
                 continue
             weights = _scores(group.inputs, group.keys[:, columns], rows, columns)
             weights.sub_(_finite(lse[own, rows])[..., None]).exp_()
-            mass = ones[own, :, rows] if kept is None else kept[own, None, rows]
-            received[own, columns] += torch.bmm(mass, weights)[:, 0]
+            received[own, columns] += torch.bmm(kept[own, None, rows], weights)[:, 0]
             queries = _positions(rows, device) + inputs.query_offset
             distance[own, rows] = _distances(weights, queries, positions[columns], inputs.causal)
     return distance, received.div_(_seen_by(inputs).clamp_(min=1))
@@ -322,9 +318,7 @@ def _seen_by(inputs: SoftmaxInputs) -> Tensor:
     if not terms:
         hidden = (keys - inputs.query_offset).clamp_(0, inputs.seq_q) if inputs.causal else keys * 0
         return (inputs.seq_q - hidden)[None].to(inputs.dtype)
-    counts = torch.zeros(
-        max(term.shape[0] for term in terms), inputs.seq_k, dtype=inputs.dtype, device=device
-    )
+    counts = inputs.q.new_zeros((max(map(len, terms)), inputs.seq_k), dtype=inputs.dtype)
     step = max(1, _SCORE_BYTES_CPU // (counts.shape[0] * inputs.seq_k))
     for start in range(0, inputs.seq_q, step):
         rows = slice(start, min(start + step, inputs.seq_q))

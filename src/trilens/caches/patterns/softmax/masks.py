@@ -79,12 +79,7 @@ def plain_mask(
     An additive mask of nothing but zeros and masked values becomes bool; a mask that hides
     nothing, or nothing more than causality does, goes away.
 
-    Args:
-        mask: [.., 1 or seq_q, seq_k], bool or additive.
-        seq_q: query positions.
-        seq_k: key positions.
-        causal: whether causality holds besides the mask.
-        query_offset: keys before the first query.
+    Arguments are those of `implied_causality`.
 
     Returns:
         The mask, its own tensor where it could not be made plainer, and causal.

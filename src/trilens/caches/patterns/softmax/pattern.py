@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trilens.caches.indices import check_index, check_positions, check_unpad
-from trilens.caches.patterns.protocol import Device, Moved, moved_once
+from trilens.caches.indices import check_index, check_unpad
+from trilens.caches.patterns.protocol import KeptPattern
 from trilens.caches.patterns.softmax.blocks import (
     HeadGroup,
     SoftmaxInputs,
@@ -24,14 +24,13 @@ from trilens.caches.patterns.softmax.blocks import (
 from trilens.caches.patterns.softmax.checks import check_number, check_q_k, check_sinks, check_term
 from trilens.caches.patterns.softmax.fused import summarise
 from trilens.caches.patterns.softmax.masks import SharedMasks
-from trilens.caches.storage import distinct_bytes
 from trilens.errors import ValueRangeError
 from trilens.numbers import at_least
 
 __all__ = ["SoftmaxPattern"]
 
 
-class SoftmaxPattern:
+class SoftmaxPattern(KeptPattern):
     """softmax(scaling · q kᵀ + …) of one layer, computed where it is asked and nowhere else.
 
     q, k, mask and bias are kept by reference and detached; O(tokens) memory as long as the model
@@ -68,20 +67,6 @@ class SoftmaxPattern:
         UsageError: not a tensor, or tensors on several devices.
     """
 
-    __slots__ = (
-        "_bias",
-        "_causal",
-        "_k",
-        "_mask",
-        "_moments",
-        "_q",
-        "_query_offset",
-        "_scaling",
-        "_sinks",
-        "_softcap",
-        "_summaries",
-    )
-
     def __init__(
         self,
         q: Tensor,
@@ -112,24 +97,8 @@ class SoftmaxPattern:
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
-    def batch(self) -> int:
-        """Prompts in the pattern."""
-        return self._q.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self._q.shape[1]
-
-    @property
-    def seq_q(self) -> int:
-        """Query positions."""
-        return self._q.shape[2]
-
-    @property
-    def seq_k(self) -> int:
-        """Key positions."""
-        return self._k.shape[2]
+    def _shape(self) -> tuple[int, int, int, int]:
+        return (*self._q.shape[:3], self._k.shape[2])
 
     @property
     def signed(self) -> bool:
@@ -162,41 +131,22 @@ class SoftmaxPattern:
         size = self.batch * self.heads * self.seq_q * self.seq_k
         return size * self._inputs(0).dtype.itemsize
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct storages that the pattern keeps alive, without kept answers."""
-        return distinct_bytes(self.tensors().values())
-
-    def rows(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights from the given query positions: [heads or 1, n, seq_k].
-
-        Costs one product of these queries with the keys; nothing else is computed.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_q, "query position", "this pattern")
-        inputs = self._inputs(batch, head)
-        queries = torch.tensor(index, dtype=torch.long, device=self._q.device)
-        out = self._q.new_empty((inputs.heads, len(index), self.seq_k), dtype=inputs.dtype)
-        for group, start, stop in _row_walk(inputs, len(index)):
+    def _rows(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """One product of these queries with the keys; nothing else is computed."""
+        inputs = self._inputs(row, head)
+        queries = torch.tensor(positions, dtype=torch.long, device=self._q.device)
+        out = self._q.new_empty((inputs.heads, len(positions), self.seq_k), dtype=inputs.dtype)
+        for group, start, stop in _row_walk(inputs, len(positions)):
             out[group.heads, start:stop] = row_weights(group, queries[start:stop])
         return out
 
-    def columns(self, positions: Sequence[int], head: int | None = None, batch: int = 0) -> Tensor:
-        """Weights to the given key positions: [heads or 1, seq_q, n].
-
-        The first question of this kind computes the prompt's log-sum-exp.
-
-        Raises:
-            OutOfRangeError: a position, head or batch that is not there.
-        """
-        index = check_positions(positions, self.seq_k, "key position", "this pattern")
-        inputs = self._inputs(batch, head)
-        lse = self._summary(batch).lse
+    def _columns(self, positions: list[int], head: int | None, row: int) -> Tensor:
+        """The first question of this kind computes the prompt's log-sum-exp."""
+        lse = self._summary(row).lse
         if head is not None:
             lse = lse[head : head + 1]
-        return column_weights(inputs, lse, torch.tensor(index, dtype=torch.long, device=lse.device))
+        keys = torch.tensor(positions, dtype=torch.long, device=lse.device)
+        return column_weights(self._inputs(row, head), lse, keys)
 
     def lse(self, batch: int = 0) -> Tensor:
         """Log-sum-exp of each row's scores, without the sink: [heads, seq_q], −inf for no key."""
@@ -278,12 +228,6 @@ class SoftmaxPattern:
             sinks=self._sinks,
         )
 
-    def to(self, device: Device, moved_so_far: Moved | None = None) -> SoftmaxPattern:
-        """The pattern on another device; kept answers stay behind."""
-        memo = {} if moved_so_far is None else moved_so_far
-        tensors = {name: moved_once(each, device, memo) for name, each in self.tensors().items()}
-        return SoftmaxPattern.rebuild(tensors, self.params())
-
     def tensors(self) -> dict[str, Tensor]:
         """q, k and, where there are any, mask, bias and sinks; by reference, maybe views."""
         named = {
@@ -305,13 +249,6 @@ class SoftmaxPattern:
             "softcap": self._softcap,
         }
 
-    @classmethod
-    def rebuild(cls, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Self:
-        """The pattern that gave these `tensors()` and `params()`."""
-        options: dict[str, Any] = {**tensors, **params}
-        options.pop("kind", None)
-        return cls(**options)
-
     def __repr__(self) -> str:
         own = ", ".join(name for name in ("mask", "bias", "sinks") if name in self.tensors())
         return (
@@ -319,9 +256,6 @@ class SoftmaxPattern:
             f"seq_k {self.seq_k}, {self._q.dtype}, causal {self._causal}"
             f"{', with ' + own if own else ''})"
         )
-
-    def _row(self, batch: int) -> int:
-        return check_index(batch, self.batch, "batch row", "this pattern")
 
     def _inputs(self, batch: int, head: int | None = None) -> SoftmaxInputs:
         row = self._row(batch)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from trilens.ternary.packed.matrix import PackedMatrix
+from trilens.ternary.packed.matrix import Packed
 
 __all__ = ["multiply_on_gpu", "triton_computes"]
 
@@ -19,7 +19,7 @@ _FEW = 4  # inputs: beyond, the matrix units pay
 _ROWS, _COLS = 32, 128
 
 
-def triton_computes(x: Tensor, packed: PackedMatrix) -> bool:
+def triton_computes(x: Tensor, packed: Packed) -> bool:
     """Whether `multiply_on_gpu` can: Triton is installed, all is on one GPU, nothing traced."""
     return (
         x.is_cuda
@@ -33,7 +33,7 @@ def triton_computes(x: Tensor, packed: PackedMatrix) -> bool:
     )
 
 
-def multiply_on_gpu(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+def multiply_on_gpu(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x · Ŵᵀ + b. No gradient.
 
     Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows], in the dtype of x
