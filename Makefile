@@ -25,7 +25,7 @@ NUMERICS := tests/statistics tests/caches tests/ternary/calibrated tests/ternary
 	tests/ternary/test_rotation.py tests/evaluation tests/training tests/lens tests/analysis/comparison \
 	tests/planning/test_calibrated_candidates.py::test_hessians_are_those_of_the_inputs \
 	tests/planning/test_predictor.py tests/models/test_anatomy.py tests/models/rwkv7/test_kernels.py
-BASELINE := OMP_NUM_THREADS=2
+BASELINE := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 ifeq ($(shell uname -m),x86_64)
 BASELINE += ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 	OPENBLAS_CORETYPE=Nehalem NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4" \
