@@ -334,31 +334,10 @@ def test_unsafe_batches_are_seen_in_every_dtype(model_type: str, dtype: torch.dt
     assert not Lens(build(model_type, dtype=dtype)).batches_safely(40)
 
 
-# A scan in bfloat16 adds up its roundings token by token: whether padding moves a row by more than
-# 8 eps depends on the processor's order of summation. The next test holds it to what is promised.
-@pytest.mark.parametrize(
-    ("model_type", "dtype"),
-    [
-        *((name, torch.float32) for name in ("llama", "gpt2", "mamba", "jamba")),
-        *((name, torch.bfloat16) for name in ("llama", "gpt2", "jamba")),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mamba", "jamba"])
 def test_safe_batches_are_seen_too(model_type: str, dtype: torch.dtype) -> None:
     assert Lens(build(model_type, dtype=dtype)).batches_safely(40)
-
-
-def test_a_scan_in_half_precision_is_batched_where_that_is_safe_and_only_there() -> None:
-    lens = Lens(build("mamba", dtype=torch.bfloat16))
-    prompts = [prompt_ids("mamba", n)[0].tolist() for n in (40, 21, 3)]
-    batched = lens.batches_safely(40)
-    for many, prompt in zip(lens.capture_many(prompts, batch_size=3), prompts, strict=True):
-        one = lens.capture(prompt)
-        assert many.logits is not None and one.logits is not None
-        if batched:
-            bound = 8 * torch.finfo(torch.bfloat16).eps * max(1.0, float(one.logits.abs().max()))
-            assert float((many.logits.double() - one.logits.double()).abs().max()) <= bound
-        else:  # one by one: the same pass
-            assert torch.equal(many.logits, one.logits)
 
 
 @pytest.mark.parametrize(

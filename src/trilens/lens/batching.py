@@ -54,21 +54,23 @@ class BatchSafety:
             probes = [Prompt(row[0].cpu(), tuple(map(str, row[0].tolist()))) for row in rows]
             alone = [self._run([probe])[0] for probe in probes]
             pairs = zip(self._run(probes), alone, strict=True)
-            self._safe = all(agree(a, b) for a, b in pairs)
+            self._safe = all(agree(a, b, model.dtype) for a, b in pairs)
             self._checked = longest
         return self._safe
 
 
-def agree(a: Capture, b: Capture) -> bool:
-    """Whether logits and residuals are equal within 1e-5, or a narrower dtype's rounding."""
+def agree(a: Capture, b: Capture, dtype: torch.dtype) -> bool:
+    """Whether logits and residuals are equal within 1e-5, or the rounding of the model's dtype."""
     pairs = [(a.logits, b.logits)]
     if a.has("residual") and b.has("residual"):
         pairs += [(a.residual[i], b.residual[i]) for i in a.residual]
     for ours, theirs in pairs:
         if ours is None or theirs is None:
             continue
-        # PROMOTE: half-precision rows differ by their own rounding from batch to batch.
-        tolerance = 1e-5 if ours.dtype == torch.float32 else 8 * torch.finfo(ours.dtype).eps
+        # PROMOTE: half-precision rows differ by their own rounding from batch to batch; a residual
+        # that is kept in float32 holds what was computed in the model's dtype.
+        eps = max(torch.finfo(dtype).eps, torch.finfo(ours.dtype).eps)
+        tolerance = max(1e-5, 8 * eps)
         left, right = ours.double(), theirs.double()
         if float((left - right).abs().max()) > tolerance * max(1.0, float(right.abs().max())):
             return False
