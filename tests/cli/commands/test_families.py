@@ -28,6 +28,16 @@ def test_a_type_is_shown_in_full() -> None:
     }
 
 
+def test_the_list_is_short_and_says_where_more_stands() -> None:
+    lines = run(columns=120).stdout.splitlines()
+    assert len(lines) < 189 * 2
+    assert lines[-1].startswith("trilens families --type NAME")
+    assert "sigmoid" not in "".join(lines)
+    shown = run("--type", "gpt_oss").stdout
+    assert "router (router, 0 … 1): 0–3" in shown
+    assert shown.splitlines()[0] == "gpt_oss"
+
+
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
     result = run(columns=columns)

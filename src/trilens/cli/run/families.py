@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from trilens.cli.console import show, show_json
 from trilens.errors import UsageError
 from trilens.models.families import load_families
-from trilens.report.text.families import print_families
+from trilens.report.text.families import print_families, print_family_details
 
 __all__ = ["run"]
 
@@ -27,4 +26,5 @@ def run(*, type: str | None, format: str) -> None:
     if format == "json":
         show_json(table.to_dict())
     else:
-        show(partial(print_families, table, whole=type is not None))
+        draw = print_families if type is None else print_family_details
+        show(lambda console: draw(table, console))

@@ -12,6 +12,7 @@ from rich.text import Text
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.rows import Row
+from trilens.report.text.inspection import gate_headings, print_decay_note
 from trilens.report.text.tables import Column, print_table
 
 __all__ = ["print_comparison", "render_comparison"]
@@ -45,7 +46,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(Text(line))
     console.print()
     _print_layers(index, console)
-    _print_gates(index, console)
+    _print_gates(index, console, comparison.options["gate_threshold"])
     if comparison.role_changes:
         console.print()
         _print_roles(comparison.role_changes, console)
@@ -133,7 +134,7 @@ def _print_layers(index: _Index, console: Console) -> None:
     print_table(console, ["layer", *(each[0] for each in there)], cells)
 
 
-def _print_gates(index: _Index, console: Console) -> None:
+def _print_gates(index: _Index, console: Console, threshold: float) -> None:
     places = [(row.layer, row.module) for row in index.rows if row.metric == "openness"]
     if not places:
         return
@@ -157,11 +158,12 @@ def _print_gates(index: _Index, console: Console) -> None:
             row += map(_number, sides) if sides else [_NONE, _NONE]
         cells.append(row)
     columns: list[Column | str] = [
-        "layer", Column("gate", left=True), "open before", "open after", "|Δ unit|", "newly dead",
-        "newly saturated", *(["horizon before", "horizon after"] if horizons else []),
+        "layer", Column("gate", left=True), "open before", "open after", "|Δ unit|",
+        *gate_headings(threshold, "newly "), *(["horizon before", "horizon after"] if horizons else []),
     ]  # fmt: skip
     console.print()
     print_table(console, columns, cells, keys=2)
+    print_decay_note((name for _, name in places), console)
 
 
 def _print_roles(changes: Sequence[RoleChange], console: Console) -> None:

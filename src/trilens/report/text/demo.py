@@ -39,6 +39,7 @@ def _rows(
         ("held-out loss", [f"{record['heldout_loss_nats']:.2f} nats/token" for record in records]),
         ("residual grows", [_growth(inspection) for inspection in inspections]),
     ]
+    rows.append(("weights", [_weights(inspection) for inspection in inspections]))
     for layer in range(max(inspection.n_layers for inspection in inspections)):
         rows.append((f"layer {layer} reads", [_reads(each, layer) for each in inspections]))
     rows.append(("next", [_next(inspection) for inspection in inspections]))
@@ -48,6 +49,12 @@ def _rows(
 def _growth(inspection: Inspection) -> str:
     norms = [row.residual_norm for row in inspection.layers]
     return f"{norms[0]:.0f} → {norms[-1]:.0f}"
+
+
+def _weights(inspection: Inspection) -> str:
+    """What the weights below are: the two kinds are on different scales."""
+    softmax = any(row.attended for row in inspection.layers)
+    return "softmax, sum to 1" if softmax else "effective, signed"
 
 
 def _reads(inspection: Inspection, layer: int) -> str:

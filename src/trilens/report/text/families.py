@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.text import Text
 
-from trilens.models.families import FamilyTable, spell_short
+from trilens.models.families import FamilyRow, FamilyTable, spell_short
 from trilens.report.text.tables import Column, print_table
 
-__all__ = ["print_families"]
+__all__ = ["print_families", "print_family_details"]
 
-_REASON = 80  # characters that are shown of why a type is not captured in full
 _MARKS = {"full": "full", "residual": "residual only", "refused": "refused"}
 
 
-def print_families(families: FamilyTable, console: Console, *, whole: bool = False) -> None:
-    """Draw one row per model type, layer numbers of a tiny model of the type, and the counts.
-
-    Args:
-        families: the types.
-        console: where to.
-        whole: print reasons in full, however long.
-    """
+def print_families(families: FamilyTable, console: Console) -> None:
+    """Draw one row per model type, layer numbers of a tiny model of the type, and the counts."""
     columns: list[Column | str] = [
         Column("type", left=True, fold=14), Column("captured", left=True, fold=8),
-        "layers", Column("softmax", left=True, fold=7),
-        Column("effective", left=True, fold=9), Column("gates", left=True, fold=20),
+        Column("softmax", left=True, fold=7), Column("effective", left=True, fold=9),
+        Column("gates", left=True, fold=18),
     ]  # fmt: skip
-    reasons = any(row.reason or row.no_effective for row in families.rows)
-    if reasons:
-        columns.append(Column("why not more", left=True, fold=20))
-    cells = []
-    for row in families.rows:
-        reason = "; ".join(filter(None, (row.reason, row.no_effective)))
-        if not whole and len(reason) > _REASON:
-            reason = f"{reason[: _REASON - 1]}…"
-        cells.append(
-            (
-                row.model_type,
-                _MARKS.get(row.outcome, row.outcome),
-                str(row.n_layers or "–"),
-                spell_short(row.attention),
-                spell_short(row.effective),
-                "\n".join(map(str, row.gates)) or "–",
-                *([reason] if reasons else []),
-            )
+    cells = [
+        (
+            row.model_type,
+            _MARKS.get(row.outcome, row.outcome),
+            spell_short(row.attention),
+            spell_short(row.effective),
+            ", ".join(dict.fromkeys(gate.name for gate in row.gates)) or "–",
         )
+        for row in families.rows
+    ]
     print_table(console, columns, cells)
     counts = families.count()
     parts = [f"{counts.get(key, 0)} {name}" for key, name in _MARKS.items()]
@@ -53,3 +38,28 @@ def print_families(families: FamilyTable, console: Console, *, whole: bool = Fal
         f"{', '.join(parts)}; {families.n_gated} with proven gates, "
         f"{families.n_effective} with effective attention"
     )
+    console.print(Text("trilens families --type NAME: ranges and layers of gates, why not more"))
+
+
+def print_family_details(families: FamilyTable, console: Console) -> None:
+    """Draw each model type in full: what was proven, where, and why not more."""
+    for number, row in enumerate(families.rows):
+        if number:
+            console.print()
+        console.print(Text(row.model_type, style="bold"))
+        width = max(len(heading) for heading, _ in _details(row))
+        for heading, cell in _details(row):
+            console.print(Text(f"  {heading:<{width}}  {cell}"))
+
+
+def _details(row: FamilyRow) -> list[tuple[str, str]]:
+    lines = [
+        ("class", row.model_class),
+        ("captured", _MARKS.get(row.outcome, row.outcome)),
+        ("layers", f"{row.n_layers or '–'} in the tiny model that was swept"),
+        ("softmax", spell_short(row.attention)),
+        ("effective", spell_short(row.effective)),
+        *(("gate", str(gate)) for gate in row.gates),
+    ]
+    reasons = [reason for reason in (row.reason, row.no_effective) if reason]
+    return [*lines, *(("why not more", reason) for reason in reasons)]

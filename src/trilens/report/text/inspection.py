@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -10,10 +10,11 @@ from rich.text import Text
 from trilens.analysis.inspection import Attended, GateSummary, Inspection, LayerRow
 from trilens.report.text.tables import Column, print_table
 
-__all__ = ["print_inspection", "signed", "visible"]
+__all__ = ["gate_headings", "print_decay_note", "print_inspection", "signed", "visible"]
 
 _ESCAPES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 _SHOWN_TOKENS = 12
+_MEMORY = ("decay", "dt")  # gates whose openness is how long a recurrence remembers
 _WIDE = 100  # below, the gate of a layer does not fit beside what it attends to
 
 
@@ -36,12 +37,14 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     head = " ".join(visible(token) for token in tokens[-_SHOWN_TOKENS:])
     dots = "… " if len(tokens) > _SHOWN_TOKENS else ""
     console.print(Text(f"{len(tokens)} tokens: {dots}{head}\n"))
-    names = {gate.name for row in inspection.layers for gate in row.gates}
+    found = [gate for row in inspection.layers for gate in row.gates]
+    names = {gate.name for gate in found}
     several = len(names) > 1 or (bool(names) and console.width < _WIDE)
     _print_layers(inspection.layers, console, gates=not several)
     if several:
         console.print()
         _print_gates(inspection.layers, console)
+    print_decay_note(names, console)
     if any(row.states for row in inspection.layers):
         console.print()
         _print_states(inspection.layers, console)
@@ -54,10 +57,26 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(Text(f"note: {note}", style="dim"))
 
 
+def gate_headings(threshold: float, prefix: str = "") -> list[str]:
+    """What stands above the counts of units that are nearly always shut, and open."""
+    return [f"{prefix}dead (<{threshold:g})", f"{prefix}saturated (>{1 - threshold:g})"]
+
+
+def print_decay_note(names: Iterable[str], console: Console) -> None:
+    """Say what the words for gates mean of a decay, where there is one."""
+    if any(name.endswith(_MEMORY) for name in names):
+        words = "note: of a decay or a step (dt), dead and saturated say how long it remembers"
+        console.print(Text(f"{words}, not that a unit is broken", style="dim"))
+
+
+def _headings(rows: Sequence[LayerRow]) -> list[str]:
+    return gate_headings(next(gate.threshold for row in rows for gate in row.gates))
+
+
 def _print_gates(rows: Sequence[LayerRow], console: Console) -> None:
     """One row per gate: a hybrid has too many for columns, and a narrow terminal no room."""
     cells = [[str(row.layer), gate.name, *_shares(gate)] for row in rows for gate in row.gates]
-    columns: list[Column | str] = ["layer", Column("gate", left=True), "open", "dead", "saturated"]
+    columns: list[Column | str] = ["layer", Column("gate", left=True), "open", *_headings(rows)]
     print_table(console, columns, cells, keys=2)
 
 
@@ -88,7 +107,7 @@ def _print_layers(rows: Sequence[LayerRow], console: Console, *, gates: bool) ->
         heading = "effective attention (position token ±weight)"
         columns.append(Column(heading, left=True, fold=34))
     for name in names:
-        columns += [f"{name} open", "dead", "saturated"]
+        columns += [f"{name} open", *_headings(rows)]
     cells = []
     for row in rows:
         cells.append([str(row.layer), f"{row.residual_norm:.2f}"])

@@ -14,6 +14,7 @@ from rich.text import Text
 
 __all__ = ["Column", "print_table"]
 
+_NOTHING = "–"
 _GAP = 3  # a space, the edge of SIMPLE_HEAD, a space
 
 
@@ -41,6 +42,10 @@ def print_table(
 ) -> None:
     """Print a table; where it is wider than the console, as several under one another.
 
+    Headings are broken between words first; then columns move to a further table, which begins
+    with the keys again. Cells are folded last, and only those of columns that may be; no digit and
+    no column is cut.
+
     Args:
         console: where to.
         columns: a heading alone is a column of numbers.
@@ -48,11 +53,18 @@ def print_table(
         keys: the first columns, which name a row and so stand in each of the tables.
     """
     chosen = [Column(each) if isinstance(each, str) else each for each in columns]
-    whole = [_width(column.heading, *(row[i] for row in rows)) for i, column in enumerate(chosen)]
-    least = [
-        min(width, column.fold) if column.fold else width
-        for width, column in zip(whole, chosen, strict=True)
-    ]
+    bodies = [_width("", *(row[i] for row in rows)) for i in range(len(chosen))]
+    headings = [column.heading for column in chosen]
+    whole = [max(body, _width(text)) for body, text in zip(bodies, headings, strict=True)]
+    least = []
+    for column, body in zip(chosen, bodies, strict=True):
+        cell = min(body, column.fold) if column.fold else body
+        least.append(max(cell, _width(*column.heading.split())))
+    # A name stays in one piece where a column of numbers has room beside it.
+    unfolded = [max(each) for each in zip(least[:keys], bodies[:keys], strict=True)]
+    beside = max(least[keys:], default=0)
+    if sum(unfolded) + _GAP * keys + beside <= console.width:
+        least[:keys] = unfolded
     for number, group in enumerate(_groups(least, keys, console.width)):
         widths = _grown([least[i] for i in group], [whole[i] for i in group], console.width)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -61,7 +73,7 @@ def print_table(
             table.add_column(Text(chosen[i].heading), justify=justify, width=width, overflow="fold")
         for row in rows:
             # What has nothing to say beside its name stands in the first table alone.
-            if not number or any(row[i] for i in group[keys:]):
+            if not number or any(row[i].strip(_NOTHING) for i in group[keys:]):
                 table.add_row(*(Text(row[i]) for i in group))
         if number:
             console.print()
@@ -69,7 +81,7 @@ def print_table(
 
 
 def _width(*cells: str) -> int:
-    return max(cell_len(line) for cell in cells for line in cell.split("\n"))
+    return max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
 def _groups(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
