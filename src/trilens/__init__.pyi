@@ -7,6 +7,8 @@ from . import ternary as ternary
 from .analysis.comparison.result import Comparison as Comparison
 from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
+from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
+from .analysis.comparison.series import compare_series as compare_series
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
 from .caches.activation import ActivationCache as ActivationCache

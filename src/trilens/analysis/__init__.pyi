@@ -3,5 +3,7 @@ from .comparison.result import NamedArray as NamedArray
 from .comparison.rows import Row as Row
 from .comparison.run import CompareOptions as CompareOptions
 from .comparison.run import compare as compare
+from .comparison.series import ComparisonSeries as ComparisonSeries
+from .comparison.series import compare_series as compare_series
 from .inspection import Inspection as Inspection
 from .inspection import inspect_capture as inspect_capture

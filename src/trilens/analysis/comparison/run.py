@@ -21,6 +21,7 @@ from trilens.analysis.comparison.output import output_rows
 from trilens.analysis.comparison.residual import ResidualAccumulator
 from trilens.analysis.comparison.result import Comparison, NamedArray
 from trilens.analysis.comparison.sites import CommonSites, common_sites, refuse_nonfinite
+from trilens.analysis.comparison.states import StateAccumulator
 from trilens.analysis.comparison.weights import weight_rows
 from trilens.caches.activation import FullActivationCache
 from trilens.caches.patterns.protocol import Pattern
@@ -40,7 +41,7 @@ from trilens.numbers import at_least
 from trilens.progress import Progress, Step
 from trilens.text.token_blocks import batches_by_length
 
-__all__ = ["CompareOptions", "compare"]
+__all__ = ["CompareOptions", "as_lens", "compare"]
 
 _LENSES = ("last", "all", "none")
 
@@ -92,7 +93,8 @@ def compare(
     """Run two models of equal shape on the same tokens and measure what differs.
 
     Output: perplexity, KL divergence, top tokens. Internal, per layer: residual stream, attention
-    (of recurrent layers the effective attention), what heads do, gates, logit lens, weights.
+    (of recurrent layers the effective attention), what heads do, gates, recurrent states, logit
+    lens, weights.
 
     Args:
         before: the reference: a lens, a checkpoint directory or a hub id.
@@ -118,7 +120,7 @@ def compare(
     chosen = options or CompareOptions()
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise UsageError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
-    left, right = _lens(before), _lens(after)
+    left, right = as_lens(before), as_lens(after)
     check_comparable(left, right)
     run = _Run(left, right, chosen)
     read = _read(prompts, left, right, chosen)
@@ -142,6 +144,7 @@ class _Run:
         self.residual = ResidualAccumulator()
         self.attention = AttentionAccumulator()
         self.gates = GateAccumulator(options.gate_threshold)
+        self.states = StateAccumulator()
         self.lens = LensAccumulator(before.n_layers)
         self.converged: list[Tensor] = []
         self.models: list[ModelInfo] = []
@@ -166,6 +169,7 @@ class _Run:
             attention=bool(self.sites.attention),
             effective=bool(self.sites.effective),
             gates=bool(self.sites.gates),
+            states=bool(self.sites.states),
             logits="all",
         )
         return list(captures)
@@ -192,6 +196,8 @@ class _Run:
         if before.has("gates") and after.has("gates"):
             for name, layer in self.sites.gates:
                 self.gates.add(name, layer, before.gates, after.gates)
+        if self.sites.states:
+            self.states.add(before.states, after.states, self.sites.states)
         if self.has_output and self.options.lens != "none":
             first = 0 if self.options.lens == "all" else -1
             converged = [
@@ -221,6 +227,7 @@ class _Run:
             *self.attention.rows(),
             *(roles.rows() if roles else ()),
             *self.gates.rows(),
+            *self.states.rows(),
             *self.lens.rows(),
             *weight_rows(*self.lenses),
         ]
@@ -280,7 +287,8 @@ class _Run:
         return arrays
 
 
-def _lens(model: Lens | str | Path) -> Lens:
+def as_lens(model: Lens | str | Path) -> Lens:
+    """A lens as it is; a directory or hub id loaded."""
     if isinstance(model, Lens):
         return model
     if not isinstance(model, str | Path):

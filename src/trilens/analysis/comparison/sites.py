@@ -21,6 +21,7 @@ class CommonSites:
     """What to capture of both models.
 
     Attributes:
+        states: (layer, part) of the recurrent states, of one shape in both.
         attention: layers of softmax attention.
         effective: recurrent layers with effective attention.
         gates: (name, layer) of the gates.
@@ -30,6 +31,7 @@ class CommonSites:
     attention: tuple[int, ...]
     effective: tuple[int, ...]
     gates: tuple[tuple[str, int], ...]
+    states: tuple[tuple[int, str], ...]
     notes: tuple[str, ...]
 
 
@@ -38,6 +40,8 @@ class _Own:
     attention: set[int] = field(default_factory=set)
     effective: set[int] = field(default_factory=set)
     gates: set[tuple[str, int]] = field(default_factory=set)
+    # By name and shape, and layer.
+    states: set[tuple[str, int]] = field(default_factory=set)
 
 
 def common_sites(before: Lens, after: Lens) -> CommonSites:
@@ -49,6 +53,7 @@ def common_sites(before: Lens, after: Lens) -> CommonSites:
         ("attention", mine.attention, other.attention),
         ("effective attention", mine.effective, other.effective),
         ("gates", mine.gates, other.gates),
+        ("recurrent states", mine.states, other.states),
     ):
         for side, alone in (("before", left - right), ("after", right - left)):
             if alone:
@@ -57,6 +62,7 @@ def common_sites(before: Lens, after: Lens) -> CommonSites:
         attention=tuple(sorted(mine.attention & other.attention)),
         effective=tuple(sorted(mine.effective & other.effective)),
         gates=tuple(sorted(mine.gates & other.gates)),
+        states=tuple(sorted((i, name.split(" ")[0]) for name, i in mine.states & other.states)),
         notes=tuple(notes),
     )
 
@@ -110,6 +116,15 @@ def _sites(lens: Lens, side: str, notes: list[str]) -> _Own:
                 own.gates = {(name, i) for name in gates.names for i in gates.layers(name)}
         except CaptureError as error:
             notes.append(f"no gates of the model {side}: {error}")
+    if lens.state_layers:
+        try:
+            states = lens.capture(probe, residual=None, logits="last", states=True).states
+            own.states = {
+                (f"{part} {list(tensor.shape[1:])}", layer)
+                for layer, part, tensor in states.tensors()
+            }
+        except CaptureError as error:
+            notes.append(f"no recurrent states of the model {side}: {error}")
     return own
 
 

@@ -22,8 +22,11 @@ def compare(
         str, typer.Argument(metavar="BEFORE", help="The reference: directory or hub id.")
     ],
     after: Annotated[
-        str,
-        typer.Argument(metavar="AFTER", help="The derived model: ternary, fine-tuned …"),
+        list[str],
+        typer.Argument(
+            metavar="AFTER",
+            help="The derived model: ternary, fine-tuned …; several: a training run.",
+        ),
     ],
     data: o.Data,
     output: o.Output = None,
@@ -42,7 +45,8 @@ def compare(
 ) -> None:
     """Compare a model with one derived from it.
 
-    Output, and layer by layer: residual stream, attention, heads, gates, logit lens, weights.
-    Writes a folder: JSON, Parquet, safetensors.
+    Output, and layer by layer: residual stream, attention, heads, gates, recurrent states, logit
+    lens, weights. Several derived models, such as the checkpoints of a training run, are each
+    compared with the first. Writes a folder: JSON, Parquet, safetensors.
     """
     run("compare", locals(), failures=(NonFiniteError,))

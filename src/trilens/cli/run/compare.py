@@ -1,21 +1,25 @@
-"""`trilens compare`: a model and one derived from it on the same text."""
+"""`trilens compare`: a model and one or several derived from it on the same text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
 
 import typer
+from torch import Tensor
 
 from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
+from trilens.analysis.comparison.series import ComparisonSeries
 from trilens.cli.console import show, show_json, shown_progress, timed
 from trilens.cli.run.prompts import Loading, open_lens
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
+from trilens.report.text.series import print_series
 from trilens.text.token_blocks import token_blocks
 
 __all__ = ["run"]
@@ -26,7 +30,7 @@ _MET = 3
 def run(
     *,
     before: str,
-    after: str,
+    after: list[str],
     data: str,
     output: Path | None,
     fail_if: list[str] | None,
@@ -45,27 +49,39 @@ def run(
         raise UsageError(f"output {output} is a file: name a folder")
     documents = documents_of(data, field=field)
     with timed(output):
-        left, right = (open_lens(name, **loading) for name in (before, after))
-        blocks = token_blocks(
-            left.tokenizer or right.tokenizer,
-            documents,
-            length=seq_length,
-            limit_tokens=max_tokens,
-        )
+        left = open_lens(before, **loading)
         options = CompareOptions(lens=lens, batch_size=batch_size, seed=seed or 0)
-        with shown_progress() as progress:
-            found = compare(left, right, blocks, options=options, progress=progress)
+        blocks: Sequence[Tensor] = ()
+        steps = []
+        for name in after:
+            right = open_lens(name, **loading)
+            blocks = blocks or token_blocks(
+                left.tokenizer or right.tokenizer,
+                documents,
+                length=seq_length,
+                limit_tokens=max_tokens,
+            )
+            with shown_progress() as progress:
+                steps.append(compare(left, right, blocks, options=options, progress=progress))
+        found = ComparisonSeries(tuple(steps)) if len(steps) > 1 else steps[0]
         if output is not None:
             found.save(output)
         if format == "json":
             show_json(found.to_dict())
+        elif isinstance(found, ComparisonSeries):
+            show(partial(print_series, found), pipe_width=160)
         else:
             show(partial(print_comparison, found), pipe_width=160)
-    met = [(each, each.met_by(found.rows)) for each in conditions]
-    for condition, rows in met:
+    met = [
+        (step.after.name, condition, condition.met_by(step.rows))
+        for step in steps
+        for condition in conditions
+    ]
+    for name, condition, rows in met:
         if rows:
-            typer.echo(f"trilens: {_words(condition, rows)}", err=True)
-    if any(rows for _, rows in met):
+            place = f"{name}: " if len(steps) > 1 else ""
+            typer.echo(f"trilens: {place}{_words(condition, rows)}", err=True)
+    if any(rows for *_, rows in met):
         raise typer.Exit(_MET)
 
 

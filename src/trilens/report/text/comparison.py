@@ -12,10 +12,11 @@ from rich.text import Text
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.rows import Row
+from trilens.evaluation.loop import perplexity_of
 from trilens.report.text.inspection import gate_headings, print_decay_note
 from trilens.report.text.tables import Column, print_table
 
-__all__ = ["print_comparison", "render_comparison"]
+__all__ = ["comparison_sentence", "four_digits", "print_comparison", "render_comparison"]
 
 _SHOWN_ROLES = 20
 _NONE = "–"
@@ -41,6 +42,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         words = f"{name}{model.model_class} · {model.n_layers} layers · {model.dtype}"
         console.print(Text(f"{side:<7}{words}"))
     console.print(Text(f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens\n"))
+    console.print(Text(f"{comparison_sentence(comparison)}\n"))
     index = _Index(comparison.rows)
     for line in _output(index):
         console.print(Text(line))
@@ -55,6 +57,44 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             console.print(Text(f"… and {more} more heads"))
     for note in comparison.notes:
         console.print(Text(f"note: {note}", style="dim"))
+
+
+def comparison_sentence(comparison: Comparison) -> str:
+    """What differs, in a sentence or two: output, residual stream, heads."""
+    rows = comparison.rows
+    if not any(row.delta for row in rows):
+        return "No difference: every delta is exactly 0."
+    index = _Index(rows)
+    words = [*_output_words(index), *_inside_words(index)]
+    lost = sum(change.lost for change in comparison.role_changes)
+    gained = len(comparison.role_changes) - lost
+    if lost or gained:
+        words.append(f"roles of heads: {lost} lost, {gained} gained")
+    return f"{'; '.join(words)}."
+
+
+def _output_words(index: _Index) -> list[str]:
+    words = []
+    perplexity = index.one("perplexity")
+    if perplexity is not None:
+        ends = [index.one(f"nll_nats_change_ci95_{end}") for end in ("low", "high")]
+        found = [perplexity_of(end.after) for end in ends if end is not None]
+        interval = f" (95 % interval {' … '.join(map(four_digits, found))})" if found else ""
+        ratio = _ratio(perplexity.after, perplexity.before)
+        words.append(f"Perplexity × {four_digits(ratio)}{interval}")
+    kl, top1 = index.one("kl_nats_mean"), index.one("same_top1")
+    if kl is not None and top1 is not None:
+        words.append(f"KL {four_digits(kl.after)} nats, same top token {top1.after:.1%}")
+    return words
+
+
+def _inside_words(index: _Index) -> list[str]:
+    cosines = {layer: index.of("cosine", layer) for layer in index.layers}
+    means = {layer: _mean_after(rows) for layer, rows in cosines.items() if rows}
+    if not means:
+        return []
+    layer = min(means, key=lambda each: means[each])
+    return [f"residual stream least alike after layer {layer} (cosine {four_digits(means[layer])})"]
 
 
 class _Index:
@@ -82,14 +122,14 @@ def _output(index: _Index) -> list[str]:
         ends = index.one("perplexity_ci95_low"), index.one("perplexity_ci95_high")
         shown = []
         for side in ("before", "after"):
-            values = [_number(getattr(end, side)) for end in ends if end is not None]
+            values = [four_digits(getattr(end, side)) for end in ends if end is not None]
             interval = f" [{', '.join(values)}]" if values else ""
-            shown.append(f"{_number(getattr(perplexity, side))}{interval}")
+            shown.append(f"{four_digits(getattr(perplexity, side))}{interval}")
         ratio = _ratio(perplexity.after, perplexity.before)
-        lines.append(f"perplexity        {shown[0]} → {shown[1]}   × {_number(ratio)}")
+        lines.append(f"perplexity        {shown[0]} → {shown[1]}   × {four_digits(ratio)}")
     kl = [index.one(f"kl_nats_{name}") for name in ("mean", "median", "p99", "max")]
     if all(kl):
-        values = [_number(row.after) for row in kl if row is not None]
+        values = [four_digits(row.after) for row in kl if row is not None]
         words = zip(("mean", "median", "p99", "max"), values, strict=True)
         lines.append("KL (nats)         " + "   ".join(f"{name} {value}" for name, value in words))
     top1, top5 = index.one("same_top1"), index.one("same_top5")
@@ -97,7 +137,7 @@ def _output(index: _Index) -> list[str]:
         lines.append(f"same top token    {top1.after:.1%}   of the top five {top5.after:.1%}")
     target = index.one("right_probability_rms_change")
     if target is not None:
-        lines.append(f"target token      probability changes by {_number(target.after)} (RMS)")
+        lines.append(f"target token      probability changes by {four_digits(target.after)} (RMS)")
     convergence = index.one("settle_layer")
     if convergence is not None:
         lines.append(
@@ -110,17 +150,19 @@ def _output(index: _Index) -> list[str]:
 def _print_layers(index: _Index, console: Console) -> None:
     """One row per layer; columns of what no layer has are left out."""
     columns: tuple[tuple[str, str, Pick, Spell], ...] = (
-        ("cos", "cosine", _mean_after, _number),
-        ("cos last", "cosine_last", _mean_after, _number),
-        ("rel. error", "relative_error", _mean_after, _number),
-        ("attn JS", "js_nats", _mean_after, _number),
-        ("worst", "js_nats", _max_after, _number),
-        ("Δ entropy", "entropy_nats", _mean_delta, _number),
-        ("Δ distance", "distance_tokens", _mean_delta, _number),
-        ("Δ first", "first_token_mass", _mean_delta, _number),
+        ("cos", "cosine", _mean_after, four_digits),
+        ("cos last", "cosine_last", _mean_after, four_digits),
+        ("rel. error", "relative_error", _mean_after, four_digits),
+        ("state cos", "state_cosine", _mean_after, four_digits),
+        ("state error", "state_relative_error", _mean_after, four_digits),
+        ("attn JS", "js_nats", _mean_after, four_digits),
+        ("worst", "js_nats", _max_after, four_digits),
+        ("Δ entropy", "entropy_nats", _mean_delta, four_digits),
+        ("Δ distance", "distance_tokens", _mean_delta, four_digits),
+        ("Δ first", "first_token_mass", _mean_delta, four_digits),
         ("converged", "settled", _mean_after, "{:.1%}".format),
         ("Δ converged", "settled", _mean_delta, "{:+.1%}".format),
-        ("W error", "weight_relative_error", _mean_after, _number),
+        ("W error", "weight_relative_error", _mean_after, four_digits),
         ("zeros", "weight_sparsity", _mean_after, "{:.1%}".format),
     )
     there = [each for each in columns if any(index.of(each[1], i) for i in index.layers)]
@@ -149,17 +191,18 @@ def _print_gates(index: _Index, console: Console, threshold: float) -> None:
             module,
             f"{opened.before:.3f}",
             f"{opened.after:.3f}",
-            _number(by_place[layer, module, "openness_abs_change"].after),
+            four_digits(by_place[layer, module, "openness_abs_change"].after),
             f"{by_place[layer, module, 'newly_dead'].after:.0f}",
             f"{by_place[layer, module, 'newly_saturated'].after:.0f}",
         ]
         if horizons:
             sides = () if horizon is None else (horizon.before, horizon.after)
-            row += map(_number, sides) if sides else [_NONE, _NONE]
+            row += map(four_digits, sides) if sides else [_NONE, _NONE]
         cells.append(row)
     columns: list[Column | str] = [
         "layer", Column("gate", left=True), "open before", "open after", "|Δ unit|",
-        *gate_headings(threshold, "newly "), *(["horizon before", "horizon after"] if horizons else []),
+        *gate_headings(threshold, "newly "),
+        *(["horizon before", "horizon after"] if horizons else []),
     ]  # fmt: skip
     console.print()
     print_table(console, columns, cells, keys=2)
@@ -203,7 +246,7 @@ def _ratio(after: float, before: float) -> float:
     return after / before if before else math.inf
 
 
-def _number(value: float) -> str:
+def four_digits(value: float) -> str:
     """Four digits, in the form that reads best."""
     if value == 0 or not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "0" if value == 0 else "NaN")
