@@ -291,6 +291,17 @@ def test_families_table() -> None:
     assert len(data["rows"]) == 189
 
 
+@pytest.mark.parametrize("name", ["run.pth", "run.PT", "model.gguf"])
+def test_files_of_weights_are_no_captures(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"weights")
+    result = run("inspect", str(file), "-p", "x")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    words = "is a file: give the directory" if name.endswith("gguf") else "trilens convert"
+    assert words in result.stderr
+
+
 def test_closed_pipe_and_help() -> None:
     command = f"{sys.executable} -m trilens inspect {DEMO} -p 'x = 1' --format json | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

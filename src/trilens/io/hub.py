@@ -39,7 +39,7 @@ from trilens.io.weight_files import (
     weight_files,
 )
 
-__all__ = ["local_folder"]
+__all__ = ["file_refusal", "local_folder"]
 
 # One short question decides whether the hub can be reached; downloads keep the client's own,
 # longer limits.
@@ -97,7 +97,7 @@ def local_folder(
             )
         return path.resolve(), str(path.resolve())
     if found_file:
-        raise _file_refusal(path)
+        raise file_refusal(path)
     if not isinstance(path_or_hub_id, str) or not _is_hub_id(text):
         raise ModelNotFoundError(
             f"directory {clip(text, 300)} does not exist: give a directory with config.json, or a "
@@ -117,11 +117,13 @@ def _is_hub_id(text: str) -> bool:
     )
 
 
-def _file_refusal(path: Path) -> LoadError:
+def file_refusal(path: Path) -> LoadError:
+    """The error of a file where the directory of a checkpoint is needed."""
     if _PICKLED_FILE.search(path.name):
         return UnsafeFormatError(
-            f"{path} is a file of pickled weights, which can run code when opened: convert it with "
-            "safetensors, then give the directory that holds config.json"
+            f"{path} is a file of pickled weights, which can run code when opened: convert published "
+            f"RWKV-7 weights with trilens convert {path} -o DIR, others with safetensors, then give "
+            "the directory that holds config.json"
         )
     return LoadError(f"{path} is a file: give the directory that holds it and config.json")
 

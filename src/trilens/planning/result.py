@@ -117,6 +117,8 @@ class Planned(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: what was measured, then the plan itself."""
         return {
+            "format": "trilens.plan",
+            "version": 1,
             "kind": "trilens-plan",
             "asked": {
                 _KEYS.get(name, name): getattr(self.options, name) for name in PlanOptions.__slots__

@@ -97,6 +97,7 @@ def test_a_plan_is_what_ternarize_then_does(model: Path, data: Path, tmp_path: P
     assert result.exit_code == 0, result.stderr
     assert "held-out tokens: perplexity ×" in result.stdout
     content = json.loads(file.read_text())
+    assert (content["format"], content["version"]) == ("trilens.plan", 1)
     assert content["measured"]["bits_per_weight"] <= 3
     assert len(content["plan"]["matrices"]) == 14
     done = run("ternarize", model, "-o", tmp_path / "out", "--plan", file, "--format", "json")

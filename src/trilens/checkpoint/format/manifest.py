@@ -29,6 +29,7 @@ from trilens.ternary.rules.kernels import parallel_map
 __all__ = ["Journal", "Order", "fingerprint", "manifest_bytes", "read_manifest"]
 
 _KIND = "trilens-ternary-checkpoint"
+_SHOWN = 80  # characters of two values that differ: a hash is longer
 
 
 def fingerprint(files: list[Path]) -> dict[str, Any]:
@@ -103,7 +104,12 @@ class Order:
             UsageError: says what differs.
         """
         mine = self.to_dict()
-        names = {"source": "source files", "plan": "plan", "calibration": "calibration text"}
+        names = {
+            "source": "source files",
+            "plan": "plan",
+            "calibration": "calibration text",
+            "sample": "evaluation text",
+        }
         for key in ("calibration", *mine):
             value = mine.get(key)
             if found.get(key) != value:
@@ -115,8 +121,12 @@ class Order:
 
 
 def _difference(old: Any, new: Any) -> str:
+    """What differs, in words that a person can use: never a hash or what holds them."""
+    if old is None or new is None:
+        return " (none before, one now)" if old is None else " (one before, none now)"
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return f" ({old!r}, now {new!r})"
+        words = f" ({old!r}, now {new!r})"
+        return words if len(words) <= _SHOWN else ""
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return f" ({', '.join(map(str, keys))})"
 

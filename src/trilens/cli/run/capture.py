@@ -7,7 +7,7 @@ from typing import Literal, Unpack
 
 import typer
 
-from trilens.cli.console import check_file, timed
+from trilens.cli.console import check_file, status, timed
 from trilens.cli.run.prompts import Loading, chosen_layers, open_lens, prompt_text
 
 __all__ = ["run"]
@@ -33,15 +33,16 @@ def run(
     check_file(output)
     with timed(output):
         lens = open_lens(model, **loading)
-        capture = lens.capture(
-            prompt_text(prompt),
-            residual=None if residual == "none" else residual,
-            attention=attention,
-            gates=gates,
-            effective=effective,
-            layers=chosen_layers(layers, lens.n_layers),
-            logits=None if logits == "none" else logits,
-            states=states,
-        )
+        with status("capturing"):
+            capture = lens.capture(
+                prompt_text(prompt),
+                residual=None if residual == "none" else residual,
+                attention=attention,
+                gates=gates,
+                effective=effective,
+                layers=chosen_layers(layers, lens.n_layers),
+                logits=None if logits == "none" else logits,
+                states=states,
+            )
         capture.save(output)
         typer.echo(repr(capture))

@@ -9,15 +9,18 @@ from typing import Unpack
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.analysis.inspection import Inspection, inspect_capture
-from trilens.cli.console import check_file, show, show_json, timed
+from trilens.cli.console import check_file, show, show_json, status, timed
 from trilens.cli.run.prompts import Loading, chosen_layers, open_lens, prompt_text
 from trilens.errors import UnclaimedGateError, UsageError
+from trilens.io.hub import file_refusal
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.tokens import token_strings
 from trilens.report.text.inspection import print_inspection
 
 __all__ = ["inspect_prompt", "run"]
+
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".gguf")  # files of other programs, never captures
 
 
 def run(
@@ -36,6 +39,8 @@ def run(
     check_file(output)
     with timed(output):
         if Path(model).is_file():
+            if Path(model).suffix.lower() in _WEIGHTS:
+                raise file_refusal(Path(model))
             needless = {
                 "--prompt": prompt, "--layers": layers, "--effective": effective,
                 "--states": states, "--device-map": loading["device_map"],
@@ -104,14 +109,15 @@ def inspect_prompt(
         notes.append("recurrent layers: --effective shows what they attend to")
 
     def run_once(gates: bool) -> Capture:
-        return lens.capture(
-            prompt,
-            attention=attention,
-            gates=gates,
-            effective=effective,
-            layers=chosen,
-            states=states,
-        )
+        with status(f"capturing {name}"):
+            return lens.capture(
+                prompt,
+                attention=attention,
+                gates=gates,
+                effective=effective,
+                layers=chosen,
+                states=states,
+            )
 
     try:
         capture = run_once(gates)

@@ -66,7 +66,9 @@ def print_table(
     if sum(unfolded) + _GAP * keys + beside <= console.width:
         least[:keys] = unfolded
     for number, group in enumerate(_groups(least, keys, console.width)):
-        widths = _grown([least[i] for i in group], [whole[i] for i in group], console.width)
+        sizes = [[each[i] for i in group] for each in (least, whole)]
+        folded = [chosen[i].fold > 0 for i in group]
+        widths = _grown(sizes[0], sizes[1], folded, console.width)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for i, width in zip(group, widths, strict=True):
             justify: Literal["left", "right"] = "left" if chosen[i].left else "right"
@@ -98,13 +100,20 @@ def _groups(least: Sequence[int], keys: int, width: int) -> list[list[int]]:
     return groups or [names]
 
 
-def _grown(least: Sequence[int], whole: Sequence[int], width: int) -> list[int]:
-    """Widths that fill the console, folded columns no wider than their cells."""
+def _grown(
+    least: Sequence[int], whole: Sequence[int], folded: Sequence[bool], width: int
+) -> list[int]:
+    """Widths within the console: headings in one line where they fit, then folded cells wider."""
     widths = list(least)
     left = width - sum(widths) - _GAP * (len(widths) - 1)
-    while left > 0 and widths != list(whole):
-        for i, most in enumerate(whole):
-            if widths[i] < most and left > 0:
-                widths[i] += 1
-                left -= 1
+    for i in sorted(range(len(widths)), key=lambda i: whole[i] - least[i]):
+        if not folded[i] and whole[i] - least[i] <= left:
+            left -= whole[i] - least[i]
+            widths[i] = whole[i]
+    growing = [i for i, each in enumerate(folded) if each and widths[i] < whole[i]]
+    while left > 0 and growing:
+        for i in growing[:left]:
+            widths[i] += 1
+            left -= 1
+        growing = [i for i in growing if widths[i] < whole[i]]
     return widths
