@@ -121,9 +121,9 @@ def file_refusal(path: Path) -> LoadError:
     """The error of a file where the directory of a checkpoint is needed."""
     if _PICKLED_FILE.search(path.name):
         return UnsafeFormatError(
-            f"{path} is a file of pickled weights, which can run code when opened: convert published "
-            f"RWKV-7 weights with trilens convert {path} -o DIR, others with safetensors, then give "
-            "the directory that holds config.json"
+            f"{path} is a file of pickled weights, which can run code when opened: convert "
+            f"published RWKV-7 weights with trilens convert {path} -o DIR, others with "
+            "safetensors, then give the directory that holds config.json"
         )
     return LoadError(f"{path} is a file: give the directory that holds it and config.json")
 
