@@ -23,7 +23,8 @@ from trilens.errors import AttentionPathError, CaptureError, NotStoredError, Usa
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.gates.effective import EFFECTIVE_KERNELS, effective_of
-from trilens.taps.kernels import KernelRecord, kernel_calls
+from trilens.models.gates.kernels import KernelRecord
+from trilens.taps.kernels import kernel_calls
 
 # Longer than a chunk of the tiny models' scans, and no multiple of one.
 TOKENS = 37

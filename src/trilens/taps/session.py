@@ -23,12 +23,12 @@ from trilens.errors import (
     SilentSiteError,
 )
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.kernels import KERNEL_GATES, KernelRecord
 from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.trace import same, tensors_in
-from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
+from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
 __all__ = ["CaptureRequest", "Recording", "StateRequest", "recording_of"]
@@ -84,12 +84,19 @@ class CaptureRequest:
 class Recording:
     """What a pass left behind, still batched and padded.
 
+    Attributes:
+        request: what was asked of the pass.
+        overwritten: the model wrote into a tensor that is kept: the recording is no good.
+
     Shapes
+        logits [batch, seq, vocab], or None where the model gave none;
         residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
         gates one tensor per call, with the axes of their source;
         states per call of a kernel one entry per prompt, without padding.
     """
 
+    request: CaptureRequest
+    logits: Tensor | None = None
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -102,7 +109,7 @@ class _Session:
     def __init__(self, anatomy: Anatomy, request: CaptureRequest) -> None:
         self.anatomy = anatomy
         self.request = request
-        self.recording = Recording()
+        self.recording = Recording(request)
         self.thread = threading.get_ident()
         self.layer: int | None = None
         self.done = 0
