@@ -81,7 +81,7 @@ def run_calibration(
         return store, _read_damage(done)
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
-    model, tokenizer = load_mapped(source.folder, job.model_class, source.config, tensors)
+    model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
     drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
