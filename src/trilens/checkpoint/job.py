@@ -23,22 +23,19 @@ __all__ = ["DTYPE_NAMES", "Job", "read_job"]
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Floating-point dtypes, as safetensors and as torch call them."""
 
-
 # Of a quantization_config: what a GGUF file can hold the trits of.
-_KNOWN_SETTINGS = frozenset(
-    {
-        "quant_method",
-        "format_version",
-        "rule",
-        "per",
-        "group_size",
-        "layers",
-        "merged",
-        "overrides",
-        "storage",
-        "experts",
-    }
-)
+_KNOWN_SETTINGS = {
+    "quant_method",
+    "format_version",
+    "rule",
+    "per",
+    "group_size",
+    "layers",
+    "merged",
+    "overrides",
+    "storage",
+    "experts",
+}
 
 
 @dataclass(frozen=True, slots=True)

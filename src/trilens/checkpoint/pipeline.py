@@ -156,14 +156,7 @@ def ternarize(
     before: Store | None = None
     damage: Damage | None = None
     if calibration is not None:
-        before, damage = rollback(
-            out,
-            job,
-            calibration,
-            journal,
-            is_new=is_new,
-            progress=progress,
-        )
+        before, damage = rollback(out, job, calibration, journal, is_new=is_new, progress=progress)
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= write_side_files(out, job)
     measured = baseline.against(out) if baseline else None

@@ -59,15 +59,14 @@ def split(
         own = _unpadded(softmax, asked, row, shared)
         recurrent = _unpadded(effective, asked, row, shared)
         gates = {key: _gate(recording, key, row, length) for key in recording.gates}
+        specs = {key: asked.gates[key].spec for key in gates}
         states = _states(recording, row)
         return Parts(
             logits=_logits(recording, row, length, last=logits == "last") if logits else None,
             residual=_residual(recording, row, length) if asked.residual else None,
             attention=_cache({**recurrent, **own}, anatomy, reasons),
             effective=_cache(recurrent, anatomy, no_recurrence),
-            gates=GateCache.from_records(gates, {key: asked.gates[key].spec for key in gates})
-            if asked.gates
-            else None,
+            gates=GateCache.from_records(gates, specs) if asked.gates else None,
             states=StateCache.from_layers(
                 {layer: state.parts for layer, state in states.items()},
                 {layer: state.spec for layer, state in states.items()},

@@ -24,15 +24,8 @@ def run_pass(
     A model that writes into tensors it has handed on is run again, and what it hands on is copied:
     `request.copy` of the recording says so.
 
-    Args:
-        model: the model, in any mode.
-        anatomy: its parts.
-        wanted: what is asked of the pass.
-        arguments: what the model is called with.
-
     Raises:
-        SilentSiteError: a requested site did not fire.
-        CaptureError: the blocks did not run in the proven order.
+        SilentSiteError, CaptureError: as `recording_of`.
     """
     with (
         evaluating(model),
