@@ -18,6 +18,7 @@ from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import batch_arguments, text_config
+from trilens.models.gates.absent import attention_reasons, effective_reasons
 from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.loading import load
 from trilens.models.tokens import (
@@ -334,6 +335,7 @@ class Lens:
         recurrent = claims.effective_within(chosen, name) if effective else ()
         lengths = tuple(len(prompt.ids) for prompt in prompts)
         remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
+        held = {*softmax, *recurrent}
         return CaptureRequest(
             layers=chosen,
             residual=residual,
@@ -344,6 +346,8 @@ class Lens:
             kernels=recurrent,
             boundaries=claims.boundaries((*recurrent, *remembered.layers)),
             states=remembered,
+            absent=attention_reasons(self.anatomy, claims.recurrences, chosen, held),
+            absent_effective=effective_reasons(self.anatomy, claims.recurrences, chosen),
         )
 
     def _run(
@@ -359,15 +363,7 @@ class Lens:
         # A model that writes into tensors it has handed on: from now on keep copies.
         self._copies |= recording.request.copy
         effective = effective_patterns(recording.kernels, wanted.lengths, self._effective_proven)
-        return split(
-            prompts,
-            recording,
-            effective,
-            anatomy=self.anatomy,
-            recurrences=self._proof.gates.recurrences,
-            logits=logits,
-            info=self._info(),
-        )
+        return split(prompts, recording, effective, logits=logits, info=self._info())
 
     def _info(self) -> ModelInfo:
         config = self.model.config

@@ -14,9 +14,6 @@ from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.states import StateCache
 from trilens.lens.capture import Capture, ModelInfo, Parts
-from trilens.models.anatomy import Anatomy
-from trilens.models.gates.absent import attention_reasons, effective_reasons
-from trilens.models.gates.mixers import Recurrent
 from trilens.models.gates.recurrent_states import LayerState, join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
@@ -31,8 +28,6 @@ def split(
     recording: Recording,
     effective: Mapping[int, Pattern],
     *,
-    anatomy: Anatomy,
-    recurrences: Mapping[int, Recurrent],
     logits: str | None,
     info: ModelInfo,
 ) -> list[Capture]:
@@ -42,30 +37,35 @@ def split(
         prompts: one per row of the batch.
         recording: what the pass left behind.
         effective: patterns of recurrent layers, over the padded batch.
-        anatomy: the model's parts.
-        recurrences: where the model is recurrent, to say why a layer has no pattern.
         logits: "all", "last" or None.
         info: what a capture says of its model.
     """
     softmax = {layer: pattern_of(call) for layer, call in recording.attention.items()}
-    shared = SharedMasks()
-    asked, held = recording.request, softmax.keys() | effective.keys()
-    reasons = attention_reasons(anatomy, recurrences, asked.layers, held)
-    no_recurrence = effective_reasons(anatomy, recurrences, asked.layers)
+    shared, asked = SharedMasks(), recording.request
 
     def parts(row: int, length: int) -> Parts:
         """A recurrent layer's pattern stands in both caches, unless it has softmax attention too:
         then each cache has its own."""
-        own = _unpadded(softmax, asked, row, shared)
+        numbers = _logits(recording, row, length, last=logits == "last") if logits else None
+        residual = _residual(recording, row, length) if asked.residual else None
         recurrent = _unpadded(effective, asked, row, shared)
+        patterns = {**recurrent, **_unpadded(softmax, asked, row, shared)}
+        states = _states(recording, row)
         gates = {key: _gate(recording, key, row, length) for key in recording.gates}
         specs = {key: asked.gates[key].spec for key in gates}
-        states = _states(recording, row)
         return Parts(
-            logits=_logits(recording, row, length, last=logits == "last") if logits else None,
-            residual=_residual(recording, row, length) if asked.residual else None,
-            attention=_cache({**recurrent, **own}, anatomy, reasons),
-            effective=_cache(recurrent, anatomy, no_recurrence),
+            logits=numbers,
+            residual=residual,
+            attention=AttentionCache.from_layers(
+                patterns, n_model_layers=info.n_layers, reasons=asked.absent
+            )
+            if patterns
+            else None,
+            effective=AttentionCache.from_layers(
+                recurrent, n_model_layers=info.n_layers, reasons=asked.absent_effective
+            )
+            if recurrent
+            else None,
             gates=GateCache.from_records(gates, specs) if asked.gates else None,
             states=StateCache.from_layers(
                 {layer: state.parts for layer, state in states.items()},
@@ -117,15 +117,6 @@ def _unpadded(
         return patterns
     length = wanted.lengths[row]
     return {i: pattern.unpad(row, length, shared) for i, pattern in patterns.items()}
-
-
-def _cache(
-    patterns: Mapping[int, Pattern], anatomy: Anatomy, reasons: Mapping[int, str]
-) -> AttentionCache | None:
-    if not patterns:
-        return None
-    n = anatomy.n_layers
-    return AttentionCache.from_layers(patterns, n_model_layers=n, reasons=reasons)
 
 
 def _gate(recording: Recording, key: tuple[str, int], row: int, length: int) -> Tensor:

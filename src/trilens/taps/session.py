@@ -66,6 +66,8 @@ class CaptureRequest:
         kernels: layers whose recurrence is requested, with all its arguments.
         states: requested recurrent states.
         boundaries: the recurrences that no kernel function carries, with where they begin and end.
+        absent: why other layers have no attention pattern in this capture.
+        absent_effective: why other layers have no effective attention in it.
         copy: copy what is recorded, for a model that overwrites its own tensors.
     """
 
@@ -78,6 +80,8 @@ class CaptureRequest:
     kernels: tuple[int, ...] = ()
     boundaries: Mapping[int, Boundary] = field(default_factory=dict)
     states: StateRequest = field(default_factory=StateRequest)
+    absent: Mapping[int, str] = field(default_factory=dict)
+    absent_effective: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
