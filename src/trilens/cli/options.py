@@ -109,6 +109,7 @@ TrustRemoteCode = Annotated[
 ]
 
 # Prompts and captures
+_Which: TypeAlias = Literal["last", "all", "none"]
 _PROMPT = typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads standard input.")
 Prompt = Annotated[str | None, _PROMPT]
 RequiredPrompt = Annotated[str, _PROMPT]
@@ -125,17 +126,15 @@ Effective = Annotated[
 ]
 States = Annotated[bool, typer.Option("--states", help="Recurrent states after the last token.")]
 Residual = Annotated[
-    Literal["last", "all", "none"],
-    typer.Option("--residual", help="Residual stream of the last token, of all, or none."),
+    _Which, typer.Option("--residual", help="Residual stream of the last token, of all, or none.")
 ]
 Logits = Annotated[
-    Literal["last", "all", "none"],
-    typer.Option("--logits", help="Logits of the last token, of all, or none."),
+    _Which, typer.Option("--logits", help="Logits of the last token, of all, or none.")
 ]
 
 # Comparing
 LogitLens = Annotated[
-    Literal["last", "all", "none"],
+    _Which,
     typer.Option("--lens", help="Logit lens of each sequence's last token, of all, or none."),
 ]
 FailIf = Annotated[

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trilens.analysis.comparison.rows import Row, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.lens.lens import Lens
 
 __all__ = ["LensAccumulator", "convergence_layers"]
@@ -49,11 +49,11 @@ class LensAccumulator:
             return []
         settled = (self._counts.cumsum(-1).double() / total).tolist()
         rows = [
-            change("settled", settled[0][layer], settled[1][layer], module=_MODULE, layer=layer)
+            Place(_MODULE, layer).change("settled", settled[0][layer], settled[1][layer])
             for layer in range(self._n_layers)
         ]
         means = (self._counts * torch.arange(self._n_layers)).sum(-1).double() / total
-        rows.append(change("settle_layer", *means.tolist(), module=_MODULE))
+        rows.append(Place(_MODULE).change("settle_layer", *means.tolist()))
         return rows
 
 
