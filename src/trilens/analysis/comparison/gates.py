@@ -1,6 +1,6 @@
 """Gates of two models on the same tokens: openness, dead and saturated units, memory horizon.
 
-Dead and saturated mean what they mean in `GatingAnalysis`; here one sum per unit is kept, and the
+Dead and saturated mean what they mean in `GatingAnalysis`; here one sum per unit is held, and the
 tokens of a prompt are summed where they are, for a comparison looks at every gate of every layer.
 """
 

@@ -1,7 +1,7 @@
 """Norms, biases and group scales of a ternary block, fitted to what the dense block gives.
 
 A short descent by gradient on the calibration text: trits stay as they are, a few numbers for each
-row move. The order of the batches comes from the seed. What does not lower the error over the whole
+row move. The order of the batches comes from the seed. What does not lower the error over the full
 text, with the values as they will be stored, is thrown away.
 
 Source: block-wise reconstruction, BRECQ, arXiv 2102.05426, without its rounding.
@@ -81,7 +81,7 @@ def fit_block(
     plan: TernaryPlan,
     options: FitOptions,
 ) -> BlockFit:
-    """Fit, and leave the block with the values that were kept.
+    """Fit, and leave the block with the better values.
 
     Args:
         block: the block with its ternary matrices in place, in float32.

@@ -1,4 +1,4 @@
-"""The hot loops of the calibrated rules in plain NumPy: what the compiled ones must equal.
+"""The hot loops of the calibrated rules in NumPy, the reference for the compiled ones.
 
 Shapes
     scales  [rows, groups, planes] float64, not negative; planes 1 or 2
@@ -20,23 +20,23 @@ _Groups: TypeAlias = NDArray[np.int64]
 _Trits: TypeAlias = NDArray[np.int8]
 
 
-def nearest(wanted: _Floats, scales: _Floats) -> tuple[_Trits, _Floats]:
+def nearest(target: _Floats, scales: _Floats) -> tuple[_Trits, _Floats]:
     """The trits of the level nearest to each number, and the level.
 
-    Shapes: wanted [rows], scales [rows, planes] → [rows, planes], [rows]
+    Shapes: target [rows], scales [rows, planes] → [rows, planes], [rows]
     """
     first = scales[:, 0]
     if scales.shape[1] == 1:
-        one = _trit(wanted, first)
+        one = _trit(target, first)
         return one[:, None], first * one
     second = scales[:, 1]
-    best = np.full(len(wanted), np.inf)
-    found = np.zeros((len(wanted), 2), dtype=np.int8)
-    value = np.zeros(len(wanted))
+    best = np.full(len(target), np.inf)
+    found = np.zeros((len(target), 2), dtype=np.int8)
+    value = np.zeros(len(target))
     for t in (-1, 0, 1):
-        u = _trit(wanted - first * t, second)
+        u = _trit(target - first * t, second)
         level = first * t + second * u
-        distance = np.abs(wanted - level)
+        distance = np.abs(target - level)
         better = distance < best
         best = np.where(better, distance, best)
         value = np.where(better, level, value)
@@ -49,7 +49,7 @@ def code_columns(
 ) -> None:
     """Code columns one after the other; each passes its error on to those that follow.
 
-    Shapes: work [rows, width], what is wanted, written to; upper [width, width];
+    Shapes: work [rows, width], the targets, written to; upper [width, width];
         errors [rows, width], written: each column's error over the diagonal of `upper`
 
     Source: the inner loop of arXiv 2210.17323, algorithm 1.
