@@ -1,4 +1,4 @@
-"""A whole calibration: block after block, kept on disk after each, and the damage at the end."""
+"""A calibration: block after block, stored on disk after each, and the damage at the end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_calibration(
     Args:
         job: the checkpoint, and the plan.
         calibration: the text.
-        folder: where finished blocks are kept; of the same source, plan and text.
+        folder: where finished blocks are stored; of the same source, plan and text.
         rule: a calibrated rule in place of the plan's.
         fit: how norms, biases and scales are fitted, for rules that do so.
         progress: called with the block at work; `done` are the blocks before it.
