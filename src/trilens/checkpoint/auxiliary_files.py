@@ -12,7 +12,7 @@ from trilens.checkpoint.job import DTYPE_NAMES, Job
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
-from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME, explicit_name
+from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["write_side_files"]
 
@@ -23,7 +23,7 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     Raises:
         WriteError: no space, no permission.
     """
-    content = {path.name: read_bytes(path) for path in job.side_files}
+    content = {path.name: read_bytes(path) for path in job.source.side_files}
     index = _index(job)
     if index is not None:
         content[index[0]] = json_bytes(index[1])
@@ -32,7 +32,7 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
 
 
 def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = explicit_name(job.source.folder)
+    explicit = job.source.settings.get("transformers_weights")
     if [file.name for file in job.source.files] in ([SINGLE_NAME], [explicit]):
         return None
     weight_map = {}

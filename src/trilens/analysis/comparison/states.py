@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trilens.analysis.comparison.rows import Row, against_itself, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.caches.states import StateCache
 from trilens.statistics.divergence import cosine, relative_errors
 
@@ -52,10 +52,10 @@ class StateAccumulator:
         found = []
         for (layer, part), sums in sorted(self._sums.items()):
             angle, error, *norms = (value / self._prompts for value in sums)
-            module = f"state.{part}"
+            place = Place(f"state.{part}", layer)
             found += [
-                against_itself("state_cosine", angle, module=module, layer=layer, itself=1.0),
-                against_itself("state_relative_error", error, module=module, layer=layer),
-                change("state_norm", *norms, module=module, layer=layer),
+                place.against_itself("state_cosine", angle, 1.0),
+                place.against_itself("state_relative_error", error),
+                place.change("state_norm", *norms),
             ]
         return found

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal
 
 import typer
 from torch import Tensor
@@ -14,8 +13,9 @@ from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
 from trilens.analysis.comparison.series import ComparisonSeries
-from trilens.cli.console import show, show_json, shown_progress, timed
-from trilens.cli.run.prompts import Loading, open_lens
+from trilens.cli.console import show_result, shown_progress, timed
+from trilens.cli.groups import Loading
+from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
@@ -41,7 +41,9 @@ def run(
     seed: int | None,
     field: str,
     format: str,
-    **loading: Unpack[Loading],
+    dtype: Any,
+    device_map: str | None,
+    trust_remote_code: bool,
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
@@ -49,12 +51,13 @@ def run(
         raise UsageError(f"output {output} is a file: name a folder")
     documents = documents_of(data, field=field)
     with timed(output):
-        left = open_lens(before, **loading)
+        loading = Loading(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        left = open_lens(before, loading)
         options = CompareOptions(lens=lens, batch_size=batch_size, seed=seed or 0)
         blocks: Sequence[Tensor] = ()
         steps = []
         for name in after:
-            right = open_lens(name, **loading)
+            right = open_lens(name, loading)
             blocks = blocks or token_blocks(
                 left.tokenizer or right.tokenizer,
                 documents,
@@ -66,12 +69,10 @@ def run(
         found = ComparisonSeries(tuple(steps)) if len(steps) > 1 else steps[0]
         if output is not None:
             found.save(output)
-        if format == "json":
-            show_json(found.to_dict())
-        elif isinstance(found, ComparisonSeries):
-            show(partial(print_series, found), pipe_width=160)
+        if isinstance(found, ComparisonSeries):
+            show_result(found, print_series, format=format, pipe_width=160)
         else:
-            show(partial(print_comparison, found), pipe_width=160)
+            show_result(found, print_comparison, format=format, pipe_width=160)
     met = [
         (step.after.name, condition, condition.met_by(step.rows))
         for step in steps

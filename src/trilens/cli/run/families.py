@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trilens.cli.console import show, show_json
+from trilens.cli.console import show_result
 from trilens.errors import UsageError
 from trilens.models.families import load_families
 from trilens.report.text.families import print_families, print_family_details
@@ -23,8 +23,5 @@ def run(*, type: str | None, format: str) -> None:
                 "them"
             )
         table = replace(table, rows=rows)
-    if format == "json":
-        show_json(table.to_dict())
-    else:
-        draw = print_families if type is None else print_family_details
-        show(lambda console: draw(table, console))
+    draw = print_families if type is None else print_family_details
+    show_result(table, draw, format=format)
