@@ -15,7 +15,8 @@
     │   ├── EmptyPromptError
     │   ├── PromptTooLongError
     │   ├── TokenIdError         token ids outside the vocabulary
-    │   └── NoTokenizerError     a text prompt for a model without a tokenizer
+    │   ├── NoTokenizerError     a text prompt for a model without a tokenizer
+    │   └── NoChatTemplateError  chat messages for a tokenizer without a template
     ├── TextError                text to measure on that is missing, unreadable or too short
     ├── LoadError                a model or file that cannot be loaded
     │   ├── ModelNotFoundError   no such directory or hub id
@@ -36,6 +37,8 @@
         ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
+One warning has a class of its own, so that it can be filtered: `DoubledBosWarning`.
+
 Messages say: the noun, the problem, the offending value, the allowed range, what to do.
 """
 
@@ -49,6 +52,7 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "DamageError",
+    "DoubledBosWarning",
     "DtypeError",
     "EmptyPromptError",
     "IncomparableError",
@@ -56,6 +60,7 @@ __all__ = [
     "MemoryShortError",
     "ModelNotFoundError",
     "ModifiedInPlaceError",
+    "NoChatTemplateError",
     "NoTokenizerError",
     "NonFiniteError",
     "NotStoredError",
@@ -142,6 +147,14 @@ class TokenIdError(PromptError):
 
 class NoTokenizerError(PromptError):
     """A text prompt for a model that came without a tokenizer."""
+
+
+class NoChatTemplateError(PromptError):
+    """Chat messages for a tokenizer without a chat template."""
+
+
+class DoubledBosWarning(UserWarning):
+    """A prompt begins with the model's first token twice: the text held one already."""
 
 
 class TextError(TrilensError):

@@ -17,10 +17,12 @@ from trilens.lens.proof import Proof, prove
 from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split
 from trilens.models.anatomy import Anatomy
+from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
 from trilens.models.gates.absent import attention_reasons, effective_reasons
 from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.loading import load
+from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.tokens import (
     Prompt,
     PromptLike,
@@ -52,9 +54,11 @@ class Lens:
 
     Args:
         model: a loaded causal LM, masked LM or bare encoder.
-        tokenizer: its tokenizer; without one, prompts are token ids.
+        tokenizer: its tokenizer: of transformers, a `tokenizers.Tokenizer`, or any object with
+            encode and decode; without one, prompts are token ids.
 
     Raises:
+        UsageError: the tokenizer is none of these.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
 
@@ -65,7 +69,7 @@ class Lens:
                 "for a directory or hub id use Lens.from_pretrained"
             )
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = usable_tokenizer(tokenizer)
         self._vocab = vocab_size_of(model)
         with _LOCK.take(model.config):
             self._proof: Proof = prove(model, self._vocab)
@@ -167,7 +171,8 @@ class Lens:
         """Run one prompt once and keep what was asked.
 
         Args:
-            prompt: text, a list of token ids, or a tensor [seq] or [1, seq].
+            prompt: text, a list of token ids, a tensor [seq] or [1, seq], what a tokenizer
+                returned for one prompt (its padding is left out), or chat messages.
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys.
             gates: keep each proven gate: what it is computed from, or its value.
@@ -218,6 +223,7 @@ class Lens:
         prompts one by one. Arguments and errors are those of `capture`.
 
         Args:
+            prompts: read once; or what a tokenizer returned for several texts.
             progress: called after each forward pass with the prompts done; where `prompts` has no
                 length, their total is that of those done.
 
@@ -229,6 +235,7 @@ class Lens:
             raise UsageError(
                 f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
             )
+        prompts = each_prompt(prompts)
         chosen = None if layers is None else tuple(layers)
         # Read again for every batch: an iterator would be empty by then.
         after = tuple(states) if isinstance(states, Iterator) else states

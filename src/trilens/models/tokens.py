@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 
 from trilens.errors import (
     DtypeError,
@@ -27,6 +28,13 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.io.messages import clip
+from trilens.models.encoded import (
+    ids_of_encoding,
+    ids_of_messages,
+    is_messages,
+    warn_doubled_bos,
+)
+from trilens.models.tokenizers import usable_tokenizer
 
 __all__ = [
     "Prompt",
@@ -38,7 +46,15 @@ __all__ = [
     "vocab_size_of",
 ]
 
-PromptLike = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
+PromptLike = (
+    str
+    | Sequence[int]
+    | Sequence[Mapping[str, Any]]
+    | Mapping[str, Any]
+    | Encoding
+    | torch.Tensor
+    | np.ndarray[Any, Any]
+)
 """What a caller may give as one prompt."""
 
 _ONE_ROW = "give one prompt, or read several with capture_many"
@@ -92,8 +108,10 @@ def read_prompt(
     """Read one prompt.
 
     Args:
-        prompt: text, a sequence of ids, or an integer tensor or array [seq] or [1, seq]. Ids are
-            taken as they are, nothing is added to them.
+        prompt: text, a sequence of ids, or an integer tensor or array [seq] or [1, seq]; what a
+            tokenizer returned for one prompt (padding is left out); or chat messages, each with
+            role and content, as the tokenizer's template writes them. Ids are taken as they are,
+            nothing is added to them.
         tokenizer: of the model; None when there is none, then only ids can be read.
         vocab_size: ids from 0 to below this are allowed.
         max_positions: the most tokens a prompt may have; None for any number.
@@ -101,7 +119,8 @@ def read_prompt(
 
     Raises:
         EmptyPromptError: no text, or no token.
-        NoTokenizerError: a text, and no tokenizer.
+        NoTokenizerError: a text or a chat, and no tokenizer.
+        NoChatTemplateError: a chat, and a tokenizer without a template.
         DtypeError: ids that are not integers.
         ShapeError: more than one row.
         TokenIdError: ids outside the vocabulary.
@@ -109,21 +128,29 @@ def read_prompt(
         PromptError: text that is no valid Unicode.
         UsageError: something that is no prompt at all.
     """
-    from_text = isinstance(prompt, str)
+    tokenizer = usable_tokenizer(tokenizer)
+    encoded = isinstance(prompt, Mapping | Encoding)
+    from_text = isinstance(prompt, str) or is_messages(prompt)
+    if isinstance(prompt, Mapping | Encoding):
+        prompt = ids_of_encoding(prompt)
     if isinstance(prompt, str):
         ids = _encode(prompt, tokenizer, add_special_tokens)
+    elif is_messages(prompt):
+        ids = ids_of_messages(prompt, tokenizer)
     elif isinstance(prompt, torch.Tensor | np.ndarray):
         ids = _ids_of_array(prompt)
     elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
         ids = _ids_of_sequence(prompt)
     else:
         raise UsageError(
-            f"prompt is a {type(prompt).__name__}: give text, a list of token ids, or an integer "
-            "tensor [seq] or [1, seq]"
+            f"prompt is a {type(prompt).__name__}: give text, a list of token ids, an integer "
+            "tensor [seq] or [1, seq], what a tokenizer returned, or chat messages"
         )
     if not ids:
         raise EmptyPromptError("prompt is empty: give at least one token")
     _check_range(ids, vocab_size, from_text=from_text)
+    if from_text or encoded:
+        warn_doubled_bos(ids, tokenizer)
     if max_positions is not None and len(ids) > max_positions:
         raise PromptTooLongError(
             f"prompt has {len(ids)} tokens, this model has {max_positions} positions: "

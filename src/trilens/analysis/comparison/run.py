@@ -36,6 +36,7 @@ from trilens.errors import (
 from trilens.evaluation.output import OutputAccumulator, OutputResult
 from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.lens import Lens
+from trilens.models.encoded import each_prompt, is_messages
 from trilens.models.tokens import PromptLike, max_positions_of, read_prompt, vocab_size_of
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
@@ -99,7 +100,7 @@ def compare(
     Args:
         before: the reference: a lens, a checkpoint directory or a hub id.
         after: the derived model: ternary, fine-tuned, in another dtype, a later checkpoint.
-        prompts: texts, lists of token ids or tensors; read once, so that a generator will do.
+        prompts: as `Lens.capture_many`; read once, so that a generator will do.
         options: see `CompareOptions`.
         progress: called after every batch with the prompts that are done; the total is the number
             done where `prompts` has no length.
@@ -120,6 +121,7 @@ def compare(
     chosen = options or CompareOptions()
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise UsageError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
+    prompts = each_prompt(prompts)
     left, right = as_lens(before), as_lens(after)
     check_comparable(left, right)
     run = _Run(left, right, chosen)
@@ -305,7 +307,8 @@ def _read(
     """Token ids, read by both tokenizers where there are two."""
     for number, prompt in enumerate(prompts):
         ids = _ids(prompt, before if before.tokenizer is not None else after, before, options)
-        if isinstance(prompt, str) and None not in (before.tokenizer, after.tokenizer):
+        written = isinstance(prompt, str) or is_messages(prompt)
+        if written and None not in (before.tokenizer, after.tokenizer):
             other = _ids(prompt, after, after, options)
             if not torch.equal(ids, other):
                 raise IncomparableError(

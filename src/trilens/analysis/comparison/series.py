@@ -15,6 +15,7 @@ from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_bytes, read_json
 from trilens.lens.lens import Lens
+from trilens.models.encoded import each_prompt
 from trilens.models.tokens import PromptLike
 from trilens.progress import Progress, Step
 from trilens.results import Tabular
@@ -150,7 +151,7 @@ def compare_series(
     if len(models) < 2:
         raise UsageError(f"models has {len(models)} entries: a series needs two or more")
     if isinstance(prompts, Iterable) and not isinstance(prompts, str):
-        prompts = tuple(prompts)
+        prompts = tuple(each_prompt(prompts))
     first = as_lens(models[0])
     n = len(models) - 1
     found = []
