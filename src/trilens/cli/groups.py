@@ -15,12 +15,13 @@ __all__ = ["Coding", "Fitting", "Loading", "Sampling", "flattened"]
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a model is loaded: the options of `Lens.from_pretrained`."""
+    """How a model is loaded: the options of `Lens.from_pretrained`, and a tokenizer of its own."""
 
     dtype: o.Dtype = "auto"
     device_map: o.DeviceMap = None
     revision: o.Revision = None
     trust_remote_code: o.TrustRemoteCode = False
+    tokenizer: o.TokenizerFiles = None
 
 
 @dataclass(frozen=True, kw_only=True)

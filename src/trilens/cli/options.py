@@ -55,6 +55,7 @@ __all__ = [
     "States",
     "Storage",
     "To",
+    "TokenizerFiles",
     "TopK",
     "TrustRemoteCode",
     "TypeName",
@@ -103,6 +104,14 @@ DeviceMap = Annotated[
 Revision = Annotated[
     str | None,
     typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub id."),
+]
+TokenizerFiles = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH",
+        help="Tokenizer: directory, tokenizer.json, or RWKV's vocabulary file (.txt).",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code of the checkpoint.")

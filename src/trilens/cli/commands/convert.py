@@ -18,6 +18,7 @@ def convert(
         Path, typer.Argument(metavar="SRC", help="Published RWKV-7 weights: .pth or safetensors.")
     ],
     output: o.RequiredOutput,
+    tokenizer: o.TokenizerFiles = None,
     debug: o.Debug = False,
 ) -> None:
     """Convert published RWKV-7 weights.

@@ -44,6 +44,7 @@ def run(
     dtype: Any,
     device_map: str | None,
     trust_remote_code: bool,
+    tokenizer: Path | None,
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
@@ -51,7 +52,12 @@ def run(
         raise UsageError(f"output {output} is a file: name a folder")
     documents = documents_of(data, field=field)
     with timed(output):
-        loading = Loading(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        loading = Loading(
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+        )
         left = open_lens(before, loading)
         options = CompareOptions(lens=lens, batch_size=batch_size, seed=seed or 0)
         blocks: Sequence[Tensor] = ()

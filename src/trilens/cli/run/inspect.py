@@ -44,7 +44,7 @@ def run(
                 "--prompt": prompt, "--layers": layers, "--effective": effective,
                 "--states": states, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
-                "--trust-remote-code": loading.trust_remote_code,
+                "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
             }  # fmt: skip
             given = [name for name, value in needless.items() if value]
             if given:

@@ -9,14 +9,22 @@ from trilens.cli.console import status
 from trilens.cli.groups import Loading
 from trilens.errors import UsageError
 from trilens.lens.lens import Lens
+from trilens.models.tokenizer_files import read_tokenizer
 
 __all__ = ["chosen_layers", "open_lens", "prompt_text"]
 
 
 def open_lens(model: str, loading: Loading | None = None) -> Lens:
     """Load a model, with a line on the terminal while it loads."""
+    options = asdict(loading or Loading())
+    tokenizer = options.pop("tokenizer")
     with status(f"loading {model}"):
-        return Lens.from_pretrained(model, **asdict(loading or Loading()))
+        # Read first: a wrong path should not cost the time of a load.
+        found = None if tokenizer is None else read_tokenizer(tokenizer)
+        lens = Lens.from_pretrained(model, **options)
+        if found is not None:
+            lens.tokenizer = found
+        return lens
 
 
 def prompt_text(prompt: str) -> str:

@@ -84,13 +84,16 @@ class Conversion:
     size_bytes: int
 
 
-def convert_rwkv7(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Conversion:
+def convert_rwkv7(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], *, tokenizer: Any = None
+) -> Conversion:
     """Write published RWKV-7 weights as `config.json` and `model.safetensors`.
 
     Args:
         src: a `.pth` file, a `.safetensors` file, or a directory of safetensors files. A
             `config.json` beside safetensors gives what tensors cannot: epsilons and special tokens.
         dst: the directory to write; it must not exist or be empty. It appears when all is written.
+        tokenizer: a tokenizer of transformers to write beside the weights.
 
     Returns:
         What was written.
@@ -101,7 +104,7 @@ def convert_rwkv7(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> C
             A directory with pickled weights only is refused likewise.
         CorruptFileError: an unreadable file, or tensors that are missing, not known or misshapen.
         ConfigError: a `config.json` that asks for another architecture.
-        UsageError: dst holds something already.
+        UsageError: dst holds something already, or the tokenizer has more tokens than the model.
 
     Memory: the checkpoint once; a `.pth` is mapped, not read whole.
     """
@@ -111,7 +114,12 @@ def convert_rwkv7(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> C
     tensors = dict(_translate(_read(source)))
     config = _infer_config(tensors, _read_config(source), source)
     _check(tensors, config, source)
-    _write(tensors, config, target)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise UsageError(
+            f"tokenizer has {len(tokenizer)} tokens, and {source} {config.vocab_size}: give the "
+            "one that the model was trained with"
+        )
+    _write(tensors, config, target, tokenizer)
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return Conversion(target, config.to_dict(), len(tensors), size_bytes)
 
@@ -287,9 +295,11 @@ def _check(tensors: dict[str, Tensor], config: RWKV7Config, source: Path) -> Non
         raise CorruptFileError(f"tensors of {source} are not those of RWKV-7: {'; '.join(told)}")
 
 
-def _write(tensors: dict[str, Tensor], config: RWKV7Config, target: Path) -> None:
+def _write(tensors: dict[str, Tensor], config: RWKV7Config, target: Path, tokenizer: Any) -> None:
     with atomic_folder(target) as folder:
         config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         save_file(_unshared(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
