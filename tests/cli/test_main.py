@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -289,6 +290,22 @@ def test_families_table() -> None:
     assert "189 types" in result.stdout
     data = json.loads(run("families", "--format", "json").stdout)
     assert len(data["rows"]) == 189
+
+
+def test_a_chat_is_written_by_the_template(tmp_path: Path) -> None:
+    refused = run("inspect", DEMO, "-p", "hi", "--chat")
+    assert refused.exit_code == 2
+    assert "has no chat template" in refused.stderr
+    folder = tmp_path / "chatty"
+    shutil.copytree(DEMO, folder)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    chat = run("inspect", str(folder), "-p", "hi", "--chat", "--format", "json")
+    assert chat.exit_code == 0, chat.stderr
+    assert "".join(json.loads(chat.stdout)["tokens"]) == "user: hi"
+    file = tmp_path / "cap.safetensors"
+    assert run("capture", str(folder), "-p", "hi", "--chat", "-o", str(file)).exit_code == 0
+    assert "user" in run("inspect", str(file)).stdout
 
 
 @pytest.mark.parametrize("name", ["run.pth", "run.PT", "model.gguf"])

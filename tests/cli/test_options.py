@@ -67,7 +67,7 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
     flat = groups.flattened(command)
     parameters = inspect.signature(flat).parameters
     assert list(parameters) == [
-        "model", "dtype", "device_map", "revision", "trust_remote_code",
+        "model", "dtype", "device_map", "revision", "trust_remote_code", "tokenizer",
     ]  # fmt: skip
     assert parameters["dtype"].default == "float32"
     assert get_type_hints(flat, include_extras=True)["dtype"] == options.Dtype

@@ -15,6 +15,7 @@ __all__ = [
     "BatchSize",
     "Budget",
     "Calibrate",
+    "Chat",
     "Costs",
     "Data",
     "Debug",
@@ -122,6 +123,10 @@ _Which: TypeAlias = Literal["last", "all", "none"]
 _PROMPT = typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads standard input.")
 Prompt = Annotated[str | None, _PROMPT]
 RequiredPrompt = Annotated[str, _PROMPT]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="Prompt as a user's message, in the tokenizer's chat template."),
+]
 Layers = Annotated[
     str | None,
     typer.Option("--layers", metavar="LIST", help="Layers, for example 0,2-4. [default: all]"),

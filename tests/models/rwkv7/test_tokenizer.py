@@ -19,6 +19,7 @@ from trilens.demo import demo_path
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.models.rwkv7.tokenizer import END_OF_TEXT, world_tokenizer
 from trilens.models.tokenizer_files import read_tokenizer
+from trilens.models.tokenizers import PlainTokenizer
 
 WORDS = [
     "he", "hello", "ello", " wor", " world", "ld", "  ", "\n\n", "\r\n", "é", "né", "你好", "好",
@@ -83,17 +84,14 @@ def test_the_end_of_a_text_is_token_0(loaded) -> None:
 def test_the_published_vocabulary_in_several_languages() -> None:
     published = Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
     mine, theirs = world_tokenizer(published), rwkv_tokenizer.TRIE_TOKENIZER(str(published))
-    texts = [
-        TEXT,
-        Path(__file__).read_text(encoding="utf-8"),
-        "한국어 텍스트 مرحبا بالعالم שלום",
-        "สวัสดี",
-    ]
+    texts = [TEXT, Path(__file__).read_text(encoding="utf-8")]
+    texts += ["한국어 텍스트 مرحبا بالعالم שלום", "สวัสดี"]
     texts += ["".join(map(chr, range(first, first + 997))) for first in range(0, 0xD000, 0x1000)]
     for text in texts:
         ids = mine(text)["input_ids"]
         assert ids == theirs.encode(text)
         assert mine.decode(ids) == text
+    assert PlainTokenizer(theirs)(TEXT)["input_ids"] == mine(TEXT)["input_ids"]
 
 
 @pytest.mark.parametrize(

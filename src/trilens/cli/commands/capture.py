@@ -17,6 +17,7 @@ def capture(
     model: o.Model,
     prompt: o.RequiredPrompt,
     output: o.RequiredOutput,
+    chat: o.Chat = False,
     residual: o.Residual = "last",
     attention: Annotated[
         bool, typer.Option("--attention", help="Queries and keys of softmax attention.")

@@ -9,7 +9,7 @@ import typer
 
 from trilens.cli.console import check_file, status, timed
 from trilens.cli.groups import Loading
-from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
 
 __all__ = ["run"]
 
@@ -20,6 +20,7 @@ def run(
     *,
     model: str,
     prompt: str,
+    chat: bool,
     output: Path,
     residual: Which,
     attention: bool,
@@ -36,7 +37,7 @@ def run(
         lens = open_lens(model, loading)
         with status("capturing"):
             capture = lens.capture(
-                prompt_text(prompt),
+                prompt_of(prompt, chat=chat),
                 residual=None if residual == "none" else residual,
                 attention=attention,
                 gates=gates,

@@ -9,12 +9,12 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
-from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.io.hub import file_refusal
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
-from trilens.models.tokens import token_strings
+from trilens.models.tokens import PromptLike, token_strings
 from trilens.report.text.inspection import print_inspection
 
 __all__ = ["inspect_prompt", "run"]
@@ -26,6 +26,7 @@ def run(
     *,
     model: str,
     prompt: str | None,
+    chat: bool,
     layers: str | None,
     top_k: int,
     effective: bool,
@@ -41,7 +42,7 @@ def run(
             if Path(model).suffix.lower() in _WEIGHTS:
                 raise file_refusal(Path(model))
             needless = {
-                "--prompt": prompt, "--layers": layers, "--effective": effective,
+                "--prompt": prompt, "--chat": chat, "--layers": layers, "--effective": effective,
                 "--states": states, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
                 "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
@@ -59,7 +60,13 @@ def run(
             lens = open_lens(model, loading)
             name = Path(model).name if Path(model).is_dir() else model
             inspection = inspect_prompt(
-                lens, name, prompt_text(prompt), layers, top_k, effective=effective, states=states
+                lens,
+                name,
+                prompt_of(prompt, chat=chat),
+                layers,
+                top_k,
+                effective=effective,
+                states=states,
             )
         show_result(inspection, print_inspection, format=format, file=output)
 
@@ -84,7 +91,7 @@ def _inspect_saved(file: Path, top_k: int) -> Inspection:
 def inspect_prompt(
     lens: Lens,
     name: str,
-    prompt: str,
+    prompt: PromptLike,
     layers: str | None,
     top_k: int,
     *,

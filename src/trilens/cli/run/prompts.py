@@ -10,8 +10,9 @@ from trilens.cli.groups import Loading
 from trilens.errors import UsageError
 from trilens.lens.lens import Lens
 from trilens.models.tokenizer_files import read_tokenizer
+from trilens.models.tokens import PromptLike
 
-__all__ = ["chosen_layers", "open_lens", "prompt_text"]
+__all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text"]
 
 
 def open_lens(model: str, loading: Loading | None = None) -> Lens:
@@ -30,6 +31,12 @@ def open_lens(model: str, loading: Loading | None = None) -> Lens:
 def prompt_text(prompt: str) -> str:
     """The prompt, or standard input for ``-``."""
     return sys.stdin.read() if prompt == "-" else prompt
+
+
+def prompt_of(prompt: str, *, chat: bool) -> PromptLike:
+    """The prompt as text, or as the one message of a chat."""
+    text = prompt_text(prompt)
+    return [{"role": "user", "content": text}] if chat else text
 
 
 def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
