@@ -13,10 +13,32 @@ from torch import Tensor
 from trilens.errors import AbsentLayerError, UsageError
 from trilens.numbers import whole_number
 
-__all__ = ["ByLayer", "Floats", "absent_layer", "distinct_bytes", "moved", "spell_layers"]
+__all__ = [
+    "ByLayer",
+    "Floats",
+    "absent_layer",
+    "address_of",
+    "distinct_bytes",
+    "moved",
+    "spell_layers",
+]
 
 Floats = NDArray[np.float32]
 """What answers to questions are given in."""
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the storage behind a tensor lies; 0 on the meta device.
+
+    A quantized tensor that only wraps others has no storage: it gets a number of its own, which,
+    as an address does, stands for it while it lives.
+    """
+    if tensor.is_meta:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trilens.errors import AnatomyError, TrilensError
+from trilens.errors import AnatomyError, TrilensError, UsageError
 from trilens.models.anatomy import Anatomy, find_anatomy
 from trilens.models.forward_call import (
     config_numbers,
@@ -20,6 +20,7 @@ from trilens.models.forward_call import (
     text_config,
 )
 from trilens.models.gates.claims import GateClaims, find_gates
+from trilens.models.offload import unfilled
 from trilens.models.trace import Trace
 from trilens.taps.mode import evaluating, unchanged
 from trilens.taps.recorder import record
@@ -46,8 +47,15 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
         vocab: rows of the input embedding.
 
     Raises:
+        UsageError: a weight is not in memory, and nothing brings it there.
         AnatomyError: what could not be proven, with the facts that failed.
     """
+    missing = unfilled(model)
+    if missing is not None:
+        raise UsageError(
+            f"{missing} is on the meta device, and no hook brings it into memory: the model has no "
+            "such weight to compute with; load it onto a device, or dispatch it with accelerate"
+        )
     axes = {value for value in config_numbers(model) if value == int(value)}
     seq = next(n for n in (PROBE_TOKENS, 13, 17, 19, 23) if n not in axes or n == 23)
     ids = probe_ids(model, vocab, seq)

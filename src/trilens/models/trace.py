@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trilens.caches.storage import address_of
+
 __all__ = [
     "AttentionSite",
     "ModuleCall",
@@ -43,7 +45,9 @@ def same(a: Tensor, b: Tensor) -> bool:
         return True
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+    # Tensors that only wrap others (quantized ones) have no address of their own.
+    stored = address_of(a) == address_of(b) > 0
+    if stored and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     return bool(torch.equal(a, b))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from trilens.caches.storage import address_of
 from trilens.models.gates.events import (
     GATING_FUNCTIONS,
     FunctionCall,
@@ -70,7 +71,7 @@ class _Recorder:
         self.tick = 0
         self.seq = seq
         self.paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
-        self.weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.weights = {address_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.open: list[tuple[nn.Module, int, tuple[Tensor, ...]]] = []
         self.calls: list[ModuleCall] = []
         self.attention: list[AttentionSite] = []
@@ -121,8 +122,8 @@ class _Recorder:
         elif name in _SUMS and len(args) > 1:
             self._weighted(torch.add, x, args[1], result)
         elif name in _COPIES and isinstance(x, Tensor) and isinstance(result, Tensor):
-            number = self.factors.get(_storage(x))
-            if number is not None and _storage(result) != _storage(x):
+            number = self.factors.get(address_of(x))
+            if number is not None and address_of(result) != address_of(x):
                 self._factor(result, number)
         elif name == "topk" and isinstance(x, Tensor):
             self.events.topk.append(TopkCall(self._path(), self.clock(), x, result[0]))
@@ -154,7 +155,7 @@ class _Recorder:
             return
         if self._weighted(torch.mul, a, b, result):
             return
-        left, right = (self.factors.get(_storage(tensor)) for tensor in (a, b))
+        left, right = (self.factors.get(address_of(tensor)) for tensor in (a, b))
         # Operands are needed outside kernels only, where linear gates are looked for.
         keep = not self.kernels and a.dim() > 1 and a.shape == b.shape
         if keep or left is not None or right is not None:
@@ -167,16 +168,16 @@ class _Recorder:
         """Notes a sum or product with a weight of the model; says whether it was one."""
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             return False
-        if _storage(a) not in self.weights and _storage(b) not in self.weights:
+        if address_of(a) not in self.weights and address_of(b) not in self.weights:
             return False
-        x, weight = (b, a) if _storage(a) in self.weights else (a, b)
+        x, weight = (b, a) if address_of(a) in self.weights else (a, b)
         if not self.kernels and x.dim() > 1:
             call = WeightedCall(self._path(), self.clock(), operation, x, weight, result)
             self.events.weighted.append(call)
         return True
 
     def _factor(self, tensor: Tensor, number: int) -> None:
-        self.factors[_storage(tensor)] = number
+        self.factors[address_of(tensor)] = number
         self.kept.append(tensor)
 
     def _path(self) -> str:
@@ -190,10 +191,6 @@ class _Recorder:
         path = self._path() if self.open else ""
         call = KernelCall(name, path, start, self.clock(), arguments, result)
         self.events.kernels.append(call)
-
-
-def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, GateEvents]:

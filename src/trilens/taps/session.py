@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilens.caches.storage import address_of
 from trilens.errors import (
     AttentionPathError,
     CaptureError,
@@ -373,4 +374,4 @@ def _is_input(tensor: Tensor, calls: Mapping[str, Any]) -> bool:
 def _shares(value: Any, tensor: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.is_meta:
         return False
-    return value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return address_of(value) == address_of(tensor)

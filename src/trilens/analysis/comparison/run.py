@@ -215,6 +215,7 @@ class _Run:
             raise EmptyPromptError("prompts are empty: there is nothing to compare; give some")
         output = self.output.result() if self.has_output else None
         roles = self._roles()
+        weights, missing = weight_rows(*self.lenses)
         rows = [
             *(output_rows(output) if output is not None else ()),
             *self.residual.rows(),
@@ -222,9 +223,9 @@ class _Run:
             *(roles.rows() if roles else ()),
             *self.gates.rows(),
             *self.lens.rows(),
-            *weight_rows(*self.lenses),
+            *weights,
         ]
-        notes = list(self.sites.notes)
+        notes = [*self.sites.notes, *missing]
         if not self.has_output:
             notes.append("a model without an unembedding: no output is compared")
         return Comparison(
