@@ -25,6 +25,7 @@
     │   ├── OfflineError         the hub cannot be reached
     │   └── MemoryShortError     the weights need more memory than is free
     ├── AnatomyError             blocks, final norm or unembedding could not be proven
+    │   ├── RecorderError        the model runs, but not while its probe is recorded
     │   └── SeveralStreamsError  the residual has more than one stream
     ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
@@ -63,6 +64,7 @@ __all__ = [
     "OutOfRangeError",
     "PromptError",
     "PromptTooLongError",
+    "RecorderError",
     "RecurrentStateError",
     "RestoreError",
     "SeveralStreamsError",
@@ -178,6 +180,10 @@ class MemoryShortError(LoadError):
 
 class AnatomyError(TrilensError):
     """Blocks, final norm or unembedding could not be proven on this model."""
+
+
+class RecorderError(AnatomyError):
+    """The model runs, but not while trilens records its probe: the fault is not the model's."""
 
 
 class SeveralStreamsError(AnatomyError):

@@ -9,7 +9,7 @@ from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Pipeline, PreTrainedModel
 
 from trilens.errors import ShapeError, UsageError
 from trilens.lens.batching import BatchSafety, padded
@@ -23,12 +23,14 @@ from trilens.models.loading import load
 from trilens.models.tokens import (
     Prompt,
     PromptLike,
+    checked_tokenizer,
     max_positions_of,
     pad_id_for,
     read_prompt,
     vocab_size_of,
 )
 from trilens.models.trace import tensors_in
+from trilens.models.unwrap import unwrapped
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
 from trilens.taps.effective import effective_patterns
@@ -50,21 +52,20 @@ class Lens:
     one forward pass and leave nothing behind.
 
     Args:
-        model: a loaded causal LM, masked LM or bare encoder.
+        model: a loaded causal LM, masked LM or bare encoder, or a wrapper of one; see `unwrapped`.
         tokenizer: its tokenizer; without one, prompts are token ids.
 
     Raises:
+        UsageError: no transformers model or tokenizer, or a weight that is nowhere in memory.
+        RecorderError: the model runs, but not while it is recorded.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise UsageError(
-                f"the model is a {type(model).__name__}: a loaded transformers model is needed; "
-                "for a directory or hub id use Lens.from_pretrained"
-            )
-        self.model = model
-        self.tokenizer = tokenizer
+        if tokenizer is None and isinstance(model, Pipeline):
+            tokenizer = model.tokenizer
+        self.model = model = unwrapped(model)
+        self.tokenizer = checked_tokenizer(tokenizer)
         self._vocab = vocab_size_of(model)
         with _LOCK.take(model.config):
             self._proof: Proof = prove(model, self._vocab)

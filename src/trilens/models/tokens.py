@@ -26,11 +26,12 @@ from trilens.errors import (
     TokenIdError,
     UsageError,
 )
-from trilens.io.messages import clip
+from trilens.io.messages import clip, reason
 
 __all__ = [
     "Prompt",
     "PromptLike",
+    "checked_tokenizer",
     "max_positions_of",
     "pad_id_for",
     "read_prompt",
@@ -132,6 +133,25 @@ def read_prompt(
     return Prompt(torch.tensor(ids, dtype=torch.int64), token_strings(ids, tokenizer))
 
 
+def checked_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer of transformers, or None.
+
+    Raises:
+        UsageError: it is something else, such as a name or a `tokenizers.Tokenizer`.
+    """
+    if tokenizer is None or all(
+        callable(getattr(tokenizer, name, None)) for name in ("__call__", "decode", "get_vocab")
+    ):
+        return tokenizer
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}".removeprefix("builtins.")
+    way = (
+        f"AutoTokenizer.from_pretrained({tokenizer!r})"
+        if isinstance(tokenizer, str)
+        else "PreTrainedTokenizerFast(tokenizer_object=…)"
+    )
+    raise UsageError(f"the tokenizer is a {kind}: one of transformers is needed, for example {way}")
+
+
 def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
     if tokenizer is None:
         raise NoTokenizerError(
@@ -147,13 +167,20 @@ def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
             f"U+{ord(text[cause.start]):04X}; replace it"
         ) from cause
     # Settings stored with a tokenizer (truncation, padding) would change the prompt without a word.
-    encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+    # The tokenizers library raises bare exceptions: a word without a token, and no unknown token.
+    except Exception as cause:
+        raise PromptError(
+            f"the tokenizer ({type(tokenizer).__name__}) can't read {clip(text, 40)}: "
+            f"{reason(cause)}"
+        ) from cause
     return [int(i) for i in encoded["input_ids"]]
 
 

@@ -79,13 +79,19 @@ class ModuleCall:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One call of an attention function through the registry."""
+    """One call of an attention function through the registry.
+
+    Attributes:
+        key: the implementation's name.
+        readable: whether its pattern can be told from its arguments, or it gave its weights.
+    """
 
     path: str
     tick: int
     key: str
     seq_q: int
     seq_k: int
+    readable: bool = True
 
 
 @dataclass(frozen=True, slots=True)

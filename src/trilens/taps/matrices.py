@@ -247,7 +247,7 @@ def _measured(model: nn.Module, path: str, name: str) -> Tensor:
                 last = cause
     raise CaptureError(
         f"{name}: a {_title(module)} does not answer to a plain input: "
-        f"{type(last).__name__}: {reason(last) if last else ''}"
+        f"{reason(last) if last else 'no dtype to ask in'}"
     ) from last
 
 

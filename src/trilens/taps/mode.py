@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import nn
 
 __all__ = ["evaluating", "unchanged"]
@@ -12,15 +13,29 @@ __all__ = ["evaluating", "unchanged"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and every module back into its own mode afterwards."""
+    """Put a model into eval mode and every module back into its own mode afterwards.
+
+    Compiled parts run as they are written: compiled code calls no hooks of the modules in it.
+    """
     training = [module for module in model.modules() if module.training]
+    stance = torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
     try:
         if training:
             model.eval()
-        yield
+        with stance:
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or "_orig_mod" in module._modules
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from trilens.models.trace import (
     same,
     tensors_in,
 )
+from trilens.taps.attention import is_readable
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
@@ -62,6 +63,9 @@ class _FunctionWatch(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         result = func(*args, **options)
+        # What dynamo traces (flex attention's masks) are stand-ins without values or storage.
+        if torch.compiler.is_compiling():
+            return result
         self._seen(getattr(func, "__name__", ""), args, options, result)
         return result
 
@@ -102,7 +106,12 @@ class _Recorder:
         path = self.paths[call.module]
         self.softmax = [site for site in self.softmax if site.path != path]
         site = AttentionSite(
-            path, self.clock(), call.implementation, call.query.shape[-2], call.key.shape[-2]
+            path,
+            self.clock(),
+            call.implementation,
+            call.query.shape[-2],
+            call.key.shape[-2],
+            is_readable(call),
         )
         self.attention.append(site)
 

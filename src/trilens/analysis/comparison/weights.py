@@ -34,7 +34,8 @@ def weight_rows(before: Lens, after: Lens) -> tuple[list[Row], list[str]]:
         one unpacked matrix at a time.
     """
     mine, other = matrices_of(before.model), matrices_of(after.model)
-    paths = {block.path: layer for layer, block in reversed([*enumerate(before.anatomy.blocks)])}
+    blocks = reversed([*enumerate(before.anatomy.blocks)])
+    paths = {block.path.replace("._orig_mod", ""): layer for layer, block in blocks}
     rows = []
     missing: dict[str, list[str]] = {}
     for side, held, beside in (("before", mine, other), ("after", other, mine)):
