@@ -192,5 +192,5 @@ def test_what_is_no_tokenizer_of_transformers_is_refused_and_its_errors_are_the_
             Lens(model, wrong)
     lens = Lens(model, transformers.PreTrainedTokenizerFast(tokenizer_object=words))
     assert lens.capture("a b").token_ids.tolist() == [1, 2]
-    with pytest.raises(PromptError, match=r"can't read 'a zzz'.*\[UNK\]"):
+    with pytest.raises(PromptError, match=r"fails on the prompt: .*\[UNK\]"):
         lens.capture("a zzz")

@@ -34,6 +34,7 @@ from trilens.io.weight_files import (
     INDEX_NAME,
     SINGLE_NAME,
     explicit_name,
+    gguf_way,
     refusal,
     shard_names,
     weight_files,
@@ -123,6 +124,8 @@ def _file_refusal(path: Path) -> LoadError:
             f"{path} is a file of pickled weights, which can run code when opened: convert it with "
             "safetensors, then give the directory that holds config.json"
         )
+    if path.suffix.lower() == ".gguf":
+        return LoadError(f"{path} is a file: {gguf_way(str(path.parent), path.name)}")
     return LoadError(f"{path} is a file: give the directory that holds it and config.json")
 
 

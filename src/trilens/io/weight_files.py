@@ -15,6 +15,7 @@ __all__ = [
     "INDEX_NAME",
     "SINGLE_NAME",
     "explicit_name",
+    "gguf_way",
     "read_headers",
     "refusal",
     "shard_names",
@@ -137,6 +138,14 @@ def _check_link(folder: Path, name: str) -> None:
         )
 
 
+def gguf_way(folder: str, name: str) -> str:
+    """How a GGUF file comes into a lens: transformers unpacks it."""
+    return (
+        "a GGUF file is not opened here; let transformers unpack it, model = AutoModelForCausalLM."
+        f"from_pretrained({folder!r}, gguf_file={name!r}), and give Lens(model, tokenizer)"
+    )
+
+
 def refusal(source: str, names: list[str]) -> LoadError:
     """The error for a place whose files `names` hold no weights that trilens reads."""
     pickled = sorted(n for n in names if Path(n).suffix.lower() in _PICKLE_SUFFIXES)
@@ -145,9 +154,12 @@ def refusal(source: str, names: list[str]) -> LoadError:
             f"{source} has only pickled weights ({pickled[0]}), which can run code when opened: "
             "convert it with safetensors (safetensors.torch.save_file, or save_pretrained)"
         )
-    other = sorted(
-        n for n in names if n.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
-    )
+    packed = sorted(n for n in names if n.endswith(".gguf"))
+    if packed:
+        return LoadError(
+            f"{source} has no weights but {packed[0]}: {gguf_way('FOLDER', packed[0])}"
+        )
+    other = sorted(n for n in names if n.endswith((".safetensors", ".h5", ".msgpack", ".onnx")))
     found = f"; it has {other[0]}, which is not a transformers checkpoint's file" if other else ""
     return LoadError(f"{source} has no weights: {SINGLE_NAME} or {INDEX_NAME} is needed{found}")
 

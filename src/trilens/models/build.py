@@ -111,11 +111,12 @@ def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:
     if has_code:
         return (
             f"{file} is of type {name!r}, whose code comes with the checkpoint: read that code, "
-            "then pass trust_remote_code=True to let it run"
+            "then pass trust_remote_code=True (--trust-remote-code) to let it run; ternarize never "
+            "runs it"
         )
     return (
         f"{file} is of type {name!r}, which transformers {transformers.__version__} does not know: "
-        "upgrade transformers, or pass trust_remote_code=True where the checkpoint brings its code"
+        "upgrade transformers, or pass trust_remote_code=True (--trust-remote-code) where the checkpoint brings its code"
     )
 
 

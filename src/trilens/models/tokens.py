@@ -175,13 +175,12 @@ def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
             padding=False,
             verbose=False,
         )
-    # The tokenizers library raises bare exceptions: a word without a token, and no unknown token.
+        return [int(i) for i in encoded["input_ids"]]
     except Exception as cause:
         raise PromptError(
-            f"the tokenizer ({type(tokenizer).__name__}) can't read {clip(text, 40)}: "
-            f"{reason(cause)}"
+            f"this tokenizer ({type(tokenizer).__name__}) fails on the prompt: {reason(cause)}; "
+            "give token ids, or another tokenizer"
         ) from cause
-    return [int(i) for i in encoded["input_ids"]]
 
 
 def _ids_of_array(prompt: torch.Tensor | np.ndarray[Any, Any]) -> list[int]:

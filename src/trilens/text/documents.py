@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trilens.errors import TextError
+from trilens.text.structured import csv_texts, json_texts, text_of
 
 __all__ = ["STDLIB", "read_documents"]
 
 STDLIB = "stdlib"
 """The word for the running Python's own standard library, a text that is always there."""
 
-_TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ".json", ".csv", ""})
+_TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ""})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "__pycache__"})
 
 
@@ -26,10 +27,11 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
     """Read the documents of a file, a folder, or the standard library.
 
     Args:
-        source: a ``.jsonl`` file (one JSON object or string a line), a ``.parquet`` file (one row a
-            document), any other UTF-8 text file (one document), a folder (every file of these
-            kinds under it, in the order of their paths), or the word ``stdlib``.
-        field: the column or key that holds the text, in JSONL and Parquet.
+        source: a ``.jsonl`` file (one JSON object or string a line), a ``.json`` file (a list of
+            such), a ``.parquet`` or ``.csv`` file (one row a document), any other UTF-8 text file
+            (one document), a folder (every file of these kinds under it, in the order of their
+            paths, but for JSON and CSV, which are as often no text), or the word ``stdlib``.
+        field: the column or key that holds the text, in JSON, Parquet and CSV.
 
     Returns:
         Documents that hold something besides white space.
@@ -46,10 +48,15 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
         found = list(_file_documents(path, field))
     else:
         raise TextError(
-            f"no text at {source}: give a .txt, .jsonl or .parquet file, a folder of them, or the "
+            f"no text at {source}: give a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or the "
             f"word {STDLIB}"
         )
     documents = tuple(text for text in found if text.strip())
+    if not documents and path.is_dir():
+        raise TextError(
+            f"{source} holds no text: no .txt, .md, .rst, .py, .text, .html, .jsonl or .parquet "
+            "file with something in it; name a .json or .csv file itself"
+        )
     if not documents:
         raise TextError(f"{source} holds no text: every document is empty")
     return documents
@@ -68,6 +75,10 @@ def _file_documents(file: Path, field: str) -> Iterator[str]:
         yield from _jsonl_documents(file, field)
     elif suffix == ".parquet":
         yield from _parquet_documents(file, field)
+    elif suffix == ".json":
+        yield from json_texts(_read_text(file), str(file), field)
+    elif suffix == ".csv":
+        yield from csv_texts(_read_text(file), str(file), field)
     else:
         yield _read_text(file)
 
@@ -89,11 +100,7 @@ def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
             entry: Any = json.loads(line)
         except ValueError:
             raise TextError(f"{file}, line {number} is not JSON: {line[:40]!r}") from None
-        text = entry.get(field) if isinstance(entry, dict) else entry
-        if not isinstance(text, str):
-            keys = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-            raise TextError(f"{file}, line {number} has no text under {field!r}: it has {keys}")
-        yield text
+        yield text_of(entry, f"{file}, line {number}", field)
 
 
 def _parquet_documents(file: Path, field: str) -> Iterator[str]:

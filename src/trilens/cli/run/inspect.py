@@ -35,7 +35,7 @@ def run(
     """Inspect and print, or write to a file."""
     check_file(output)
     with timed(output):
-        if Path(model).is_file():
+        if Path(model).is_file() and Path(model).suffix.lower() != ".gguf":
             needless = {
                 "--prompt": prompt, "--layers": layers, "--effective": effective,
                 "--states": states, "--device-map": loading["device_map"],
