@@ -68,7 +68,7 @@ def test_the_standard_library_is_always_there() -> None:
             b'{"text": "a"}\n{"text": "b \\ud83d"}',
             "line 2 holds the lone surrogate U",
         ),
-        ("half.json", b'["b \\ud83d"]', "entry 0 holds the lone surrogate U+D83D at character 2"),
+        ("half.json", b'["b \\ud83d"]', "entry 0 holds the lone surrogate U.D83D at character 2"),
         ("bad.json", b'{"text": ', "is not JSON"),
         ("key.json", b'[{"body": "a"}]', "entry 0 has no text under 'text': it has body"),
         ("bad.csv", b'text\n"a', "is not readable CSV"),

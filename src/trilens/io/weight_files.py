@@ -154,13 +154,12 @@ def refusal(source: str, names: list[str]) -> LoadError:
             f"{source} has only pickled weights ({pickled[0]}), which can run code when opened: "
             "convert it with safetensors (safetensors.torch.save_file, or save_pretrained)"
         )
-    packed = sorted(n for n in names if n.endswith(".gguf"))
-    if packed:
-        return LoadError(
-            f"{source} has no weights but {packed[0]}: {gguf_way('FOLDER', packed[0])}"
-        )
-    other = sorted(n for n in names if n.endswith((".safetensors", ".h5", ".msgpack", ".onnx")))
+    other = sorted(
+        n for n in names if n.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
+    )
     found = f"; it has {other[0]}, which is not a transformers checkpoint's file" if other else ""
+    if other and other[0].endswith(".gguf"):
+        found = f"; it has {other[0]}: {gguf_way('FOLDER', other[0])}"
     return LoadError(f"{source} has no weights: {SINGLE_NAME} or {INDEX_NAME} is needed{found}")
 
 

@@ -116,7 +116,8 @@ def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:
         )
     return (
         f"{file} is of type {name!r}, which transformers {transformers.__version__} does not know: "
-        "upgrade transformers, or pass trust_remote_code=True (--trust-remote-code) where the checkpoint brings its code"
+        "upgrade transformers, or pass trust_remote_code=True (--trust-remote-code) where the "
+        "checkpoint brings its code"
     )
 
 

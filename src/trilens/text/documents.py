@@ -48,8 +48,8 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
         found = list(_file_documents(path, field))
     else:
         raise TextError(
-            f"no text at {source}: give a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or the "
-            f"word {STDLIB}"
+            f"no text at {source}: give a .txt, .jsonl, .json, .csv or .parquet file, a folder of "
+            f"them, or the word {STDLIB}"
         )
     documents = tuple(text for text in found if text.strip())
     if not documents and path.is_dir():
