@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from trilens.models.trace import (
     Trace,
     same,
     tensors_in,
+    version_of,
+    wide_points,
 )
 from trilens.taps.attention import is_readable
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
@@ -38,6 +41,7 @@ __all__ = ["record"]
 
 _SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+_IN_PLACE = {"mul_", "__imul__"}
 _SUMS = {"add", "__add__", "__radd__"}
 _COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone",
            "reshape", "flatten", "_to_copy"}  # fmt: skip
@@ -45,6 +49,14 @@ _COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cont
 _LARGEST = 1 << 22
 """Values of one call inside a kernel that are worth keeping: a [token, token, channel] mask of a
 large model is not, and nothing is proven by it that its cumulative sums do not prove."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """A gating call's output, and how often it had been written into when it was one."""
+
+    number: int
+    version: int
 
 
 class _FunctionWatch(TorchFunctionMode):
@@ -84,7 +96,7 @@ class _Recorder:
         self.kernels: list[tuple[str, int]] = []
         # Storage of a gating call's output, and of its copies → the call's number. The tensors
         # are kept, so that no later tensor can stand at the same address.
-        self.factors: dict[int, int] = {}
+        self.factors: dict[int, _Factor] = {}
         self.kept: list[Tensor] = []
 
     def clock(self) -> int:
@@ -99,7 +111,9 @@ class _Recorder:
         _, start, inputs = self.open.pop()
         outputs = tuple(tensors_in(output))
         path = self.paths[module]
-        self.calls.append(ModuleCall(path, module, start, self.clock(), inputs, outputs))
+        versions = tuple(map(version_of, outputs))
+        call = ModuleCall(path, module, start, self.clock(), inputs, outputs, versions)
+        self.calls.append(call)
 
     def attended(self, call: AttentionCall) -> None:
         # The function ran just now: the softmaxes inside it are the registry's own.
@@ -127,13 +141,18 @@ class _Recorder:
         if name in GATING_FUNCTIONS:
             self._gating(GATING_FUNCTIONS[name], x, options, result)
         elif name in _PRODUCTS and len(args) > 1:
-            self._multiplied(x, args[1], result)
+            self._multiplied(x, args[1], result, in_place=name in _IN_PLACE)
         elif name in _SUMS and len(args) > 1:
             self._weighted(torch.add, x, args[1], result)
         elif name in _COPIES and isinstance(x, Tensor) and isinstance(result, Tensor):
-            number = self.factors.get(address_of(x))
-            if number is not None and address_of(result) != address_of(x):
+            number = self._number(x)
+            if address_of(result) == address_of(x):
+                return
+            if number is not None:
                 self._factor(result, number)
+            if not self.kernels:
+                self.events.copies[address_of(result)] = address_of(x)
+                self.kept += (x, result)
         elif name == "topk" and isinstance(x, Tensor):
             self.events.topk.append(TopkCall(self._path(), self.clock(), x, result[0]))
 
@@ -159,12 +178,12 @@ class _Recorder:
         self._factor(y, len(self.events.functions))
         self.events.functions.append(call)
 
-    def _multiplied(self, a: Any, b: Any, result: Any) -> None:
+    def _multiplied(self, a: Any, b: Any, result: Any, *, in_place: bool) -> None:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 1:
             return
         if self._weighted(torch.mul, a, b, result):
             return
-        left, right = (self.factors.get(address_of(tensor)) for tensor in (a, b))
+        left, right = self._number(a, int(in_place)), self._number(b)
         # Operands are needed outside kernels only, where linear gates are looked for.
         keep = not self.kernels and a.dim() > 1 and a.shape == b.shape
         if keep or left is not None or right is not None:
@@ -186,8 +205,15 @@ class _Recorder:
         return True
 
     def _factor(self, tensor: Tensor, number: int) -> None:
-        self.factors[address_of(tensor)] = number
+        self.factors[address_of(tensor)] = _Factor(number, version_of(tensor))
         self.kept.append(tensor)
+
+    def _number(self, tensor: Tensor, written: int = 0) -> int | None:
+        """The gating call that a tensor is the output of, unless it was written into since then."""
+        found = self.factors.get(address_of(tensor))
+        if found is None or version_of(tensor) != found.version + written:
+            return None
+        return found.number
 
     def _path(self) -> str:
         return self.paths[self.open[-1][0]]
@@ -232,6 +258,7 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
     logits = getattr(output, "logits", None)
     hidden = _last_hidden(recorder.calls, output, logits)
     calls = tuple(sorted(recorder.calls, key=lambda call: call.start))
+    responses = _responses(recorder.calls)
     trace = Trace(
         seq=seq,
         calls=calls,
@@ -239,8 +266,27 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         softmax=tuple(recorder.softmax),
         logits=logits if isinstance(logits, Tensor) else None,
         last_hidden=hidden,
+        responses=responses,
     )
     return trace, recorder.events
+
+
+def _responses(calls: list[ModuleCall]) -> dict[nn.Module, Tensor]:
+    """What each module without parts or parameters, such as an activation, gives on a wide grid."""
+    found: dict[nn.Module, Tensor] = {}
+    for call in calls:
+        module = call.module
+        if module in found or not call.keeps_shape or any(True for _ in module.parameters()):
+            continue
+        try:
+            with torch.no_grad():
+                answer = module(wide_points(call.inputs[0]))
+        # A module that wants more than numbers is no activation.
+        except Exception:  # noqa: BLE001
+            continue
+        if isinstance(answer, Tensor):
+            found[module] = answer
+    return found
 
 
 def _last_hidden(calls: list[ModuleCall], output: Any, logits: Any) -> tuple[Tensor, ...]:

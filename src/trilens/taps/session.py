@@ -29,6 +29,7 @@ from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.trace import same, tensors_in
+from trilens.taps.gate_check import proving_gates
 from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
@@ -318,12 +319,14 @@ def recording_of(
     Raises:
         SilentSiteError: a requested site did not fire.
         CaptureError: the blocks did not run in the proven order.
+        UnclaimedGateError: a gate is not what it was on the probe.
     """
     session = _Session(anatomy, request)
     with ExitStack() as stack:
         for module in {id(block.module): block.module for block in anatomy.blocks}.values():
             stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
             stack.callback(module.register_forward_hook(session.leave_block).remove)
+        stack.enter_context(proving_gates(request.gates))
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
         observed = {*request.kernels, *request.states.layers}
         kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()

@@ -155,7 +155,7 @@ class GateClaims:
 
 def find_gates(trace: Trace, events: GateEvents, anatomy: Anatomy) -> GateClaims:
     """Apply all rules to one probe."""
-    glu, without = find_glu_gates(trace, anatomy)
+    glu, without = find_glu_gates(trace, events, anatomy)
     gates: dict[tuple[str, int], GateSite] = {}
     unclaimed: dict[int, tuple[str, ...]] = {}
     recurrences: dict[int, Recurrent] = {}
