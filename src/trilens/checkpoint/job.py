@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from trilens.checkpoint.coding import entries
 from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.quantization_config import overrides
-from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.format.skeleton import HOMELESS, Choice, build_skeleton, choose
 from trilens.checkpoint.source import Checkpoint
 from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
+from trilens.models.foreign_names import check_names
 
 __all__ = ["DTYPE_NAMES", "Job", "follow", "read_job"]
 
@@ -82,7 +84,9 @@ def read_job(src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | 
     """
     source = Checkpoint.open(src, revision=revision)
     skeleton = build_skeleton(source.config, source.headers)
-    choices = follow(plan, choose(skeleton, source.headers))
+    possible = choose(skeleton, source.headers)
+    check_names(source.name, (choice.name for choice in possible if choice.reason == HOMELESS))
+    choices = follow(plan, possible)
     job = Job(source, choices, plan, _side_files(source.folder), type(skeleton))
     names = [name for pair in job.pairs for name, *_ in entries(*pair, plan)]
     if len(set(names)) < len(names):
@@ -96,9 +100,11 @@ def follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]
     possible = [choice.name for choice in choices if choice.storage != "kept"]
     kept = plan.chosen(possible, [choice.name for choice in choices])
     if len(kept) == len(possible):
+        reasons = Counter(choice.reason for choice in choices if choice.is_matrix and choice.reason)
+        why = "".join(f"; {count} matrices kept: {why}" for why, count in reasons.most_common())
         raise UsageError(
             "nothing is left to make ternary: the checkpoint has no linear layer of a block that "
-            "the plan does not keep"
+            f"the plan does not keep{why}"
         )
     return tuple(
         replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice

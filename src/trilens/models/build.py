@@ -23,6 +23,7 @@ from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShort
 from trilens.io.json import read_json
 from trilens.io.messages import clip, reason
 from trilens.io.safetensors_header import TensorHeader
+from trilens.models.foreign_names import check_names
 
 __all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config"]
 
@@ -285,6 +286,7 @@ def _build_one(
 
 def _check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
     where = f"{folder} does not match its config.json as {type(model).__name__}"
+    check_names(str(folder), report["unexpected_keys"])
     mismatched = sorted(report["mismatched_keys"], key=lambda item: item[0])
     if mismatched:
         key, stored, wanted = mismatched[0]

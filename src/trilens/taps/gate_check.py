@@ -88,8 +88,11 @@ def _watch(stack: ExitStack, check: GluCheck, thread: int, note: Callable[[Tenso
         values, number, other = row.gate, row.number, _rows(row.up)
         row.gate = row.number = row.up = None
         if number is not None and len(other) == len(given) and other.shape == given.shape:
-            product = GATE_FUNCTIONS[check.function].value(values) * other.index_select(0, number)
-            note(_agree(product, given.index_select(0, number)))
+            factor = other.index_select(0, number)
+            product = GATE_FUNCTIONS[check.function].value(values) * factor
+            # 0.5 x (1 + tanh …) cancels for x < 0: what is left is as exact as x · up is.
+            terms = product.abs().float() + (values * factor).abs().float()
+            note(_agree(product, given.index_select(0, number), terms))
 
     for module, hook in ((check.gate, gate), (check.down, down)):
         stack.callback(module.register_forward_pre_hook(hook).remove)
@@ -100,10 +103,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _agree(product: Tensor, given: Tensor) -> Tensor:
-    """Whether a product is what was given, within rounding; [] bool."""
+def _agree(product: Tensor, given: Tensor, terms: Tensor) -> Tensor:
+    """Whether a product is what was given, within the rounding of its terms; [] bool."""
     given = given.to(product.device)
-    bound = _ROUNDINGS * torch.finfo(given.dtype).eps * product.abs().float()
+    bound = _ROUNDINGS * torch.finfo(given.dtype).eps * terms
     away = (product.float() - given.float()).abs()
     tiny = torch.finfo(given.dtype).tiny
     return ((away <= bound + tiny) | ~product.isfinite() | ~given.isfinite()).all()
