@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from foreign_cases import eight_bit
 from tinymodels import build, prompt_ids
-from trilens import Lens
+from trilens import Lens, compare
 from trilens.demo import demo_path
 from trilens.errors import (
     AnatomyError,
@@ -194,3 +194,35 @@ def test_what_is_no_tokenizer_of_transformers_is_refused_and_its_errors_are_the_
     assert lens.capture("a b").token_ids.tolist() == [1, 2]
     with pytest.raises(PromptError, match=r"fails on the prompt: .*\[UNK\]"):
         lens.capture("a zzz")
+
+
+def test_a_model_that_was_changed_is_proven_anew() -> None:
+    model = build("llama")
+    lens = Lens(model)
+    expected = lens.capture(IDS, residual="all").residual.get_layer(0)
+    model.model.layers = model.model.layers[:2]
+    short = lens.capture(IDS, residual="all", gates=True)
+    assert (lens.n_layers, short.residual.n_layers) == (2, 2)
+    assert torch.equal(short.residual.get_layer(0), expected)
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    assert lens.capture(IDS, gates=True).gates.spec("mlp.gate", 1).function == "gelu"
+    model.resize_token_embeddings(lens.anatomy.vocab + 2)
+    (last,) = lens.capture_many([[lens.anatomy.vocab + 1]])
+    assert last.logits.shape[-1] == lens.anatomy.vocab == model.config.vocab_size
+    model.model.layers[0].mlp.to("meta")
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp.* is on the meta device"):
+        lens.capture(IDS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [("", "prompt 3 is empty"), ([5000], "prompt 3: token id 5000"), (None, "prompt 3 is a None")],
+)
+def test_a_refused_prompt_among_several_is_numbered(bad: Any, words: str) -> None:
+    folder = demo_path("transformer")
+    lens = Lens.from_pretrained(folder)
+    prompts = ["x", "x = 1", [5], bad]
+    with pytest.raises((PromptError, UsageError), match=words):
+        list(lens.capture_many(prompts, batch_size=2))
+    with pytest.raises((PromptError, UsageError), match=words):
+        compare(lens, lens, ["x = 1"] * 3 + [bad])

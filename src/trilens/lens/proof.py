@@ -6,10 +6,12 @@ rule, with the facts that prove them. The probe must leave the model as it was.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from trilens.errors import AnatomyError, RecorderError, TrilensError, UsageError
@@ -35,10 +37,29 @@ PROBE_TOKENS = 11
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a probe proved of a model."""
+    """What a probe proved of a model.
+
+    Attributes:
+        vocab: rows of the input embedding.
+        modules: the model's modules when it was proven.
+    """
 
     anatomy: Anatomy
     gates: GateClaims
+    vocab: int
+    modules: tuple[nn.Module, ...]
+
+    def is_outdated(self, model: nn.Module, vocab: int) -> bool:
+        """Whether the model has other modules than those that were proven, or other tokens.
+
+        Raises:
+            UsageError: a weight went to the meta device meanwhile.
+        """
+        if any(parameter.is_meta for parameter in model.parameters()):
+            _check_in_memory(model)
+        now = list(model.modules())
+        same = len(now) == len(self.modules) and all(map(operator.is_, now, self.modules))
+        return not same or vocab != self.vocab
 
 
 def prove(model: PreTrainedModel, vocab: int) -> Proof:
@@ -52,12 +73,7 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
         UsageError: a weight is not in memory, and nothing brings it there.
         AnatomyError: what could not be proven, with the facts that failed.
     """
-    missing = unfilled(model)
-    if missing is not None:
-        raise UsageError(
-            f"{missing} is on the meta device, and no hook brings it into memory: the model has no "
-            "such weight to compute with; load it onto a device, or dispatch it with accelerate"
-        )
+    _check_in_memory(model)
     _check_stacks(model)
     axes = {value for value in config_numbers(model) if value == int(value)}
     seq = next(n for n in (PROBE_TOKENS, 13, 17, 19, 23) if n not in axes or n == 23)
@@ -80,7 +96,22 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     width = getattr(text_config(model), "hidden_size", None)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
     with torch.no_grad():
-        return Proof(anatomy, find_gates(trace, events, anatomy))
+        gates = find_gates(trace, events, anatomy)
+    return Proof(anatomy, gates, vocab, tuple(model.modules()))
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    """Refuse a model with weights that are nowhere: torch computes with memory as it lies.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    missing = unfilled(model)
+    if missing is not None:
+        raise UsageError(
+            f"{missing} is on the meta device, and no hook brings it into memory: the model has no "
+            "such weight to compute with; load it onto a device, or dispatch it with accelerate"
+        )
 
 
 def _check_stacks(model: PreTrainedModel) -> None:

@@ -31,7 +31,6 @@ from trilens.io.messages import clip, reason
 __all__ = [
     "Prompt",
     "PromptLike",
-    "checked_tokenizer",
     "max_positions_of",
     "pad_id_for",
     "read_prompt",
@@ -89,6 +88,7 @@ def read_prompt(
     vocab_size: int,
     max_positions: int | None,
     add_special_tokens: bool = True,
+    number: int | None = None,
 ) -> Prompt:
     """Read one prompt.
 
@@ -99,6 +99,7 @@ def read_prompt(
         vocab_size: ids from 0 to below this are allowed.
         max_positions: the most tokens a prompt may have; None for any number.
         add_special_tokens: let the tokenizer put its special tokens around a text.
+        number: of the prompt among several, for messages.
 
     Raises:
         EmptyPromptError: no text, or no token.
@@ -110,6 +111,24 @@ def read_prompt(
         PromptError: text that is no valid Unicode.
         UsageError: something that is no prompt at all.
     """
+    try:
+        return _read(prompt, tokenizer, vocab_size, max_positions, add_special_tokens)
+    except (PromptError, UsageError) as error:
+        if number is None:
+            raise
+        words = str(error)
+        rest = words.removeprefix("prompt")
+        title = f"prompt {number}{'' if rest != words else ':'} "
+        raise type(error)(f"{title}{rest.lstrip()}") from error
+
+
+def _read(
+    prompt: PromptLike,
+    tokenizer: Any,
+    vocab_size: int,
+    max_positions: int | None,
+    add_special_tokens: bool,
+) -> Prompt:
     from_text = isinstance(prompt, str)
     if isinstance(prompt, str):
         ids = _encode(prompt, tokenizer, add_special_tokens)
@@ -131,25 +150,6 @@ def read_prompt(
             f"shorten it to at most {max_positions} tokens"
         )
     return Prompt(torch.tensor(ids, dtype=torch.int64), token_strings(ids, tokenizer))
-
-
-def checked_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer of transformers, or None.
-
-    Raises:
-        UsageError: it is something else, such as a name or a `tokenizers.Tokenizer`.
-    """
-    if tokenizer is None or all(
-        callable(getattr(tokenizer, name, None)) for name in ("__call__", "decode", "get_vocab")
-    ):
-        return tokenizer
-    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}".removeprefix("builtins.")
-    way = (
-        f"AutoTokenizer.from_pretrained({tokenizer!r})"
-        if isinstance(tokenizer, str)
-        else "PreTrainedTokenizerFast(tokenizer_object=…)"
-    )
-    raise UsageError(f"the tokenizer is a {kind}: one of transformers is needed, for example {way}")
 
 
 def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""From what a loaded model may be wrapped in to the model itself."""
+"""What a caller gives as a model and a tokenizer: unwrapped, or refused with the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Pipeline, PreTrainedModel
 
 from trilens.errors import UsageError
 
-__all__ = ["unwrapped"]
+__all__ = ["checked_tokenizer", "unwrapped"]
 
 _ATTRIBUTES = ("_orig_mod", "module")
 """Where torch.compile, and DataParallel and its kin, keep the module that they call."""
@@ -54,3 +54,22 @@ def _inside(wrapper: object) -> Any:
             "(model.get_base_model())"
         )
     return model.get_base_model()
+
+
+def checked_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer of transformers, or None.
+
+    Raises:
+        UsageError: it is something else, such as a name or a `tokenizers.Tokenizer`.
+    """
+    if tokenizer is None or all(
+        callable(getattr(tokenizer, name, None)) for name in ("__call__", "decode", "get_vocab")
+    ):
+        return tokenizer
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}".removeprefix("builtins.")
+    way = (
+        f"AutoTokenizer.from_pretrained({tokenizer!r})"
+        if isinstance(tokenizer, str)
+        else "PreTrainedTokenizerFast(tokenizer_object=…)"
+    )
+    raise UsageError(f"the tokenizer is a {kind}: one of transformers is needed, for example {way}")

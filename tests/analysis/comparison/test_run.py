@@ -158,6 +158,15 @@ class Words:
     def get_vocab(self) -> dict[str, int]:
         return self.vocabulary
 
+    def __call__(self, _text: str, **_options: Any) -> dict[str, list[int]]:
+        raise AssertionError("ids are given")
+
+    def decode(self, ids: list[int], **_options: Any) -> str:
+        return "".join(f"<{token}>" for token in ids)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [f"<{token}>" for token in ids]
+
 
 def test_tokenizers_that_differ_are_refused() -> None:
     model = build("llama")
@@ -171,6 +180,45 @@ def test_tokenizers_that_differ_are_refused() -> None:
     assert "1 tokens only in the tokenizer before, such as 'c'" in words
     assert "1 tokens only in the tokenizer after, such as 'd'" in words
     assert "'b': 1 before, 2 after" in words
+
+
+def padded(model: PreTrainedModel, vocab: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(vocab, mean_resizing=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_vocabularies_that_end_differently_are_compared_where_they_agree(side: str) -> None:
+    words = {f"w{i}": i for i in range(build("llama").config.vocab_size)}
+    more = words | {"<x>": len(words), "<y>": len(words) + 1}
+    small = Lens(build("llama", seed=1), Words(words))
+    large = Lens(padded(build("llama", seed=1), len(words) + 8), Words(more))
+    pair = (large, small) if side == "before" else (small, large)
+    found = compare(*pair, prompts("llama", 12, 20), options=CompareOptions(lens="all"))
+    assert {row.delta for row in found.rows if not math.isnan(row.delta)} == {0.0}
+    assert any(f"over the {len(words)} token ids that both" in note for note in found.notes)
+    assert any("rows, those of shared tokens count" in note for note in found.notes)
+    with pytest.raises(IncomparableError, match=f"prompt 1 holds the token id {len(words) + 1}"):
+        compare(large, large_twin(more), [*prompts("llama", 5), [3, len(words) + 1]])
+
+
+def large_twin(more: dict[str, int]) -> Lens:
+    """Another padding, and one token less: its last id is nobody's."""
+    kept = dict(list(more.items())[:-1])
+    return Lens(padded(build("llama", seed=1), len(more) + 20), Words(kept))
+
+
+def test_logits_of_shared_tokens_are_renormalised() -> None:
+    words = {f"w{i}": i for i in range(build("llama").config.vocab_size)}
+    small = Lens(build("llama"), Words(words))
+    large = Lens(padded(build("llama", seed=1), len(words) + 8), Words(words))
+    ids = prompts("llama", 12)[0]
+    found = compare(small, large, [ids])
+    logits = [lens.capture(ids).logits[:-1, : len(words)] for lens in (small, large)]
+    expected = float(kl_nats(*logits).mean())
+    assert found.row("kl_nats_mean").after == pytest.approx(expected, rel=1e-5)
 
 
 def test_nan_names_model_prompt_and_first_layer() -> None:

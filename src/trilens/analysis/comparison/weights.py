@@ -55,6 +55,9 @@ def weight_rows(before: Lens, after: Lens) -> tuple[list[Row], list[str]]:
             continue
         if found is None:
             continue
+        if one.shape != two.shape:
+            sizes = f"{one.shape[0]} before and {two.shape[0]} after"
+            missing.setdefault(f"of {sizes} rows, those of shared tokens count", []).append(name)
         error, zeros_before, zeros_after = found
         if error == 0.0 and "packed" not in (one.source, two.source):
             continue
@@ -70,15 +73,18 @@ def weight_rows(before: Lens, after: Lens) -> tuple[list[Row], list[str]]:
 def _note(why: str, names: list[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"no weight row for {names[0]}{more}: {why}"
+    what = "weight row of" if why.startswith("of ") else "no weight row for"
+    return f"{what} {names[0]}{more}: {why}"
 
 
 def _compare(name: str, mine: Matrix, other: Matrix) -> tuple[float, float, float] | None:
     """Relative error, and the shares of zeros; None where there is nothing to compare."""
-    if mine.shape != other.shape or not math.prod(mine.shape):
+    if mine.shape[1:] != other.shape[1:] or not math.prod(mine.shape):
         return None
-    before = mine.read()
-    after = other.read().to(before.device)
+    # Rows of tokens that one vocabulary has beyond the other's end are not compared.
+    n_rows = min(mine.shape[0], other.shape[0])
+    before = mine.read()[:n_rows]
+    after = other.read()[:n_rows].to(before.device)
     try:
         error = relative_error(before, after)
     except NonFiniteError as cause:
