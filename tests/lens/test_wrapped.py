@@ -139,6 +139,15 @@ def test_flex_attention_gives_all_but_its_patterns() -> None:
         lens.capture(IDS, attention=True)
 
 
+def test_the_attention_implementation_can_be_chosen() -> None:
+    folder = demo_path("transformer")
+    lens = Lens.from_pretrained(folder, attn_implementation="eager")
+    assert lens.model.config._attn_implementation == "eager"
+    assert Lens.from_pretrained(folder).model.config._attn_implementation == "sdpa"
+    with pytest.raises(UsageError, match="'fast' is not one that transformers has: give one of"):
+        Lens.from_pretrained(folder, attn_implementation="fast")
+
+
 def test_bidirectional_masks_are_recorded() -> None:
     config = build("gemma3_text").config
     config.use_bidirectional_attention = True

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from foreign_cases import EightBit, Scaled, eight_bit
 from tinymodels import build, prompt_ids
 from tolerances import assert_close_sums
-from trilens import Lens, compare
+from trilens import Lens, compare, ternarize
 from trilens.errors import CaptureError, UsageError
 from trilens.planning.matrices import find_matrices
 from trilens.taps.matrices import matrices_of
@@ -91,6 +91,18 @@ def test_bitnet_layers_multiply_by_trits_times_scale(bitnet: dict[str, Path], mo
     scale = weight.abs().mean()
     expected = relative_error(weight, (weight / scale).round().clamp(-1, 1) * scale)
     assert found["0.mlp.gate_proj.weight"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_plain_weights_of_an_online_bitnet_become_the_trits_that_it_used(
+    bitnet: dict[str, Path], tmp_path: Path
+) -> None:
+    ternarize(bitnet["online"], tmp_path / "out")
+    found, _ = rows(Lens.from_pretrained(bitnet["online"]), Lens.from_pretrained(tmp_path / "out"))
+    assert len(found) == 14
+    assert max(found.values()) < 1e-12
+    with pytest.raises(UsageError, match=r"quantized already \('bitnet'\)"):
+        ternarize(bitnet["offline"], tmp_path / "none")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, for transformers

@@ -108,6 +108,9 @@ def _check_dense(settings: Any, name: str, *, ternary: bool) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if settings is None or (ternary and isinstance(settings, dict) and method == QUANT_METHOD):
         return
+    # BitNet's online mode stores plain weights and quantizes them anew in each call.
+    if method == "bitnet" and settings.get("quantization_mode") == "online":
+        return
     also = ", or one that trilens ternarize wrote" if ternary else ""
     raise UsageError(
         f"{name} is quantized already ({method!r}): give the checkpoint with plain weights{also}"

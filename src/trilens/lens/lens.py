@@ -91,11 +91,13 @@ class Lens:
         device_map: Any = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
     ) -> Lens:
         """Load a checkpoint directory or hub id and open it.
 
         Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
-        where `trust_remote_code` allows it.
+        where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
+        transformers where not given.
 
         Raises:
             LoadError: and its subclasses, see `trilens.errors`.
@@ -107,6 +109,7 @@ class Lens:
             device_map=device_map,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
         )
         lens = cls(loaded.model, loaded.tokenizer)
         lens.unused_weights = tuple(loaded.unused)

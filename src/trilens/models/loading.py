@@ -27,6 +27,7 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
@@ -83,6 +84,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer from a local directory or the hub.
 
@@ -99,6 +101,8 @@ def load(
         revision: branch, tag or commit; only for a hub id.
         trust_remote_code: run Python code that comes with the checkpoint. Without it no code of the
             checkpoint runs.
+        attn_implementation: the attention function, such as "sdpa" or "eager"; None leaves the
+            choice to transformers.
 
     Raises:
         UsageError: an argument is wrong.
@@ -120,6 +124,7 @@ def load(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
         free_bytes=_free_bytes,
     )
 
@@ -166,11 +171,21 @@ def _load(
     revision: str | None,
     trust_remote_code: bool,
     free_bytes: Callable[[], int],
+    attn_implementation: str | None = None,
 ) -> Loaded:
     target = _read_dtype(dtype)
     placement, device = _read_device_map(device_map)
     if not isinstance(trust_remote_code, bool):
         raise UsageError(f"trust_remote_code is {trust_remote_code!r}: give True or False")
+    options: dict[str, Any] = {"dtype": target, "device_map": placement}
+    if attn_implementation is not None:
+        if attn_implementation not in ALL_ATTENTION_FUNCTIONS and attn_implementation != "eager":
+            known = ", ".join(sorted({"eager", *ALL_ATTENTION_FUNCTIONS.keys()}))
+            raise UsageError(
+                f"attn_implementation {attn_implementation!r} is not one that transformers has: "
+                f"give one of {known}"
+            )
+        options["attn_implementation"] = attn_implementation
     with _LOADING, _quiet():
         rwkv7.register()
         folder, source = local_folder(path_or_hub_id, revision=revision, code=trust_remote_code)
@@ -184,7 +199,7 @@ def _load(
             config,
             remote,
             headers=headers,
-            options={"dtype": target, "device_map": placement},
+            options=options,
         )
         tokenizer = load_tokenizer(folder, trusted=trust_remote_code)
         if device is not None:
