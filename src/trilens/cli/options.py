@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 # Texts
-_TEXT = "file (.txt, .jsonl, .parquet), folder, stdlib or demo"
+_TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
 Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
 Calibrate = Annotated[
     str | None,
