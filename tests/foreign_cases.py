@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EightBit", "Scaled", "eight_bit"]
+__all__ = ["EightBit", "FourBit", "Scaled", "eight_bit"]
 
 
 class EightBit(Tensor):
@@ -51,3 +51,22 @@ class Scaled(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * nn.functional.linear(x, self.weight) + self.bias
+
+
+class FourBit(nn.Linear):
+    """A linear layer that keeps two weights in a byte, in one column, as bitsandbytes does."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__(dense.in_features, dense.out_features, bias=False)
+        weight = dense.weight.detach()
+        self.step = float(weight.abs().max()) / 7
+        codes = ((weight / self.step).round() + 8).to(torch.uint8).reshape(-1, 2)
+        packed = (codes[:, :1] << 4) | codes[:, 1:]
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def dense(self) -> Tensor:
+        codes = torch.cat([self.weight >> 4, self.weight & 15], dim=1).float() - 8
+        return codes.reshape(self.out_features, self.in_features) * self.step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense().to(x.dtype))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from foreign_cases import EightBit, Scaled, eight_bit
+from foreign_cases import EightBit, FourBit, Scaled, eight_bit
 from tinymodels import build, prompt_ids
 from tolerances import assert_close_sums
 from trilens import Lens, compare, ternarize
@@ -148,6 +148,27 @@ def test_a_quantized_tensor_is_asked_for_its_values() -> None:
     assert list(found) == ["0.mlp.gate_proj.weight"]
     expected = relative_error(weight, eight_bit(weight).dequantize())
     assert found["0.mlp.gate_proj.weight"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_packed_codes_under_the_name_of_a_weight_are_not_the_weight() -> None:
+    before, model = Lens(build("llama")), build("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = FourBit(mlp.gate_proj)
+    found, notes = rows(before, Lens(model))
+    assert notes == ()
+    assert list(found) == ["0.mlp.gate_proj.weight"]
+    expected = relative_error(before.model.get_parameter(GATE), mlp.gate_proj.dense())
+    assert found["0.mlp.gate_proj.weight"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_weights_of_a_layer_that_takes_no_plain_input_are_left_out_with_its_error() -> None:
+    with pytest.raises(CaptureError, match=r"0\.weight: a Mute does not answer .*no kernel here"):
+        matrices_of(nn.Sequential(Mute(4, 4))).found["0.weight"].read()
+
+
+class Mute(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("no kernel here")
 
 
 def test_a_layer_that_scales_its_output_is_measured_and_one_that_does_not_is_believed() -> None:

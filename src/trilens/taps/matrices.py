@@ -114,12 +114,12 @@ class _Walk:
 
     def layers(self) -> Iterator[tuple[str, nn.Module, dict[str, Tensor | None]]]:
         """Modules with their matrices; what lies inside a layer that is asked is not looked at."""
-        inside: list[str] = []
+        inside = ""  # of the last layer that is asked: modules come parents first
         for path, module in self.model.named_modules():
-            if any(path.startswith(f"{home}.") for home in inside):
+            if inside and path.startswith(inside):
                 continue
             if path and self._is_asked(module):
-                inside.append(path)
+                inside = f"{path}."
                 weight = getattr(module, "_parameters", {}).get("weight")
                 yield path, module, {"weight": weight}
             else:
