@@ -9,7 +9,7 @@ from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import Pipeline, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety, padded
@@ -29,7 +29,7 @@ from trilens.models.tokens import (
     read_prompt,
     vocab_size_of,
 )
-from trilens.models.unwrap import checked_tokenizer, unwrapped
+from trilens.models.unwrap import checked_tokenizer, is_pipeline, unwrapped
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
 from trilens.taps.effective import effective_patterns
@@ -61,8 +61,8 @@ class Lens:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        if tokenizer is None and isinstance(model, Pipeline):
-            tokenizer = model.tokenizer
+        if tokenizer is None and is_pipeline(model):
+            tokenizer = getattr(model, "tokenizer", None)
         self.model = model = unwrapped(model)
         self.tokenizer = checked_tokenizer(tokenizer)
         self.unused_weights: tuple[str, ...] = ()

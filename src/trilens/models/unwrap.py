@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import Pipeline, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
 
-__all__ = ["checked_tokenizer", "unwrapped"]
+__all__ = ["checked_tokenizer", "is_pipeline", "unwrapped"]
 
 _ATTRIBUTES = ("_orig_mod", "module")
 """Where torch.compile, and DataParallel and its kin, keep the module that they call."""
@@ -35,9 +35,14 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return found
 
 
+def is_pipeline(model: object) -> bool:
+    """Whether it is a pipeline of transformers; asked by name, for their import is slow."""
+    return any(cls.__module__.startswith("transformers.pipelines") for cls in type(model).__mro__)
+
+
 def _inside(wrapper: object) -> Any:
     model: Any = wrapper
-    if isinstance(wrapper, Pipeline):
+    if is_pipeline(wrapper):
         return model.model
     if not isinstance(wrapper, nn.Module):
         return None
