@@ -213,6 +213,16 @@ class Rectified(nn.Linear):
         return super().forward(x).abs()
 
 
+@pytest.mark.parametrize("kind", ["llama4_text", "deepseek_v4"])
+def test_layers_of_the_models_own_code_keep_their_weights(kind: str) -> None:
+    model = build(kind)
+    held = matrices_of(model)
+    assert not held.left_out
+    assert set(held.found) == {name for name, p in model.named_parameters() if p.dim() >= 2}
+    for name, matrix in held.found.items():
+        assert torch.equal(matrix.read(), model.get_parameter(name))
+
+
 def test_what_cannot_be_known_is_left_out_with_the_reason() -> None:
     float8 = nn.Embedding(4, 4)
     float8.weight = nn.Parameter(float8.weight.detach().to(torch.float8_e4m3fn), False)

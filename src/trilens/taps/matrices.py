@@ -135,7 +135,7 @@ class _Walk:
             shape = int(linear.out_features), int(linear.in_features)
             if isinstance(module, TernaryLinear):
                 return Matrix(name, shape, "packed", partial(_unpacked, module))
-            return Matrix(name, shape, "measured", partial(_measured, self.model, path, name))
+            return Matrix(name, shape, "measured", partial(_asked, self.model, path, name))
         if parameter is None or (why := self._unread(path, module, leaf, parameter)):
             return "it has no values" if parameter is None else why
         flat = isinstance(module, Conv1D)
@@ -229,6 +229,19 @@ def _stored(model: nn.Module, path: str, leaf: str, flat: bool) -> Tensor:
             raise CaptureError(f"{path}.{leaf} is offloaded, and its hook does not bring it back")
         values = held.detach().clone()
     return values.T if flat else values
+
+
+def _asked(model: nn.Module, path: str, name: str) -> Tensor:
+    """What a layer's answers show; the weight of a layer of transformers' models that is not linear
+    by itself (a router with a top-k, a linear layer of groups)."""
+    try:
+        return _measured(model, path, name)
+    except CaptureError:
+        module = model.get_submodule(path)
+        held = {*module._parameters, *module._buffers} <= {"weight", "bias"}
+        if not type(module).__module__.startswith("transformers.models.") or not held:
+            raise
+        return _stored(model, path, "weight", flat=False)
 
 
 @torch.no_grad()
