@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from safetensors.torch import load_file, save_file
 
+import trilens
 from checkpoint_cases import load, saved, tensors
 from tinymodels import prompt_ids
 from trilens.checkpoint import pipeline
@@ -30,6 +32,7 @@ from trilens.errors import (
     WriteError,
 )
 from trilens.io import atomic
+from trilens.io.weight_files import GUARD_NAME
 from trilens.progress import Step
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -128,7 +131,8 @@ def test_the_model_computes_with_these_matrices(tmp_path: Path) -> None:
 
 def test_the_output_is_complete(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "src")
-    (source / "README.md").write_text("the source's own card")
+    own = "---\nlicense: mit\nbase_model: owner/first\nextra: [1]\n---\nthe source's own card"
+    (source / "README.md").write_text(own)
     (source / "training.json").write_text('{"heldout_loss": 1.0}')
     (source / "LICENSE").write_text("as it is")
     (source / "sub").mkdir()
@@ -137,6 +141,7 @@ def test_the_output_is_complete(tmp_path: Path) -> None:
     assert set(content(out)) == {
         "LICENSE",
         "README.md",
+        "README.source.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -147,6 +152,7 @@ def test_the_output_is_complete(tmp_path: Path) -> None:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     section = config.pop("quantization_config")
+    assert config.pop("transformers_weights") == GUARD_NAME
     assert config == json.loads((source / "config.json").read_text())
     assert section["quant_method"] == "trilens"
     assert len(section["layers"]) == len(report.coded)
@@ -154,6 +160,20 @@ def test_the_output_is_complete(tmp_path: Path) -> None:
     for row in report.table():
         assert f"`{row['name']}`" in card
     assert "the plan keeps 'down_proj'" in card
+    assert (out / "README.source.md").read_text() == own
+    assert RepoCard(card).data.to_dict() == {
+        "license": "mit",
+        "base_model": "owner/first",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ternary", "trilens"],
+    }
+    assert "Loads only after `import trilens`" in card.split("---")[2].split("\n\n")[2]
+    assert "pip install trilens" in card
+    assert "\ntrilens ternarize src -o OUT --rule absmean --ignore down_proj\n" in card
+    assert trilens.__version__ in card
+    assert str(tmp_path) not in card
     assert {t.name.split(".")[-2] for t in report.fallbacks} == {"down_proj"}
     assert TernaryReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
@@ -433,3 +453,14 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path: Path) -> None:
     assert ternarize(source, tmp_path / "straight") == shifted
     weights = [content(tmp_path / name)["model.safetensors"] for name in ("shifted", "straight")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "own", ["---\nlicense: [\n---\n", "---\n- 1\n---\n", "no header", "", "\xff"]
+)
+def test_a_source_s_card_without_a_header_is_copied(own: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "src")
+    (source / "README.md").write_bytes(own.encode("latin-1"))
+    ternarize(source, tmp_path / "out")
+    assert (tmp_path / "out" / "README.source.md").read_bytes() == own.encode("latin-1")
+    assert "license" not in RepoCard.load(tmp_path / "out" / "README.md").data.to_dict()

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
 from trilens.checkpoint.coding import entries
-from trilens.checkpoint.format.names import CONFIG_NAME
+from trilens.checkpoint.format.model_card import Origin
+from trilens.checkpoint.format.names import CONFIG_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.quantization_config import quantization_config
+from trilens.checkpoint.format.source_card import inherited_metadata
 from trilens.checkpoint.job import DTYPE_NAMES, Job
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
-from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME, explicit_name
+from trilens.io.weight_files import GUARD_NAME, INDEX_NAME, SINGLE_NAME, explicit_name
 
-__all__ = ["write_side_files"]
+__all__ = ["origin_of", "write_side_files"]
 
 
 def write_side_files(out: Path, job: Job) -> dict[str, str]:
@@ -24,6 +28,8 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
         WriteError: no space, no permission.
     """
     content = {path.name: read_bytes(path) for path in job.side_files}
+    for path in job.cards:
+        content[SOURCE_CARD_NAME] = read_bytes(path)
     index = _index(job)
     if index is not None:
         content[index[0]] = json_bytes(index[1])
@@ -31,9 +37,24 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     return {name: write_bytes(out / name, data) for name, data in content.items()}
 
 
+def origin_of(job: Job) -> Origin:
+    """What the model card says of the source."""
+    name = job.source.name
+    hub_id = None if Path(name).is_dir() else name
+    texts = [read_bytes(path).decode(errors="replace") for path in job.cards]
+    return Origin(
+        hub_id or job.source.folder.resolve().name,
+        hub_id,
+        metadata=inherited_metadata("".join(texts)),
+        has_card=bool(texts),
+        is_causal=job.model_class in MODEL_FOR_CAUSAL_LM_MAPPING.values(),
+    )
+
+
 def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
     explicit = explicit_name(job.source.folder)
-    if [file.name for file in job.source.files] in ([SINGLE_NAME], [explicit]):
+    single = explicit or SINGLE_NAME
+    if [file.name for file in job.source.files] == [single]:
         return None
     weight_map = {}
     total = 0
@@ -54,5 +75,9 @@ def _config(job: Job) -> dict[str, Any]:
             if header.dtype in DTYPE_NAMES:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = quantization_config(job.plan, job.choices, job.source.headers)
+    section = quantization_config(job.plan, job.choices, job.source.headers)
+    if explicit := explicit_name(job.source.folder):
+        section["weights"] = explicit
+    config["quantization_config"] = section
+    config["transformers_weights"] = GUARD_NAME
     return config

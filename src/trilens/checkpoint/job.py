@@ -11,7 +11,13 @@ from pathlib import Path
 from torch import Tensor
 
 from trilens.checkpoint.coding import entries
-from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME
+from trilens.checkpoint.format.names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    SOURCE_CARD_NAME,
+)
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
@@ -35,7 +41,7 @@ _SIDE_FILE = re.compile(
     r"|tekken|normalizer|(\w+_)?(pre)?processor_config).*\.json|(LICENSE|NOTICE|USE_POLICY).*",
     re.IGNORECASE,
 )
-_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
+_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, SOURCE_CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,12 @@ class Job:
     plan: TernaryPlan
     side_files: tuple[Path, ...]
     model_class: type
+
+    @property
+    def cards(self) -> tuple[Path, ...]:
+        """The source's own README.md, if it has one."""
+        path = self.source.folder / CARD_NAME
+        return (path,) if path.is_file() else ()
 
     @property
     def pairs(self) -> Iterator[tuple[Choice, TensorHeader]]:

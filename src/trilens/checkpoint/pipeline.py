@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
-from trilens.checkpoint.auxiliary_files import write_side_files
+from trilens.checkpoint.auxiliary_files import origin_of, write_side_files
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.rollback import rollback
 from trilens.checkpoint.calibration.store import Store
@@ -133,7 +133,7 @@ def ternarize(
     out = Path(dst)
     check_folder(out, job.source.folder)
     order = Order.of(
-        [*job.source.files, job.source.folder / CONFIG_NAME, *job.side_files],
+        [*job.source.files, job.source.folder / CONFIG_NAME, *job.side_files, *job.cards],
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
@@ -165,7 +165,8 @@ def ternarize(
     digests |= write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
     report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
-    digests[CARD_NAME] = write_bytes(out / CARD_NAME, model_card(report).encode())
+    card = model_card(report, origin_of(job))
+    digests[CARD_NAME] = write_bytes(out / CARD_NAME, card.encode())
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())

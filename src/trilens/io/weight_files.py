@@ -12,6 +12,7 @@ from trilens.io.messages import clip
 from trilens.io.safetensors_header import TensorHeader, read_header
 
 __all__ = [
+    "GUARD_NAME",
     "INDEX_NAME",
     "SINGLE_NAME",
     "explicit_name",
@@ -23,6 +24,14 @@ __all__ = [
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+GUARD_NAME = "import-trilens-first.safetensors"
+"""What config.json of a ternary checkpoint calls its weights.
+
+There is no such file: a transformers that does not know the format stops there, with this name in
+its error, where it would otherwise make up the weights and warn. With trilens it reads the files
+by their usual names.
+"""
 
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -104,7 +113,11 @@ def explicit_name(folder: Path) -> str | None:
     config = folder / "config.json"
     if not config.is_file():
         return None
-    name = read_json(config, ConfigError, non_finite=True).get("transformers_weights")
+    settings = read_json(config, ConfigError, non_finite=True)
+    name = settings.get("transformers_weights")
+    if name == GUARD_NAME:
+        section = settings.get("quantization_config")
+        name = section.get("weights") if isinstance(section, dict) else None
     if name is None:
         return None
     stem = name.removesuffix(".index.json") if isinstance(name, str) else name
