@@ -24,6 +24,7 @@ from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.validation import validate
 from trilens.errors import (
+    ConfigError,
     CorruptFileError,
     ModelNotFoundError,
     NonFiniteError,
@@ -345,7 +346,11 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_bytes((source / "config.json").read_bytes())
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     cases = [
+        (tmp_path / "full", out, {}, ConfigError, "give the directory of a transformers model"),
+        (tmp_path / "adapter", out, {}, ConfigError, "merge it into its base model"),
         (source, out, {"format": "tern"}, UsageError, "tern"),
         (source, out, {"plan": TernaryPlan(keep=["x9"])}, UsageError, "x9"),
         (source, out, {"plan": TernaryPlan(keep=["proj"])}, UsageError, "nothing is left"),

@@ -218,12 +218,9 @@ class GateCache:
         Shapes:
             returns float64 [seq, units], from 0 to infinity.
 
-        Raises:
-            UsageError: the gate is no decay.
-            NotStoredError: the gate, or its layer, is not stored.
+        Raises: as `horizon_tokens`.
 
-        Source:
-            time constants of recurrences, arXiv 1804.11188.
+        Source: time constants of recurrences, arXiv 1804.11188.
         """
         return math.log(2.0) / -self._log_decay(name, layer)
 

@@ -16,7 +16,7 @@ from trilens.checkpoint.job import DTYPE_NAMES, Job
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
-from trilens.io.weight_files import GUARD_NAME, INDEX_NAME, SINGLE_NAME, explicit_name
+from trilens.io.weight_files import GUARD_NAME, INDEX_NAME, SINGLE_NAME
 
 __all__ = ["origin_of", "write_side_files"]
 
@@ -27,8 +27,8 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     Raises:
         WriteError: no space, no permission.
     """
-    content = {path.name: read_bytes(path) for path in job.side_files}
-    for path in job.cards:
+    content = {path.name: read_bytes(path) for path in job.source.side_files}
+    for path in job.source.cards:
         content[SOURCE_CARD_NAME] = read_bytes(path)
     index = _index(job)
     if index is not None:
@@ -40,19 +40,19 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
 def origin_of(job: Job) -> Origin:
     """What the model card says of the source."""
     name = job.source.name
-    hub_id = None if Path(name).is_dir() else name
-    texts = [read_bytes(path).decode(errors="replace") for path in job.cards]
+    hub_id = None if Path(name) == job.source.folder else name
+    texts = [read_bytes(path).decode(errors="replace") for path in job.source.cards]
     return Origin(
         hub_id or job.source.folder.resolve().name,
         hub_id,
         metadata=inherited_metadata("".join(texts)),
         has_card=bool(texts),
-        is_causal=job.model_class in MODEL_FOR_CAUSAL_LM_MAPPING.values(),
+        is_causal=type(job.model) in MODEL_FOR_CAUSAL_LM_MAPPING.values(),
     )
 
 
 def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = explicit_name(job.source.folder)
+    explicit = job.source.settings.get("transformers_weights")
     single = explicit or SINGLE_NAME
     if [file.name for file in job.source.files] == [single]:
         return None
@@ -76,7 +76,7 @@ def _config(job: Job) -> dict[str, Any]:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
     section = quantization_config(job.plan, job.choices, job.source.headers)
-    if explicit := explicit_name(job.source.folder):
+    if explicit := job.source.settings.get("transformers_weights"):
         section["weights"] = explicit
     config["quantization_config"] = section
     config["transformers_weights"] = GUARD_NAME

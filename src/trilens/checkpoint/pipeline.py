@@ -23,12 +23,12 @@ from trilens.checkpoint.format.names import (
     MANIFEST_NAME,
 )
 from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import ShardWriter
-from trilens.checkpoint.gguf.formats import GgufFormat, find_format
-from trilens.checkpoint.gguf.source import open_source
+from trilens.checkpoint.gguf.formats import find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
-from trilens.checkpoint.job import Job, follow, read_job
+from trilens.checkpoint.job import Job, read_job
 from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, WriteError
@@ -95,7 +95,7 @@ def ternarize(
     bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`). With a sample the whole
     model is loaded, once before and once after.
     """
-    gguf_format = find_format(format)
+    plan, gguf_format = plan or TernaryPlan(), find_format(format)
     if gguf_format is not None:
         if calibration is not None:
             raise UsageError(
@@ -108,15 +108,18 @@ def ternarize(
                 "Write a directory with the sample, then the GGUF file from that directory, which "
                 "keeps every trit"
             )
-        return _to_gguf(src, Path(dst), plan, gguf_format, revision, dry_run, progress)
-    if format not in get_args(Format):
+        _check_engine(Path(dst), plan)
+    elif format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
-    if Path(dst).suffix == ".gguf":
+    elif Path(dst).suffix == ".gguf":
         raise UsageError(
             f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
             "pass a gguf format, for example gguf-tq2_0, or another name"
         )
-    job = read_job(src, plan or TernaryPlan(), revision=revision)
+    job = read_job(src, plan, revision=revision, ternary=gguf_format is not None)
+    if gguf_format is not None:
+        return write_gguf(job, gguf_format, Path(dst), dry_run=dry_run, progress=progress)
+    _check_names(job)
     if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
             f"rule {job.plan.calibrated[0]!r} looks at what the matrices get: give a calibration "
@@ -133,7 +136,12 @@ def ternarize(
     out = Path(dst)
     check_folder(out, job.source.folder)
     order = Order.of(
-        [*job.source.files, job.source.folder / CONFIG_NAME, *job.side_files, *job.cards],
+        [
+            *job.source.files,
+            job.source.folder / CONFIG_NAME,
+            *job.source.side_files,
+            *job.source.cards,
+        ],
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
@@ -153,14 +161,7 @@ def ternarize(
     before: Store | None = None
     damage: Damage | None = None
     if calibration is not None:
-        before, damage = rollback(
-            out,
-            job,
-            calibration,
-            journal,
-            is_new=is_new,
-            progress=progress,
-        )
+        before, damage = rollback(out, job, calibration, journal, is_new=is_new, progress=progress)
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= write_side_files(out, job)
     measured = baseline.against(out) if baseline else None
@@ -178,17 +179,9 @@ def ternarize(
     return report
 
 
-def _to_gguf(
-    src: str | os.PathLike[str],
-    out: Path,
-    plan: TernaryPlan | None,
-    format: GgufFormat,
-    revision: str | None,
-    dry_run: bool,
-    progress: Progress | None,
-) -> TernaryReport:
+def _check_engine(out: Path, plan: TernaryPlan) -> None:
+    """Refuse a place or a plan that no GGUF file has."""
     check_place(out)
-    plan = plan or TernaryPlan()
     if plan.rotate:
         raise UsageError(
             "rotate has no place in a GGUF file: engines would not rotate the inputs; leave it out"
@@ -198,9 +191,16 @@ def _to_gguf(
             f"rule {plan.calibrated[0]!r} needs a calibration, which a GGUF file is not written "
             "with: write a directory by that rule, then the GGUF file from that directory"
         )
-    source = open_source(src, plan, revision=revision)
-    choices = follow(plan, source.choices)
-    return write_gguf(source, choices, plan, format, out, dry_run=dry_run, progress=progress)
+
+
+def _check_names(job: Job) -> None:
+    """Refuse packed parts under names that are taken, or that no configuration could tell."""
+    names = [name for pair in job.pairs for name, *_ in entries(*pair, job.plan)]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"{job.source.name} has tensors named like packed parts: they would collide"
+        )
+    overrides(job.plan, job.choices, job.headers)
 
 
 def _check_space(out: Path, job: Job) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,10 +22,14 @@ from trilens.errors import UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_text
 from trilens.progress import Progress, Step
+from trilens.results import Tabular
 
-__all__ = ["check_file", "show", "show_json", "shown_progress", "status", "timed"]
+__all__ = ["check_file", "show", "show_json", "show_result", "shown_progress", "status", "timed"]
 
 _PIPE_WIDTH = 120
+
+
+T = TypeVar("T", bound=Tabular)
 
 
 class _Output(Console):
@@ -53,6 +58,22 @@ def show_json(values: Any, *, file: Path | None = None) -> None:
         typer.echo(json_text(values))
     else:
         _write(file, f"{json_text(values)}\n")
+
+
+def show_result(
+    result: T,
+    draw: Callable[[T, Console], None],
+    *,
+    format: str,
+    head: Mapping[str, Any] = MappingProxyType({}),
+    file: Path | None = None,
+    pipe_width: int = _PIPE_WIDTH,
+) -> None:
+    """Show a result as --format asks: as JSON, `head` first, or drawn as tables."""
+    if format == "json":
+        show_json({**head, **result.to_dict()}, file=file)
+    else:
+        show(lambda console: draw(result, console), file=file, pipe_width=pipe_width)
 
 
 def check_file(file: Path | None) -> None:

@@ -20,6 +20,7 @@ from trilens.cli.commands.sensitivity import sensitivity
 from trilens.cli.commands.ternarize import ternarize
 from trilens.cli.commands.validate import validate
 from trilens.cli.errors import OneLineGroup
+from trilens.cli.groups import flattened
 from trilens.version import __version__
 
 __all__ = ["app", "main"]
@@ -52,7 +53,7 @@ def _root(
 for _command in (
     demo, inspect, capture, compare, ternarize, validate, sensitivity, plan, families, convert,
 ):  # fmt: skip
-    app.command()(_command)
+    app.command()(flattened(_command))
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "SINGLE_NAME",
     "explicit_name",
     "read_headers",
+    "read_weights",
     "refusal",
     "shard_names",
     "weight_files",
@@ -44,18 +46,23 @@ def shard_names(index: Path) -> tuple[str, ...]:
         CorruptFileError: the index cannot be read, has no `weight_map` or a key twice, names a file
             outside its own directory, or files that differ only by case.
     """
+    return tuple(dict.fromkeys(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names → shard file names."""
     weight_map = read_json(index, CorruptFileError, unique_keys=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} has no weight_map from tensor names to shard files")
     for name in weight_map.values():
         _check_file_name(index, name)
-    names = tuple(dict.fromkeys(weight_map.values()))
+    names = set(weight_map.values())
     if len({name.casefold() for name in names}) < len(names):
         raise CorruptFileError(
             f"{index} names weight files that differ only by case: many file systems hold one of "
             "them; rename them"
         )
-    return names
+    return weight_map
 
 
 def _check_file_name(source: Path, name: Any) -> None:
@@ -76,6 +83,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             link that leads out of the checkpoint.
         LoadError: there are no weights, or only ones that trilens does not read.
     """
+    return _listed(folder)[0]
+
+
+def _listed(folder: Path) -> tuple[tuple[Path, ...], Path, Mapping[str, str]]:
+    """The weight files, what names them, and the tensors that an index lists."""
     names = _names_in(folder)
     sharded = [name for name in names if _DISTRIBUTED_SHARD.fullmatch(name)]
     if sharded:
@@ -85,12 +97,15 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         )
     explicit = explicit_name(folder)
     if explicit is not None and explicit.endswith(".safetensors"):
-        return _existing(folder, (explicit,), folder / "config.json")
+        config = folder / "config.json"
+        return _existing(folder, [explicit], config), config, {}
     if explicit is None and (folder / SINGLE_NAME).is_file():
-        return _existing(folder, (SINGLE_NAME,), folder / SINGLE_NAME)
+        single = folder / SINGLE_NAME
+        return _existing(folder, [SINGLE_NAME], single), single, {}
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
-        return _existing(folder, shard_names(index), index)
+        listed = _weight_map(index)
+        return _existing(folder, list(dict.fromkeys(listed.values())), index), index, listed
     if explicit is not None:
         raise CorruptFileError(f"{index} is missing: config.json names it as the weights")
     raise refusal(str(folder), names)
@@ -125,7 +140,7 @@ def explicit_name(folder: Path) -> str | None:
     return str(name)
 
 
-def _existing(folder: Path, names: tuple[str, ...], source: Path) -> tuple[Path, ...]:
+def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CorruptFileError(
@@ -169,10 +184,19 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Read the headers of all weight files of the checkpoint in `folder`.
 
     Raises:
+        LoadError: as `read_weights`.
+    """
+    return read_weights(folder)[1]
+
+
+def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader]]:
+    """Find the weight files of the checkpoint in `folder`, and read all their headers.
+
+    Raises:
         LoadError: as `weight_files` and `read_header`; also when an index names a tensor that no
             shard holds.
     """
-    files = weight_files(folder)
+    files, source, listed = _listed(folder)
     found: dict[str, TensorHeader] = {}
     for file in files:
         tensors = read_header(file)
@@ -183,12 +207,9 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
                 f"{file.name}: remove one of the files"
             )
         found.update(tensors)
-    index = folder / (explicit_name(folder) or INDEX_NAME)
-    if index.name.endswith(".index.json") and files[0].name != SINGLE_NAME:
-        named = read_json(index, CorruptFileError)["weight_map"]
-        lost = [name for name in named if name not in found]
-        if lost:
-            raise CorruptFileError(
-                f"{index} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
-            )
-    return found
+    lost = [name for name in listed if name not in found]
+    if lost:
+        raise CorruptFileError(
+            f"{source} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
+        )
+    return files, found

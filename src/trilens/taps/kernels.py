@@ -21,12 +21,11 @@ from typing import Any
 from torch import nn
 
 from trilens.errors import CaptureError
-from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
+from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES, KernelRecord
 from trilens.taps.override import CountedOverrides, Functions
 
 __all__ = [
     "KERNELS",
-    "KernelRecord",
     "KernelTap",
     "KernelWatcher",
     "kernel_calls",
@@ -45,22 +44,6 @@ class KernelWatcher:
 
     enter: Callable[[str], None]
     leave: Callable[[str, Mapping[str, Any], Any], None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KernelRecord:
-    """One call of a kernel function.
-
-    Attributes:
-        function: its name.
-        arguments: what it was called with, by parameter name, defaults included: references to the
-            model's own tensors.
-        result: what it gave back.
-    """
-
-    function: str
-    arguments: Mapping[str, Any]
-    result: Any
 
 
 @dataclass(slots=True)

@@ -23,12 +23,12 @@ from trilens.errors import (
     SilentSiteError,
 )
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.kernels import KERNEL_GATES, KernelRecord
 from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.trace import same, tensors_in
-from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
+from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
 __all__ = ["CaptureRequest", "Recording", "StateRequest", "recording_of"]
@@ -66,6 +66,8 @@ class CaptureRequest:
         kernels: layers whose recurrence is requested, with all its arguments.
         states: requested recurrent states.
         boundaries: the recurrences that no kernel function carries, with where they begin and end.
+        absent: why other layers have no attention pattern in this capture.
+        absent_effective: why other layers have no effective attention in it.
         copy: copy what is recorded, for a model that overwrites its own tensors.
     """
 
@@ -78,18 +80,27 @@ class CaptureRequest:
     kernels: tuple[int, ...] = ()
     boundaries: Mapping[int, Boundary] = field(default_factory=dict)
     states: StateRequest = field(default_factory=StateRequest)
+    absent: Mapping[int, str] = field(default_factory=dict)
+    absent_effective: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Recording:
     """What a pass left behind, still batched and padded.
 
+    Attributes:
+        request: what was asked of the pass.
+        overwritten: the model wrote into a tensor that is kept: the recording is no good.
+
     Shapes
+        logits [batch, seq, vocab], or None where the model gave none;
         residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
         gates one tensor per call, with the axes of their source;
         states per call of a kernel one entry per prompt, without padding.
     """
 
+    request: CaptureRequest
+    logits: Tensor | None = None
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -102,7 +113,7 @@ class _Session:
     def __init__(self, anatomy: Anatomy, request: CaptureRequest) -> None:
         self.anatomy = anatomy
         self.request = request
-        self.recording = Recording()
+        self.recording = Recording(request)
         self.thread = threading.get_ident()
         self.layer: int | None = None
         self.done = 0

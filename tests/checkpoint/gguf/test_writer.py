@@ -41,6 +41,19 @@ def halves_to_neighbours(values: torch.Tensor, heads: int) -> torch.Tensor:
     return shaped.swapaxes(1, 2).reshape(values.shape)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_knows_its_own_bytes_from_others(name: str) -> None:
+    form = FORMATS[name]
+    trits = np.random.default_rng(0).integers(-1, 2, (3, 2 * form.block)).astype(np.int8)
+    scales = np.array([[0.5, 1], [0.25, 2], [1, 1]], dtype=np.float32)
+    found = form.encode(trits, scales)
+    assert form.holds(found, trits, scales)
+    other = trits.copy()
+    other[2, 5] = (other[2, 5] + 2) % 3 - 1
+    assert not form.holds(found, other, scales)
+    assert not form.holds(found, trits, scales[::-1])
+
+
 def coded(weights: torch.Tensor, **options: Any) -> torch.Tensor:
     quant = PerLayerQuant.quantize(weights, "w", rule="exact", scale_dtype="float16", **options)
     return quant.reconstruct()

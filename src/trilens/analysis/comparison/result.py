@@ -49,15 +49,15 @@ class Comparison(Tabular):
     Every number stands in a row (layer, module, head, metric, before, after, delta). Of a quantity
     that each model has, before and after are the two values; of a divergence between the two,
     `before` is what the model before gives against itself (0, or 1 for a cosine or a share that
-    agrees), so that `delta` is exactly 0 everywhere where the models are equal. `rows.METRICS` says
-    what each metric is.
+    agrees), so that `delta` is exactly 0 everywhere where the models are equal. `rows.METRICS`
+    states what each metric is.
 
     Attributes:
         before: which model it was.
         after: likewise.
         n_prompts: prompts that both read.
         n_tokens: their tokens.
-        options: what was asked, as plain values.
+        options: what was asked, as JSON values.
         rows: the table.
         role_changes: heads that gained or lost a role.
         arrays: what is too long for rows, with named axes: the KL of each token, the average
@@ -130,7 +130,7 @@ class Comparison(Tabular):
     def save(self, path: str | Path) -> Path:
         """Write a folder: the table (Parquet), the arrays (safetensors), a manifest (JSON).
 
-        The manifest is written last: a folder without one is not whole.
+        The manifest is written last: a folder without one is incomplete.
 
         Returns:
             The folder.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from trilens.analysis.comparison.rows import Row, against_itself, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.errors import NonFiniteError
 from trilens.lens.lens import Lens
 from trilens.statistics.divergence import relative_error
@@ -46,11 +46,9 @@ def weight_rows(before: Lens, after: Lens) -> list[Row]:
         error, zeros_before, zeros_after = found
         if not packed and error == 0.0:
             continue
-        layer, module = _place(name, paths)
-        rows.append(against_itself("weight_relative_error", error, module=module, layer=layer))
-        rows.append(
-            change("weight_sparsity", zeros_before, zeros_after, module=module, layer=layer)
-        )
+        at = _place(name, paths)
+        rows.append(at.against_itself("weight_relative_error", error))
+        rows.append(at.change("weight_sparsity", zeros_before, zeros_after))
     return sorted(rows, key=lambda row: (row.layer is not None, row.layer or 0, row.module))
 
 
@@ -86,12 +84,12 @@ def _compare(name: str, before: Tensor, after: Tensor) -> tuple[float, float, fl
     return error, zeros[0], zeros[1]
 
 
-def _place(name: str, blocks: Mapping[str, int]) -> tuple[int | None, str]:
+def _place(name: str, blocks: Mapping[str, int]) -> Place:
     """Layer and name within the block; a parameter outside of the blocks keeps its whole name."""
     for prefix in _prefixes(name):
         if prefix in blocks:
-            return blocks[prefix], name.removeprefix(f"{prefix}.")
-    return None, name
+            return Place(name.removeprefix(f"{prefix}."), blocks[prefix])
+    return Place(name)
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A whole calibration: block after block, kept on disk after each, and the damage at the end."""
+"""A calibration: block after block, stored on disk after each, and the damage at the end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_calibration(
     Args:
         job: the checkpoint, and the plan.
         calibration: the text.
-        folder: where finished blocks are kept; of the same source, plan and text.
+        folder: where finished blocks are stored; of the same source, plan and text.
         rule: a calibrated rule in place of the plan's.
         fit: how norms, biases and scales are fitted, for rules that do so.
         progress: called with the block at work; `done` are the blocks before it.
@@ -81,7 +81,7 @@ def run_calibration(
         return store, _read_damage(done)
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
-    model, tokenizer = load_mapped(source.folder, job.model_class, source.config, tensors)
+    model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
     drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)

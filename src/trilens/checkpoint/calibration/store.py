@@ -1,7 +1,7 @@
 """What a calibration has finished, on disk after each block, so that a killed run goes on there.
 
 One safetensors file for each block holds its packed matrices and new vectors; a JSON file beside
-it, written last, says that the block is whole and what was measured.
+it, written last, marks the block as complete and holds what was measured.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MatrixRecord:
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
-    """What a finished block says.
+    """What was measured of a finished block.
 
     Attributes:
         index: Its number.
@@ -78,7 +78,7 @@ class BlockRecord:
 
 @dataclass(frozen=True, slots=True)
 class EndToEndRecord:
-    """What the fit of all blocks together says.
+    """What was measured of the end-to-end fit.
 
     Attributes:
         matrices: Matrices with new scales: tensor name and expert.

@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS
+from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS, row_spans
 from trilens.checkpoint.gguf.reader import GgufEntry, GgufFile, read_gguf
 from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
 from trilens.errors import CorruptFileError
 from trilens.io.messages import clip
 from trilens.ternary.codecs.packing import Codec
 
-__all__ = ["HASH_KEY", "data_hash", "row_spans", "validate_gguf"]
+__all__ = ["HASH_KEY", "data_hash", "validate_gguf"]
 
 HASH_KEY = "trilens.tensor_data.sha256"
 """The key under which a file names the hash of all bytes from its first tensor to its end."""
 
-_ROWS_WEIGHTS = 1 << 20  # weights decoded together
 _CHUNK_BYTES = 1 << 22
 
 
@@ -59,13 +57,6 @@ def data_hash(file: GgufFile) -> str:
         while part := stream.read(_CHUNK_BYTES):
             digest.update(part)
     return digest.hexdigest()
-
-
-def row_spans(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    """First and last row (exclusive) of parts that are coded or decoded together."""
-    step = max(1, _ROWS_WEIGHTS // cols)
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
 
 
 def _checked(file: GgufFile, entry: GgufEntry) -> GgufTensor:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import TypedDict, Unpack
+from dataclasses import asdict
 
 from trilens.cli.console import status
+from trilens.cli.groups import Loading
 from trilens.errors import UsageError
 from trilens.lens.lens import Lens
 
-__all__ = ["Loading", "chosen_layers", "open_lens", "prompt_text"]
+__all__ = ["chosen_layers", "open_lens", "prompt_text"]
 
 
-class Loading(TypedDict, total=False):
-    """How a model is loaded: the options of `Lens.from_pretrained`."""
-
-    dtype: str
-    device_map: str | None
-    revision: str | None
-    trust_remote_code: bool
-
-
-def open_lens(model: str, **loading: Unpack[Loading]) -> Lens:
+def open_lens(model: str, loading: Loading | None = None) -> Lens:
     """Load a model, with a line on the terminal while it loads."""
     with status(f"loading {model}"):
-        return Lens.from_pretrained(model, **loading)
+        return Lens.from_pretrained(model, **asdict(loading or Loading()))
 
 
 def prompt_text(prompt: str) -> str:
