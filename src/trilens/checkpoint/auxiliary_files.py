@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from trilens.checkpoint.coding import entries
+from trilens.checkpoint.coding import Entry, entries
 from trilens.checkpoint.format.model_card import Origin
 from trilens.checkpoint.format.names import CONFIG_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.quantization_config import quantization_config
@@ -18,7 +19,7 @@ from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
 from trilens.io.weight_files import GUARD_NAME, INDEX_NAME, SINGLE_NAME
 
-__all__ = ["origin_of", "write_side_files"]
+__all__ = ["origin_of", "weight_index", "write_side_files"]
 
 
 def write_side_files(out: Path, job: Job) -> dict[str, str]:
@@ -30,7 +31,9 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     content = {path.name: read_bytes(path) for path in job.source.side_files}
     for path in job.source.cards:
         content[SOURCE_CARD_NAME] = read_bytes(path)
-    index = _index(job)
+    stored = [(h.file, entry) for c, h in job.pairs for entry in entries(c, h, job.plan)]
+    explicit = job.source.settings.get("transformers_weights")
+    index = weight_index(job.source.files, explicit, stored)
     if index is not None:
         content[index[0]] = json_bytes(index[1])
     content[CONFIG_NAME] = json_bytes(_config(job))
@@ -51,18 +54,22 @@ def origin_of(job: Job) -> Origin:
     )
 
 
-def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = job.source.settings.get("transformers_weights")
-    single = explicit or SINGLE_NAME
-    if [file.name for file in job.source.files] == [single]:
+def weight_index(
+    files: Sequence[Path], explicit: str | None, stored: Iterable[tuple[Path, Entry]]
+) -> tuple[str, dict[str, Any]] | None:
+    """Name and content of the index of several weight files; None for a single one.
+
+    Args:
+        files: the weight files.
+        explicit: what config.json calls the index or the single file, where it does.
+        stored: the tensors of the output, each with the file that it is in.
+    """
+    if [file.name for file in files] == [explicit or SINGLE_NAME]:
         return None
-    weight_map = {}
-    total = 0
-    for file in job.source.files:
-        for choice, header in job.of_file(file):
-            for name, _, _, size_bytes in entries(choice, header, job.plan):
-                weight_map[name] = file.name
-                total += size_bytes
+    weight_map, total = {}, 0
+    for file, (name, _, _, size_bytes) in stored:
+        weight_map[name] = file.name
+        total += size_bytes
     return explicit or INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 

@@ -23,21 +23,6 @@ __all__ = ["DTYPE_NAMES", "Job", "read_job"]
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Floating-point dtypes, as safetensors and as torch call them."""
 
-# Of a quantization_config: what a GGUF file can hold the trits of.
-_KNOWN_SETTINGS = {
-    "quant_method",
-    "format_version",
-    "rule",
-    "per",
-    "group_size",
-    "layers",
-    "merged",
-    "overrides",
-    "storage",
-    "experts",
-    "weights",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -91,7 +76,7 @@ def read_job(
         src: directory or hub id.
         plan: what the caller asked; a checkpoint that is ternary already takes no orders.
         revision: of a hub id.
-        ternary: also take what `ternarize` wrote, for a GGUF file.
+        ternary: also take what `ternarize` wrote.
 
     Raises: as `ternarize`, for a source or a plan that cannot be used.
     """
@@ -110,14 +95,6 @@ def _read_packed(
     source: Checkpoint, plan: TernaryPlan
 ) -> tuple[dict[str, TensorHeader], dict[str, dict[str, str]], TernaryPlan]:
     """Headers as they were before `ternarize`, the parts of each matrix, and the plan."""
-    settings = source.settings["quantization_config"]
-    given = {key for key, value in settings.items() if value is not None}
-    unknown = sorted(given - _KNOWN_SETTINGS)
-    if unknown:
-        raise UsageError(
-            f"{source.title} was ternarized with {unknown[0]!r}, which no GGUF file can hold: give "
-            "the checkpoint with plain weights"
-        )
     report = validate(source.folder)
     if plan != TernaryPlan():
         raise UsageError(

@@ -12,6 +12,7 @@ from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.rollback import rollback
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.coding import code_tensor, entries, planned
+from trilens.checkpoint.dense import write_dense
 from trilens.checkpoint.evaluate import Baseline, Sample
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal, Order, manifest_bytes, read_manifest
@@ -26,7 +27,7 @@ from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import ShardWriter
-from trilens.checkpoint.gguf.formats import find_format
+from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.job import Job, read_job
 from trilens.checkpoint.output_folder import check_folder, make_folder
@@ -37,7 +38,22 @@ from trilens.progress import Progress, Step
 
 __all__ = ["Format", "ternarize"]
 
-Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
+# Of a quantization_config: what a GGUF file can hold the trits of.
+_KNOWN_SETTINGS = {
+    "quant_method",
+    "format_version",
+    "rule",
+    "per",
+    "group_size",
+    "layers",
+    "merged",
+    "overrides",
+    "storage",
+    "experts",
+    "weights",
+}
+
+Format = Literal["trilens", "dense", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
 
 def ternarize(
@@ -68,7 +84,7 @@ def ternarize(
         plan: what is ternarized, and how; `TernaryPlan()` where not given.
         format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
             "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
-            of an earlier call.
+            of an earlier call; "dense": that output with dense weights, see `write_dense`.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
         calibration: the text that calibrated rules look at, and that the damage is measured on;
@@ -96,28 +112,14 @@ def ternarize(
     model is loaded, once before and once after.
     """
     plan, gguf_format = plan or TernaryPlan(), find_format(format)
+    _check_format(format, gguf_format, Path(dst), plan)
+    if format != "trilens":
+        _check_unmeasured(format, calibration, sample)
+    job = read_job(src, plan, revision=revision, ternary=format != "trilens")
+    if format == "dense":
+        return write_dense(job, Path(dst), dry_run=dry_run, progress=progress)
     if gguf_format is not None:
-        if calibration is not None:
-            raise UsageError(
-                f"a {format} file cannot be calibrated: write a directory with the calibration, "
-                "then the GGUF file from that directory, which keeps every trit"
-            )
-        if sample is not None:
-            raise UsageError(
-                f"a sample cannot be measured on a {format} file: transformers does not run it. "
-                "Write a directory with the sample, then the GGUF file from that directory, which "
-                "keeps every trit"
-            )
-        _check_engine(Path(dst), plan)
-    elif format not in get_args(Format):
-        raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
-    elif Path(dst).suffix == ".gguf":
-        raise UsageError(
-            f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
-            "pass a gguf format, for example gguf-tq2_0, or another name"
-        )
-    job = read_job(src, plan, revision=revision, ternary=gguf_format is not None)
-    if gguf_format is not None:
+        _check_trits(job)
         return write_gguf(job, gguf_format, Path(dst), dry_run=dry_run, progress=progress)
     _check_names(job)
     if job.plan.calibrated and calibration is None and not dry_run:
@@ -179,6 +181,34 @@ def ternarize(
     return report
 
 
+def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: TernaryPlan) -> None:
+    """Refuse a format that there is not, and a place or a plan that the format does not have."""
+    if engine is not None:
+        _check_engine(out, plan)
+    elif format not in get_args(Format):
+        raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
+    elif out.suffix == ".gguf":
+        raise UsageError(
+            f"output {out} is named like a GGUF file, and format {format!r} writes a directory: "
+            "pass a gguf format, for example gguf-tq2_0, or another name"
+        )
+
+
+def _check_unmeasured(format: str, calibration: Calibration | None, sample: Sample | None) -> None:
+    """Refuse a calibration or a sample for what is made from a ternary checkpoint."""
+    result = "dense weights" if format == "dense" else "a GGUF file"
+    if calibration is not None:
+        raise UsageError(
+            f"{result} ({format}) cannot be calibrated: write a directory with the calibration, "
+            f"then {result} from that directory, which keeps every trit"
+        )
+    if sample is not None:
+        raise UsageError(
+            f"a sample cannot be measured on {result} ({format}): write a directory with the "
+            f"sample, then {result} from that directory, which keeps every trit"
+        )
+
+
 def _check_engine(out: Path, plan: TernaryPlan) -> None:
     """Refuse a place or a plan that no GGUF file has."""
     check_place(out)
@@ -190,6 +220,18 @@ def _check_engine(out: Path, plan: TernaryPlan) -> None:
         raise UsageError(
             f"rule {plan.calibrated[0]!r} needs a calibration, which a GGUF file is not written "
             "with: write a directory by that rule, then the GGUF file from that directory"
+        )
+
+
+def _check_trits(job: Job) -> None:
+    """Refuse a ternary checkpoint whose layers do more than multiply by trits."""
+    settings = job.source.settings.get("quantization_config") or {}
+    given = {key for key, value in settings.items() if value is not None}
+    unknown = sorted(given - _KNOWN_SETTINGS)
+    if unknown:
+        raise UsageError(
+            f"{job.source.title} was ternarized with {unknown[0]!r}, which no GGUF file can hold: "
+            "give the checkpoint with plain weights"
         )
 
 

@@ -15,7 +15,7 @@ from trilens.checkpoint.format.report import TernaryReport
 from trilens.io.weight_files import GUARD_NAME
 from trilens.version import __version__
 
-__all__ = ["Origin", "model_card"]
+__all__ = ["Origin", "dense_card", "model_card"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,24 @@ def model_card(report: TernaryReport, origin: Origin) -> str:
     ]
     if origin.has_card:
         lines += ["", f"The source's own card is [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."]
+    return "\n".join(lines) + "\n"
+
+
+def dense_card(report: TernaryReport, origin: Origin) -> str:
+    """README.md of dense weights: what they are made of."""
+    lines = [
+        "---",
+        _header(origin),
+        "---",
+        "",
+        f"# {origin.name}, dense",
+        "",
+        f"{len(report.coded)} matrices of this checkpoint hold the values of ternary weights, "
+        f"written as dense ones by trilens {__version__}: it loads and runs as any checkpoint of "
+        f"its architecture, at full size. {report.verdict}",
+    ]
+    if origin.has_card:
+        lines += ["", f"The ternary checkpoint's card is [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from trilens.results import Tabular
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
-Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out"]
+Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TensorReport:
         shape: Its shape in the source.
         outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
             exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
-            output, because it does not need it.
+            output, because it does not need it; "dense": trits that are written as dense weights.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.
@@ -171,6 +171,11 @@ class TernaryReport(Tabular):
         """What the weight errors allow to say about the model: never that it is fine."""
         if self.dry_run:
             return "A dry run: nothing was written, no error was measured."
+        if self.coded and all(tensor.outcome == "dense" for tensor in self.coded):
+            worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
+            exact = "each weight is scale × trit, bit for bit"
+            rounded = f"rounded to their dtype: up to {worst:.1e} of a matrix's energy is lost"
+            return f"Dense weights; {exact if worst == 0 else rounded}."
         if all(tensor.outcome == "already ternary" for tensor in self.coded):
             return (
                 "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
