@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from trilens.checkpoint.format.report import TernaryReport
+from trilens.text.markdown import markdown_code, markdown_text
 
 __all__ = ["model_card"]
 
@@ -32,7 +33,7 @@ def model_card(report: TernaryReport) -> str:
         "",
         "# Ternary weights",
         "",
-        report.verdict,
+        markdown_text(report.verdict),
         "",
         f"- Rule: `{plan.rule}`, one scale per {scales}, scales rounded to {plan.scale_dtype}"
         f"{mixed}.",
@@ -60,10 +61,12 @@ def model_card(report: TernaryReport) -> str:
     for row in report.table():
         error, zeros = row["relative_error"], row["sparsity"]
         lines.append(
-            f"| `{row['name']}` | {row['shape']} | {row['bits_per_weight']:.3f} "
+            f"| {markdown_code(row['name'])} | {row['shape']} | {row['bits_per_weight']:.3f} "
             f"| {'–' if error is None else f'{error:.4f}'} "
-            f"| {'–' if zeros is None else f'{zeros:.1%}'} | {row['outcome']} |"
+            f"| {'–' if zeros is None else f'{zeros:.1%}'} | {markdown_text(row['outcome'])} |"
         )
     lines += ["", "## Kept as they are", ""]
-    lines += [f"- {count} × {why}" for why, count in sorted(kept.items())] or ["- nothing"]
+    lines += [f"- {count} × {markdown_text(why)}" for why, count in sorted(kept.items())] or [
+        "- nothing"
+    ]
     return "\n".join(lines) + "\n"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Unpack
 
-import typer
-
 from trilens.cli.console import check_file, timed
 from trilens.cli.run.prompts import Loading, chosen_layers, open_lens, prompt_text
+from trilens.cli.streams import say
 
 __all__ = ["run"]
 
@@ -44,4 +43,4 @@ def run(
             states=states,
         )
         capture.save(output)
-        typer.echo(repr(capture))
+        say(repr(capture))

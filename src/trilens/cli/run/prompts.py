@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 
 from trilens.cli.console import status
 from trilens.errors import UsageError
+from trilens.io.messages import reason
 from trilens.lens.lens import Lens
 
 __all__ = ["Loading", "chosen_layers", "open_lens", "prompt_text"]
@@ -28,8 +29,20 @@ def open_lens(model: str, **loading: Unpack[Loading]) -> Lens:
 
 
 def prompt_text(prompt: str) -> str:
-    """The prompt, or standard input for ``-``."""
-    return sys.stdin.read() if prompt == "-" else prompt
+    """The prompt, or standard input for ``-``.
+
+    Raises:
+        UsageError: standard input is closed or can't be read.
+    """
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"standard input cannot be read ({reason(error)}): pipe UTF-8 text into it, or give "
+            "the prompt with -p TEXT"
+        ) from error
 
 
 def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
