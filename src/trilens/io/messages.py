@@ -9,7 +9,7 @@ from trilens.printable import bounded, escaped
 
 __all__ = ["clip", "listed", "reason"]
 
-_NAME_LIMIT = 80
+_NAME_LIMIT = 120
 
 
 def reason(cause: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import TensorHeader, read_header
 
 __all__ = [
@@ -117,7 +117,7 @@ def _existing(folder: Path, names: tuple[str, ...], source: Path) -> tuple[Path,
     if missing:
         raise CorruptFileError(
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
-            f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+            f"{listed(missing)}"
         )
     for name in names:
         _check_link(folder, name)
@@ -176,6 +176,6 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         lost = [name for name in named if name not in found]
         if lost:
             raise CorruptFileError(
-                f"{index} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
+                f"{index} names {len(lost)} tensors that no shard holds: {listed(lost)}"
             )
     return found

@@ -30,7 +30,6 @@ from trilens.models.tokens import (
 )
 from trilens.models.trace import tensors_in
 from trilens.numbers import at_least
-from trilens.printable import as_unicode
 from trilens.progress import Progress, Step
 from trilens.taps.effective import effective_patterns
 from trilens.taps.lock import CaptureLock
@@ -391,7 +390,7 @@ class Lens:
     def _info(self) -> ModelInfo:
         config = self.model.config
         return ModelInfo(
-            name=as_unicode(str(getattr(config, "_name_or_path", "") or "")),
+            name=str(getattr(config, "_name_or_path", "") or ""),
             model_class=type(self.model).__name__,
             model_type=str(getattr(config, "model_type", "")),
             n_layers=self.n_layers,

@@ -22,6 +22,7 @@ from trilens.errors import (
     RecurrentStateError,
     SilentSiteError,
 )
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES
 from trilens.models.gates.mixers import Boundary, Edge
@@ -299,8 +300,8 @@ class _Session:
         silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]
         if silent:
             raise SilentSiteError(
-                f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
-                f"{' …' if len(silent) > 4 else ''}; the model ran {self.done} of "
+                f"{len(silent)} requested sites did not fire in this pass: {listed(silent)}"
+                f"; the model ran {self.done} of "
                 f"{self.anatomy.n_layers} layers"
             )
 

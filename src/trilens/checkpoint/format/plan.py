@@ -14,6 +14,7 @@ from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
+from trilens.io.messages import listed
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
@@ -222,4 +223,4 @@ def _entries(matrices: Mapping[str, MatrixPlan]) -> dict[str, MatrixPlan]:
 
 
 def _hint(names: list[str]) -> str:
-    return f"there are for example {', '.join(names[:3])}" if names else "there is none"
+    return f"there are for example {listed(names, 3)}" if names else "there is none"
