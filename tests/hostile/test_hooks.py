@@ -117,6 +117,8 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(model_type: str) ->
         lens.capture(ids, **request)
     points = range(1, counter.lines + 1)
     assert len(points) > 500
+    gc.collect()
+    gc.freeze()
     for at in sorted(random.Random(0).sample(points, scaled(min(len(points), 2500), 80))):
         # An interpreter that shows a traceback holds on to its frames, and to what they opened.
         shown = interrupted(lambda: lens.capture(ids, **request), at)
@@ -129,6 +131,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(model_type: str) ->
         del shown
         gc.collect()
         assert left_behind(model) == clean, f"line {at}"
+    gc.unfreeze()
     other: list[Any] = []
     thread = threading.Thread(target=lambda: other.append(lens.capture(ids, **request)))
     thread.start()

@@ -7,11 +7,14 @@ the interpreter shuts down, there is nothing to undo and nobody to catch it.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 __all__ = ["INTERRUPTED", "end_when_interrupted", "interruptible"]
 
@@ -35,11 +38,22 @@ def interruptible() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not _end:
         yield
         return
+    shown = sys.unraisablehook
     try:
+        sys.unraisablehook = partial(_raise_again, shown)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     finally:
         signal.signal(signal.SIGINT, _end)
+        sys.unraisablehook = shown
+
+
+def _raise_again(shown: Callable[[Any], None], lost: Any) -> None:
+    """Raise an interrupt again that fell into a finalizer, where Python would only print it."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        _thread.interrupt_main()
+    else:
+        shown(lost)
 
 
 def _is_the_command() -> bool:
