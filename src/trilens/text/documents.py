@@ -108,7 +108,7 @@ def _parquet_documents(file: Path, field: str) -> Iterator[str]:
             raise TextError(f"{file}: column {field!r} holds {kind}, not text")
         for batch in table.iter_batches(columns=[field]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise TextError(f"{file} is not a readable Parquet file: {reason(error)}") from None
 
 
