@@ -71,7 +71,7 @@ def test_an_interrupt_at_any_time_ends_the_command_without_a_traceback(
     length = time.monotonic() - begun
     assert whole.returncode == 0
     delays, codes = random.Random(0), []
-    for _ in range(scaled(full, subset)):
+    for _ in range(scaled(full=full, subset=subset)):
         process = started(script, *arguments)
         time.sleep(delays.uniform(0, length))
         process.send_signal(signal.SIGINT)

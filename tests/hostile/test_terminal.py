@@ -91,7 +91,7 @@ def test_a_directory_whose_name_is_no_utf8(folder: Path, text: Path, tmp_path: P
         ("compare", copy, copy, "--data", text, "--max-tokens", "64", "-o", tmp_path / "d"),
         ("ternarize", copy, "-o", tmp_path / "out"),
         ("sensitivity", copy, "--data", text, "--max-tokens", "64", "--seq-length", "32"),
-        ("convert", copy, tmp_path / "converted"),
+        ("convert", copy, "-o", tmp_path / "converted"),
     ):
         run(*command)
 
@@ -160,7 +160,7 @@ def test_names_of_tensors(folder: Path, text: Path, tmp_path: Path) -> None:
             ("ternarize", copy, "-o", out),
             ("validate", out),
             ("sensitivity", copy, "--data", text, "--max-tokens", "64", "--seq-length", "32"),
-            ("convert", copy, tmp_path / f"converted{len(name)}"),
+            ("convert", copy, "-o", tmp_path / f"converted{len(name)}"),
         ):
             run(*command)
         if out.exists():
@@ -183,7 +183,7 @@ def test_names_in_an_index(folder: Path, tmp_path: Path) -> None:
         for command in (
             ("inspect", copy, "-p", "x"),
             ("ternarize", copy, "-o", tmp_path / "out"),
-            ("convert", copy, tmp_path / "c"),
+            ("convert", copy, "-o", tmp_path / "c"),
         ):
             done = run(*command)
             assert done.exit_code in (1, 2)
@@ -252,7 +252,7 @@ def test_a_manifest_of_somebody_else(ternary: Path, tmp_path: Path) -> None:
     whole = json.loads(manifest.read_text())
     places = list(_places(whole))
     assert len(places) > 50
-    for place in places[:: max(1, len(places) // scaled(400, 40))]:
+    for place in places[:: max(1, len(places) // scaled(full=400, subset=40))]:
         for value in (HOSTILE, {HOSTILE * 300: [HOSTILE]}):
             manifest.write_text(json.dumps(_with(whole, place, value)))
             run("validate", copy)
@@ -323,8 +323,8 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
     ("sensitivity", DEMO, "--data", FILE),
     ("plan", DEMO, "--data", FILE, "--budget-bits", "2"),
     ("plan", DEMO, "--data", "demo", "--budget-bits", HOSTILE),
-    ("convert", FILE, "x"),
-    ("convert", f"{FILE}.pth", "x"),
+    ("convert", FILE, "-o", "x"),
+    ("convert", f"{FILE}.pth", "-o", "x"),
 )
 
 
