@@ -316,6 +316,7 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
     ("ternarize", DEMO, "-o", f"/no/{FILE}", "--rule", HOSTILE),
     ("ternarize", DEMO, "-o", "x", "--dry-run", "--ignore", f"({HOSTILE}"),
     ("ternarize", DEMO, "-o", "x", "--dry-run", "--only", HOSTILE),
+    ("ternarize", DEMO, "-o", "x", "--ignore", "o_proj|\udcff"),
     ("ternarize", DEMO, "-o", "x", "--dry-run", "--plan", FILE),
     ("ternarize", DEMO, "-o", "x", "--dry-run", "--revision", FILE),
     ("validate", FILE),

@@ -15,6 +15,7 @@ from trilens.errors import UsageError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
 from trilens.io.messages import listed
+from trilens.printable import as_unicode
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
@@ -204,6 +205,8 @@ def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:
     for expression in values:
         if not isinstance(expression, str) or not expression:
             raise UsageError(f"{option} holds {expression!r}: pass texts that are not empty")
+        if as_unicode(expression) != expression:
+            raise UsageError(f"{option} holds {expression!r}: pass text, without lone surrogates")
         try:
             re.compile(expression)
         except re.error as error:
