@@ -1,4 +1,4 @@
-"""How hard the hostile tests try: a small seeded subset, or with TRILENS_HOSTILE=1 the whole of it."""
+"""How hard the hostile tests try: a small seeded subset, or all of it with TRILENS_HOSTILE=1."""
 
 import os
 
