@@ -19,7 +19,7 @@ from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
 from trilens.io.guarded import sha256_of
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
@@ -149,7 +149,7 @@ def _check_coded(
     plan = plan.of(tensor.name)
     wanted = {part: dtype for part, dtype, *_ in packed_parts((), 1, 1, plan)}
     if set(found) != set(wanted):
-        raise CorruptFileError(f"tensor {tensor.name} has parts {', '.join(sorted(found))}")
+        raise CorruptFileError(f"tensor {tensor.name} has parts {listed(sorted(found), 8)}")
     zeros = n_codes = 0
     for part, header in found.items():
         file = mapped[header.file]

@@ -9,7 +9,7 @@ from typing import Any
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import TensorHeader, read_header
 
 __all__ = [
@@ -104,8 +104,8 @@ def _listed(folder: Path) -> tuple[tuple[Path, ...], Path, Mapping[str, str]]:
         return _existing(folder, [SINGLE_NAME], single), single, {}
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
-        listed = _weight_map(index)
-        return _existing(folder, list(dict.fromkeys(listed.values())), index), index, listed
+        named = _weight_map(index)
+        return _existing(folder, list(dict.fromkeys(named.values())), index), index, named
     if explicit is not None:
         raise CorruptFileError(f"{index} is missing: config.json names it as the weights")
     raise refusal(str(folder), names)
@@ -145,7 +145,7 @@ def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
     if missing:
         raise CorruptFileError(
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
-            f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+            f"{listed(missing)}"
         )
     for name in names:
         _check_link(folder, name)
@@ -196,7 +196,7 @@ def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader
         LoadError: as `weight_files` and `read_header`; also when an index names a tensor that no
             shard holds.
     """
-    files, source, listed = _listed(folder)
+    files, source, named = _listed(folder)
     found: dict[str, TensorHeader] = {}
     for file in files:
         tensors = read_header(file)
@@ -207,9 +207,9 @@ def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader
                 f"{file.name}: remove one of the files"
             )
         found.update(tensors)
-    lost = [name for name in listed if name not in found]
+    lost = [name for name in named if name not in found]
     if lost:
         raise CorruptFileError(
-            f"{source} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
+            f"{source} names {len(lost)} tensors that no shard holds: {listed(lost)}"
         )
     return files, found

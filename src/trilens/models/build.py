@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
 from trilens.io.json import read_json
-from trilens.io.messages import clip, reason
+from trilens.io.messages import listed, reason
 from trilens.io.safetensors_header import TensorHeader
 
 __all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config", "read_settings"]
@@ -354,5 +354,4 @@ def _contradicts(model: Any, key: str) -> bool:
 
 
 def _few(names: list[str]) -> str:
-    shown = [name if name.isprintable() and len(name) < 80 else clip(name) for name in names[:4]]
-    return ", ".join(shown) + (" …" if len(names) > 4 else "")
+    return listed(names)

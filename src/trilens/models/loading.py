@@ -57,6 +57,8 @@ _TOKENIZER_FILES = (
 # One load at a time: transformers sets torch's default dtype, and the verbosity set here is the
 # whole process's.
 _LOADING = threading.RLock()
+# In a forked process nobody loads: the thread that held the lock is not there.
+os.register_at_fork(after_in_child=lambda: globals().update(_LOADING=threading.RLock()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from trilens.taps.undo import undone
+
 __all__ = ["evaluating", "unchanged"]
 
 
@@ -14,13 +16,15 @@ __all__ = ["evaluating", "unchanged"]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode and every module back into its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
-    try:
+
+    def put_back() -> None:
+        for module in training:
+            module.training = True
+
+    with undone(put_back):
         if training:
             model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
@@ -35,14 +39,16 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """
     before = {module: _state(module) for module in model.modules()}
     structure = _structure(model)
-    try:
-        yield lambda: _structure(model) == structure
-    finally:
+
+    def put_back() -> None:
         if _structure(model) != structure:
             for module, (attributes, children) in before.items():
                 module.__dict__.update(attributes)
                 module._modules.clear()
                 module._modules.update(children)
+
+    with undone(put_back):
+        yield lambda: _structure(model) == structure
 
 
 def _state(module: nn.Module) -> tuple[dict[str, object], dict[str, nn.Module | None]]:

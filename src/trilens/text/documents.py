@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trilens.errors import TextError
+from trilens.io.messages import clip, listed, reason
 
 __all__ = ["STDLIB", "read_documents"]
 
@@ -88,10 +89,10 @@ def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
         try:
             entry: Any = json.loads(line)
         except ValueError:
-            raise TextError(f"{file}, line {number} is not JSON: {line[:40]!r}") from None
+            raise TextError(f"{file}, line {number} is not JSON: {clip(line, 40)}") from None
         text = entry.get(field) if isinstance(entry, dict) else entry
         if not isinstance(text, str):
-            keys = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+            keys = listed(entry) if isinstance(entry, dict) else type(entry).__name__
             raise TextError(f"{file}, line {number} has no text under {field!r}: it has {keys}")
         yield text
 
@@ -101,14 +102,14 @@ def _parquet_documents(file: Path, field: str) -> Iterator[str]:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
         if field not in names:
-            raise TextError(f"{file} has no column {field!r}: its columns are {', '.join(names)}")
+            raise TextError(f"{file} has no column {field!r}: its columns are {listed(names)}")
         kind = table.schema_arrow.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise TextError(f"{file}: column {field!r} holds {kind}, not text")
         for batch in table.iter_batches(columns=[field]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, OSError) as error:
-        raise TextError(f"{file} is not a readable Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise TextError(f"{file} is not a readable Parquet file: {reason(error)}") from None
 
 
 def _stdlib_documents() -> Iterator[str]:

@@ -24,6 +24,7 @@ from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import sha256_of
 from trilens.io.json import json_bytes, read_json
+from trilens.io.messages import clip, listed
 from trilens.ternary.rules.kernels import parallel_map
 
 __all__ = ["Journal", "Order", "fingerprint", "manifest_bytes", "read_manifest"]
@@ -116,9 +117,9 @@ class Order:
 
 def _difference(old: Any, new: Any) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return f" ({old!r}, now {new!r})"
+        return f" ({clip(old)}, now {clip(new)})"
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return f" ({', '.join(map(str, keys))})"
+    return f" ({listed(keys)})"
 
 
 class Journal:

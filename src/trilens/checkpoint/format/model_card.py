@@ -13,6 +13,7 @@ from trilens.checkpoint.format.names import MANIFEST_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TernaryReport
 from trilens.io.weight_files import GUARD_NAME
+from trilens.text.markdown import markdown_code, markdown_text
 from trilens.version import __version__
 
 __all__ = ["Origin", "dense_card", "model_card"]
@@ -44,7 +45,7 @@ def model_card(report: TernaryReport, origin: Origin) -> str:
         _header(origin),
         "---",
         "",
-        f"# {origin.name}, ternary",
+        f"# {markdown_text(origin.name)}, ternary",
         "",
         "**Loads only after `import trilens`.** transformers alone stops with an error that names "
         f"`{GUARD_NAME}`.",
@@ -63,7 +64,7 @@ def model_card(report: TernaryReport, origin: Origin) -> str:
         "For engines that do not know the format: `trilens ternarize DIRECTORY -o OUT --to dense` "
         "writes dense weights, `--to gguf-tq2_0` a file for llama.cpp.",
         "",
-        report.verdict,
+        markdown_text(report.verdict),
         "",
         *_facts(report),
         "",
@@ -93,7 +94,7 @@ def dense_card(report: TernaryReport, origin: Origin) -> str:
         _header(origin),
         "---",
         "",
-        f"# {origin.name}, dense",
+        f"# {markdown_text(origin.name)}, dense",
         "",
         f"{len(report.coded)} matrices of this checkpoint hold the values of ternary weights, "
         f"written as dense ones by trilens {__version__}: it loads and runs as any checkpoint of "
@@ -173,9 +174,9 @@ def _matrices(report: TernaryReport) -> list[str]:
     for row in report.table():
         error, zeros = row["relative_error"], row["sparsity"]
         lines.append(
-            f"| `{row['name']}` | {row['shape']} | {row['bits_per_weight']:.3f} "
+            f"| {markdown_code(row['name'])} | {row['shape']} | {row['bits_per_weight']:.3f} "
             f"| {'–' if error is None else f'{error:.4f}'} "
-            f"| {'–' if zeros is None else f'{zeros:.1%}'} | {row['outcome']} |"
+            f"| {'–' if zeros is None else f'{zeros:.1%}'} | {markdown_text(row['outcome'])} |"
         )
     return lines
 
@@ -186,5 +187,5 @@ def _not_quantized(report: TernaryReport) -> list[str]:
         for tensor in report.tensors
         if tensor.outcome == "kept" and not tensor.is_matrix
     )
-    counted = [f"- {count} × {why}" for why, count in sorted(reasons.items())]
+    counted = [f"- {count} × {markdown_text(why)}" for why, count in sorted(reasons.items())]
     return ["## Not quantized", "", *(counted or ["- nothing"])]

@@ -14,6 +14,7 @@ from trilens.cli.console import show_result, shown_progress, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
+from trilens.cli.streams import say
 from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
 from trilens.text.token_blocks import token_blocks
@@ -64,7 +65,7 @@ def run(
     met = [(each, each.met_by(found.rows)) for each in conditions]
     for condition, rows in met:
         if rows:
-            typer.echo(f"trilens: {_words(condition, rows)}", err=True)
+            say(f"trilens: {_words(condition, rows)}", err=True)
     if any(rows for _, rows in met):
         raise typer.Exit(_MET)
 

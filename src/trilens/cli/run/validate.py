@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from trilens.checkpoint.gguf import validate_gguf
 from trilens.checkpoint.validation import validate
 from trilens.cli.console import show_json, status
+from trilens.cli.streams import say
 from trilens.report.text.ternary import GGUF_HEAD, REPORT_HEAD, gguf_sentence
 
 __all__ = ["run"]
@@ -22,15 +21,15 @@ def run(*, path: Path, format: str) -> None:
         if format == "json":
             show_json({**GGUF_HEAD, **file.to_dict()})
         else:
-            typer.echo(f"{path}: undamaged. {gguf_sentence(file)}")
+            say(f"{path}: undamaged. {gguf_sentence(file)}")
         return
     with status(f"checking {path}"):
         report = validate(path)
     if format == "json":
         show_json({**REPORT_HEAD, **report.to_dict()})
         return
-    typer.echo(
+    say(
         f"{path}: undamaged. {len(report.coded)} matrices hold legal codes and finite scales; "
         "all files have the size and hash that the manifest lists."
     )
-    typer.echo(report.verdict)
+    say(report.verdict)

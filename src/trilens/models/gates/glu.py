@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trilens.caches.gate_functions import GATE_FUNCTIONS
 from trilens.caches.gates import GateSpec
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.site import GateSite, GateSource, layout_of
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
@@ -38,7 +39,7 @@ def find_glu_gates(
         if len(claims) == 1:
             gates[_NAME, layer] = claims[0]
         elif claims:
-            places = ", ".join(claim.spec.where for claim in claims)
+            places = listed(claim.spec.where for claim in claims)
             unclaimed[layer] = f"{len(claims)} GLU gates in one block ({places})"
         else:
             unclaimed[layer] = _why_none(inside, own, trace.seq)

@@ -31,6 +31,7 @@ from trilens.errors import (
 )
 from trilens.io.atomic import atomic_folder
 from trilens.io.json import read_json
+from trilens.io.messages import listed
 from trilens.models.rwkv7.config import RWKV7Config
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
@@ -126,7 +127,7 @@ def _read(source: Path) -> dict[str, Tensor]:
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in _PICKLES)
         if pickles:
             raise UnsafeFormatError(
-                f"{source} holds pickled weights only ({', '.join(pickles[:_NAMES_SHOWN])}): name "
+                f"{source} holds pickled weights only ({listed(pickles, _NAMES_SHOWN)}): name "
                 "a .pth file itself to have its tensors read without running it"
             )
         raise ModelNotFoundError(f"{source} holds no .safetensors file")
@@ -279,7 +280,7 @@ def _check(tensors: dict[str, Tensor], config: RWKV7Config, source: Path) -> Non
         ],
     }
     told = [
-        f"{len(names)} {kind}: {', '.join(names[:_NAMES_SHOWN])}"
+        f"{len(names)} {kind}: {listed(names, _NAMES_SHOWN)}"
         for kind, names in problems.items()
         if names
     ]
