@@ -160,7 +160,7 @@ def test_the_output_is_complete(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     for row in report.table():
         assert f"`{row['name']}`" in card
-    assert "the plan keeps 'down_proj'" in card
+    assert r"the plan keeps 'down\_proj'" in card
     assert (out / "README.source.md").read_text() == own
     assert RepoCard(card).data.to_dict() == {
         "license": "mit",

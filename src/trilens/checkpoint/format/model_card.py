@@ -13,6 +13,7 @@ from trilens.checkpoint.format.names import MANIFEST_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TernaryReport
 from trilens.io.weight_files import GUARD_NAME
+from trilens.printable import one_line
 from trilens.text.markdown import markdown_code, markdown_text
 from trilens.version import __version__
 
@@ -140,7 +141,7 @@ def _command(report: TernaryReport, origin: Origin) -> str:
     words = ["trilens", "ternarize", origin.name, "-o", "OUT"]
     if plan.matrices:
         # The plan stands in the manifest: entries for single tensors make no command line.
-        return shlex.join([*words, "--plan", "PLAN"]) + f"  # its plan: {MANIFEST_NAME}"
+        return _shell([*words, "--plan", "PLAN"]) + f"  # its plan: {MANIFEST_NAME}"
     usual = TernaryPlan()
     words += ["--rule", plan.rule]
     if plan.group_size is not None:
@@ -159,7 +160,12 @@ def _command(report: TernaryReport, origin: Origin) -> str:
         words += ["--calibrate", "TEXT"]
     if report.sample is not None:
         words += ["--evaluate", report.sample.name]
-    return shlex.join(words)
+    return _shell(words)
+
+
+def _shell(words: list[str]) -> str:
+    """A command line whose words, which may be somebody's names, stay words and on one line."""
+    return shlex.join(map(one_line, words))
 
 
 def _matrices(report: TernaryReport) -> list[str]:

@@ -8,6 +8,8 @@ from huggingface_hub import RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from trilens.printable import one_line
+
 __all__ = ["inherited_metadata"]
 
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
@@ -37,4 +39,4 @@ def _is_text(value: Any) -> bool:
         return 0 < len(value) <= _LONGEST and all(
             isinstance(each, str) and _is_text(each) for each in value
         )
-    return isinstance(value, str) and 0 < len(value) <= _LONGEST
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST and one_line(value) == value
