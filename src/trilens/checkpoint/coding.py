@@ -14,11 +14,12 @@ from torch import Tensor
 from trilens.checkpoint.format.names import part_name
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.checkpoint.format.report import Outcome, TensorReport
-from trilens.checkpoint.format.shards import MappedFile, ShardWriter
+from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import to_be_coded
 from trilens.checkpoint.source import tensor_of
 from trilens.errors import WriteError
+from trilens.io.guarded import OpenFile
 from trilens.io.safetensors_header import TensorHeader
 from trilens.ternary.calibrated.rules import n_planes_of
 from trilens.ternary.codecs.packing import Base3, TwoBit
@@ -137,7 +138,7 @@ def code_tensor(
     choice: Choice,
     header: TensorHeader,
     plan: TernaryPlan,
-    file: MappedFile,
+    file: OpenFile,
     writer: ShardWriter,
     *,
     before: CodedBefore | None = None,

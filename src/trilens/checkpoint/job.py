@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
 from trilens.checkpoint.source import Checkpoint
 from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
+from trilens.io.side_files import side_files
 
 __all__ = ["DTYPE_NAMES", "Job", "follow", "read_job"]
 
@@ -25,16 +25,6 @@ DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "f
 """Floating-point dtypes, as safetensors and as torch call them."""
 
 
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
-_SIDE_SUFFIXES = frozenset(
-    {".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
-)
-# Other JSON files may say of the source what is not true of the output (how well it was trained).
-_SIDE_FILE = re.compile(
-    r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|chat_template"
-    r"|tekken|normalizer|(\w+_)?(pre)?processor_config).*\.json|(LICENSE|NOTICE|USE_POLICY).*",
-    re.IGNORECASE,
-)
 _NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
 
 
@@ -65,7 +55,7 @@ class Job:
     def tensors(self) -> dict[str, Tensor]:
         """The stored floating-point tensors, mapped."""
         return {
-            name: self.source.tensor(name)
+            name: self.source.mapped_tensor(name)
             for name, header in self.source.headers.items()
             if header.dtype in DTYPE_NAMES
         }
@@ -83,7 +73,8 @@ def read_job(src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | 
     source = Checkpoint.open(src, revision=revision)
     skeleton = build_skeleton(source.config, source.headers)
     choices = follow(plan, choose(skeleton, source.headers))
-    job = Job(source, choices, plan, _side_files(source.folder), type(skeleton))
+    copied = tuple(p for p in side_files(source.folder) if p.name not in _NOT_COPIED)
+    job = Job(source, choices, plan, copied, type(skeleton))
     names = [name for pair in job.pairs for name, *_ in entries(*pair, plan)]
     if len(set(names)) < len(names):
         raise UsageError(f"{source.name} has tensors named like packed parts: they would collide")
@@ -103,17 +94,4 @@ def follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]
     return tuple(
         replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice
         for choice in choices
-    )
-
-
-def _side_files(folder: Path) -> tuple[Path, ...]:
-    """Tokenizer, generation settings, licence: small files that belong to the checkpoint."""
-    return tuple(
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in _SIDE_SUFFIXES or _SIDE_FILE.fullmatch(path.name))
-        and not path.name.endswith(_WEIGHT_SUFFIXES)
-        and not path.name.startswith(".")
-        and path.name not in _NOT_COPIED
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD
 from trilens.checkpoint.format.shards import MappedFile
-from trilens.errors import ConfigError, UsageError
+from trilens.errors import ConfigError, CorruptFileError, UsageError
+from trilens.io.guarded import OpenFile, Stamp
 from trilens.io.hub import local_folder
 from trilens.io.json import read_json
 from trilens.io.safetensors_header import TensorHeader
@@ -42,6 +43,7 @@ class Checkpoint:
         config: transformers' configuration.
         files: The weight files.
         headers: Every stored tensor.
+        stamps: What config.json and the weight files were like before they were read.
     """
 
     folder: Path
@@ -50,6 +52,8 @@ class Checkpoint:
     config: Any
     files: tuple[Path, ...]
     headers: dict[str, TensorHeader]
+    stamps: dict[Path, Stamp]
+    _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
     _mapped: dict[Path, MappedFile] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -73,33 +77,62 @@ class Checkpoint:
         """
         rwkv7.register()
         folder, name = local_folder(src, revision=revision, code=False)
-        settings = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True)
+        files = weight_files(folder)
+        settings_file = folder / CONFIG_NAME
+        stamps = {file: Stamp.of(file) for file in (*files, settings_file) if file.exists()}
+        settings = read_json(settings_file, ConfigError, non_finite=True)
         _check_dense(settings.get("quantization_config"), name, ternary=ternary)
         config, _ = read_config(folder, trusted=False)
-        return cls(folder, name, settings, config, weight_files(folder), read_headers(folder))
+        return cls(folder, name, settings, config, files, read_headers(folder), stamps)
 
-    def mapped(self, file: Path) -> MappedFile:
-        """A weight file's bytes; mapped once."""
-        if file not in self._mapped:
-            self._mapped[file] = MappedFile(file)
-        return self._mapped[file]
+    def check_unchanged(self) -> None:
+        """Refuse to go on with files that were replaced or written to since they were opened.
+
+        Raises:
+            CorruptFileError: names the file.
+        """
+        for file, stamp in self.stamps.items():
+            if Stamp.of(file) != stamp:
+                raise CorruptFileError(
+                    f"{file} changed while it was read: what was made of it is of no use; run "
+                    "again when nobody writes to it"
+                )
+
+    def opened(self, file: Path) -> OpenFile:
+        """A weight file's bytes; opened once."""
+        if file not in self._opened:
+            self._opened[file] = OpenFile(file)
+        return self._opened[file]
 
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor, by reference to its file.
+        """A stored tensor, read into memory.
+
+        Shapes: → [*shape]
+
+        Raises:
+            CorruptFileError: the file was cut off meanwhile.
+        """
+        header = self.headers[name]
+        return tensor_of(header, self.opened(header.file))
+
+    def mapped_tensor(self, name: str) -> Tensor:
+        """A stored tensor, by reference to its file: see `MappedFile` before it is used.
 
         Shapes: → [*shape]
         """
         header = self.headers[name]
-        return tensor_of(header, self.mapped(header.file))
+        if header.file not in self._mapped:
+            self._mapped[header.file] = MappedFile(header.file)
+        return tensor_of(header, self._mapped[header.file])
 
 
-def tensor_of(header: TensorHeader, file: MappedFile) -> Tensor:
-    """A tensor of bytes or of floating-point numbers, by reference to its file.
+def tensor_of(header: TensorHeader, file: OpenFile | MappedFile) -> Tensor:
+    """A tensor of bytes or of floating-point numbers: of a mapped file by reference.
 
     Shapes: → [*header.shape]
     """
     raw = file.bytes(header.begin, header.end)
-    if header.begin % 8:
+    if header.begin % 8 and isinstance(file, MappedFile):
         raw = raw.copy()  # old writers do not align; a view of such bytes is undefined
     return torch.from_numpy(raw).view(_TORCH_DTYPES[header.dtype]).reshape(header.shape)
 

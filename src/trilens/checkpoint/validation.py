@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -13,11 +13,10 @@ from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts
 from trilens.checkpoint.format.manifest import read_manifest
 from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
-from trilens.checkpoint.format.report import Outcome, TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile
+from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
-from trilens.io.guarded import sha256_of
+from trilens.io.guarded import OpenFile, sha256_of
 from trilens.io.json import read_json
 from trilens.io.messages import clip
 from trilens.io.safetensors_header import TensorHeader
@@ -53,8 +52,6 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
     try:
         report = TernaryReport.from_dict(manifest["report"])
         files = dict(manifest["files"])
-        for tensor in report.tensors:
-            _check_types(tensor)
     except (TrilensError, KeyError, TypeError, ValueError, AttributeError) as cause:
         raise CorruptFileError(
             f"{folder} has a manifest without a valid report: {cause}"
@@ -74,21 +71,6 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
         )
     _check_tensors(report, headers)
     return report
-
-
-def _check_types(tensor: TensorReport) -> None:
-    """Raises: TypeError."""
-    sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
-    shares = (tensor.relative_error, tensor.sparsity, tensor.output_error)
-    right = (
-        all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
-        and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-        and all(share is None or isinstance(share, int | float) for share in shares)
-        and tensor.outcome in get_args(Outcome)
-        and (tensor.outcome == "kept" or len(tensor.shape) in {2, 3})
-    )
-    if not right:
-        raise TypeError(f"the entry of tensor {clip(tensor.name)} has values of the wrong kind")
 
 
 def _check_file(folder: Path, name: Any, claim: Any) -> None:
@@ -112,7 +94,7 @@ def _check_file(folder: Path, name: Any, claim: Any) -> None:
 
 def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> None:
     unclaimed = set(headers)
-    mapped: dict[Path, MappedFile] = {}
+    opened: dict[Path, OpenFile] = {}
     for tensor in report.tensors:
         names = {"": tensor.name}
         if tensor.outcome != "kept":
@@ -133,9 +115,9 @@ def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> N
                 raise CorruptFileError(f"tensor {tensor.name} has shape {found[''].shape}")
             continue
         for header in found.values():
-            if header.file not in mapped:
-                mapped[header.file] = MappedFile(header.file)
-        _check_coded(tensor, report.plan, found, mapped)
+            if header.file not in opened:
+                opened[header.file] = OpenFile(header.file)
+        _check_coded(tensor, report.plan, found, opened)
     if unclaimed:
         raise CorruptFileError(f"tensor {min(unclaimed)} is in the files, but not in the report")
 
@@ -144,7 +126,7 @@ def _check_coded(
     tensor: TensorReport,
     plan: TernaryPlan,
     found: dict[str, TensorHeader],
-    mapped: dict[Path, MappedFile],
+    opened: dict[Path, OpenFile],
 ) -> None:
     plan = plan.of(tensor.name)
     wanted = {part: dtype for part, dtype, *_ in packed_parts((), 1, 1, plan)}
@@ -152,7 +134,7 @@ def _check_coded(
         raise CorruptFileError(f"tensor {tensor.name} has parts {', '.join(sorted(found))}")
     zeros = n_codes = 0
     for part, header in found.items():
-        file = mapped[header.file]
+        file = opened[header.file]
         if part.endswith("codes"):
             part_zeros, part_codes = _count_codes(tensor, header, file, plan.storage)
             zeros, n_codes = zeros + part_zeros, n_codes + part_codes
@@ -169,7 +151,7 @@ def _check_coded(
 
 
 def _count_codes(
-    tensor: TensorReport, header: TensorHeader, file: MappedFile, storage: Storage
+    tensor: TensorReport, header: TensorHeader, file: OpenFile, storage: Storage
 ) -> tuple[int, int]:
     """Zeros and trits of one tensor of codes, which are legal."""
     if header.dtype != "U8" or len(header.shape) != len(tensor.shape):

@@ -11,10 +11,10 @@ import typer
 from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
+from trilens.analysis.comparison.saving import check_place
 from trilens.cli.console import show, show_json, shown_progress, timed
 from trilens.cli.run.prompts import Loading, open_lens
 from trilens.cli.run.text import documents_of
-from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
 from trilens.text.token_blocks import token_blocks
 
@@ -41,8 +41,8 @@ def run(
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
-    if output is not None and output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file: name a folder")
+    if output is not None:
+        check_place(output)
     documents = documents_of(data, field=field)
     with timed(output):
         left, right = (open_lens(name, **loading) for name in (before, after))
