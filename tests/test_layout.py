@@ -67,6 +67,7 @@ FLOORS = {
     "cli.console": 22,
     "cli.lazy": 22,
     "cli.errors": 22,
+    "cli.signals": 21,
     "cli.options": 22,
     "cli.run": 23,
     "cli.commands": 23,

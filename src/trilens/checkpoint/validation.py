@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts
 from trilens.checkpoint.format.manifest import read_manifest
-from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.format.names import CONFIG_NAME, MANIFEST_NAME, QUANT_METHOD, find_parts
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
-from trilens.io.guarded import OpenFile, sha256_of
+from trilens.io.guarded import OpenFile
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.listing import check_files, extra_files
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
-__all__ = ["validate"]
+__all__ = ["unlisted", "validate"]
 
 _CHUNK_BYTES = 1 << 22
 
@@ -56,8 +55,7 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
         raise CorruptFileError(
             f"{folder} has a manifest without a valid report: {cause}"
         ) from cause
-    for name, claim in files.items():
-        _check_file(folder, name, claim)
+    check_files(folder, files)
     config = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True).get(
         "quantization_config"
     )
@@ -73,23 +71,13 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
     return report
 
 
-def _check_file(folder: Path, name: Any, claim: Any) -> None:
-    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
-    if not plain or name in {"", ".", ".."}:
-        raise CorruptFileError(
-            f"{folder} has a manifest that names the file {clip(name)}: only plain names in its "
-            "own directory are allowed"
-        )
-    file = folder / name
-    if not file.is_file():
-        raise CorruptFileError(f"{file} is missing: the manifest lists it")
-    size_bytes = file.stat().st_size
-    if not isinstance(claim, dict) or size_bytes != claim.get("size_bytes"):
-        expected = claim.get("size_bytes") if isinstance(claim, dict) else claim
-        problem = "truncated or of another size"
-        raise CorruptFileError(f"{file} is {problem}: {size_bytes} bytes, not {clip(expected)}")
-    if sha256_of(file) != claim.get("sha256"):
-        raise CorruptFileError(f"{file} is damaged: its content does not fit the manifest's hash")
+def unlisted(folder: Path) -> tuple[str, ...]:
+    """Names in a ternary checkpoint's directory that its manifest does not list.
+
+    Raises:
+        LoadError: as `read_manifest`.
+    """
+    return extra_files(folder, (*read_manifest(folder)["files"], MANIFEST_NAME))
 
 
 def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> None:

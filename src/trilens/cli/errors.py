@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from trilens.cli.signals import Stopped
 from trilens.errors import AnatomyError, CaptureError, DamageError, TrilensError, WriteError
 
 __all__ = ["OneLineGroup", "one_line_errors"]
@@ -62,7 +63,7 @@ def one_line_errors(
     """One line on stderr and an exit code instead of a traceback.
 
     Codes: 1 the work failed, 2 an argument or file is wrong, 3 more damage than allowed,
-    130 interrupted.
+    130 interrupted, 143 and 129 after SIGTERM and SIGHUP.
 
     Args:
         debug: let the traceback through.
@@ -91,10 +92,10 @@ def one_line_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"output failed: {error.strerror or error}")
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if stopped:
             _say(stopped)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.exit_code if isinstance(stop, Stopped) else 130) from None
 
 
 def _say(message: str) -> None:

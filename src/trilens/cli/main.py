@@ -20,6 +20,7 @@ from trilens.cli.commands.sensitivity import sensitivity
 from trilens.cli.commands.ternarize import ternarize
 from trilens.cli.commands.validate import validate
 from trilens.cli.errors import OneLineGroup
+from trilens.cli.signals import stop_cleanly
 from trilens.version import __version__
 
 __all__ = ["app", "main"]
@@ -57,6 +58,7 @@ for _command in (
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the `trilens` command."""
+    stop_cleanly()
     # transformers warns of every GPU kernel that is not installed: no news in a table.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):

@@ -105,7 +105,7 @@ def test_gguf_files(tmp_path: Path) -> None:
     checked = run("validate", out)
     assert checked.exit_code == 0
     assert "7 of 12 tensors hold trits" in checked.stdout
-    assert "the tensors have the hash" in checked.stdout
+    assert "all bytes have the hashes" in checked.stdout
     as_json = run("validate", out, "--format", "json")
     assert json.loads(as_json.stdout)["architecture"] == "llama"
     assert json.loads(as_json.stdout)["format"] == "trilens.gguf_report"

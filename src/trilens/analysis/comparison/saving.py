@@ -27,7 +27,15 @@ from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import is_leftover
 from trilens.io.tensors import read_tensors, write_tensors
 
-__all__ = ["FORMAT", "MANIFEST_NAME", "VERSION", "check_place", "read_folder", "write_folder"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST_NAME",
+    "VERSION",
+    "check_place",
+    "listed_names",
+    "read_folder",
+    "write_folder",
+]
 
 FORMAT = "trilens.comparison"
 VERSION = 1
@@ -122,6 +130,11 @@ def read_folder(
             raise CorruptFileError(f"{folder / name} is damaged: it does not fit {MANIFEST_NAME}")
     tensors, _ = read_tensors(folder / names["arrays"], FORMAT, VERSION)
     return manifest, _read_rows(folder / names["table"]), tensors, hashed
+
+
+def listed_names(folder: Path) -> tuple[str, ...]:
+    """The files of the comparison in a folder."""
+    return (MANIFEST_NAME, *(_names_in_use(folder) or _PLAIN).values())
 
 
 def _names_in_use(folder: Path) -> dict[str, str] | None:

@@ -66,6 +66,7 @@ class GgufSource:
         config: transformers' configuration.
         tokenizer: transformers' tokenizer, or None.
         tensor: A stored tensor by its name.
+        check_unchanged: Refuse files that changed since they were opened.
         model: The skeleton.
         headers: Every tensor; of a ternary checkpoint as it was before.
         choices: What is to become of each.
@@ -78,6 +79,7 @@ class GgufSource:
         self.config = checkpoint.config
         self.tokenizer = load_tokenizer(folder, trusted=False)
         self.tensor = checkpoint.tensor
+        self.check_unchanged = checkpoint.check_unchanged
         self._stored = checkpoint.headers
         self._packed: dict[str, TensorReport] = {}
         self.plan: TernaryPlan | None = None

@@ -24,16 +24,24 @@ from trilens.checkpoint.gguf.layout import GgufSlot, left_out, slots, with_fallb
 from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.checkpoint.gguf.source import GgufSource
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
-from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
+from trilens.checkpoint.gguf.validation import (
+    HASH_KEY,
+    HEAD_HASH_KEY,
+    N_HASHES_KEY,
+    before_hash,
+    data_hash,
+    head_hash,
+    row_spans,
+)
 from trilens.errors import CorruptFileError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
+from trilens.io.sealed import NO_HASH
 from trilens.progress import Progress, Step
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
 
 __all__ = ["check_place", "write_gguf"]
 
-_NO_HASH = "0" * 64  # overwritten once the tensors are there
 _FLOAT_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _Q2_0 = 42  # no type of the gguf package, so its decoder has no say
 
@@ -88,9 +96,10 @@ def write_gguf(
     if dry_run:
         return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
     _check_space(out, todo)
-    with atomic(out) as file:
+    with atomic(out, alone=True) as file:
         reports = _write(file, writer, source, family, todo, plan, format, progress)
         _seal(file)
+        source.check_unchanged()
     return TernaryReport(plan, (*reports, *absent))
 
 
@@ -125,7 +134,9 @@ def _describe(
     vocabulary.describe(writer)
     writer.add_string("trilens.version", __version__)
     writer.add_string("trilens.plan", plan.to_json())
-    writer.add_string(HASH_KEY, _NO_HASH)
+    writer.add_string(HASH_KEY, NO_HASH)
+    writer.add_string(HEAD_HASH_KEY, NO_HASH)
+    writer.add_uint32(N_HASHES_KEY, 2)
     for slot in todo:
         # The package takes any number for a type, but names only those it can decode.
         kind = cast("GGMLQuantizationType", slot.type_id)
@@ -275,10 +286,16 @@ def _put(
 
 
 def _seal(file: AtomicFile) -> None:
-    """Read the header back, and put the tensors' hash in it."""
+    """Read the head back, put the tensors' hash in it, and the head's own."""
     written = read_gguf(file.temporary)
-    header = written.content.bytes(0, written.data_begin).tobytes()
-    file.put(data_hash(written).encode(), header.index(_NO_HASH.encode()))
+    head = written.content.bytes(0, written.data_begin).tobytes()
+    hashes = ((HASH_KEY, data_hash), (HEAD_HASH_KEY, head_hash))  # the second covers the first
+    for key, hash_of in hashes:
+        before = before_hash(key)
+        digest = hash_of(written)  # of the file as it is now
+        if digest is None:
+            raise WriteError(f"{file.path} does not hold what was written to it: check the disk")
+        file.put(digest.encode(), head.index(before) + len(before))
 
 
 def _check_space(out: Path, todo: list[GgufSlot]) -> None:
