@@ -77,6 +77,7 @@ def test_a_pth_is_copied_bit_for_bit(tmp_path, tensors):
     assert sorted(path.name for path in result.path.iterdir()) == [
         "config.json",
         "model.safetensors",
+        "trilens-conversion.json",
     ]
     written, expected = (
         load_file(result.path / "model.safetensors"),

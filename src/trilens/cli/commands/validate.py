@@ -28,5 +28,5 @@ def validate(
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
-    """Check every byte of a checkpoint, GGUF file, capture or comparison."""
+    """Check every byte of a file or folder that trilens wrote."""
     run("validate", locals(), failures=(CorruptFileError,))
