@@ -1,5 +1,5 @@
 """Kill a writer before and after each of its file calls: the old result or the new one is there,
-and the next run ends as if nothing had been.
+and the next run ends as if nothing had been. A disk without room is refused by name.
 
     python -m hostile.kills FOLDER OUTPUT=N_KILLS …
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 from functools import partial
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hostile.outputs import OUTPUTS, check, clear, content, prepare
-from hostile.processes import RIGHT, child, counted, wait
+from hostile.processes import REFUSED, RIGHT, child, counted, wait
 from trilens.errors import TrilensError
+from trilens.io.temporary import is_leftover
 
 __all__ = ["kill_everywhere"]
 
@@ -83,7 +85,23 @@ def kill_everywhere(root: Path, name: str, n_kills: int, seed: int = 0) -> dict[
         extra = names - set(wanted[1]) - {output.name}
         if extra:
             left.append(f"{moment}: {sorted(extra)}")
+    for limit in (0, 200, 3000):  # bytes that a file may have: as on a full disk
+        fresh()
+        moment = f"files of at most {limit} bytes"
+        if wait(child(write, before=lambda limit=limit: _limit(limit))) != REFUSED:
+            broken.append(f"{moment}: not refused by name")
+        if output.replaces and content(place) != old:
+            lost.append(moment)
+        if any(is_leftover(path.name) for path in place.parent.rglob("*")):
+            left.append(moment)
+        if wait(child(write)) != RIGHT or content(place) != wanted[1]:
+            broken.append(f"{moment}: the next run gives something else")
     return {"calls": n_calls, "kills": len(chosen), "lost": lost, "left": left, "broken": broken}
+
+
+def _limit(n_bytes: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, most))
 
 
 def _holds(found: dict[str, bytes], wanted: dict[str, bytes]) -> bool:

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from trilens.errors import TrilensError
@@ -36,12 +37,13 @@ def child(work: Callable[[], object], *, before: Callable[[], object] | None = N
         work()
         code = RIGHT
     except TrilensError as error:
-        sys.stderr.write(f"refused: {error}\n")
         code = REFUSED
+        sys.stderr.write(f"refused: {error}\n")
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         leave(code)
     raise AssertionError
 
