@@ -17,7 +17,7 @@ from trilens.checkpoint.format.report import Outcome, TensorReport
 from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import to_be_coded
-from trilens.checkpoint.source import tensor_of
+from trilens.checkpoint.source import as_tensor
 from trilens.errors import WriteError
 from trilens.io.guarded import OpenFile
 from trilens.io.safetensors_header import TensorHeader
@@ -154,14 +154,14 @@ def code_tensor(
     """
     if choice.storage == "kept":
         new = None if before is None else before.vector(choice.name)
-        raw = old = file.bytes(header.begin, header.end)
+        raw = old = file.borrow(header.begin, header.end)
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
         fitted = not np.array_equal(raw, old)  # a small step can round to nothing
         return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=fitted)
     plan = plan.of(choice.name)
-    stored = tensor_of(header, file)
+    stored = as_tensor(header, file.borrow(header.begin, header.end))
     matrices = stored if stored.ndim == 3 else stored[None]
     error = energy = zeros = 0.0
     output_errors: list[float | None] = []

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD
@@ -21,7 +23,7 @@ from trilens.io.weight_files import read_headers, weight_files
 from trilens.models.build import read_config
 from trilens.models.rwkv7 import model as rwkv7
 
-__all__ = ["Checkpoint", "tensor_of"]
+__all__ = ["Checkpoint", "as_tensor", "tensor_of"]
 
 _TORCH_DTYPES = {
     "U8": torch.uint8,
@@ -134,6 +136,14 @@ def tensor_of(header: TensorHeader, file: OpenFile | MappedFile) -> Tensor:
     raw = file.bytes(header.begin, header.end)
     if header.begin % 8 and isinstance(file, MappedFile):
         raw = raw.copy()  # old writers do not align; a view of such bytes is undefined
+    return as_tensor(header, raw)
+
+
+def as_tensor(header: TensorHeader, raw: NDArray[np.uint8]) -> Tensor:
+    """A tensor over its bytes, which lie at a multiple of its numbers' size.
+
+    Shapes: raw [header.size_bytes] → [*header.shape]
+    """
     return torch.from_numpy(raw).view(_TORCH_DTYPES[header.dtype]).reshape(header.shape)
 
 

@@ -14,10 +14,12 @@ from trilens.errors import CorruptFileError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes, parse_object
 
-__all__ = ["NO_HASH", "read_sealed", "sealed", "unsealed"]
+__all__ = ["NO_HASH", "NO_HASH_NOTE", "read_sealed", "sealed", "unsealed"]
 
 NO_HASH = "0" * 64
 """Stands where a hash will be, and while it is computed."""
+
+NO_HASH_NOTE = "it was written before files carried hashes: damage to its numbers would not show"
 
 _KEY = "sha256"
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from trilens.analysis.comparison.rows import Row
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
 from trilens.io.atomic import atomic, locked_folder, write_bytes
-from trilens.io.guarded import open_regular, sha256_of
+from trilens.io.guarded import open_regular
+from trilens.io.listing import check_files, list_files
 from trilens.io.messages import clip
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import is_leftover
@@ -93,7 +94,8 @@ def write_folder(
         head = {key: manifest[key] for key in ("format", "version", "axes")}
         _write_rows(folder / parts["table"], rows)
         write_tensors(folder / parts["arrays"], arrays, head)
-        claims = {part: _claim(folder / name) for part, name in parts.items()}
+        listed = list_files(folder, parts.values())
+        claims = {part: listed[name] for part, name in parts.items()}
         _seal(folder, manifest, parts, claims)
         for name in (old or {}).values():
             _remove(folder / name)
@@ -120,14 +122,15 @@ def read_folder(
     if kind != FORMAT or manifest.get("version") != VERSION:
         raise CorruptFileError(f"{path} is {clip(kind)}: a {FORMAT} of version {VERSION} is needed")
     claims = manifest.pop("parts", None)
+    if claims is not None and not isinstance(claims, dict):
+        raise CorruptFileError(f"{path} lists its parts as {clip(claims)}")
     if (claims is not None) != hashed:
         raise CorruptFileError(f"{path} is damaged: its own hash, or those of its parts, are gone")
     names = manifest.pop("files", _PLAIN)
     if names not in (_PLAIN, _OTHER):
         raise CorruptFileError(f"{path} names its files {clip(names)}")
-    for part, name in names.items():
-        if claims is not None and _claim(folder / name) != claims.get(part):
-            raise CorruptFileError(f"{folder / name} is damaged: it does not fit {MANIFEST_NAME}")
+    if claims is not None:
+        check_files(folder, {name: claims.get(part) for part, name in names.items()})
     tensors, _ = read_tensors(folder / names["arrays"], FORMAT, VERSION)
     return manifest, _read_rows(folder / names["table"]), tensors, hashed
 
@@ -151,10 +154,6 @@ def _seal(
 ) -> None:
     body = {**manifest, "files": names, "parts": claims}
     write_bytes(folder / MANIFEST_NAME, sealed(body))
-
-
-def _claim(path: Path) -> dict[str, Any]:
-    return {"size_bytes": path.stat().st_size if path.is_file() else 0, "sha256": sha256_of(path)}
 
 
 def _remove(path: Path) -> None:

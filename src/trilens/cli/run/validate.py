@@ -16,14 +16,13 @@ from trilens.checkpoint.gguf import validate_gguf
 from trilens.checkpoint.validation import unlisted, validate
 from trilens.cli.console import show_json, status
 from trilens.io.listing import extra_files
+from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.models.rwkv7.conversion import MANIFEST_NAME as CONVERSION_NAME
 from trilens.models.rwkv7.conversion import validate_conversion
 from trilens.report.text.ternary import GGUF_HEAD, REPORT_HEAD, gguf_sentence
 
 __all__ = ["Checked", "check", "run"]
-
-_NO_HASH = "It was written before files carried hashes: damage to its numbers would not show."
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,14 @@ def _comparison(path: Path) -> Checked:
     extra = extra_files(path, listed_names(path))
     first = f"{path}: undamaged. {found!r}"
     values = _head("trilens.comparison_check", hash_checked=found.hash_checked, extra=extra)
-    note = () if found.hash_checked else (_NO_HASH,)
+    note = () if found.hash_checked else (f"Note: {NO_HASH_NOTE}.",)
     return Checked(values, (first, *note, *_extra_sentence(extra)))
 
 
 def _capture(path: Path) -> Checked:
     found = Capture.load(path)
     values = _head("trilens.capture_check", hash_checked=found.hash_checked)
-    note = () if found.hash_checked else (_NO_HASH,)
+    note = () if found.hash_checked else (f"Note: {NO_HASH_NOTE}.",)
     return Checked(values, (f"{path}: undamaged. {found!r}", *note))
 
 
