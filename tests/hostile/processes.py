@@ -17,10 +17,10 @@ __all__ = ["CALLS", "REFUSED", "RIGHT", "child", "counted", "wait"]
 RIGHT, REFUSED, BROKEN = 0, 2, 70
 
 CALLS = (
-    "open", "write", "pwrite", "fsync", "fchmod", "ftruncate", "replace", "rename", "link",
+    "open", "write", "pwrite", "pread", "fsync", "fchmod", "ftruncate", "replace", "rename", "link",
     "unlink", "remove", "mkdir", "rmdir",
 )  # fmt: skip
-"""The calls of `os` that change a file system."""
+"""The calls of `os` that change a file system, or look at what was written."""
 
 
 def child(work: Callable[[], object], *, before: Callable[[], object] | None = None) -> int:

@@ -130,6 +130,16 @@ def test_links_out_of_a_checkpoint(name: str, dense: Path, tmp_path: Path) -> No
             read()
 
 
+def test_what_only_lies_in_the_folder_is_left_alone(dense: Path, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    shutil.copytree(dense, source)
+    sparse(source / "corpus.txt")
+    (source / "results").symlink_to(tmp_path)
+    Lens.from_pretrained(source)
+    with pytest.raises(TrilensError, match=r"corpus\.txt is too long"):
+        ternarize(source, tmp_path / "out")  # would be copied
+
+
 def test_the_hubs_cache_is_made_of_links(dense: Path, tmp_path: Path) -> None:
     home = tmp_path / "models--a--b"
     snapshot, blobs = home / "snapshots" / "0123", home / "blobs"

@@ -18,7 +18,6 @@ from trilens.errors import (
     WriteError,
 )
 from trilens.io.messages import reason
-from trilens.io.temporary import is_leftover
 
 __all__ = ["check_folder", "clean_refusal"]
 
@@ -37,7 +36,8 @@ def check_folder(out: Path, source: Path) -> None:
         raise WriteError(f"directory {out} cannot be written: {reason(cause)}") from cause
     if same:
         raise UsageError(f"{out} is the source itself: give another directory")
-    left_over = {name for name in names if is_leftover(name)}
+    # Those of earlier versions had no digits.
+    left_over = {name for name in names if name.startswith(".") and name.endswith(".partial")}
     if names - left_over and not names & {MANIFEST_NAME, JOURNAL_NAME}:
         raise UsageError(f"directory {out} is not empty: give a new one")
 

@@ -22,6 +22,10 @@ _NAME = re.compile(
 )
 
 
+# Of plain text, what tokenizers read; a corpus may lie in the same folder.
+_TOKENIZER_TEXT = re.compile(r"(vocab|merges|dict|tokenizer|added_tokens).*\.txt", re.IGNORECASE)
+
+
 def side_files(folder: Path) -> tuple[Path, ...]:
     """The files beside configuration and weights that belong to a checkpoint, by name.
 
@@ -42,9 +46,17 @@ def check_side_files(folder: Path) -> None:
         CorruptFileError: as `side_files`, also for config.json and the index of the weights.
         LoadError: the folder cannot be read.
     """
-    side_files(folder)
-    for name in (_CONFIG_NAME, INDEX_NAME):
-        _check(folder / name)
+    for path in _entries(folder):
+        if _is_opened(path.name) and not path.is_dir():
+            _check(path)
+
+
+def _is_opened(name: str) -> bool:
+    """Whether a load opens a file of this name, here or in transformers."""
+    if name in {_CONFIG_NAME, INDEX_NAME}:
+        return True
+    text = Path(name).suffix in {".txt", ".py"}
+    return _belongs(name) and (not text or _TOKENIZER_TEXT.fullmatch(name) is not None)
 
 
 def _entries(folder: Path) -> list[Path]:
