@@ -16,6 +16,7 @@ from gguf_cases import saved_with_tokenizer
 from hostile.outputs import OUTPUTS, check, prepare
 from trilens import Lens, TernaryPlan, ternarize
 from trilens.errors import TrilensError
+from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.text.documents import read_documents
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -168,6 +169,22 @@ def test_plans_journals_and_texts(bad: Callable[[Path], None], dense: Path, tmp_
         bad(tmp_path / "text.jsonl")
         with pytest.raises(TrilensError):
             read_documents(tmp_path / "text.jsonl", field="model_type")
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    "name", ["x.safetensors", "x.pth", "in/model.safetensors", "in/config.json"]
+)
+def test_published_weights(name: str, bad: Callable[[Path], None], tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(made("conversion"), source)
+    (tmp_path / name).unlink(missing_ok=True)
+    bad(tmp_path / name)
+    if (name, bad) == ("in/config.json", no_number):
+        return  # other programs write them in configurations
+    with pytest.raises(TrilensError):
+        convert_rwkv7(source if "/" in name else tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", BAD)

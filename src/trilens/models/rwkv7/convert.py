@@ -29,7 +29,9 @@ from trilens.errors import (
     UnsafeFormatError,
     UsageError,
 )
+from trilens.io.guarded import open_regular
 from trilens.io.json import read_json
+from trilens.io.safetensors_header import read_header
 from trilens.models.rwkv7.config import RWKV7Config
 from trilens.models.rwkv7.conversion import write_conversion
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
@@ -120,7 +122,8 @@ def convert_rwkv7(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> C
 def _read(source: Path) -> dict[str, Tensor]:
     if not source.exists():
         raise ModelNotFoundError(f"{source} does not exist")
-    if source.is_file():
+    if not source.is_dir():
+        open_regular(source).close()  # a pipe or a device is refused before anything waits for it
         return _read_pickle(source) if source.suffix in _PICKLES else _read_safetensors(source)
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
@@ -135,6 +138,7 @@ def _read(source: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    read_header(path)
     try:
         return load_file(path)  # type: ignore[no-any-return]
     except SafetensorError as error:
