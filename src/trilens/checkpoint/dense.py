@@ -79,6 +79,7 @@ def write_dense(
         report = TernaryReport(job.plan, tuple(reports))
         for name, data in _small_files(job, report, todo).items():
             write_bytes(folder / name, data)
+        job.source.check_unchanged()
     return report
 
 
@@ -102,7 +103,7 @@ def _write(
     report = replace(planned(choice, header, job.plan), size_bytes=entry[3], decoded_exactly=True)
     begin = writer.slots[choice.name].begin
     if choice.storage == "kept":
-        writer.put(begin, job.source.mapped(header.file).bytes(header.begin, header.end))
+        writer.put(begin, job.source.opened(header.file).bytes(header.begin, header.end))
         return report
     matrix = _unpacked(job, choice, header)
     dense = matrix.to(getattr(torch, DTYPE_NAMES[entry[1]]))

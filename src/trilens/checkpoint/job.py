@@ -53,7 +53,7 @@ class Job:
     def tensors(self) -> dict[str, Tensor]:
         """The stored floating-point tensors, mapped."""
         return {
-            name: self.source.tensor(name)
+            name: self.source.mapped_tensor(name)
             for name, header in self.source.headers.items()
             if header.dtype in DTYPE_NAMES
         }

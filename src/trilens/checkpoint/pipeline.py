@@ -30,10 +30,10 @@ from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.job import Job, read_job
-from trilens.checkpoint.output_folder import check_folder, make_folder
+from trilens.checkpoint.output_folder import check_folder, clean_refusal
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, WriteError
-from trilens.io.atomic import write_bytes
+from trilens.io.atomic import locked_folder, write_bytes
 from trilens.progress import Progress, Step
 
 __all__ = ["Format", "ternarize"]
@@ -72,7 +72,7 @@ def ternarize(
 
     The output is complete: weights, configuration, tokenizer files, model card, manifest. A run
     that was killed is taken up by the same call, and ends in the same bytes. One run at a time
-    may write to a directory.
+    may write to a directory: another one is refused.
 
     Post-training ternary weights usually ruin a model that was not trained for them: see
     `TernaryReport.verdict`, and measure before use.
@@ -98,18 +98,18 @@ def ternarize(
             source is quantized already, or `dst` holds something else or another order's output;
             a sample and a dry run, a GGUF file, or a source that is no causal language model.
         TextError: a sample that is too short.
-        LoadError: the source cannot be read; see `trilens.errors`.
-        NonFiniteError: NaN or Inf among the weights of a matrix.
-        ValueRangeError: a scale that its dtype cannot hold.
-        WriteError: the output cannot be written.
+        LoadError: the source cannot be read, or changed while it was; see `trilens.errors`.
+        NonFiniteError: NaN or Inf among the weights of a matrix; nothing is left behind.
+        ValueRangeError: a scale that its dtype cannot hold; nothing is left behind.
+        WriteError: the output cannot be written, or another run writes it.
         DamageError: the perplexity rises by more than the calibration's `max_perplexity_ratio`;
             nothing is left behind.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
-    Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
-    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`). With a sample the whole
-    model is loaded, once before and once after.
+    Memory: tensors are read one by one: up to 3 × the largest one for bfloat16 sources, and what
+    the rule needs (`PerLayerQuant.quantize`). A calibration maps the source. With a sample the
+    whole model is loaded, once before and once after.
     """
     plan, gguf_format = plan or TernaryPlan(), find_format(format)
     _check_format(format, gguf_format, Path(dst), plan)
@@ -149,23 +149,44 @@ def ternarize(
         None if calibration is None else calibration.to_dict(),
     )
     if (out / MANIFEST_NAME).is_file():
-        order.check_same(read_manifest(out), out / MANIFEST_NAME)
-        (out / JOURNAL_NAME).unlink(missing_ok=True)
-        found = validate(out)
-        check_damage(found.damage, calibration, written=True)
-        return found
+        return _finished(out, order, calibration)
     # Measured first: a sample that is no good is refused before anything is written.
     baseline = Baseline.of(sample, job.source.folder) if sample else None
-    is_new = not out.exists()
-    make_folder(out)
-    _check_space(out, job)
-    journal = Journal(out, order)
+    with locked_folder(out):
+        check_folder(out, job.source.folder)
+        if (out / MANIFEST_NAME).is_file():  # another run has ended meanwhile
+            return _finished(out, order, calibration)
+        _check_space(out, job)
+        journal = Journal(out, order)
+        with clean_refusal(out, journal):
+            return _write(out, job, order, journal, calibration, baseline, progress)
+
+
+def _finished(out: Path, order: Order, calibration: Calibration | None) -> TernaryReport:
+    order.check_same(read_manifest(out), out / MANIFEST_NAME)
+    (out / JOURNAL_NAME).unlink(missing_ok=True)
+    found = validate(out)
+    check_damage(found.damage, calibration, written=True)
+    return found
+
+
+def _write(
+    out: Path,
+    job: Job,
+    order: Order,
+    journal: Journal,
+    calibration: Calibration | None,
+    baseline: Baseline | None,
+    progress: Progress | None,
+) -> TernaryReport:
     before: Store | None = None
     damage: Damage | None = None
     if calibration is not None:
-        before, damage = rollback(out, job, calibration, journal, is_new=is_new, progress=progress)
+        before, damage = rollback(out, job, calibration, journal, progress=progress)
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= write_side_files(out, job)
+    job.source.check_unchanged()
+    order.check_copied(digests, job.source.side_files)
     measured = baseline.against(out) if baseline else None
     report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
     card = model_card(report, origin_of(job))
@@ -283,12 +304,13 @@ def _write_shard(
     progress: Progress | None,
     n_before: int,
 ) -> tuple[str, list[TensorReport]]:
-    mapped = job.source.mapped(file)
+    opened = job.source.opened(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, mapped, writer, before=before))
+            reports.append(code_tensor(choice, header, job.plan, opened, writer, before=before))
             if progress is not None:
                 progress(Step(n_before + len(reports), len(job.choices), choice.name))
+        job.source.check_unchanged()
         return writer.commit(), reports

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from trilens.cli.interrupts import INTERRUPTED
+from trilens.cli.interrupts import INTERRUPTED, Stopped
 from trilens.cli.streams import output_errors, say
 from trilens.errors import AnatomyError, CaptureError, DamageError, TrilensError, WriteError
 
@@ -70,7 +70,7 @@ def one_line_errors(
     """One line on stderr and an exit code instead of a traceback.
 
     Codes: 1 the work failed, 2 an argument or file is wrong, 3 more damage than allowed,
-    130 interrupted.
+    130 interrupted, 143 and 129 after SIGTERM and SIGHUP.
 
     Args:
         debug: let the traceback through.
@@ -87,7 +87,7 @@ def one_line_errors(
         failed = isinstance(error, (AnatomyError, CaptureError, WriteError, *failures))
         refused = isinstance(error, DamageError)
         raise typer.Exit(3 if refused else 1 if failed else 2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if stopped:
             say(f"trilens: {stopped}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(stop.exit_code if isinstance(stop, Stopped) else INTERRUPTED) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
+from trilens.io.guarded import check_link
 from trilens.io.json import read_json
 from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import TensorHeader, read_header
@@ -128,6 +129,7 @@ def explicit_name(folder: Path) -> str | None:
     config = folder / "config.json"
     if not config.is_file():
         return None
+    check_link(config)
     settings = read_json(config, ConfigError, non_finite=True)
     name = settings.get("transformers_weights")
     if name == GUARD_NAME:
@@ -148,21 +150,8 @@ def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
             f"{listed(missing)}"
         )
     for name in names:
-        _check_link(folder, name)
+        check_link(folder / name)
     return tuple(folder / name for name in names)
-
-
-def _check_link(folder: Path, name: str) -> None:
-    """Refuse a link out of the checkpoint; the hub's cache links snapshots to its own blobs."""
-    if not (folder / name).is_symlink():
-        return
-    target, home = (folder / name).resolve(), folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(target.is_relative_to(place) for place in homes):
-        raise CorruptFileError(
-            f"{folder / name} is a link that leads out of the checkpoint, to {target}: "
-            "put the file itself there, or give the directory that holds it"
-        )
 
 
 def refusal(source: str, names: list[str]) -> LoadError:

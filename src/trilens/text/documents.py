@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trilens.errors import TextError
-from trilens.io.messages import clip, listed, reason
+from trilens.io.guarded import read_bytes
+from trilens.io.json import parse_json
+from trilens.io.messages import listed, reason
 
 __all__ = ["STDLIB", "read_documents"]
 
 STDLIB = "stdlib"
 """The word for the running Python's own standard library, a text that is always there."""
 
+_LIMIT_BYTES = 4_000_000_000
 _TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ".json", ".csv", ""})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "__pycache__"})
 
@@ -75,21 +77,17 @@ def _file_documents(file: Path, field: str) -> Iterator[str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = read_bytes(file, TextError, max_bytes=_LIMIT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise TextError(f"{file} is not UTF-8 text: byte {error.start} does not decode") from None
-    except OSError as error:
-        raise TextError(f"{file} cannot be read: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            entry: Any = json.loads(line)
-        except ValueError:
-            raise TextError(f"{file}, line {number} is not JSON: {clip(line, 40)}") from None
+        entry: Any = parse_json(line, f"{file}, line {number}", TextError, non_finite=True)
         text = entry.get(field) if isinstance(entry, dict) else entry
         if not isinstance(text, str):
             keys = listed(entry) if isinstance(entry, dict) else type(entry).__name__

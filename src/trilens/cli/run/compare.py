@@ -10,12 +10,12 @@ import typer
 from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
+from trilens.analysis.comparison.saving import check_place
 from trilens.cli.console import show_result, shown_progress, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
 from trilens.cli.streams import say
-from trilens.errors import UsageError
 from trilens.report.text.comparison import print_comparison
 from trilens.text.token_blocks import token_blocks
 
@@ -44,8 +44,8 @@ def run(
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
-    if output is not None and output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file: name a folder")
+    if output is not None:
+        check_place(output)
     documents = documents_of(data, field=field)
     with timed(output):
         loading = Loading(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)

@@ -11,6 +11,7 @@ from trilens.cli.console import check_file, show_result, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
 from trilens.errors import UnclaimedGateError, UsageError
+from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.tokens import token_strings
@@ -73,6 +74,7 @@ def _inspect_saved(file: Path, top_k: int) -> Inspection:
         name=file.name,
         top_k=top_k,
         token_text=lambda token: known.get(token, f"#{token}"),
+        notes=[] if capture.hash_checked else [NO_HASH_NOTE],
     )
 
 

@@ -63,14 +63,17 @@ def _share(error: float | None) -> str:
 
 def gguf_sentence(report: GgufReport) -> str:
     """What is in an undamaged GGUF file."""
-    hashed = (
-        "the tensors have the hash that the file names"
-        if report.hash_checked
-        else (
+    hashed = "all bytes have the hashes that the file names"
+    if not report.whole_checked:
+        hashed = (
+            "the tensors have the hash that the file names; it names none of its metadata, where "
+            "damage would not show"
+        )
+    if not report.hash_checked:
+        hashed = (
             "the file names no hash of its tensors, so that damage to tensors that are not "
             "quantized would not show"
         )
-    )
     return (
         f"Architecture {report.architecture}; {len(report.coded)} of {len(report.tensors)} tensors "
         f"hold trits, with legal codes and finite scales; {report.bits_per_weight:.2f} bits per "
