@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from benchmarks.common import peak_memory, save
+from benchmarks.common import llama_config, peak_memory, save
 from trilens.checkpoint import TernaryPlan, ternarize, validate
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -43,15 +43,7 @@ def make(
     folder: Path, *, blocks: int = 1, vocab_size: int = 1024, shard_size: str = "50GB"
 ) -> None:
     """Blocks of a Llama of 8B's widths, random bfloat16 weights."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=blocks,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=vocab_size,
-        dtype="bfloat16",
-    )
+    config = llama_config(4096, 14336, blocks, 32, 8, vocab_size=vocab_size, dtype="bfloat16")
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 __all__ = [
     "PeakMemory",
     "llama_88m",
+    "llama_config",
     "main_of_kinds",
     "paired",
     "peak_bytes",
@@ -34,21 +35,23 @@ __all__ = [
 RESULTS = Path(__file__).parent / "results"
 
 
+def llama_config(
+    width: int, inner: int, layers: int, heads: int, kv_heads: int | None = None, **options: Any
+) -> LlamaConfig:
+    """A Llama's sizes; as many key-value heads as heads unless given."""
+    return LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads or heads, **options,
+    )  # fmt: skip
+
+
 def llama_88m(positions: int = 4096, vocab_size: int = 4096, layers: int = 12) -> LlamaForCausalLM:
     """An 88M-parameter Llama with random weights: 12 layers × 12 heads, width 768.
 
     A larger vocabulary than 4096 adds 768 parameters for each token, a layer 7 million.
     """
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=vocab_size,
-        max_position_embeddings=positions,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": positions}
+    config = llama_config(768, 2048, layers, 12, tie_word_embeddings=True, **sizes)
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 

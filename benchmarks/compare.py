@@ -1,4 +1,4 @@
-"""What a comparison costs: all questions to two models, against two plain forward passes.
+"""What a comparison costs: all questions to two models, against two reference forward passes.
 
 An 88M-parameter Llama with random weights and 32,000 tokens (9 layers × 12 heads, width 768), and
 a copy of it with noise on every weight; 64 prompts of 256 tokens.

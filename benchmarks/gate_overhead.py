@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from benchmarks.common import plain_pass, ratios, save
+from benchmarks.common import llama_config, plain_pass, ratios, save
 from trilens import Lens
 
 VOCAB = 4096
@@ -23,15 +23,8 @@ VOCAB = 4096
 
 def llama(width: int, layers: int) -> LlamaForCausalLM:
     """Heads of 64, an MLP of 8/3 the width."""
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        vocab_size=VOCAB,
-        tie_word_embeddings=True,
-    )
+    options = {"vocab_size": VOCAB, "tie_word_embeddings": True}
+    config = llama_config(width, width * 8 // 3, layers, width // 64, **options)
     return LlamaForCausalLM(config).eval()
 
 

@@ -44,7 +44,6 @@ from trilens.planning.matrices import find_matrices
 from trilens.planning.planning import Candidates, choose_plan, price_candidates
 from trilens.planning.result import Costs, Planned, PlanOptions
 from trilens.planning.sensitivity import measure_sensitivity
-from trilens.progress import Progress
 from trilens.taps.parameters import swapped
 from trilens.text.token_blocks import sample_blocks
 
@@ -121,19 +120,13 @@ def plans(
     held: Sequence[Tensor],
     *,
     costs: Costs = "measured",
-    candidates: Candidates = data_free,
     budgets: Sequence[float] = BUDGETS,
-    progress: Progress | None = None,
+    **pricing: Any,
 ) -> dict[float, Planned]:
-    """The plan of each budget, priced once."""
+    """The plan of each budget, priced once; further options as of `price_candidates`."""
     options = PlanOptions(budget_bits=budgets[0], costs=costs)
     prices = price_candidates(
-        subject.lens,
-        blocks,
-        options=options,
-        headers=subject.headers,
-        candidates=candidates,
-        progress=progress,
+        subject.lens, blocks, options=options, headers=subject.headers, **pricing
     )
     return {
         budget: choose_plan(

@@ -156,7 +156,7 @@ def variant(bench: Bench, plan: TernaryPlan, *, lens: Literal["all", "none"] = "
 
 
 def can_be_coded(tensor: Any) -> bool:
-    """Whether it was coded, or kept for no other reason than the plan's."""
+    """Whether it was coded, or not quantized for no other reason than the plan's."""
     return bool(tensor.outcome != "kept" or tensor.reason == "the plan keeps it")
 
 
@@ -203,7 +203,7 @@ def layers(parts: Sensitivity, found: Comparison) -> list[dict[str, Any]]:
 
 
 def kinds(parts: Sensitivity) -> list[dict[str, Any]]:
-    """What each kind of matrix costs alone, the dearest first."""
+    """What each kind of matrix costs alone, the most sensitive first."""
     n_weights = sum(row.n_weights for row in parts.of("kind"))
     return [
         {
@@ -218,7 +218,7 @@ def kinds(parts: Sensitivity) -> list[dict[str, Any]]:
 
 
 def matrices(parts: Sensitivity) -> list[dict[str, Any]]:
-    """What each matrix costs alone, the dearest first."""
+    """What each matrix costs alone, the most sensitive first."""
     return [
         {
             "matrix": row.name.removesuffix(".weight"),

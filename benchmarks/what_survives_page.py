@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,60 +32,40 @@ def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
     replace_tables(page, tables(results))
 
 
+def _table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table whose every column is a format of the row's values."""
+    cells = [[cell.format(**row) for cell in columns.values()] for row in rows]
+    return table(tuple(columns), cells)
+
+
 def _layers(model: dict[str, Any]) -> str:
-    columns = (
-        "layer",
-        "KL, alone",
-        "KL, layers 0 to this",
-        "residual cosine",
-        "residual error",
-        "attention JS",
-        "settled before",
-        "after",
-    )
-    rows = [
-        (
-            str(row["layer"]),
-            f"{row['alone_kl_nats']:.3f}",
-            f"{row['together_kl_nats']:.3f}",
-            f"{row['cosine']:.3f}",
-            f"{row['relative_error']:.2f}",
-            f"{row['js_nats']:.3f}",
-            f"{row['settled_before']:.0%}",
-            f"{row['settled_after']:.0%}",
-        )
-        for row in model["layers"]
-    ]
-    return table(columns, rows)
+    columns = {
+        "layer": "{layer}",
+        "KL, alone": "{alone_kl_nats:.3f}",
+        "KL, layers 0 to this": "{together_kl_nats:.3f}",
+        "residual cosine": "{cosine:.3f}",
+        "residual error": "{relative_error:.2f}",
+        "attention JS": "{js_nats:.3f}",
+        "settled before": "{settled_before:.0%}",
+        "after": "{settled_after:.0%}",
+    }
+    return _table(columns, model["layers"])
+
+
+_PREDICTED = {
+    "output error": "{output_error:.2f}",
+    "KL, alone": "{kl_nats:.3f}",
+    "predicted": "{predicted_kl_nats:.3f}",
+}
 
 
 def _kinds(model: dict[str, Any]) -> str:
-    columns = ("kind of matrix", "share of weights", "output error", "KL, alone", "predicted")
-    rows = [
-        (
-            f"`{row['kind']}`",
-            f"{row['share_of_weights']:.0%}",
-            f"{row['output_error']:.2f}",
-            f"{row['kl_nats']:.3f}",
-            f"{row['predicted_kl_nats']:.3f}",
-        )
-        for row in model["kinds"]
-    ]
-    return table(columns, rows)
+    columns = {"kind of matrix": "`{kind}`", "share of weights": "{share_of_weights:.0%}"}
+    return _table(columns | _PREDICTED, model["kinds"])
 
 
 def _matrices(model: dict[str, Any]) -> str:
-    columns = ("matrix", "output error", "KL, alone", "predicted")
-    rows = [
-        (
-            f"`{row['matrix']}`",
-            f"{row['output_error']:.2f}",
-            f"{row['kl_nats']:.3f}",
-            f"{row['predicted_kl_nats']:.3f}",
-        )
-        for row in model["matrices"][:SHOWN_MATRICES]
-    ]
-    return table(columns, rows)
+    return _table({"matrix": "`{matrix}`"} | _PREDICTED, model["matrices"][:SHOWN_MATRICES])
 
 
 def _heads(model: dict[str, Any]) -> str:
@@ -111,21 +92,17 @@ def _heads(model: dict[str, Any]) -> str:
 
 
 def _gates(model: dict[str, Any]) -> str:
-    columns = ("gate", "layer", "openness", "moved", "newly dead", "newly saturated", "horizon")
+    columns = {
+        "gate": "`{gate}`",
+        "layer": "{layer}",
+        "openness": "{openness_before:.3f} → {openness_after:.3f}",
+        "moved": "{openness_abs_change:.3f}",
+        "newly dead": "{newly_dead:.0f} of {units}",
+        "newly saturated": "{newly_saturated:.0f}",
+        "horizon": "{horizon}",
+    }
     ranked = sorted(model["gates"], key=lambda row: -row["openness_abs_change"])
-    rows = [
-        (
-            f"`{row['gate']}`",
-            str(row["layer"]),
-            f"{row['openness_before']:.3f} → {row['openness_after']:.3f}",
-            f"{row['openness_abs_change']:.3f}",
-            f"{row['newly_dead']:.0f} of {row['units']}",
-            f"{row['newly_saturated']:.0f}",
-            _horizon(row),
-        )
-        for row in ranked[:SHOWN_GATES]
-    ]
-    return table(columns, rows)
+    return _table(columns, ({**row, "horizon": _horizon(row)} for row in ranked[:SHOWN_GATES]))
 
 
 def _horizon(row: dict[str, Any]) -> str:

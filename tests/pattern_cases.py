@@ -49,28 +49,30 @@ class Reference:
     sink_mass: Tensor
 
 
+def scores_of(
+    q: Tensor, k: Tensor, scaling: float, softcap: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    repeated = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q.double(), repeated) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + bias.double()
+
+
 def reference(
     q: Tensor,
     k: Tensor,
     *,
-    scaling: float,
-    mask: Tensor | None = None,
     causal: bool = False,
     query_offset: int = 0,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    **scoring: Any,
 ) -> Reference:
     """Everything about the pattern in float64, row by row as the definitions say it."""
-    batch, heads, seq_q, _ = q.shape
-    seq_k = k.shape[2]
-    repeated = k.double().repeat_interleave(heads // k.shape[1], dim=1)
-    scores = torch.einsum("bhqd,bhkd->bhqk", q.double(), repeated) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    seen = torch.ones(batch, heads, seq_q, seq_k, dtype=torch.bool)
-    if bias is not None:
-        scores = scores + bias.double()
+    scores = scores_of(q, k, **scoring)
+    _, heads, seq_q, seq_k = scores.shape
+    seen = torch.ones(scores.shape, dtype=torch.bool)
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     elif mask is not None:

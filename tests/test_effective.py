@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rwkv7_cases
@@ -23,7 +23,8 @@ from trilens.errors import AttentionPathError, CaptureError, NotStoredError, Usa
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.gates.effective import EFFECTIVE_KERNELS, effective_of
-from trilens.taps.kernels import KernelRecord, kernel_calls
+from trilens.models.gates.kernels import KernelRecord
+from trilens.taps.kernels import kernel_calls
 
 # Longer than a chunk of the tiny models' scans, and no multiple of one.
 TOKENS = 37
@@ -145,27 +146,35 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.abs().max())
 
 
+def captured(model: nn.Module, ids: Tensor, layers: tuple[int, ...]) -> Capture:
+    lens = Lens(model)
+    assert lens.effective_layers == layers
+    cap = lens.capture(ids, effective=True)
+    assert cap.effective.layers == cap.attention.layers == layers
+    return cap
+
+
+def dense_weights(pattern: Pattern, *, per_channel: bool) -> Tensor:
+    dense = pattern.dense()[0].double()
+    if not per_channel:
+        return dense
+    channels = torch.cat([each.dense()[0] for each in channel_patterns(pattern)]).double()
+    assert relative(dense[0], channels.mean(0)) <= TOLERANCE
+    return channels
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_weights_times_values_are_the_kernels_output(model_type: str) -> None:
     model, ids = model_of(model_type), prompt_ids(model_type, TOKENS)
-    lens = Lens(model)
-    assert lens.effective_layers == FAMILIES[model_type]
-    cap = lens.capture(ids, effective=True)
-    assert cap.has("attention")
-    assert cap.attention.layers == FAMILIES[model_type]
+    cap = captured(model, ids, FAMILIES[model_type])
     with torch.no_grad(), kernel_calls(model) as calls:
         plain = model(input_ids=ids, use_cache=False)
     assert torch.equal(cap.logits, plain.logits[0])
-    for layer, call in zip(lens.effective_layers, known_calls(calls), strict=True):
+    for layer, call in zip(FAMILIES[model_type], known_calls(calls), strict=True):
         result = call.result[0] if isinstance(call.result, tuple) else call.result
         v, y, skip, gate = kernel_sides(call.arguments, result)
         pattern = cap.attention.pattern(layer)
-        dense = pattern.dense()[0].double()
-        if pattern.heads != len(v):
-            channels = torch.cat([each.dense()[0] for each in channel_patterns(pattern)]).double()
-            assert relative(dense[0], channels.mean(0)) <= TOLERANCE
-            dense = channels
-        mixed = dense @ v
+        mixed = dense_weights(pattern, per_channel=pattern.heads != len(v)) @ v
         assert relative((mixed + skip) * gate, y) <= TOLERANCE
         # The skip and the gate must not hide the weights: their share is proven to 1e-3.
         assert float(mixed.abs().max()) >= 0.01 * float(y.abs().max())
@@ -174,20 +183,13 @@ def test_weights_times_values_are_the_kernels_output(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", BOUNDED)
 def test_weights_times_values_are_what_the_recurrence_gave(model_type: str) -> None:
     model, ids = build(model_type), prompt_ids(model_type, TOKENS)
-    lens = Lens(model)
-    assert lens.effective_layers == BOUNDED[model_type]
-    cap = lens.capture(ids, effective=True)
-    assert cap.effective.layers == cap.attention.layers == BOUNDED[model_type]
+    cap = captured(model, ids, BOUNDED[model_type])
     with torch.no_grad():
         assert torch.equal(cap.logits, model(input_ids=ids, use_cache=False).logits[0])
     found = seen_by_hooks(model, ids)
-    for layer, (v, y) in zip(lens.effective_layers, found, strict=True):
+    for layer, (v, y) in zip(BOUNDED[model_type], found, strict=True):
         pattern = cap.effective.pattern(layer)
-        dense = pattern.dense()[0].double()
-        if isinstance(pattern, ChannelPattern):
-            channels = torch.cat([each.dense()[0] for each in channel_patterns(pattern)]).double()
-            assert relative(dense[0], channels.mean(0)) <= TOLERANCE
-            dense = channels
+        dense = dense_weights(pattern, per_channel=isinstance(pattern, ChannelPattern))
         assert relative(dense @ v, y) <= TOLERANCE
 
 

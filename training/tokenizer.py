@@ -39,9 +39,7 @@ def train_tokenizer(
     tokenizer.train_from_iterator((document.text for document in documents), trainer=trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )

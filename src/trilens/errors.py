@@ -37,10 +37,13 @@
         ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
-Messages say: the noun, the problem, the offending value, the allowed range, what to do.
+Messages say: the noun, the problem, the offending value, the allowed range, what to do. Lists and
+values of files go into them through `io.messages`.
 """
 
 from __future__ import annotations
+
+from trilens.printable import one_line
 
 __all__ = [
     "AbsentLayerError",
@@ -83,7 +86,14 @@ __all__ = [
 
 
 class TrilensError(Exception):
-    """Root of every error that a caller of trilens can cause."""
+    """Root of every error that a caller of trilens can cause.
+
+    Its message is one line of at most 1,500 characters without control codes, whatever values are
+    named in it; `args` holds the text as it was raised.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(TrilensError):

@@ -12,9 +12,8 @@ import typer
 from trilens.analysis.comparison import run as comparison
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.pipeline import Format
-from trilens.cli import options
+from trilens.cli import groups, options
 from trilens.cli.main import app
-from trilens.cli.run.prompts import Loading
 from trilens.models import loading
 from trilens.planning.result import Costs
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES
@@ -51,13 +50,29 @@ def test_choices_are_the_librarys(option: str, known: set[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_passes_what_its_work_takes(name: str) -> None:
-    declared = list(inspect.signature(COMMANDS[name]).parameters)
+    declared = list(inspect.signature(inspect.unwrap(COMMANDS[name])).parameters)
     work = import_module(f"trilens.cli.run.{name}").run
-    taken = dict(inspect.signature(work).parameters)
-    loading = set(get_type_hints(Loading)) if taken.pop("loading", None) else set()
-    assert set(taken) <= set(declared) - {"debug"} <= set(taken) | loading
+    taken = inspect.signature(work).parameters
     assert declared[-1] == "debug"
+    assert set(taken) == set(declared[:-1])
     assert all(each.kind is inspect.Parameter.KEYWORD_ONLY for each in taken.values())
+
+
+def test_a_group_is_declared_flat_and_taken_whole() -> None:
+    taken = []
+
+    def command(model: str, loading: groups.Loading = groups.Loading(dtype="float32")) -> None:
+        taken.append((model, loading))
+
+    flat = groups.flattened(command)
+    parameters = inspect.signature(flat).parameters
+    assert list(parameters) == [
+        "model", "dtype", "device_map", "revision", "trust_remote_code",
+    ]  # fmt: skip
+    assert parameters["dtype"].default == "float32"
+    assert get_type_hints(flat, include_extras=True)["dtype"] == options.Dtype
+    flat(model="m", dtype="auto", device_map=None, revision="r", trust_remote_code=True)
+    assert taken == [("m", groups.Loading(revision="r", trust_remote_code=True))]
 
 
 def test_an_option_means_the_same_everywhere() -> None:

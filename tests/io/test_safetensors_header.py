@@ -18,9 +18,10 @@ from trilens.errors import (
     TrilensError,
     UnsafeFormatError,
 )
+from trilens.io import weight_files as weight_listing
 from trilens.io.json import read_json
 from trilens.io.safetensors_header import read_header
-from trilens.io.weight_files import read_headers, shard_names, weight_files
+from trilens.io.weight_files import read_headers, read_weights, shard_names, weight_files
 from trilens.io.weight_memory import memory_bytes
 
 TENSORS = {
@@ -217,6 +218,20 @@ def test_missing_shards_are_named(tmp_path):
     message = refused(CorruptFileError, read_headers, tmp_path)
     assert "lacks 1 of 2 weight files" in message
     assert "two.safetensors" in message
+
+
+def test_an_index_is_read_once(tmp_path, monkeypatch):
+    index(tmp_path, shards(tmp_path))
+    read = []
+    monkeypatch.setattr(
+        weight_listing,
+        "read_json",
+        lambda path, *a, **k: read.append(path) or read_json(path, *a, **k),
+    )
+    files, headers = read_weights(tmp_path)
+    assert [file.name for file in files] == ["one.safetensors", "two.safetensors"]
+    assert set(headers) == set(TENSORS)
+    assert len(read) == len(set(read)) > 0
 
 
 def test_a_tensor_that_no_shard_holds(tmp_path):

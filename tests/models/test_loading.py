@@ -72,15 +72,8 @@ def llama(**options):
 
 
 def gpt2():
-    return GPT2Config(
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        vocab_size=40,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=40, **ends)
 
 
 def t5():

@@ -62,11 +62,11 @@ def test_the_standard_library_is_always_there() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
         (
             "half.jsonl",
             b'{"text": "a"}\n{"text": "b \\ud83d"}',
-            "line 2 holds the lone surrogate U",
+            "line 2 holds half a surrogate pair",
         ),
         ("half.json", b'["b \\ud83d"]', "entry 0 holds the lone surrogate U.D83D at character 2"),
         ("bad.json", b'{"text": ', "is not JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, Self, SupportsIndex
 
 import numpy as np
@@ -251,9 +252,7 @@ class AttentionCache(ByLayer):
     ) -> Floats:
         """How much every query attends to a key position: [seq_q], the mean over heads or one head.
 
-        Raises:
-            AbsentLayerError: the layer has no pattern.
-            OutOfRangeError: a position, head or batch that is not there.
+        Raises: as `attention_from_position`.
         """
         pattern, row, one = self._place(layer, head, batch)
         key = check_index(position, pattern.seq_k, "key position", f"layer {layer}", negative=True)
@@ -295,30 +294,21 @@ class AttentionCache(ByLayer):
     def mean_distance(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Mean distance in tokens from query to key, of the renormalised row: [heads, seq_q].
 
-        Raises:
-            AbsentLayerError: the layer has no pattern.
-            OutOfRangeError: a batch that is not there.
-            UsageError: the pattern is signed.
+        Raises: as `entropy`.
         """
         return self._statistic(layer, batch, "mean_distance")
 
     def received(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Mean raw weight that each key gets from the queries that may see it: [heads, seq_k].
 
-        Raises:
-            AbsentLayerError: the layer has no pattern.
-            OutOfRangeError: a batch that is not there.
-            UsageError: the pattern is signed.
+        Raises: as `entropy`.
         """
         return self._statistic(layer, batch, "received")
 
     def sink_mass(self, layer: SupportsIndex, *, batch: SupportsIndex = 0) -> Floats:
         """Share of each row that no key got, because a sink took it: [heads, seq_q], in [0, 1].
 
-        Raises:
-            AbsentLayerError: the layer has no pattern.
-            OutOfRangeError: a batch that is not there.
-            UsageError: the pattern is signed.
+        Raises: as `entropy`.
         """
         return self._statistic(layer, batch, "sink_mass")
 
@@ -338,12 +328,8 @@ class AttentionCache(ByLayer):
         )
 
     def _with(self, layers: dict[int, Pattern]) -> Self:
-        cache = type(self)()
-        cache._layers = layers
-        cache._sealed = self._sealed
-        cache._capacity = self._capacity
-        cache._n_model_layers = self._n_model_layers
-        cache._reasons = dict(self._reasons)
+        cache = copy(self)
+        cache._layers, cache._reasons = layers, dict(self._reasons)
         return cache
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import AbsentLayerError, UsageError
+from trilens.io.messages import listed
 from trilens.numbers import whole_number
 
 __all__ = [
@@ -77,7 +78,7 @@ def spell_layers(layers: Sequence[int]) -> str:
         return f"layer {layers[0]}"
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"layers {layers[0]}–{layers[-1]}"
-    return "layers " + ", ".join(str(layer) for layer in layers)
+    return f"layers {listed(layers, 8)}"
 
 
 def absent_layer(

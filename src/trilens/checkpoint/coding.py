@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from trilens.checkpoint.format.names import part_name
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
-from trilens.checkpoint.format.report import Outcome, TensorReport
-from trilens.checkpoint.format.shards import MappedFile, ShardWriter
+from trilens.checkpoint.format.report import TensorReport
+from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import to_be_coded
-from trilens.checkpoint.source import tensor_of
+from trilens.checkpoint.source import as_tensor
 from trilens.errors import WriteError
+from trilens.io.guarded import OpenFile
 from trilens.io.safetensors_header import TensorHeader
 from trilens.ternary.calibrated.rules import n_planes_of
 from trilens.ternary.codecs.packing import Base3, TwoBit
@@ -117,8 +118,16 @@ def packed_parts(
 
 def planned(choice: Choice, header: TensorHeader, plan: TernaryPlan) -> TensorReport:
     """The report of a tensor as far as headers show."""
-    kept = choice.storage == "kept"
-    return _report(choice, header, plan, "kept" if kept else "planned")
+    return TensorReport(
+        name=header.name,
+        packed_as=choice.packed_as,
+        shape=header.shape,
+        outcome="kept" if choice.storage == "kept" else "planned",
+        reason=_DECODED if choice.storage in {"merged", "experts"} else choice.reason,
+        is_matrix=choice.is_matrix,
+        size_bytes_before=header.size_bytes,
+        size_bytes=sum(size_bytes for *_, size_bytes in entries(choice, header, plan)),
+    )
 
 
 class CodedBefore(Protocol):
@@ -137,7 +146,7 @@ def code_tensor(
     choice: Choice,
     header: TensorHeader,
     plan: TernaryPlan,
-    file: MappedFile,
+    file: OpenFile,
     writer: ShardWriter,
     *,
     before: CodedBefore | None = None,
@@ -151,16 +160,18 @@ def code_tensor(
 
     Memory: 1 byte per weight of the largest matrix (2 for "planes"), plus what the rule needs.
     """
+    report = planned(choice, header, plan)
     if choice.storage == "kept":
         new = None if before is None else before.vector(choice.name)
-        raw = old = file.bytes(header.begin, header.end)
+        raw = old = file.borrow(header.begin, header.end)
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
         fitted = not np.array_equal(raw, old)  # a small step can round to nothing
-        return _report(choice, header, plan, "kept", decoded_exactly=True, fitted=fitted)
+        reason = _FITTED if fitted else report.reason
+        return replace(report, reason=reason, decoded_exactly=True, fitted=fitted)
     plan = plan.of(choice.name)
-    stored = tensor_of(header, file)
+    stored = as_tensor(header, file.borrow(header.begin, header.end))
     matrices = stored if stored.ndim == 3 else stored[None]
     error = energy = zeros = 0.0
     output_errors: list[float | None] = []
@@ -189,49 +200,15 @@ def code_tensor(
         zeros += quant.sparsity
         was_ternary = was_ternary and quant.was_ternary
         del quant  # before the next one is made
-    return _report(
-        choice,
-        header,
-        plan,
-        "already ternary" if was_ternary else "ternary",
+    reasons = [report.reason, f"coded by its weights alone: {other_rule}" if other_rule else ""]
+    return replace(
+        report,
+        outcome="already ternary" if was_ternary else "ternary",
+        reason="; ".join(filter(None, reasons)),
         relative_error=error / energy if energy else 0.0,
         sparsity=zeros / len(matrices),
         decoded_exactly=True,
         output_error=output_errors[0] if len(output_errors) == 1 else None,
-        other_rule=other_rule,
-    )
-
-
-def _report(
-    choice: Choice,
-    header: TensorHeader,
-    plan: TernaryPlan,
-    outcome: Outcome,
-    *,
-    relative_error: float | None = None,
-    sparsity: float | None = None,
-    decoded_exactly: bool = False,
-    output_error: float | None = None,
-    fitted: bool = False,
-    other_rule: str = "",
-) -> TensorReport:
-    reasons = [_DECODED if choice.storage in {"merged", "experts"} else choice.reason]
-    if other_rule:
-        reasons.append(f"coded by its weights alone: {other_rule}")
-    return TensorReport(
-        name=header.name,
-        packed_as=choice.packed_as,
-        shape=header.shape,
-        outcome=outcome,
-        reason=_FITTED if fitted else "; ".join(filter(None, reasons)),
-        is_matrix=choice.is_matrix,
-        size_bytes_before=header.size_bytes,
-        size_bytes=sum(size_bytes for *_, size_bytes in entries(choice, header, plan)),
-        relative_error=relative_error,
-        sparsity=sparsity,
-        decoded_exactly=decoded_exactly,
-        output_error=output_error,
-        fitted=fitted,
     )
 
 

@@ -1,43 +1,29 @@
-"""What `ternarize` does with a checkpoint: what becomes of each tensor, and what is copied."""
+"""What `ternarize` does with a checkpoint: what becomes of each of its tensors."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from trilens.checkpoint.coding import entries
-from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, JOURNAL_NAME, MANIFEST_NAME
+from trilens.checkpoint.format.names import find_parts
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.skeleton import HOMELESS, Choice, build_skeleton, choose
 from trilens.checkpoint.source import Checkpoint
+from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.models.foreign_names import check_names
 
-__all__ = ["DTYPE_NAMES", "Job", "follow", "read_job"]
+__all__ = ["DTYPE_NAMES", "Job", "read_job"]
 
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Floating-point dtypes, as safetensors and as torch call them."""
-
-
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
-_SIDE_SUFFIXES = frozenset(
-    {".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
-)
-# Other JSON files may say of the source what is not true of the output (how well it was trained).
-_SIDE_FILE = re.compile(
-    r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|chat_template"
-    r"|tekken|normalizer|(\w+_)?(pre)?processor_config).*\.json|(LICENSE|NOTICE|USE_POLICY).*",
-    re.IGNORECASE,
-)
-_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +32,30 @@ class Job:
 
     Attributes:
         source: The checkpoint.
+        headers: Every tensor; of what `ternarize` wrote, as it was before.
+        model: The skeleton that the tensors fill.
         choices: What is possible with each tensor, and left by the plan.
-        plan: How matrices are ternarized.
-        side_files: Small files that are copied.
-        model_class: The class that the tensors fill.
+        plan: How matrices are ternarized, or were.
+        packed: Of what `ternarize` wrote, the stored parts of each matrix; None for plain weights.
     """
 
     source: Checkpoint
+    headers: Mapping[str, TensorHeader]
+    model: Any
     choices: tuple[Choice, ...]
     plan: TernaryPlan
-    side_files: tuple[Path, ...]
-    model_class: type
+    packed: Mapping[str, Mapping[str, str]] | None
 
     @property
     def pairs(self) -> Iterator[tuple[Choice, TensorHeader]]:
         """Every tensor with its header."""
-        return ((choice, self.source.headers[choice.name]) for choice in self.choices)
+        return ((choice, self.headers[choice.name]) for choice in self.choices)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored floating-point tensors, mapped."""
         return {
-            name: self.source.tensor(name)
+            name: self.source.mapped_tensor(name)
             for name, header in self.source.headers.items()
             if header.dtype in DTYPE_NAMES
         }
@@ -77,25 +65,68 @@ class Job:
         return [(choice, header) for choice, header in self.pairs if header.file == file]
 
 
-def read_job(src: str | os.PathLike[str], plan: TernaryPlan, *, revision: str | None = None) -> Job:
+def read_job(
+    src: str | os.PathLike[str],
+    plan: TernaryPlan,
+    *,
+    revision: str | None = None,
+    ternary: bool = False,
+) -> Job:
     """Read a checkpoint, and follow a plan's expressions.
+
+    Args:
+        src: directory or hub id.
+        plan: what the caller asked; a checkpoint that is ternary already takes no orders.
+        revision: of a hub id.
+        ternary: also take what `ternarize` wrote.
 
     Raises: as `ternarize`, for a source or a plan that cannot be used.
     """
-    source = Checkpoint.open(src, revision=revision)
-    skeleton = build_skeleton(source.config, source.headers)
-    possible = choose(skeleton, source.headers)
-    check_names(source.name, (choice.name for choice in possible if choice.reason == HOMELESS))
-    choices = follow(plan, possible)
-    job = Job(source, choices, plan, _side_files(source.folder), type(skeleton))
-    names = [name for pair in job.pairs for name, *_ in entries(*pair, plan)]
-    if len(set(names)) < len(names):
-        raise UsageError(f"{source.name} has tensors named like packed parts: they would collide")
-    overrides(plan, choices, source.headers)  # refuses before anything is written
-    return job
+    source = Checkpoint.open(src, revision=revision, ternary=ternary)
+    headers, packed, own = source.headers, None, plan
+    if source.is_ternary:
+        headers, packed, own = _read_packed(source, plan)
+    model = build_skeleton(source.config, headers)
+    choices = choose(model, headers)
+    check_names(source.name, (choice.name for choice in choices if choice.reason == HOMELESS))
+    if packed is not None:
+        choices = _as_stored(choices, packed)
+    return Job(source, headers, model, _follow(plan, choices), own, packed)
 
 
-def follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+def _read_packed(
+    source: Checkpoint, plan: TernaryPlan
+) -> tuple[dict[str, TensorHeader], dict[str, dict[str, str]], TernaryPlan]:
+    """Headers as they were before `ternarize`, the parts of each matrix, and the plan."""
+    report = validate(source.folder)
+    if plan != TernaryPlan():
+        raise UsageError(
+            f"{source.name} is ternary already, and its trits are kept as they are: leave out "
+            "the rule and every other option of the plan, or give the checkpoint with plain weights"
+        )
+    headers, packed = {}, {}
+    for tensor in report.tensors:
+        name, size_bytes = tensor.name, tensor.size_bytes_before
+        if tensor.outcome == "kept":
+            headers[name] = source.headers[name]
+            continue
+        packed[name] = find_parts(tensor.packed_as, source.headers)
+        file = source.headers[packed[name]["codes"]].file
+        headers[name] = TensorHeader(name, "F32", tensor.shape, file, 0, size_bytes)
+    return headers, packed, report.plan
+
+
+def _as_stored(choices: tuple[Choice, ...], packed: Collection[str]) -> tuple[Choice, ...]:
+    """Of a ternary checkpoint: what is kept there is kept here."""
+    return tuple(
+        choice
+        if choice.name in packed or choice.storage == "kept"
+        else replace(choice, storage="kept", reason="kept in the ternary checkpoint")
+        for choice in choices
+    )
+
+
+def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
     """What the plan's expressions leave of what is possible."""
     possible = [choice.name for choice in choices if choice.storage != "kept"]
     kept = plan.chosen(possible, [choice.name for choice in choices])
@@ -109,17 +140,4 @@ def follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...]
     return tuple(
         replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice
         for choice in choices
-    )
-
-
-def _side_files(folder: Path) -> tuple[Path, ...]:
-    """Tokenizer, generation settings, licence: small files that belong to the checkpoint."""
-    return tuple(
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in _SIDE_SUFFIXES or _SIDE_FILE.fullmatch(path.name))
-        and not path.name.endswith(_WEIGHT_SUFFIXES)
-        and not path.name.startswith(".")
-        and path.name not in _NOT_COPIED
     )

@@ -1,15 +1,20 @@
-"""Where output goes: results to standard output or a file, progress and times to standard error."""
+"""Where output goes: results to standard output or a file, progress and times to standard error.
+
+Lines of text leave through `streams.say` and `report.text`, JSON through `show_json`, progress
+through `shown_progress` and `status`: each without the control codes that a name may hold.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,14 +22,20 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from trilens.cli.streams import say
 from trilens.errors import UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_text
+from trilens.printable import escaped_json, one_line
 from trilens.progress import Progress, Step
+from trilens.results import Tabular
 
-__all__ = ["check_file", "show", "show_json", "shown_progress", "status", "timed"]
+__all__ = ["check_file", "show", "show_json", "show_result", "shown_progress", "status", "timed"]
 
 _PIPE_WIDTH = 120
+
+
+T = TypeVar("T", bound=Tabular)
 
 
 class _Output(Console):
@@ -49,10 +60,27 @@ def show(
 
 def show_json(values: Any, *, file: Path | None = None) -> None:
     """Print values as JSON, or write them to a file."""
+    text = escaped_json(json_text(values))
     if file is None:
-        typer.echo(json_text(values))
+        typer.echo(text)
     else:
-        _write(file, f"{json_text(values)}\n")
+        _write(file, f"{text}\n")
+
+
+def show_result(
+    result: T,
+    draw: Callable[[T, Console], None],
+    *,
+    format: str,
+    head: Mapping[str, Any] = MappingProxyType({}),
+    file: Path | None = None,
+    pipe_width: int = _PIPE_WIDTH,
+) -> None:
+    """Show a result as --format asks: as JSON, `head` first, or drawn as tables."""
+    if format == "json":
+        show_json({**head, **result.to_dict()}, file=file)
+    else:
+        show(lambda console: draw(result, console), file=file, pipe_width=pipe_width)
 
 
 def check_file(file: Path | None) -> None:
@@ -83,7 +111,7 @@ def timed(output: Path | None) -> Iterator[None]:
     if output is not None and output.exists():
         files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
         size = _size(sum(file.stat().st_size for file in files))
-        typer.echo(f"wrote {output}: {size} in {perf_counter() - started:.1f} s", err=True)
+        say(f"wrote {output}: {size} in {perf_counter() - started:.1f} s", err=True)
 
 
 def _size(n_bytes: int) -> str:
@@ -98,7 +126,7 @@ def status(what: str) -> Iterator[None]:
     if not errors.is_terminal:
         yield
         return
-    with errors.status(Text(what)):
+    with errors.status(Text(one_line(what))):
         yield
 
 
@@ -124,7 +152,8 @@ def shown_progress() -> Iterator[Progress | None]:
                 left = (perf_counter() - started) * (step.total - step.done) / step.done
             shown = "" if left is None else f"{left:.0f} s left"
             # The end of a long name says more than its beginning.
-            what = step.what if len(step.what) <= 50 else f"…{step.what[-49:]}"
+            what = one_line(step.what)
+            what = what if len(what) <= 50 else f"…{what[-49:]}"
             bar.update(task, completed=step.done, total=step.total, description=what, left=shown)
 
         yield report

@@ -47,6 +47,8 @@ __all__ = [
     "Revision",
     "Rotate",
     "Rule",
+    "SampleLength",
+    "SampleTokens",
     "ScaleDtype",
     "Seed",
     "SeqLength",
@@ -76,12 +78,12 @@ Evaluate = Annotated[
 Field = Annotated[
     str, typer.Option("--field", metavar="NAME", help="Key of the text in JSONL and Parquet.")
 ]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", metavar="N", help="Maximum number of tokens.")
-]
-SeqLength = Annotated[
-    int | None, typer.Option("--seq-length", metavar="N", help="Tokens in a sequence.")
-]
+_MAX_TOKENS = typer.Option("--max-tokens", metavar="N", help="Maximum number of tokens.")
+MaxTokens = Annotated[int | None, _MAX_TOKENS]
+SampleTokens = Annotated[int, _MAX_TOKENS]
+_SEQ_LENGTH = typer.Option("--seq-length", metavar="N", help="Tokens in a sequence.")
+SeqLength = Annotated[int | None, _SEQ_LENGTH]
+SampleLength = Annotated[int, _SEQ_LENGTH]
 BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", metavar="N", help="Sequences in a forward pass."),
@@ -107,6 +109,7 @@ TrustRemoteCode = Annotated[
 ]
 
 # Prompts and captures
+_Which: TypeAlias = Literal["last", "all", "none"]
 _PROMPT = typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads standard input.")
 Prompt = Annotated[str | None, _PROMPT]
 RequiredPrompt = Annotated[str, _PROMPT]
@@ -123,17 +126,15 @@ Effective = Annotated[
 ]
 States = Annotated[bool, typer.Option("--states", help="Recurrent states after the last token.")]
 Residual = Annotated[
-    Literal["last", "all", "none"],
-    typer.Option("--residual", help="Residual stream of the last token, of all, or none."),
+    _Which, typer.Option("--residual", help="Residual stream of the last token, of all, or none.")
 ]
 Logits = Annotated[
-    Literal["last", "all", "none"],
-    typer.Option("--logits", help="Logits of the last token, of all, or none."),
+    _Which, typer.Option("--logits", help="Logits of the last token, of all, or none.")
 ]
 
 # Comparing
 LogitLens = Annotated[
-    Literal["last", "all", "none"],
+    _Which,
     typer.Option("--lens", help="Logit lens of each sequence's last token, of all, or none."),
 ]
 FailIf = Annotated[
@@ -228,9 +229,11 @@ Predict = Annotated[
 
 # Results
 To = Annotated[
-    Literal["trilens", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
+    Literal["trilens", "dense", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
     typer.Option(
-        "--to", help="What to write: a directory for transformers, or a GGUF file for llama.cpp."
+        "--to",
+        help="What to write: a ternary checkpoint, dense weights from one, or a GGUF file for "
+        "llama.cpp.",
     ),
 ]
 _OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")

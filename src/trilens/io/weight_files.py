@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
+from trilens.io.guarded import check_link
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import TensorHeader, read_header
 
 __all__ = [
+    "GUARD_NAME",
     "INDEX_NAME",
     "SINGLE_NAME",
     "explicit_name",
     "gguf_way",
     "read_headers",
+    "read_weights",
     "refusal",
     "shard_names",
     "weight_files",
@@ -24,6 +28,14 @@ __all__ = [
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+GUARD_NAME = "import-trilens-first.safetensors"
+"""What config.json of a ternary checkpoint calls its weights.
+
+There is no such file: a transformers that does not know the format stops there, with this name in
+its error, where it would otherwise make up the weights and warn. With trilens it reads the files
+by their usual names.
+"""
 
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -36,18 +48,23 @@ def shard_names(index: Path) -> tuple[str, ...]:
         CorruptFileError: the index cannot be read, has no `weight_map` or a key twice, names a file
             outside its own directory, or files that differ only by case.
     """
+    return tuple(dict.fromkeys(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names → shard file names."""
     weight_map = read_json(index, CorruptFileError, unique_keys=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} has no weight_map from tensor names to shard files")
     for name in weight_map.values():
         _check_file_name(index, name)
-    names = tuple(dict.fromkeys(weight_map.values()))
+    names = set(weight_map.values())
     if len({name.casefold() for name in names}) < len(names):
         raise CorruptFileError(
             f"{index} names weight files that differ only by case: many file systems hold one of "
             "them; rename them"
         )
-    return names
+    return weight_map
 
 
 def _check_file_name(source: Path, name: Any) -> None:
@@ -68,6 +85,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             link that leads out of the checkpoint.
         LoadError: there are no weights, or only ones that trilens does not read.
     """
+    return _listed(folder)[0]
+
+
+def _listed(folder: Path) -> tuple[tuple[Path, ...], Path, Mapping[str, str]]:
+    """The weight files, what names them, and the tensors that an index lists."""
     names = _names_in(folder)
     sharded = [name for name in names if _DISTRIBUTED_SHARD.fullmatch(name)]
     if sharded:
@@ -77,12 +99,15 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         )
     explicit = explicit_name(folder)
     if explicit is not None and explicit.endswith(".safetensors"):
-        return _existing(folder, (explicit,), folder / "config.json")
+        config = folder / "config.json"
+        return _existing(folder, [explicit], config), config, {}
     if explicit is None and (folder / SINGLE_NAME).is_file():
-        return _existing(folder, (SINGLE_NAME,), folder / SINGLE_NAME)
+        single = folder / SINGLE_NAME
+        return _existing(folder, [SINGLE_NAME], single), single, {}
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
-        return _existing(folder, shard_names(index), index)
+        named = _weight_map(index)
+        return _existing(folder, list(dict.fromkeys(named.values())), index), index, named
     if explicit is not None:
         raise CorruptFileError(f"{index} is missing: config.json names it as the weights")
     raise refusal(str(folder), names)
@@ -105,7 +130,12 @@ def explicit_name(folder: Path) -> str | None:
     config = folder / "config.json"
     if not config.is_file():
         return None
-    name = read_json(config, ConfigError, non_finite=True).get("transformers_weights")
+    check_link(config)
+    settings = read_json(config, ConfigError, non_finite=True)
+    name = settings.get("transformers_weights")
+    if name == GUARD_NAME:
+        section = settings.get("quantization_config")
+        name = section.get("weights") if isinstance(section, dict) else None
     if name is None:
         return None
     stem = name.removesuffix(".index.json") if isinstance(name, str) else name
@@ -113,29 +143,16 @@ def explicit_name(folder: Path) -> str | None:
     return str(name)
 
 
-def _existing(folder: Path, names: tuple[str, ...], source: Path) -> tuple[Path, ...]:
+def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CorruptFileError(
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
-            f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+            f"{listed(missing)}"
         )
     for name in names:
-        _check_link(folder, name)
+        check_link(folder / name)
     return tuple(folder / name for name in names)
-
-
-def _check_link(folder: Path, name: str) -> None:
-    """Refuse a link out of the checkpoint; the hub's cache links snapshots to its own blobs."""
-    if not (folder / name).is_symlink():
-        return
-    target, home = (folder / name).resolve(), folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(target.is_relative_to(place) for place in homes):
-        raise CorruptFileError(
-            f"{folder / name} is a link that leads out of the checkpoint, to {target}: "
-            "put the file itself there, or give the directory that holds it"
-        )
 
 
 def gguf_way(folder: str, name: str) -> str:
@@ -167,10 +184,19 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Read the headers of all weight files of the checkpoint in `folder`.
 
     Raises:
+        LoadError: as `read_weights`.
+    """
+    return read_weights(folder)[1]
+
+
+def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader]]:
+    """Find the weight files of the checkpoint in `folder`, and read all their headers.
+
+    Raises:
         LoadError: as `weight_files` and `read_header`; also when an index names a tensor that no
             shard holds.
     """
-    files = weight_files(folder)
+    files, source, named = _listed(folder)
     found: dict[str, TensorHeader] = {}
     for file in files:
         tensors = read_header(file)
@@ -181,12 +207,9 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
                 f"{file.name}: remove one of the files"
             )
         found.update(tensors)
-    index = folder / (explicit_name(folder) or INDEX_NAME)
-    if index.name.endswith(".index.json") and files[0].name != SINGLE_NAME:
-        named = read_json(index, CorruptFileError)["weight_map"]
-        lost = [name for name in named if name not in found]
-        if lost:
-            raise CorruptFileError(
-                f"{index} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
-            )
-    return found
+    lost = [name for name in named if name not in found]
+    if lost:
+        raise CorruptFileError(
+            f"{source} names {len(lost)} tensors that no shard holds: {listed(lost)}"
+        )
+    return files, found

@@ -1,34 +1,19 @@
-"""Prompts of a batch, padded on the right, and whether a model lets padding change its rows."""
+"""Whether a model lets padding change its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.lens.capture import Capture
 from trilens.models.forward_call import probe_ids
 from trilens.models.tokens import Prompt
 
-__all__ = ["BatchSafety", "agree", "padded"]
+__all__ = ["BatchSafety", "agree"]
 
 _PROBE_KINDS = 7
-
-
-def padded(
-    prompts: Sequence[Prompt], pad: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Right-padded ids [batch, seq] and their mask; no mask where nothing is padded."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt.ids)] = prompt.ids
-        mask[row, : len(prompt.ids)] = 1
-    ids = ids.to(device)
-    return ids, None if bool(mask.all()) else mask.to(device)
 
 
 class BatchSafety:

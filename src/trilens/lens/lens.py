@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -12,14 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
-from trilens.lens.batching import BatchSafety, padded
+from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split
 from trilens.lens.unembedding import unembedded
 from trilens.models.anatomy import Anatomy
-from trilens.models.forward_call import device_of, forward_arguments, text_config
+from trilens.models.forward_call import batch_arguments, text_config
+from trilens.models.gates.absent import attention_reasons, effective_reasons
+from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.loading import load
 from trilens.models.tokens import (
     Prompt,
@@ -32,10 +33,10 @@ from trilens.models.tokens import (
 from trilens.models.unwrap import checked_tokenizer, is_pipeline, unwrapped
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
-from trilens.taps.effective import effective_patterns
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
-from trilens.taps.session import CaptureRequest, Recording, recording_of
+from trilens.taps.passes import run_pass
+from trilens.taps.session import CaptureRequest
 
 __all__ = ["Lens"]
 
@@ -331,6 +332,7 @@ class Lens:
         recurrent = claims.effective_within(chosen, name) if effective else ()
         lengths = tuple(len(prompt.ids) for prompt in prompts)
         remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
+        held = {*softmax, *recurrent}
         return CaptureRequest(
             layers=chosen,
             residual=residual,
@@ -341,6 +343,8 @@ class Lens:
             kernels=recurrent,
             boundaries=claims.boundaries((*recurrent, *remembered.layers)),
             states=remembered,
+            absent=attention_reasons(self.anatomy, claims.recurrences, chosen, held),
+            absent_effective=effective_reasons(self.anatomy, claims.recurrences, chosen),
         )
 
     def _run(
@@ -350,39 +354,13 @@ class Lens:
         if logits not in ("last", "all", None):
             raise UsageError(f"logits {logits!r} is not an option: 'all', 'last' or None")
         pad = pad_id_for(self.tokenizer, text_config(self.model), self._vocab)
-        ids, mask = padded(prompts, pad, device_of(self.model))
-        recording, output = self._forward(ids, mask, wanted, logits is not None)
-        if recording.overwritten:
-            # This model writes into tensors it has handed on: from now on keep copies.
-            self._copies = True
-            wanted = replace(wanted, copy=True)
-            recording, output = self._forward(ids, mask, wanted, logits is not None)
-        values = getattr(output, "logits", None) if logits is not None else None
-        return split(
-            prompts,
-            recording,
-            wanted,
-            anatomy=self.anatomy,
-            recurrences=self._proof.gates.recurrences,
-            effective=effective_patterns(recording.kernels, wanted.lengths, self._effective_proven),
-            logits=values if isinstance(values, Tensor) else None,
-            last_logits=logits == "last",
-            info=self._info(),
-        )
-
-    def _forward(
-        self, ids: Tensor, mask: Tensor | None, wanted: CaptureRequest, logits: bool
-    ) -> tuple[Recording, Any]:
-        arguments = forward_arguments(self.model, ids, mask, logits=logits)
-        with (
-            _LOCK.take(self.model.config),
-            evaluating(self.model),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            recording_of(self.model, self.anatomy, wanted) as recording,
-        ):
-            output = self.model(**arguments)
-        return recording, output
+        arguments = batch_arguments(self.model, prompts, pad, logits=logits is not None)
+        with _LOCK.take(self.model.config):
+            recording = run_pass(self.model, self.anatomy, wanted, arguments)
+        # A model that writes into tensors it has handed on: from now on keep copies.
+        self._copies |= recording.request.copy
+        effective = effective_patterns(recording.kernels, wanted.lengths, self._effective_proven)
+        return split(prompts, recording, effective, logits=logits, info=self._info())
 
     def _info(self) -> ModelInfo:
         config = self.model.config

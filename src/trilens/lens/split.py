@@ -14,10 +14,7 @@ from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.states import StateCache
 from trilens.lens.capture import Capture, ModelInfo, Parts
-from trilens.models.anatomy import Anatomy
-from trilens.models.gates.absent import attention_reasons, effective_reasons
-from trilens.models.gates.mixers import Recurrent
-from trilens.models.gates.recurrent_states import join_states
+from trilens.models.gates.recurrent_states import LayerState, join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
@@ -29,13 +26,9 @@ __all__ = ["split"]
 def split(
     prompts: Sequence[Prompt],
     recording: Recording,
-    wanted: CaptureRequest,
-    *,
-    anatomy: Anatomy,
-    recurrences: Mapping[int, Recurrent],
     effective: Mapping[int, Pattern],
-    logits: Tensor | None,
-    last_logits: bool,
+    *,
+    logits: str | None,
     info: ModelInfo,
 ) -> list[Capture]:
     """One capture per row. A single row keeps references; rows of a batch are copied out of it.
@@ -43,74 +36,78 @@ def split(
     Args:
         prompts: one per row of the batch.
         recording: what the pass left behind.
-        wanted: what was asked of it.
-        anatomy: the model's parts.
-        recurrences: where the model is recurrent, to say why a layer has no pattern.
         effective: patterns of recurrent layers, over the padded batch.
-        logits: [batch, seq, vocab], or None.
-        last_logits: keep those of the last token only.
+        logits: "all", "last" or None.
         info: what a capture says of its model.
     """
     softmax = {layer: pattern_of(call) for layer, call in recording.attention.items()}
-    shared = SharedMasks()
-    held = softmax.keys() | effective.keys()
-    reasons = attention_reasons(anatomy, recurrences, wanted.layers, held)
-    no_recurrence = effective_reasons(anatomy, recurrences, wanted.layers)
+    shared, asked = SharedMasks(), recording.request
 
-    def caches(row: int) -> dict[str, AttentionCache | None]:
+    def parts(row: int, length: int) -> Parts:
         """A recurrent layer's pattern stands in both caches, unless it has softmax attention too:
         then each cache has its own."""
-        own = _unpadded(softmax, wanted, row, shared)
-        recurrent = _unpadded(effective, wanted, row, shared)
-        return {
-            "attention": _cache({**recurrent, **own}, anatomy, reasons),
-            "effective": _cache(recurrent, anatomy, no_recurrence),
-        }
+        numbers = _logits(recording, row, length, last=logits == "last") if logits else None
+        residual = _residual(recording, row, length) if asked.residual else None
+        recurrent = _unpadded(effective, asked, row, shared)
+        patterns = {**recurrent, **_unpadded(softmax, asked, row, shared)}
+        states = _states(recording, row)
+        gates = {key: _gate(recording, key, row, length) for key in recording.gates}
+        specs = {key: asked.gates[key].spec for key in gates}
+        return Parts(
+            logits=numbers,
+            residual=residual,
+            attention=AttentionCache.from_layers(
+                patterns, n_model_layers=info.n_layers, reasons=asked.absent
+            )
+            if patterns
+            else None,
+            effective=AttentionCache.from_layers(
+                recurrent, n_model_layers=info.n_layers, reasons=asked.absent_effective
+            )
+            if recurrent
+            else None,
+            gates=GateCache.from_records(gates, specs) if asked.gates else None,
+            states=StateCache.from_layers(
+                {layer: state.parts for layer, state in states.items()},
+                {layer: state.spec for layer, state in states.items()},
+                positions=asked.states.positions[row],
+                seq=length,
+                reasons=asked.states.reasons,
+            )
+            if states
+            else None,
+        )
 
     return [
         Capture(
             tokens=list(prompt.strings),
             token_ids=prompt.ids,
             model=info,
-            parts=Parts(
-                logits=_logits(logits, row, len(prompt.ids), last_logits, len(prompts) > 1),
-                residual=_residual(recording, wanted, row),
-                **caches(row),
-                gates=_gates(recording, wanted, row),
-                states=_states(recording, wanted, row),
-            ),
+            parts=parts(row, len(prompt.ids)),
         )
         for row, prompt in enumerate(prompts)
     ]
 
 
-def _own(tensor: Tensor, batched: bool) -> Tensor:
+def _own(tensor: Tensor, recording: Recording) -> Tensor:
     # A row of a batch must not keep the whole batch alive.
-    return tensor.clone() if batched else tensor
+    return tensor.clone() if len(recording.request.lengths) > 1 else tensor
 
 
-def _logits(
-    logits: Tensor | None, row: int, length: int, last: bool, batched: bool
-) -> Tensor | None:
-    if logits is None:
+def _logits(recording: Recording, row: int, length: int, *, last: bool) -> Tensor | None:
+    if recording.logits is None:
         return None
-    real = logits.detach()[row, :length]
-    return real[-1:].clone() if last else _own(real, batched)
+    real = recording.logits.detach()[row, :length]
+    return real[-1:].clone() if last else _own(real, recording)
 
 
-def _residual(
-    recording: Recording, wanted: CaptureRequest, row: int
-) -> ActivationCache | FullActivationCache | None:
-    if wanted.residual is None:
-        return None
-    batched, length = len(wanted.lengths) > 1, wanted.lengths[row]
-    if wanted.residual == "all":
+def _residual(recording: Recording, row: int, length: int) -> ActivationCache | FullActivationCache:
+    streams = recording.residual.items()
+    if recording.request.residual == "all":
         return FullActivationCache.from_layers(
-            {i: _own(stream[row, :length], batched) for i, stream in recording.residual.items()}
+            {i: _own(stream[row, :length], recording) for i, stream in streams}
         )
-    return ActivationCache.from_layers(
-        {i: _own(last[row], batched) for i, last in recording.residual.items()}
-    )
+    return ActivationCache.from_layers({i: _own(last[row], recording) for i, last in streams})
 
 
 def _unpadded(
@@ -122,43 +119,15 @@ def _unpadded(
     return {i: pattern.unpad(row, length, shared) for i, pattern in patterns.items()}
 
 
-def _cache(
-    patterns: Mapping[int, Pattern], anatomy: Anatomy, reasons: Mapping[int, str]
-) -> AttentionCache | None:
-    if not patterns:
-        return None
-    n = anatomy.n_layers
-    return AttentionCache.from_layers(patterns, n_model_layers=n, reasons=reasons)
+def _gate(recording: Recording, key: tuple[str, int], row: int, length: int) -> Tensor:
+    site, lengths = recording.request.gates[key], recording.request.lengths
+    what = f"{key[0]} of layer {key[1]}"
+    calls = recording.gates[key]
+    parts = [rows_of(raw, site.layout, len(lengths), max(lengths), what) for raw in calls]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return _own(rows[0] if site.spec.static else rows[row, :length], recording)
 
 
-def _gates(recording: Recording, wanted: CaptureRequest, row: int) -> GateCache | None:
-    if not wanted.gates:
-        return None
-    batch, length = len(wanted.lengths), wanted.lengths[row]
-    seq = max(wanted.lengths)
-    values = {}
-    for key, calls in recording.gates.items():
-        site = wanted.gates[key]
-        what = f"{key[0]} of layer {key[1]}"
-        parts = [rows_of(raw, site.layout, batch, seq, what) for raw in calls]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        mine = rows[0] if site.spec.static else rows[row, :length]
-        values[key] = _own(mine, batch > 1)
-    return GateCache.from_records(values, {key: wanted.gates[key].spec for key in values})
-
-
-def _states(recording: Recording, wanted: CaptureRequest, row: int) -> StateCache | None:
-    request = wanted.states
-    if not request.layers:
-        return None
-    found = {
-        layer: join_states([call[row] for call in calls])
-        for layer, calls in recording.states.items()
-    }
-    return StateCache.from_layers(
-        {layer: state.parts for layer, state in found.items()},
-        {layer: state.spec for layer, state in found.items()},
-        positions=request.positions[row],
-        seq=wanted.lengths[row],
-        reasons=request.reasons,
-    )
+def _states(recording: Recording, row: int) -> dict[int, LayerState]:
+    calls = recording.states.items()
+    return {layer: join_states([call[row] for call in each]) for layer, each in calls}

@@ -19,6 +19,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.io.messages import listed
 from trilens.models.logit_relation import relate
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
@@ -322,10 +323,10 @@ def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], di
         elif len({site.path for site in inside}) == 1:
             sites[layer] = inside[0].path
         elif inside:
-            paths = ", ".join(site.path for site in inside)
+            paths = listed(site.path for site in inside)
             other[layer] = f"{len(inside)} attention calls in one block ({paths})"
         elif strays:
-            other[layer] = f"{', '.join(sorted(strays))} computes attention outside the registry"
+            other[layer] = f"{listed(sorted(strays))} computes attention outside the registry"
     return sites, other
 
 

@@ -21,11 +21,11 @@ from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
 from trilens.io.json import read_json
-from trilens.io.messages import clip, reason
+from trilens.io.messages import listed, reason
 from trilens.io.safetensors_header import TensorHeader
 from trilens.models.foreign_names import check_names
 
-__all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config"]
+__all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config", "read_settings"]
 
 # Classes whose output is logits over a vocabulary, in the order in which they are tried.
 _LANGUAGE_MAPPINGS = (
@@ -41,11 +41,33 @@ _REMOTE_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoMod
 _COMPUTED_BUFFER = re.compile(r"(^|\.)(position_ids|inv_freq)$")
 
 
-def read_config(folder: Path, *, trusted: bool) -> tuple[Any, type | None]:
-    """Read config.json.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.json as it stands.
+
+    Raises:
+        ConfigError: it is missing or broken, or the directory is an adapter's.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"directory {folder} holds an adapter (adapter_config.json): merge it into its base "
+            "model, and give the merged model's directory"
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"directory {folder} has no config.json: give the directory of a transformers model"
+        )
+    return read_json(file, ConfigError, non_finite=True)
+
+
+def read_config(
+    folder: Path, settings: Mapping[str, Any], *, trusted: bool
+) -> tuple[Any, type | None]:
+    """The configuration that a checkpoint's config.json gives.
 
     Args:
         folder: the checkpoint's directory.
+        settings: config.json as it stands.
         trusted: may code that comes with the checkpoint run?
 
     Returns:
@@ -53,12 +75,10 @@ def read_config(folder: Path, *, trusted: bool) -> tuple[Any, type | None]:
         with the checkpoint and is trusted, else None.
 
     Raises:
-        ConfigError: config.json is missing, broken, of an unknown type, or needs code or packages
-            that are not there.
+        ConfigError: it is of an unknown type, or needs code or packages that are not there.
     """
     file = folder / "config.json"
-    raw = _read_raw(folder)
-    model_type, auto_map = raw.get("model_type"), raw.get("auto_map")
+    model_type, auto_map = settings.get("model_type"), settings.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
         raise ConfigError(f"{file} has an auto_map that is not an object: {auto_map!r}")
     if not isinstance(model_type, str) and not auto_map:
@@ -91,21 +111,6 @@ def read_config(folder: Path, *, trusted: bool) -> tuple[Any, type | None]:
     if foreign is not None:
         raise ConfigError(_unknown_type(file, foreign, has_code=True))
     return config, None
-
-
-def _read_raw(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    adapter = (folder / "adapter_config.json").is_file()
-    if adapter:
-        raise ConfigError(
-            f"directory {folder} holds an adapter (adapter_config.json): merge it into its base "
-            "model, and give the merged model's directory"
-        )
-    if not file.is_file():
-        raise ConfigError(
-            f"directory {folder} has no config.json: give the directory of a transformers model"
-        )
-    return read_json(file, ConfigError, non_finite=True)
 
 
 def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:
@@ -353,5 +358,4 @@ def _contradicts(model: Any, key: str) -> bool:
 
 
 def _few(names: list[str]) -> str:
-    shown = [name if name.isprintable() and len(name) < 80 else clip(name) for name in names[:4]]
-    return ", ".join(shown) + (" …" if len(names) > 4 else "")
+    return listed(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.models.offload import execution_device
+from trilens.models.tokens import Prompt
 
-__all__ = ["config_numbers", "device_of", "forward_arguments", "probe_ids", "text_config"]
+__all__ = [
+    "batch_arguments",
+    "config_numbers",
+    "device_of",
+    "forward_arguments",
+    "probe_ids",
+    "text_config",
+]
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -55,6 +63,21 @@ def forward_arguments(
         # index it speaks of logits alone.
         arguments["logits_to_keep"] = torch.tensor([ids.shape[-1] - 1], device=ids.device)
     return arguments
+
+
+def batch_arguments(
+    model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, *, logits: bool
+) -> dict[str, Any]:
+    """Arguments for one pass over prompts padded on the right; no mask where nothing is padded."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt.ids)] = prompt.ids
+        mask[row, : len(prompt.ids)] = 1
+    device = device_of(model)
+    there = None if bool(mask.all()) else mask.to(device)
+    return forward_arguments(model, ids.to(device), there, logits=logits)
 
 
 def _special_ids(config: Any, depth: int = 2) -> Iterator[int]:

@@ -35,7 +35,7 @@ from trilens.io.hub import local_folder
 from trilens.io.messages import reason
 from trilens.io.weight_files import read_headers
 from trilens.io.weight_memory import memory_bytes
-from trilens.models.build import build_from_tensors, build_model, read_config
+from trilens.models.build import build_from_tensors, build_model, read_config, read_settings
 from trilens.models.rwkv7 import model as rwkv7
 
 __all__ = ["Loaded", "load", "load_mapped", "load_tokenizer"]
@@ -58,6 +58,8 @@ _TOKENIZER_FILES = (
 # One load at a time: transformers sets torch's default dtype, and the verbosity set here is the
 # whole process's.
 _LOADING = threading.RLock()
+# In a forked process nobody loads: the thread that held the lock is not there.
+os.register_at_fork(after_in_child=lambda: globals().update(_LOADING=threading.RLock()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ def _load(
     with _LOADING, _quiet():
         rwkv7.register()
         folder, source = local_folder(path_or_hub_id, revision=revision, code=trust_remote_code)
-        config, remote = read_config(folder, trusted=trust_remote_code)
+        config, remote = read_config(folder, read_settings(folder), trusted=trust_remote_code)
         headers = read_headers(folder)
         needed_bytes = memory_bytes(headers, folder, target)
         if placement is None:

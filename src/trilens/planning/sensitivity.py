@@ -135,8 +135,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Make parts of a model ternary, one after the other, and measure each.
 
-    While this runs, nothing else may use the model. Afterwards, also after an exception, it has the
-    weights it had, bit for bit.
+    Nothing else may use the model meanwhile; it gets its weights back, also after an exception.
 
     Args:
         lens: the model, with dense weights.

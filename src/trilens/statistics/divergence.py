@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from trilens.errors import DtypeError, NonFiniteError, ShapeError, ValueRangeError
+from trilens.statistics.arrays import real_array
 
 __all__ = [
     "cosine",
@@ -282,12 +283,7 @@ def _tensor(operand: Operand, which: str) -> Tensor:
         if tensor.is_complex():
             raise DtypeError(f"{which} operand is {tensor.dtype}: it has to be real")
         return tensor
-    try:
-        array = np.asarray(operand)
-    except ValueError as error:
-        raise ShapeError(f"{which} operand is ragged: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise DtypeError(f"{which} operand is {array.dtype}: it has to be real numbers")
+    array = real_array(operand, f"{which} operand is", "it has to be")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     # torch takes neither foreign byte orders nor negative strides, and warns of read-only memory.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import DtypeError, NonFiniteError, ShapeError, ValueRangeError
+from trilens.statistics.arrays import real_array
 
 __all__ = ["GateValues", "read_gate_values", "refuse_bad_values"]
 
@@ -74,12 +75,7 @@ def _as_float(values: object) -> NDArray[Any]:
             tensor = tensor.float()
         # A conjugate or negative view has to be resolved before NumPy can see it.
         values = tensor.resolve_conj().resolve_neg().numpy()
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ShapeError(f"gate values are ragged: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise DtypeError(f"gate values are {array.dtype}: they have to be real numbers")
+    array = real_array(values, "gate values are", "they have to be")
     if array.dtype == np.float16:
         return array.astype(np.float32)
     return array if array.dtype in (np.float64, np.float32) else array.astype(np.float64)

@@ -7,8 +7,7 @@ pre-activation of each layer is recomputed in every pass.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,9 @@ from trilens.caches.gate_functions import GATE_FUNCTIONS
 from trilens.errors import UnclaimedGateError
 from trilens.models.gates.site import GateSite, GluCheck
 from trilens.models.trace import tensors_in
+from trilens.taps.hooks import Hooks
 
-__all__ = ["proving_gates"]
+__all__ = ["watch_gates"]
 
 _ROUNDINGS = 8
 """Roundings of the model's dtype by which one product may differ from another of the same."""
@@ -35,31 +35,35 @@ class _Row:
     up: Tensor | None = None
 
 
-@contextmanager
-def proving_gates(gates: Mapping[tuple[str, int], GateSite]) -> Iterator[None]:
-    """Check the gates that have a check while a pass runs inside the block.
+def watch_gates(hooks: Hooks, gates: Mapping[tuple[str, int], GateSite]) -> Callable[[], None]:
+    """Observe the gates that have a check while a pass runs.
 
-    Raises:
-        UnclaimedGateError: a product is not what the down projection was given.
+    Args:
+        hooks: of the pass.
+        gates: the gate sites of the pass.
+
+    Returns:
+        A function for the end of the pass. It raises UnclaimedGateError where a product was not
+        what the down projection was given.
     """
-    checks = {id(site.check.down): (site, site.check, layer)
-              for (_, layer), site in gates.items() if site.check is not None}  # fmt: skip
     outcomes: list[tuple[Tensor, GateSite, int]] = []
-    thread = threading.get_ident()
-    with ExitStack() as stack:
-        for site, check, layer in checks.values():
-            _watch(stack, check, thread, _noting(outcomes, site, layer))
-        yield
-    if outcomes:
+    watched: set[nn.Module] = set()
+    for (_, layer), site in gates.items():
+        if site.check is not None and site.check.down not in watched:
+            watched.add(site.check.down)
+            _watch(hooks, site.check, _noting(outcomes, site, layer))
+
+    def check() -> None:
         # One look at the end: each look at a device's tensor waits for the device.
-        right = torch.stack([outcome.to("cpu") for outcome, _, _ in outcomes]).tolist()
-        for fine, (_, site, layer) in zip(right, outcomes, strict=True):
-            if not fine:
+        for outcome, site, layer in outcomes:
+            if not bool(outcome):
                 raise UnclaimedGateError(
                     f"layer {layer}: {site.spec.where} gives {site.spec.formula}, but that times "
                     "the other projection is not what the next one was given on this prompt: the "
                     "model limits or replaces the gate's values; capture without gates=True"
                 )
+
+    return check
 
 
 def _noting(
@@ -68,35 +72,38 @@ def _noting(
     return lambda outcome: outcomes.append((outcome, site, layer))
 
 
-def _watch(stack: ExitStack, check: GluCheck, thread: int, note: Callable[[Tensor], None]) -> None:
+def _watch(hooks: Hooks, check: GluCheck, note: Callable[[Tensor], None]) -> None:
     row = _Row()
 
+    def mine() -> bool:
+        return threading.get_ident() == hooks.thread
+
     def gate(_module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == thread:
+        if mine():
             x = _rows(next(tensors_in(args)).detach())
             row.number = x.abs().amax(-1).argmax().reshape(1)
             row.gate = x.index_select(0, row.number)
 
     def up(_module: nn.Module, _args: Any, output: Any) -> None:
-        if threading.get_ident() == thread:
+        if mine():
             row.up = check.up.read(list(tensors_in(output))[check.up.index]).detach()
 
     def down(_module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != thread or row.gate is None or row.up is None:
+        values, number, other = row.gate, row.number, row.up
+        if not mine() or values is None or number is None or other is None:
             return
-        given = _rows(next(tensors_in(args)).detach())
-        values, number, other = row.gate, row.number, _rows(row.up)
         row.gate = row.number = row.up = None
-        if number is not None and len(other) == len(given) and other.shape == given.shape:
+        given, other = _rows(next(tensors_in(args)).detach()), _rows(other)
+        if other.shape == given.shape:
             factor = other.index_select(0, number)
             product = GATE_FUNCTIONS[check.function].value(values) * factor
             # 0.5 x (1 + tanh …) cancels for x < 0: what is left is as exact as x · up is.
             terms = product.abs().float() + (values * factor).abs().float()
             note(_agree(product, given.index_select(0, number), terms))
 
-    for module, hook in ((check.gate, gate), (check.down, down)):
-        stack.callback(module.register_forward_pre_hook(hook).remove)
-    stack.callback(check.up.module.register_forward_hook(up).remove)
+    hooks.before(check.gate, gate)
+    hooks.before(check.down, down)
+    hooks.after(check.up.module, up)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from trilens.taps.undo import undone
+
 __all__ = ["evaluating", "unchanged"]
 
 
@@ -19,14 +21,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     stance = torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
-    try:
-        if training:
-            model.eval()
-        with stance:
-            yield
-    finally:
+
+    def put_back() -> None:
         for module in training:
             module.training = True
+
+    with undone(put_back), stance:
+        if training:
+            model.eval()
+        yield
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -50,14 +53,16 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """
     before = {module: _state(module) for module in model.modules()}
     structure = _structure(model)
-    try:
-        yield lambda: _structure(model) == structure
-    finally:
+
+    def put_back() -> None:
         if _structure(model) != structure:
             for module, (attributes, children) in before.items():
                 module.__dict__.update(attributes)
                 module._modules.clear()
                 module._modules.update(children)
+
+    with undone(put_back):
+        yield lambda: _structure(model) == structure
 
 
 def _state(module: nn.Module) -> tuple[dict[str, object], dict[str, nn.Module | None]]:

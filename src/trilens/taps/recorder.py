@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import PreTrainedModel
 
 from trilens.caches.storage import address_of
@@ -34,8 +34,10 @@ from trilens.models.trace import (
     wide_points,
 )
 from trilens.taps.attention import is_readable
+from trilens.taps.hooks import hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
+from trilens.taps.undo import undone
 
 __all__ = ["record"]
 
@@ -80,6 +82,17 @@ class _FunctionWatch(TorchFunctionMode):
             return result
         self._seen(getattr(func, "__name__", ""), args, options, result)
         return result
+
+
+@contextmanager
+def _watching(watch: _FunctionWatch) -> Iterator[None]:
+    def put_back() -> None:
+        if watch in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    with undone(put_back):
+        watch.__enter__()  # type: ignore[no-untyped-call]
+        yield
 
 
 class _Recorder:
@@ -241,20 +254,17 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         exception.
     """
     recorder = _Recorder(model, seq)
-    with ExitStack() as stack:
+    with hooked(model) as hooks:
         for module in recorder.paths:
-            for handle in (
-                module.register_forward_pre_hook(recorder.before, with_kwargs=True),
-                module.register_forward_hook(recorder.after),
-            ):
-                stack.callback(handle.remove)
-        stack.enter_context(REGISTRY.watch(attention_keys(model), recorder.attended))
+            hooks.before(module, recorder.before, with_kwargs=True)
+            hooks.after(module, recorder.after)
+        hooks.enter(REGISTRY.watch(attention_keys(model), recorder.attended))
         places = kernel_places(model, (*KERNEL_GATES, *CONVOLUTIONS))
         watcher = KernelWatcher(recorder.enter_kernel, recorder.leave_kernel)
-        stack.enter_context(KERNELS.watch(places, watcher))
-        stack.enter_context(_FunctionWatch(recorder.function))
-        stack.enter_context(torch.no_grad())
-        output = run()
+        hooks.enter(KERNELS.watch(places, watcher))
+        hooks.enter(_watching(_FunctionWatch(recorder.function)))
+        with torch.no_grad():
+            output = run()
     logits = getattr(output, "logits", None)
     hidden = _last_hidden(recorder.calls, output, logits)
     calls = tuple(sorted(recorder.calls, key=lambda call: call.start))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +23,16 @@ from trilens.errors import (
     RecurrentStateError,
     SilentSiteError,
 )
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.kernels import KERNEL_GATES
+from trilens.models.gates.kernels import KERNEL_GATES, KernelRecord
 from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.trace import same, tensors_in
-from trilens.taps.gate_check import proving_gates
-from trilens.taps.kernels import KERNELS, KernelRecord, KernelWatcher, kernel_places
+from trilens.taps.gate_check import watch_gates
+from trilens.taps.hooks import Hooks, hooked
+from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
 __all__ = ["CaptureRequest", "Recording", "StateRequest", "recording_of"]
@@ -68,6 +70,8 @@ class CaptureRequest:
         kernels: layers whose recurrence is requested, with all its arguments.
         states: requested recurrent states.
         boundaries: the recurrences that no kernel function carries, with where they begin and end.
+        absent: why other layers have no attention pattern in this capture.
+        absent_effective: why other layers have no effective attention in it.
         copy: copy what is recorded, for a model that overwrites its own tensors.
     """
 
@@ -80,18 +84,27 @@ class CaptureRequest:
     kernels: tuple[int, ...] = ()
     boundaries: Mapping[int, Boundary] = field(default_factory=dict)
     states: StateRequest = field(default_factory=StateRequest)
+    absent: Mapping[int, str] = field(default_factory=dict)
+    absent_effective: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Recording:
     """What a pass left behind, still batched and padded.
 
+    Attributes:
+        request: what was asked of the pass.
+        overwritten: the model wrote into a tensor that is kept: the recording is no good.
+
     Shapes
+        logits [batch, seq, vocab], or None where the model gave none;
         residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
         gates one tensor per call, with the axes of their source;
         states per call of a kernel one entry per prompt, without padding.
     """
 
+    request: CaptureRequest
+    logits: Tensor | None = None
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -101,11 +114,11 @@ class Recording:
 
 
 class _Session:
-    def __init__(self, anatomy: Anatomy, request: CaptureRequest) -> None:
+    def __init__(self, hooks: Hooks, anatomy: Anatomy, request: CaptureRequest) -> None:
+        self.hooks = hooks
         self.anatomy = anatomy
         self.request = request
-        self.recording = Recording()
-        self.thread = threading.get_ident()
+        self.recording = Recording(request)
         self.layer: int | None = None
         self.done = 0
         self.references: list[tuple[Tensor, int]] = []
@@ -114,13 +127,15 @@ class _Session:
         self.entry: dict[str, Any] | None = None
 
     def mine(self) -> bool:
-        return threading.get_ident() == self.thread
+        return not self.hooks.closed and threading.get_ident() == self.hooks.thread
 
     def enter_block(self, module: nn.Module, _args: Any) -> None:
         if not self.mine():
             return
         blocks = self.anatomy.blocks
         if self.done >= len(blocks) or blocks[self.done].module is not module:
+            if not self.hooks.running():
+                return
             expected = blocks[self.done].path if self.done < len(blocks) else "nothing"
             raise CaptureError(
                 f"a block ran out of order: expected {expected} as layer {self.done}, got a "
@@ -301,8 +316,8 @@ class _Session:
         silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]
         if silent:
             raise SilentSiteError(
-                f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
-                f"{' …' if len(silent) > 4 else ''}; the model ran {self.done} of "
+                f"{len(silent)} requested sites did not fire in this pass: {listed(silent)}"
+                f"; the model ran {self.done} of "
                 f"{self.anatomy.n_layers} layers"
             )
 
@@ -318,40 +333,42 @@ def recording_of(
 
     Raises:
         SilentSiteError: a requested site did not fire.
-        CaptureError: the blocks did not run in the proven order.
+        CaptureError: the blocks did not run in the proven order, or this is a capture inside
+            another of the same model.
         UnclaimedGateError: a gate is not what it was on the probe.
     """
-    session = _Session(anatomy, request)
-    with ExitStack() as stack:
+    with hooked(model) as hooks:
+        session = _Session(hooks, anatomy, request)
         for module in {id(block.module): block.module for block in anatomy.blocks}.values():
-            stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
-            stack.callback(module.register_forward_hook(session.leave_block).remove)
-        stack.enter_context(proving_gates(request.gates))
+            hooks.before(module, session.enter_block)
+            hooks.after(module, session.leave_block)
+        check_gates = watch_gates(hooks, request.gates)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
         observed = {*request.kernels, *request.states.layers}
         kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()
         for edge in {edge for b in request.boundaries.values() for edge in (b.enter, b.leave)}:
             hook = session.boundary_hook(edge)
             if edge.event == "input":
-                stack.callback(edge.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hooks.before(edge.module, hook, with_kwargs=True)
             else:
-                stack.callback(edge.module.register_forward_hook(hook).remove)
+                hooks.after(edge.module, hook)
         for key in session.taps:
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":
-                stack.callback(tapped.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hooks.before(tapped, hook, with_kwargs=True)
             elif tapped is not None:
-                stack.callback(tapped.register_forward_hook(hook).remove)
+                hooks.after(tapped, hook)
         if kernels:
             watcher = KernelWatcher(_nothing, session.leave_kernel)
-            stack.enter_context(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
+            hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         if request.attention:
             paths = {anatomy.attention[layer] for layer in request.attention}
             attending = [model.get_submodule(path) for path in paths]
             keys = attention_keys(model, attending)
-            stack.enter_context(REGISTRY.watch(keys, session.attend))
+            hooks.enter(REGISTRY.watch(keys, session.attend))
         yield session.recording
     session.finish()
+    check_gates()
 
 
 def _key(source: GateSource) -> TapKey:

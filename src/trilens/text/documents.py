@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trilens.errors import TextError
+from trilens.io.guarded import read_bytes
+from trilens.io.json import parse_json
+from trilens.io.messages import listed, reason
 from trilens.text.structured import csv_texts, json_texts, text_of
 
 __all__ = ["STDLIB", "read_documents"]
@@ -19,6 +21,7 @@ __all__ = ["STDLIB", "read_documents"]
 STDLIB = "stdlib"
 """The word for the running Python's own standard library, a text that is always there."""
 
+_LIMIT_BYTES = 4_000_000_000
 _TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ""})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "__pycache__"})
 
@@ -85,21 +88,17 @@ def _file_documents(file: Path, field: str) -> Iterator[str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = read_bytes(file, TextError, max_bytes=_LIMIT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise TextError(f"{file} is not UTF-8 text: byte {error.start} does not decode") from None
-    except OSError as error:
-        raise TextError(f"{file} cannot be read: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            entry: Any = json.loads(line)
-        except ValueError:
-            raise TextError(f"{file}, line {number} is not JSON: {line[:40]!r}") from None
+        entry: Any = parse_json(line, f"{file}, line {number}", TextError, non_finite=True)
         yield text_of(entry, f"{file}, line {number}", field)
 
 
@@ -108,14 +107,14 @@ def _parquet_documents(file: Path, field: str) -> Iterator[str]:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
         if field not in names:
-            raise TextError(f"{file} has no column {field!r}: its columns are {', '.join(names)}")
+            raise TextError(f"{file} has no column {field!r}: its columns are {listed(names)}")
         kind = table.schema_arrow.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise TextError(f"{file}: column {field!r} holds {kind}, not text")
         for batch in table.iter_batches(columns=[field]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, OSError) as error:
-        raise TextError(f"{file} is not a readable Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise TextError(f"{file} is not a readable Parquet file: {reason(error)}") from None
 
 
 def _stdlib_documents() -> Iterator[str]:

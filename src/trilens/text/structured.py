@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trilens.errors import TextError
+from trilens.io.messages import listed
 
 __all__ = ["csv_texts", "json_texts", "text_of"]
 
@@ -23,7 +24,7 @@ def text_of(entry: Any, where: str, field: str) -> str:
     """
     text = entry.get(field) if isinstance(entry, dict) else entry
     if not isinstance(text, str):
-        keys = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        keys = listed(entry) if isinstance(entry, dict) else type(entry).__name__
         raise TextError(f"{where} has no text under {field!r}: it has {keys}")
     try:
         text.encode("utf-8")
@@ -67,7 +68,7 @@ def csv_texts(content: str, where: str, field: str) -> Iterator[str]:
         reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
         names = reader.fieldnames or []
         if field not in names:
-            raise TextError(f"{where} has no column {field!r}: its columns are {', '.join(names)}")
+            raise TextError(f"{where} has no column {field!r}: its columns are {listed(names)}")
         for row in reader:
             if row[field] is None:
                 raise TextError(f"{where}, line {reader.line_num} has no cell under {field!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -36,7 +37,9 @@ from trilens.errors import (
     NonFiniteError,
     UsageError,
     ValueRangeError,
+    WriteError,
 )
+from trilens.io.atomic import locked_folder
 from trilens.report.text.comparison import render_comparison
 from trilens.statistics.divergence import kl_nats
 from trilens.ternary.packed.linear import TernaryLinear
@@ -308,10 +311,59 @@ def test_damaged_files_are_refused(found: Comparison, tmp_path: Path) -> None:
         Comparison.load(folder)
     found.save(folder)
     manifest = json.loads((folder / "comparison.json").read_text())
-    del manifest["notes"]
     (folder / "comparison.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptFileError, match="does not fit its own hash"):
+        Comparison.load(folder)
+    # As it was written before there were hashes.
+    old = {key: value for key, value in manifest.items() if key not in {"parts", "sha256"}}
+    (folder / "comparison.json").write_text(json.dumps(old))
+    assert Comparison.load(folder).hash_checked is False
+    (folder / "comparison.json").write_text(json.dumps({**old, "parts": manifest["parts"]}))
+    with pytest.raises(CorruptFileError, match="are gone"):
+        Comparison.load(folder)
+    del old["notes"]
+    (folder / "comparison.json").write_text(json.dumps(old))
     with pytest.raises(CorruptFileError, match="not a whole comparison"):
         Comparison.load(folder)
+
+
+def test_only_a_comparison_is_replaced(found: Comparison, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty and holds no comparison"):
+        found.save(mine)
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    folder = found.save(tmp_path / "saved")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["arrays.safetensors", "comparison.json", "table.parquet"]
+    for _ in range(2):
+        again = found.save(folder)
+        assert sorted(path.name for path in again.iterdir()) == names
+        assert Comparison.load(folder).hash_checked
+
+
+def test_one_run_alone_saves(found: Comparison, tmp_path: Path) -> None:
+    with (
+        locked_folder(tmp_path / "saved"),
+        pytest.raises(WriteError, match="another run is writing it"),
+    ):
+        found.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    found.save(tmp_path / "saved")
+
+
+def test_without_hard_links_the_new_names_stay(
+    found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    for names in ({"table.parquet"}, {"new-table.parquet"}, {"table.parquet"}):
+        folder = found.save(tmp_path / "saved")
+        assert {path.name for path in folder.glob("*.parquet")} == names
+        assert Comparison.load(folder).rows == found.rows
 
 
 def test_the_table_in_pandas(found: Comparison) -> None:

@@ -14,13 +14,13 @@ from tinymodels import tiny_config
 from trilens.checkpoint.format.skeleton import _computes_linear, build_skeleton, choose
 from trilens.errors import ConfigError
 from trilens.io.weight_files import read_headers
-from trilens.models.build import read_config
+from trilens.models.build import read_config, read_settings
 
 
 def choices(model_type: str, folder: Path):
     saved(model_type, folder)
     headers = read_headers(folder)
-    config, _ = read_config(folder, trusted=False)
+    config, _ = read_config(folder, read_settings(folder), trusted=False)
     model = build_skeleton(config, headers)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     return {choice.name: choice for choice in choose(model, headers)}

@@ -41,6 +41,19 @@ def halves_to_neighbours(values: torch.Tensor, heads: int) -> torch.Tensor:
     return shaped.swapaxes(1, 2).reshape(values.shape)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_knows_its_own_bytes_from_others(name: str) -> None:
+    form = FORMATS[name]
+    trits = np.random.default_rng(0).integers(-1, 2, (3, 2 * form.block)).astype(np.int8)
+    scales = np.array([[0.5, 1], [0.25, 2], [1, 1]], dtype=np.float32)
+    found = form.encode(trits, scales)
+    assert form.holds(found, trits, scales)
+    other = trits.copy()
+    other[2, 5] = (other[2, 5] + 2) % 3 - 1
+    assert not form.holds(found, other, scales)
+    assert not form.holds(found, trits, scales[::-1])
+
+
 def coded(weights: torch.Tensor, **options: Any) -> torch.Tensor:
     quant = PerLayerQuant.quantize(weights, "w", rule="exact", scale_dtype="float16", **options)
     return quant.reconstruct()
@@ -105,6 +118,8 @@ def test_golden_metadata(source: Path, tmp_path: Path) -> None:
     trilens.ternarize(source, path, plan=PLAN, format="gguf-tq2_0")
     found = read_gguf(path).metadata
     assert len(found.pop("trilens.tensor_data.sha256")) == 64
+    assert len(found.pop("trilens.metadata.sha256")) == 64
+    assert found.pop("trilens.n_hashes") == 2
     assert found.pop("trilens.version") == trilens.__version__
     assert trilens.TernaryPlan.from_json(found.pop("trilens.plan")) == PLAN
     tokens = found.pop("tokenizer.ggml.tokens")

@@ -11,15 +11,8 @@ import torch
 
 from tolerances import sum_error
 from trilens.errors import NonFiniteError, ShapeError, UsageError
+from trilens.ternary.calibrated import descent
 from trilens.ternary.calibrated import numpy_kernels as descent_plain
-from trilens.ternary.calibrated.descent import (
-    Grid,
-    code_in_order,
-    coding_order,
-    improve_trits,
-    loss,
-    refit_scales,
-)
 from trilens.ternary.calibrated.hessian import Hessian, Moments
 from trilens.ternary.calibrated.rules import (
     CALIBRATED_RULES,
@@ -43,7 +36,7 @@ def case(
     return generator.standard_normal((rows, cols)), Hessian(x.T @ x, tokens)
 
 
-def grid_of(weights: np.ndarray, per: str, planes: int) -> Grid:
+def grid_of(weights: np.ndarray, per: str, planes: int) -> descent.Grid:
     units = resolve_units(*weights.shape, per, LAYOUTS[per])  # type: ignore[arg-type]
     rule = "exact" if planes == 1 else "planes"
     quant = PerLayerQuant.quantize(
@@ -54,14 +47,14 @@ def grid_of(weights: np.ndarray, per: str, planes: int) -> Grid:
     if quant.second_trits is not None:
         scales.append(np.asarray(quant.second_scale, dtype=np.float32).reshape(-1))
         trits.append(quant.second_trits.numpy())
-    grid = Grid.empty(units, np.stack(scales, axis=1))
+    grid = descent.Grid.empty(units, np.stack(scales, axis=1))
     return replace(grid, trits=np.ascontiguousarray(np.stack(trits, axis=1)))
 
 
-def gptq_by_elimination(grid: Grid, target: np.ndarray, hessian: Hessian, damping: float):
+def gptq_by_elimination(grid: descent.Grid, target: np.ndarray, hessian: Hessian, damping: float):
     """The optimal-brain update, one column at a time, with an inverse of what is left each time."""
     work = target.copy()
-    order = list(coding_order(hessian))
+    order = list(descent.coding_order(hessian))
     full = hessian.matrix + damping * hessian.mean_diagonal * np.eye(len(order))
     trits = np.zeros_like(grid.trits)
     while order:
@@ -80,7 +73,7 @@ def gptq_by_elimination(grid: Grid, target: np.ndarray, hessian: Hessian, dampin
 def test_coding_in_order_is_the_optimal_brain_update(per: str, planes: int) -> None:
     weights, hessian = case()
     grid = grid_of(weights, per, planes)
-    found = code_in_order(grid, weights, hessian, damping=0.01)
+    found = descent.code_in_order(grid, weights, hessian, damping=0.01)
     assert np.array_equal(found.trits, gptq_by_elimination(grid, weights, hessian, 0.01))
 
 
@@ -88,7 +81,7 @@ def test_blocks_of_columns_change_nothing() -> None:
     """More columns than are coded together."""
     weights, hessian = case(rows=3, cols=300, tokens=2000)
     grid = grid_of(weights, "group", 1)
-    found = code_in_order(grid, weights, hessian, damping=0.01)
+    found = descent.code_in_order(grid, weights, hessian, damping=0.01)
     assert np.array_equal(found.trits, gptq_by_elimination(grid, weights, hessian, 0.01))
 
 
@@ -97,12 +90,12 @@ def test_compiled_and_plain_loops_give_the_same_bits(planes: int) -> None:
     weights, hessian = case(rows=70)
     grid = grid_of(weights, "group", planes)
     coded = [
-        code_in_order(grid, weights, hessian, damping=0.01, backend=backend)
+        descent.code_in_order(grid, weights, hessian, damping=0.01, backend=backend)
         for backend in ("numpy", "compiled")
     ]
     assert np.array_equal(coded[0].trits, coded[1].trits)
     improved = [
-        improve_trits(coded[0], weights, hessian, backend=backend)
+        descent.improve_trits(coded[0], weights, hessian, backend=backend)
         for backend in ("numpy", "compiled")
     ]
     assert np.array_equal(improved[0][0].trits, improved[1][0].trits)
@@ -114,25 +107,25 @@ def test_compiled_and_plain_loops_give_the_same_bits(planes: int) -> None:
 def test_refitted_scales_are_the_least_squares_solution(per: str, planes: int) -> None:
     weights, hessian = case()
     grid = grid_of(weights, per, planes)
-    found = refit_scales(grid, weights, hessian)
+    found = descent.refit_scales(grid, weights, hessian)
     root = np.linalg.cholesky(hessian.matrix + 1e-12 * np.eye(len(hessian.matrix)))
     units, n_units = grid.units, len(grid.unit_scales)
     design = np.zeros((weights.size, n_units * planes))
     for unit, plane in itertools.product(range(n_units), range(planes)):
         one = np.zeros((n_units, planes))
         one[unit, plane] = 1
-        part = replace(grid, scales=Grid.empty(units, one).scales)
+        part = replace(grid, scales=descent.Grid.empty(units, one).scales)
         design[:, unit * planes + plane] = (part.weights() @ root).reshape(-1)
     wanted = np.linalg.lstsq(design, (weights @ root).reshape(-1), rcond=None)[0]
     assert found.unit_scales.reshape(-1) == pytest.approx(np.abs(wanted), rel=1e-4, abs=1e-6)
-    assert loss(found, weights, hessian) < loss(grid, weights, hessian)
+    assert descent.loss(found, weights, hessian) < descent.loss(grid, weights, hessian)
 
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_no_single_change_of_a_trit_helps_after_descent(planes: int) -> None:
     weights, hessian = case(rows=4, cols=24)
-    grid, changes = improve_trits(grid_of(weights, "group", planes), weights, hessian)
-    least = loss(grid, weights, hessian)
+    grid, changes = descent.improve_trits(grid_of(weights, "group", planes), weights, hessian)
+    least = descent.loss(grid, weights, hessian)
     assert changes > 0
     levels = list(itertools.product((-1, 0, 1), repeat=planes))
     for row, col, level in itertools.product(range(4), range(24), levels):
@@ -142,25 +135,25 @@ def test_no_single_change_of_a_trit_helps_after_descent(planes: int) -> None:
         spread = np.abs(weights - changed.weights())
         slack = sum_error(weights.size * 24, np.sum(spread @ np.abs(hessian.matrix) * spread))
         assert slack < 1e-8 * least
-        assert loss(changed, weights, hessian) >= least - slack
+        assert descent.loss(changed, weights, hessian) >= least - slack
 
 
 @pytest.mark.parametrize("planes", [1, 2])
 def test_each_turn_lowers_the_loss(planes: int) -> None:
     weights, hessian = case()
-    grid = code_in_order(grid_of(weights, "group", planes), weights, hessian, damping=0.01)
-    losses = [loss(grid, weights, hessian)]
+    grid = descent.code_in_order(grid_of(weights, "group", planes), weights, hessian, damping=0.01)
+    losses = [descent.loss(grid, weights, hessian)]
     for _ in range(4):
-        grid = refit_scales(grid, weights, hessian)
-        losses.append(loss(grid, weights, hessian))
-        grid, _ = improve_trits(grid, weights, hessian)
-        losses.append(loss(grid, weights, hessian))
+        grid = descent.refit_scales(grid, weights, hessian)
+        losses.append(descent.loss(grid, weights, hessian))
+        grid, _ = descent.improve_trits(grid, weights, hessian)
+        losses.append(descent.loss(grid, weights, hessian))
     # A turn that changes nothing more may still be added up otherwise.
     spread = np.abs(weights - grid.weights())
     slack = sum_error(weights.size * 40, np.sum(spread @ np.abs(hessian.matrix) * spread))
     assert all(after <= before + slack for before, after in itertools.pairwise(losses))
     refined, _ = refine(grid, weights, hessian, name="w")
-    assert loss(refined, weights, hessian) <= losses[-1] + slack
+    assert descent.loss(refined, weights, hessian) <= losses[-1] + slack
 
 
 @pytest.mark.parametrize("per", LAYOUTS)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trilens.analysis.comparison.rows import Row, against_itself, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import IncomparableError
 from trilens.statistics.divergence import js_nats_of_rows
@@ -85,15 +85,12 @@ class AttentionAccumulator:
             module = self._modules[layer]
             means = (total / self._queries[layer]).tolist()
             for head in range(total.shape[1]):
-                divergence = min(means[0][head], math.log(2.0))
-                found.append(
-                    against_itself("js_nats", divergence, module=module, layer=layer, head=head)
-                )
+                at = Place(module, layer, head)
+                found.append(at.against_itself("js_nats", min(means[0][head], math.log(2.0))))
                 for i, metric in enumerate(_TWO_SIDED, start=1):
                     if metric == "sink_mass" and module == EFFECTIVE:
                         continue
-                    pair = means[i][head], means[i + 4][head]
-                    found.append(change(metric, *pair, module=module, layer=layer, head=head))
+                    found.append(at.change(metric, means[i][head], means[i + 4][head]))
         return found
 
 

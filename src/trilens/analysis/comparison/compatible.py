@@ -6,6 +6,7 @@ from typing import Any
 
 from trilens.analysis.comparison.weights import matrix_shapes
 from trilens.errors import IncomparableError
+from trilens.io.messages import clip, listed
 from trilens.lens.lens import Lens
 from trilens.models.tokens import vocab_size_of
 
@@ -74,13 +75,13 @@ def differing_tokenizers(before: Any, after: Any) -> list[str]:
     for name, left, right in (("before", mine, other), ("after", other, mine)):
         alone = sorted(left.keys() - right.keys())
         if alone:
-            some = ", ".join(map(repr, alone[:_SHOWN]))
+            some = listed(map(repr, alone), _SHOWN)
             found.append(f"{len(alone)} tokens only in the tokenizer {name}, such as {some}")
     moved = sorted(token for token in mine.keys() & other.keys() if mine[token] != other[token])
     if moved:
         one = moved[0]
         found.append(
-            f"{len(moved)} tokens with another id, such as {one!r}: {mine[one]} before, "
+            f"{len(moved)} tokens with another id, such as {clip(one)}: {mine[one]} before, "
             f"{other[one]} after"
         )
     return found
@@ -98,9 +99,7 @@ def _shapes(before: Lens, after: Lens) -> list[str]:
     ]
     if not odd:
         return []
-    some = [
-        f"{name} is {list(mine[name])} before, {list(other[name])} after"
-        for name in sorted(odd)[:_SHOWN]
-    ]
-    more = f", and {len(odd) - _SHOWN} more matrices" if len(odd) > _SHOWN else ""
-    return [", ".join(some) + more]
+    some = (
+        f"{name} is {list(mine[name])} before, {list(other[name])} after" for name in sorted(odd)
+    )
+    return [listed(some, _SHOWN)]

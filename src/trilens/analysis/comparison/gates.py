@@ -1,6 +1,6 @@
 """Gates of two models on the same tokens: openness, dead and saturated units, memory horizon.
 
-Dead and saturated mean what they mean in `GatingAnalysis`; here one sum per unit is kept, and the
+Dead and saturated mean what they mean in `GatingAnalysis`; here one sum per unit is held, and the
 tokens of a prompt are summed where they are, for a comparison looks at every gate of every layer.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trilens.analysis.comparison.rows import Row, against_itself, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.caches.gate_spec import UNARY_FUNCTIONS, GateSpec
 from trilens.caches.gates import GateCache
 from trilens.errors import IncomparableError
@@ -97,20 +97,20 @@ class GateAccumulator:
         found = []
         averages = {(unit.name, unit.layer): unit for unit in self.units()}
         for (name, layer), tally in sorted(self._tallies.items()):
-            unit = averages.get((name, layer))
+            at, unit = Place(name, layer), averages.get((name, layer))
             if unit is None:
                 rms = [math.sqrt(total / tally.steps) for total in tally.squares]
-                found.append(change("value_rms", *rms, module=name, layer=layer))
+                found.append(at.change("value_rms", *rms))
                 continue
             found += self._rows(unit)
             before, after = tally.log_decay
             if before is not None and after is not None:
                 horizons = [_horizon(each / tally.steps) for each in (before, after)]
-                found.append(change("horizon_tokens", *horizons, module=name, layer=layer))
+                found.append(at.change("horizon_tokens", *horizons))
         return found
 
     def _rows(self, unit: UnitAverages) -> list[Row]:
-        name, layer = unit.name, unit.layer
+        at = Place(unit.name, unit.layer)
         pair = (unit.before, unit.after)
         dead = [each < self._threshold for each in pair]
         saturated = [each > 1.0 - self._threshold for each in pair]
@@ -124,15 +124,13 @@ class GateAccumulator:
 
         moved = float((unit.after - unit.before).abs().mean())
         return [
-            change("openness", *(float(each.mean()) for each in pair), module=name, layer=layer),
-            against_itself("openness_abs_change", moved, module=name, layer=layer),
-            change("dead", *map(count, dead), module=name, layer=layer),
-            change("saturated", *map(count, saturated), module=name, layer=layer),
-            against_itself("newly_dead", count(dead[1] & ~dead[0]), module=name, layer=layer),
-            against_itself(
-                "newly_saturated", count(saturated[1] & ~saturated[0]), module=name, layer=layer
-            ),
-            change("effective_capacity", capacity(0), capacity(1), module=name, layer=layer),
+            at.change("openness", *(float(each.mean()) for each in pair)),
+            at.against_itself("openness_abs_change", moved),
+            at.change("dead", *map(count, dead)),
+            at.change("saturated", *map(count, saturated)),
+            at.against_itself("newly_dead", count(dead[1] & ~dead[0])),
+            at.against_itself("newly_saturated", count(saturated[1] & ~saturated[0])),
+            at.change("effective_capacity", capacity(0), capacity(1)),
         ]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.analysis.comparison.rows import Row, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.caches.patterns.protocol import Pattern
 from trilens.models.forward_call import probe_ids, text_config
 from trilens.models.tokens import max_positions_of, vocab_size_of
@@ -108,9 +108,8 @@ class RoleAccumulator:
             before, after = self._means(layer)
             for i, role in enumerate(ROLES):
                 for head in range(len(before[i])):
-                    pair = before[i][head], after[i][head]
-                    metric = f"{role}_score"
-                    found.append(change(metric, *pair, module=module, layer=layer, head=head))
+                    at = Place(module, layer, head)
+                    found.append(at.change(f"{role}_score", before[i][head], after[i][head]))
         return found
 
     def changes(self, threshold: float) -> list[RoleChange]:

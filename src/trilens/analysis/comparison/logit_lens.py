@@ -1,7 +1,7 @@
 """At which layer the final top token appears, before and after.
 
 The residual stream after each block goes through the model's own final norm and unembedding; a
-position settles at the first layer from which on the top token is that of the last layer.
+position converges at the first layer from which on the top token is that of the last layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trilens.analysis.comparison.rows import Row, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.lens.lens import Lens
 
 __all__ = ["LensAccumulator", "convergence_layers"]
@@ -47,13 +47,13 @@ class LensAccumulator:
         total = int(self._counts[0].sum())
         if not total:
             return []
-        settled = (self._counts.cumsum(-1).double() / total).tolist()
+        converged = (self._counts.cumsum(-1).double() / total).tolist()
         rows = [
-            change("settled", settled[0][layer], settled[1][layer], module=_MODULE, layer=layer)
+            Place(_MODULE, layer).change("settled", converged[0][layer], converged[1][layer])
             for layer in range(self._n_layers)
         ]
         means = (self._counts * torch.arange(self._n_layers)).sum(-1).double() / total
-        rows.append(change("settle_layer", *means.tolist(), module=_MODULE))
+        rows.append(Place(_MODULE).change("settle_layer", *means.tolist()))
         return rows
 
 
@@ -80,7 +80,7 @@ def convergence_layers(lens: Lens, residuals: Sequence[Tensor], vocab: int | Non
         some = torch.stack([x[start : start + step].to(device) for x in residuals])
         top = lens.unembed(some)[..., :vocab].argmax(-1).cpu()
         other = (top != top[-1]).long()
-        # One beyond the last layer that says something else; 0 where none does.
+        # One beyond the last layer with another top token; 0 where none has.
         beyond = torch.arange(1, layers + 1)[:, None] * other
         found.append(beyond.amax(0))
     return torch.cat(found)

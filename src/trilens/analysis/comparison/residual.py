@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trilens.analysis.comparison.rows import Row, against_itself
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.errors import ShapeError
 from trilens.statistics.divergence import cosine, relative_errors
 
@@ -60,8 +60,5 @@ class ResidualAccumulator:
                 ("cosine_last", sums[2] / prompts, 1.0),
                 ("relative_error_last", sums[3] / prompts, 0.0),
             )
-            found += [
-                against_itself(metric, value, module=_MODULE, layer=layer, itself=itself)
-                for metric, value, itself in values
-            ]
+            found += [Place(_MODULE, layer).against_itself(*each) for each in values]
         return found

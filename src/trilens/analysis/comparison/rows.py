@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["METRICS", "Row", "against_itself", "change"]
+__all__ = ["METRICS", "Place", "Row"]
 
 METRICS: dict[str, str] = {
     "perplexity": "exp of nll_nats",
@@ -75,29 +75,20 @@ class Row:
     delta: float
 
 
-def change(
-    metric: str,
-    before: float,
-    after: float,
-    *,
-    module: str,
-    layer: int | None = None,
-    head: int | None = None,
-) -> Row:
-    """A row of a quantity that each of the two models has."""
-    # Two equal infinities differ by nothing.
-    delta = 0.0 if before == after else float(after) - float(before)
-    return Row(layer, module, head, metric, float(before), float(after), delta)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What was measured, as in `Row`: it gives rows of that place."""
 
+    module: str
+    layer: int | None = None
+    head: int | None = None
 
-def against_itself(
-    metric: str,
-    value: float,
-    *,
-    module: str,
-    layer: int | None = None,
-    head: int | None = None,
-    itself: float = 0.0,
-) -> Row:
-    """A row of a comparison: `itself` is what the model before would give against itself."""
-    return change(metric, itself, value, module=module, layer=layer, head=head)
+    def change(self, metric: str, before: float, after: float) -> Row:
+        """A row of a quantity that each of the two models has."""
+        # Two equal infinities differ by nothing.
+        delta = 0.0 if before == after else float(after) - float(before)
+        return Row(self.layer, self.module, self.head, metric, float(before), float(after), delta)
+
+    def against_itself(self, metric: str, value: float, itself: float = 0.0) -> Row:
+        """A row of a comparison: `itself` is what the model before would give against itself."""
+        return self.change(metric, itself, value)

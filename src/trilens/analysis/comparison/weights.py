@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from trilens.analysis.comparison.rows import Row, against_itself, change
+from trilens.analysis.comparison.rows import Place, Row
 from trilens.errors import CaptureError, NonFiniteError
 from trilens.lens.lens import Lens
 from trilens.statistics.divergence import relative_error
@@ -61,11 +61,9 @@ def weight_rows(before: Lens, after: Lens) -> tuple[list[Row], list[str]]:
         error, zeros_before, zeros_after = found
         if error == 0.0 and "packed" not in (one.source, two.source):
             continue
-        layer, module = _place(name, paths)
-        rows.append(against_itself("weight_relative_error", error, module=module, layer=layer))
-        rows.append(
-            change("weight_sparsity", zeros_before, zeros_after, module=module, layer=layer)
-        )
+        at = _place(name, paths)
+        rows.append(at.against_itself("weight_relative_error", error))
+        rows.append(at.change("weight_sparsity", zeros_before, zeros_after))
     rows.sort(key=lambda row: (row.layer is not None, row.layer or 0, row.module))
     return rows, [_note(why, names) for why, names in sorted(missing.items())]
 
@@ -94,12 +92,12 @@ def _compare(name: str, mine: Matrix, other: Matrix) -> tuple[float, float, floa
     return error, zeros[0], zeros[1]
 
 
-def _place(name: str, blocks: Mapping[str, int]) -> tuple[int | None, str]:
+def _place(name: str, blocks: Mapping[str, int]) -> Place:
     """Layer and name within the block; a parameter outside of the blocks keeps its whole name."""
     for prefix in _prefixes(name):
         if prefix in blocks:
-            return blocks[prefix], name.removeprefix(f"{prefix}.")
-    return None, name
+            return Place(name.removeprefix(f"{prefix}."), blocks[prefix])
+    return Place(name)
 
 
 def _prefixes(name: str) -> Iterator[str]:

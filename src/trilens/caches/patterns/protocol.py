@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from trilens.caches.indices import check_index, check_positions, check_unpad
+from trilens.caches.patterns.softmax.checks import check_four_axes
 from trilens.caches.patterns.softmax.masks import SharedMasks, tensor_identity
 from trilens.caches.storage import distinct_bytes, moved
-from trilens.errors import DtypeError, ShapeError, UsageError
 
 __all__ = [
     "BLOCK_BYTES",
@@ -209,15 +209,7 @@ class DensePattern(Pattern):
     __slots__ = ("_signed", "_tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        if not isinstance(tensor, Tensor):
-            raise UsageError(f"pattern of type {type(tensor).__name__}: it has to be a Tensor")
-        if tensor.ndim != 4 or tensor.numel() == 0:
-            raise ShapeError(
-                f"pattern of shape {list(tensor.shape)}: it has to be [batch, heads, seq_q, "
-                "seq_k], no axis empty"
-            )
-        if not tensor.is_floating_point():
-            raise DtypeError(f"pattern of dtype {tensor.dtype}: it has to be floating point")
+        check_four_axes(tensor, "pattern", "batch, heads, seq_q, seq_k")
         self._tensor = tensor.detach()
         self._signed: bool | None = None
 

@@ -32,7 +32,7 @@ _PROBE_TOKENS = 12
 
 
 class _StopError(Exception):
-    """The wanted block was reached."""
+    """The requested block was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class BlockRunner:
         anatomy: its proven parts.
 
     Raises:
-        AnatomyError: the blocks cannot be run one by one; says what differs.
+        AnatomyError: the blocks cannot be run one by one; the message names what differs.
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -231,8 +231,8 @@ class BlockRunner:
                     )
         for index, block in enumerate(self._blocks):
             call, _ = self._reach(index, ids)
-            wanted = next(tensors_in(outputs[index]))
-            if not torch.equal(self.run(index, block, call, inputs[index]), wanted):
+            expected = next(tensors_in(outputs[index]))
+            if not torch.equal(self.run(index, block, call, inputs[index]), expected):
                 raise AnatomyError(
                     f"{self.path(index)} by itself gives another output than inside the model: it "
                     "depends on more than its arguments; this model cannot be calibrated"

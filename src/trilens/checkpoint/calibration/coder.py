@@ -1,7 +1,7 @@
 """One block: its matrices coded in the order in which data runs through them, then the fit.
 
 Each matrix is fitted to the inputs that the ternary matrices before it give. A dense twin of the
-block, run on the dense model's residual stream, says what its outputs should be.
+block, run on the dense model's residual stream, gives the target outputs.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class _Coder:
     def _moments(
         self, stage: Stage, corrected: set[str], repairing: set[str]
     ) -> dict[str, Moments]:
-        """What the text says about the matrices of a stage; nothing where no token came by.
+        """Moments of the text for the matrices of a stage; nothing where no token came by.
 
         Those in `corrected` should give what the dense model's give, those in `repairing` what the
         residual stream lacks; all others what the dense matrix makes of the same input.
@@ -209,23 +209,21 @@ class _Coder:
             entered = seen.get(("input", stage.members[0]))
             if entered is None:
                 continue
-            wanted: dict[str, Tensor] = {}
+            targets: dict[str, Tensor] = {}
             if corrected:
-                plain = [path for path in outputs if path not in sites]
-                with watching(
-                    self.dense, outputs=plain, states=afters, shape=hidden.shape
-                ) as watch:
+                own = [path for path in outputs if path not in sites]
+                with watching(self.dense, outputs=own, states=afters, shape=hidden.shape) as watch:
                     true = watch(lambda h=true_hidden, b=batch: self.run(self.dense, b, h))  # type: ignore[misc]
                 for path in outputs:
                     if path in sites:
                         before = seen.get(("state", sites[path].before), hidden)
-                        wanted[path] = true[("state", sites[path].after)] - before
+                        targets[path] = true[("state", sites[path].after)] - before
                         bias = self._bias(path)
                     else:
-                        wanted[path], bias = true[("output", path)], self._bias(path)
+                        targets[path], bias = true[("output", path)], self._bias(path)
                     if bias is not None:
-                        wanted[path] = wanted[path] - bias
-            sums.add(entered, wanted)
+                        targets[path] = targets[path] - bias
+            sums.add(entered, targets)
         if sums.n_tokens == 0:
             return {}
         hessian = sums.hessian()
@@ -246,19 +244,19 @@ class _Coder:
     def code_without_inputs(
         self, matrix: BlockMatrix, why: str, moments: Moments | None = None
     ) -> None:
-        """Code a matrix by its weights alone; `why` says why, where the rule wanted more."""
+        """Code a matrix by its weights alone; `why`: the reason, where the rule needs inputs."""
         weight = to_be_coded(held_weight(self.dense, matrix), matrix.name, self.job.plan)
-        wanted = rule_of(self.job.plan, self.rule, matrix)
+        calibrated = rule_of(self.job.plan, self.rule, matrix)
         rule = cast("RuleName", self.job.plan.of(matrix.name).rule)  # where none is calibrated
-        rule = rule if wanted is None else wanted.start
+        rule = rule if calibrated is None else calibrated.start
         quant = PerLayerQuant.quantize(weight, matrix.name, rule=rule, **self.options_of(matrix))
         error = None
         if moments is not None:
-            plain = plain_weights(quant, self.job.plan)
-            error = moments.output_error(plain.double().numpy())
+            decoded = plain_weights(quant, self.job.plan)
+            error = moments.output_error(decoded.double().numpy())
         n_tokens = 0 if moments is None else moments.hessian.n_tokens
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
-        self._keep(matrix, quant, found, why if wanted is not None else "")
+        self._keep(matrix, quant, found, why if calibrated is not None else "")
 
     def _keep(self, matrix: BlockMatrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
         put_matrix(self.block, matrix, quant, self.job.plan)

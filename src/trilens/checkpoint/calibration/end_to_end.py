@@ -1,4 +1,4 @@
-"""Scales, norms and biases of all blocks together, fitted to what the dense model says.
+"""Scales, norms and biases of all blocks together, fitted end-to-end to the dense model.
 
 When every block is coded, what is left is how their errors work together. A short descent by
 gradient lowers KL(dense ‖ ternary) of the next token over the calibration text; trits stay. One
@@ -131,12 +131,12 @@ class _Model:
             module.get_parameter(name).data.copy_(value.float())
         return self.runner.run(index, module, call, hidden)
 
-    def divergence(self, batch: Batch, wanted: Tensor, hidden: Tensor) -> Tensor:
+    def divergence(self, batch: Batch, target: Tensor, hidden: Tensor) -> Tensor:
         """Σ KL(dense ‖ ternary) over the tokens of a batch, in nats."""
         found = torch.log_softmax(self.runner.logits_with_gradient(batch.ids, hidden), -1)
-        return nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+        return nn.functional.kl_div(found, target, log_target=True, reduction="sum")
 
-    def learn(self, batch: Batch, wanted: Tensor) -> None:
+    def learn(self, batch: Batch, target: Tensor) -> None:
         """Add the gradient of the mean divergence on a batch to everything that moves."""
         between = [self.runner.first(batch.ids)]
         with torch.no_grad():
@@ -144,7 +144,7 @@ class _Model:
                 between.append(self.run(index, batch, between[-1]))
         last = between.pop().requires_grad_(True)
         with torch.enable_grad():
-            (self.divergence(batch, wanted, last) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
+            (self.divergence(batch, target, last) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
             gradient = last.grad
             for index in reversed(range(len(self.blocks))):
                 entered = between.pop().requires_grad_(True)
@@ -153,14 +153,14 @@ class _Model:
                 gradient = entered.grad
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Batch], wanted: Callable[[Batch], Tensor]) -> float:
+    def measure(self, batches: Sequence[Batch], target: Callable[[Batch], Tensor]) -> float:
         """Mean divergence with the values as they will be stored, in nats."""
         total = count = 0.0
         for batch in batches:
             hidden = self.runner.first(batch.ids)
             for index in range(len(self.blocks)):
                 hidden = self.run(index, batch, hidden, as_stored=True)
-            total += float(self.divergence(batch, wanted(batch), hidden))
+            total += float(self.divergence(batch, target(batch), hidden))
             count += batch.ids.numel()
         return total / count
 
@@ -190,7 +190,7 @@ def fit_end_to_end(
     parts = [_Block(block) for block in blocks]
     model = _Model(runner, parts)
 
-    def wanted(batch: Batch) -> Tensor:
+    def target(batch: Batch) -> Tensor:
         with torch.no_grad():
             return torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
 
@@ -199,7 +199,7 @@ def fit_end_to_end(
     if not trainable or not batches or options.whole_passes == 0:
         return nothing
     probed = batches[:_PROBED]
-    before = model.measure(probed, wanted)
+    before = model.measure(probed, target)
     if not 0 < before < math.inf:
         return nothing
     # What is nearly right needs small steps.
@@ -214,11 +214,11 @@ def fit_end_to_end(
         for i in torch.randperm(len(batches), generator=generator).tolist():
             observe(done / n_steps)
             adam.zero_grad()
-            model.learn(batches[i], wanted(batches[i]))
+            model.learn(batches[i], target(batches[i]))
             adam.step()
             falling.step()
             done += 1
-    after = model.measure(probed, wanted)
+    after = model.measure(probed, target)
     if not after < before:
         return EndToEndFit(nothing.quants, nothing.vectors, before, before)
     found = [part.stored() for part in parts]

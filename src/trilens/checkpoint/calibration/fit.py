@@ -1,7 +1,7 @@
 """Norms, biases and group scales of a ternary block, fitted to what the dense block gives.
 
 A short descent by gradient on the calibration text: trits stay as they are, a few numbers for each
-row move. The order of the batches comes from the seed. What does not lower the error over the whole
+row move. The order of the batches comes from the seed. What does not lower the error over the full
 text, with the values as they will be stored, is thrown away.
 
 Source: block-wise reconstruction, BRECQ, arXiv 2102.05426, without its rounding.
@@ -81,7 +81,7 @@ def fit_block(
     plan: TernaryPlan,
     options: FitOptions,
 ) -> BlockFit:
-    """Fit, and leave the block with the values that were kept.
+    """Fit, and leave the block with the better values.
 
     Args:
         block: the block with its ternary matrices in place, in float32.
@@ -94,21 +94,20 @@ def fit_block(
         plan: whether matrices are transposed.
         options: how long, how fast.
     """
-    before = _error(block, batches, inputs, targets, run)
+    task = _Task(block, batches, inputs, targets, run)
+    before = task.error()
     start = {name: block.get_parameter(name).detach().clone() for name in vectors}
     weights = {path: _weight_of(block, path).clone() for path in quants}
     if not before > 0:
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
-    values, new_quants = _descend(
-        block, quants, start, batches, inputs, targets, run, plan, options, rate
-    )
+    values, new_quants = task.descend(quants, start, plan, options, rate)
     new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
         put_weight(block, path, plain_weights(quant, plan))
     for name, value in new_vectors.items():
         block.get_parameter(name).data.copy_(value.float())
-    after = _error(block, batches, inputs, targets, run)
+    after = task.error()
     if after < before:
         # A small step can round to nothing in bfloat16.
         moved = {n: v for n, v in new_vectors.items() if not torch.equal(v, start[n].to(v.dtype))}
@@ -137,62 +136,67 @@ def _weight_of(block: nn.Module, path: str) -> Tensor:
     return block.get_parameter(f"{path}.weight").data
 
 
-@torch.no_grad()
-def _error(
-    block: nn.Module, batches: Sequence[Batch], inputs: Stream, targets: Stream, run: RunBlock
-) -> float:
-    wrong = energy = 0.0
-    for batch in batches:
-        wanted = targets.read(batch).double()
-        found = run(block, batch, inputs.read(batch)).double()
-        wrong += float((found - wanted).square().sum())
-        energy += float(wanted.square().sum())
-    return wrong / energy if energy else 0.0
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """The block, and what it is given and has to give for each batch."""
 
+    block: nn.Module
+    batches: Sequence[Batch]
+    inputs: Stream
+    targets: Stream
+    run: RunBlock
 
-def _descend(
-    block: nn.Module,
-    quants: Mapping[str, PerLayerQuant],
-    start: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    inputs: Stream,
-    targets: Stream,
-    run: RunBlock,
-    plan: TernaryPlan,
-    options: FitOptions,
-    rate: float,
-) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
-    """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
-    trainable = {path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()}
-    sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
-    steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
-    parameters = [f for m in trainable.values() for f in m.factors] + list(steps.values())
-    if not parameters or not batches:
-        return dict(start), dict(quants)
-    adam = torch.optim.Adam(parameters, lr=rate)
-    batches = pieces_of(batches, options.step_tokens)
-    n_steps = options.passes * len(batches)
-    falling = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * n / n_steps))
-    )
-    generator = torch.Generator().manual_seed(options.seed)
-    for _ in range(options.passes):
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            batch, wanted = batches[i], targets.read(batches[i])
-            given = {}
-            for path, matrix in trainable.items():
-                weights = matrix.weights()
-                given[f"{path}.weight"] = weights.T if transposed(block, path) else weights
-            given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
-            found = run(Overridden(block, given), batch, inputs.read(batch))
-            error = (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
-            adam.zero_grad()
-            error.backward()  # type: ignore[no-untyped-call]
-            adam.step()
-            falling.step()
-    with torch.no_grad():
-        values = {name: start[name] + sizes[name] * step for name, step in steps.items()}
-    return values, {path: matrix.result() for path, matrix in trainable.items()}
+    @torch.no_grad()
+    def error(self) -> float:
+        wrong = energy = 0.0
+        for batch in self.batches:
+            target = self.targets.read(batch).double()
+            found = self.run(self.block, batch, self.inputs.read(batch)).double()
+            wrong += float((found - target).square().sum())
+            energy += float(target.square().sum())
+        return wrong / energy if energy else 0.0
+
+    def descend(
+        self,
+        quants: Mapping[str, PerLayerQuant],
+        start: Mapping[str, Tensor],
+        plan: TernaryPlan,
+        options: FitOptions,
+        rate: float,
+    ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
+        """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
+        trainable = {
+            path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()
+        }
+        sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
+        steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
+        parameters = [f for m in trainable.values() for f in m.factors] + list(steps.values())
+        if not parameters or not self.batches:
+            return dict(start), dict(quants)
+        adam = torch.optim.Adam(parameters, lr=rate)
+        batches = pieces_of(self.batches, options.step_tokens)
+        n_steps = options.passes * len(batches)
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * n / n_steps))
+        )
+        generator = torch.Generator().manual_seed(options.seed)
+        for _ in range(options.passes):
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                batch, target = batches[i], self.targets.read(batches[i])
+                given = {}
+                for path, matrix in trainable.items():
+                    weights = matrix.weights()
+                    given[f"{path}.weight"] = weights.T if transposed(self.block, path) else weights
+                given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
+                found = self.run(Overridden(self.block, given), batch, self.inputs.read(batch))
+                error = (found - target).square().sum() / target.square().sum().clamp_min(1e-12)
+                adam.zero_grad()
+                error.backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                falling.step()
+        with torch.no_grad():
+            values = {name: start[name] + sizes[name] * step for name, step in steps.items()}
+        return values, {path: matrix.result() for path, matrix in trainable.items()}
 
 
 class Overridden(nn.Module):

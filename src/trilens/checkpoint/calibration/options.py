@@ -158,13 +158,13 @@ def draw(calibration: Calibration, tokenizer: Any, *, longest: int | None) -> Dr
         n_apart = max(1, len(texts) // _EVALUATION_SHARE)
         apart, texts = texts[:n_apart], texts[n_apart:]
     held = {_normal(text) for text in apart}
-    kept = [text for text in texts if _normal(text) not in held]
-    if not kept:
+    used = [text for text in texts if _normal(text) not in held]
+    if not used:
         raise TextError(
             f"all {len(texts)} calibration documents are among those the damage is measured on: "
             "give other text for one of the two"
         )
-    blocks = _chosen(tokenizer, kept, length, calibration.tokens, generator)
+    blocks = _chosen(tokenizer, used, length, calibration.tokens, generator)
     n_tokens = sum(len(block) for block in blocks)
     kinds = len(torch.unique(torch.cat(blocks)))
     if n_tokens < _LEAST_TOKENS:
@@ -177,13 +177,13 @@ def draw(calibration: Calibration, tokenizer: Any, *, longest: int | None) -> Dr
             f"{_LEAST_KINDS} are needed; give text of the kind the model is for"
         )
     measured = _chosen(tokenizer, apart, length, calibration.evaluation_tokens, generator)
-    return Drawn(blocks, measured, len(texts) - len(kept))
+    return Drawn(blocks, measured, len(texts) - len(used))
 
 
 def _chosen(
     tokenizer: Any, texts: Sequence[str], length: int, budget: int, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """Blocks of whole length first, drawn from all of the text; equal lengths stand together."""
+    """Blocks of full length first, drawn from all of the text; equal lengths stand together."""
     # Tokenizing a library for a few blocks would take longer than calibrating on them.
     found = token_blocks(tokenizer, texts, length=length, limit_tokens=max(4 * budget, 4 * length))
     order = torch.randperm(len(found), generator=generator).tolist()
@@ -215,7 +215,7 @@ def _normal(text: str) -> str:
 
 
 def _digest(texts: Sequence[str]) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for text in texts:
-        whole.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
-    return whole.hexdigest()
+        digest.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
+    return digest.hexdigest()

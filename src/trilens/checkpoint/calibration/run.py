@@ -1,4 +1,4 @@
-"""A whole calibration: block after block, kept on disk after each, and the damage at the end."""
+"""A calibration: block after block, stored on disk after each, and the damage at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from trilens.checkpoint.rotation import plain_weights
 from trilens.errors import CorruptFileError
 from trilens.evaluation.loop import mean_nll
 from trilens.io.atomic import write_bytes
-from trilens.io.json import json_bytes, read_json
+from trilens.io.sealed import read_sealed, sealed
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
@@ -58,7 +58,7 @@ def run_calibration(
     Args:
         job: the checkpoint, and the plan.
         calibration: the text.
-        folder: where finished blocks are kept; of the same source, plan and text.
+        folder: where finished blocks are stored; of the same source, plan and text.
         rule: a calibrated rule in place of the plan's.
         fit: how norms, biases and scales are fitted, for rules that do so.
         progress: called with the block at work; `done` are the blocks before it.
@@ -81,18 +81,19 @@ def run_calibration(
         return store, _read_damage(done)
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
-    model, tokenizer = load_mapped(source.folder, job.model_class, source.config, tensors)
+    model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
     drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or FitOptions(seed=calibration.seed)
-    run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit)
+    check = source.check_unchanged
+    run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit, check)
     run.blocks()
     run.whole()
     damage = run.damage()
-    write_bytes(done, json_bytes(damage.to_dict()))
+    write_bytes(done, sealed(damage.to_dict()))
     return store, damage
 
 
@@ -110,7 +111,9 @@ class _Run:
         progress: Progress | None,
         rule: CalibratedRule | None,
         fit: FitOptions,
+        check_source: Callable[[], None],
     ) -> None:
+        self.check_source = check_source
         self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
@@ -158,6 +161,7 @@ class _Run:
         )
 
     def _block(self, index: int) -> None:
+        self.check_source()  # its weights are mapped: a file that was cut off would end the process
         placed = self.placed[index]
         dense = self._stream("dense", index)
         ternary = self._stream("ternary", index) if index else dense
@@ -187,6 +191,7 @@ class _Run:
 
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, after(ternary, coded.module))
+        self.check_source()
         self.store.add(coded.record, coded.quants, coded.vectors)
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
             self._path(name, index).unlink(missing_ok=True)
@@ -213,6 +218,7 @@ class _Run:
             names = {matrix.path: (matrix.name, matrix.expert) for matrix in placed.matrices}
             quants |= {names[path]: quant for path, quant in q.items()}
             vectors |= {placed.vectors[name][0]: value for name, value in v.items()}
+        self.check_source()
         self.store.finish((found.kl_nats_before, found.kl_nats), quants, vectors)
 
     def _finished(self, index: int) -> FinishedBlock:
@@ -292,7 +298,7 @@ class _Run:
 
 
 def _read_damage(path: Path) -> Damage:
-    values = read_json(path, CorruptFileError)
+    values, _ = read_sealed(path, required=False)  # older ones have no hash
     try:
         return Damage.from_dict(values)
     except (KeyError, TypeError) as cause:

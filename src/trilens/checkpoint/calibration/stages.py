@@ -76,7 +76,7 @@ def find_stages(
         The stages in order; the layers without one, and why.
     """
     seen = _Seen()
-    wanted = set(paths)
+    requested = set(paths)
 
     def before(path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def find_stages(
     for path, module in block.named_modules():
         if path:
             handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
-        if path in wanted:
+        if path in requested:
             handles.append(module.register_forward_hook(after(path)))
     try:
         with torch.no_grad():
@@ -184,8 +184,8 @@ def watching(
 
     Args:
         block: the block.
-        inputs: paths whose first input is wanted.
-        outputs: paths whose output is wanted.
+        inputs: paths whose first input is requested.
+        outputs: paths whose output is requested.
         states: sites of the residual stream.
         shape: the residual stream's.
 
@@ -196,8 +196,8 @@ def watching(
     modules = dict(block.named_modules())
     found: dict[tuple[str, str], Tensor] = {}
     missing: set[tuple[str, str]] = set()
-    wanted = {("input", p) for p in inputs} | {("output", p) for p in outputs}
-    wanted |= {("state", site) for site in states if site != BLOCK_INPUT}
+    requested = {("input", p) for p in inputs} | {("output", p) for p in outputs}
+    requested |= {("state", site) for site in states if site != BLOCK_INPUT}
 
     def note(key: tuple[str, str], tensor: Tensor) -> None:
         found.setdefault(key, tensor.detach())
@@ -216,7 +216,7 @@ def watching(
 
     def leaving(path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if ("input", path) in wanted:
+            if ("input", path) in requested:
                 found.setdefault(("input", path), args[0].detach())
                 missing.discard(("input", path))
             note(("output", path), output)
@@ -233,7 +233,7 @@ def watching(
     def once(run: Callable[[], Tensor]) -> dict[tuple[str, str], Tensor]:
         found.clear()
         missing.clear()
-        missing.update(wanted)
+        missing.update(requested)
         try:
             with torch.no_grad():
                 found[("state", BLOCK_OUTPUT)] = run()

@@ -1,6 +1,6 @@
-"""Residual streams of a whole text, on disk: memory holds one batch of them.
+"""Residual streams of a text, on disk: memory holds one batch of them.
 
-A stream is one file of float32 [tokens, d_model], batch after batch, written whole or not at all.
+A stream is one file of float32 [tokens, d_model], batch after batch, written in full or not at all.
 """
 
 from __future__ import annotations

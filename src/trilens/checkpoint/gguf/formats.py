@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.errors import UsageError
@@ -16,11 +21,15 @@ __all__ = [
     "FLOAT_TYPES",
     "FORMATS",
     "GgufFormat",
-    "check_packed",
     "find_format",
     "fitting_plan",
+    "row_spans",
     "type_bytes",
 ]
+
+
+_ROWS_WEIGHTS = 1 << 20  # weights coded together
+_DECODED = (34, 35)  # types that the gguf package decodes; it has no say on others
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,45 @@ class GgufFormat:
     type_id: int
     file_type: int
     block: int
+
+    def encode(self, trits: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The bytes of a matrix.
+
+        Shapes: trits [rows, cols], scales [rows, cols / block] → [rows, bytes]
+        """
+        rows, cols = trits.shape
+        packed = np.empty((rows, self.codec.size_bytes((cols,))), dtype=np.uint8)
+        for first, last in row_spans(rows, cols):
+            packed[first:last] = self.codec.encode(trits[first:last], scales[first:last])
+        return packed
+
+    def holds(
+        self, found: NDArray[np.uint8], trits: NDArray[np.int8], scales: NDArray[np.float32]
+    ) -> bool:
+        """Whether bytes decode to a matrix bit for bit, by the gguf package too if it knows how.
+
+        Shapes: found [rows, bytes], trits [rows, cols], scales [rows, cols / block]
+
+        Raises:
+            CorruptFileError: they do not decode.
+        """
+        return all(
+            self._same(found[first:last], trits[first:last], scales[first:last])
+            for first, last in row_spans(*trits.shape)
+        )
+
+    def _same(
+        self, found: NDArray[np.uint8], trits: NDArray[np.int8], scales: NDArray[np.float32]
+    ) -> bool:
+        decoded = self.codec.decode(found, trits.shape)
+        same = np.array_equal(decoded.trits, trits)
+        same = same and decoded.scales is not None and np.array_equal(decoded.scales, scales)
+        if not same or self.type_id not in _DECODED:
+            return same
+        weights = np.repeat(scales, self.block, axis=1) * trits
+        by_package = dequantize(found, GGMLQuantizationType(self.type_id))
+        # Compared as bits: −0 and 0 are equal as numbers.
+        return np.array_equal(by_package.view(np.uint32), weights.view(np.uint32))
 
 
 FORMATS: MappingProxyType[str, GgufFormat] = MappingProxyType(
@@ -79,40 +127,37 @@ def type_bytes(type_id: int, shape: Sequence[int]) -> int | None:
     return None
 
 
-def fitting_plan(plan: TernaryPlan, format: GgufFormat) -> TernaryPlan:
+def row_spans(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of parts that are coded or decoded together."""
+    step = max(1, _ROWS_WEIGHTS // cols)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def fitting_plan(plan: TernaryPlan, format: GgufFormat, *, packed: bool) -> TernaryPlan:
     """The plan with the float16 scales that the format stores.
+
+    Args:
+        plan: how weights are ternarized, or were.
+        format: of the file.
+        packed: the trits are made already; their scales are rounded.
 
     Raises:
         UsageError: a rule, a group size or a scale dtype that the format cannot hold.
     """
-    for own in _each(plan):
+    coded = [name for name, entry in plan.matrices.items() if entry.rule != "keep"]
+    each = [plan.of(""), *(plan.of(name) for name in coded)]
+    for own in each:
         _check_rule(own, format)
-    if plan.scale_dtype == "bfloat16":
+    if plan.scale_dtype == "bfloat16" and not packed:
         raise UsageError(
             f"scale dtype 'bfloat16' does not fit {format.name}, which stores float16 scales: "
             "leave it out or pass 'float16'"
         )
-    for own in _each(plan):
+    for own in each:
         _check_groups(own, format)
     # Codes lie as the format has them, whatever the plan says of a checkpoint's.
     return replace(plan, scale_dtype="float16", storage="two_bit")
-
-
-def check_packed(plan: TernaryPlan, format: GgufFormat) -> None:
-    """Refuse trits that were made by a plan whose result the format cannot hold.
-
-    Raises:
-        UsageError: two planes, offsets, or groups that are no whole number of blocks.
-    """
-    for own in _each(plan):
-        _check_rule(own, format)
-        _check_groups(own, format)
-
-
-def _each(plan: TernaryPlan) -> list[TernaryPlan]:
-    """The plan's general options, and those of every matrix with an entry of its own."""
-    coded = [name for name, entry in plan.matrices.items() if entry.rule != "keep"]
-    return [plan.of(""), *(plan.of(name) for name in coded)]
 
 
 def _check_rule(plan: TernaryPlan, format: GgufFormat) -> None:

@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from trilens.checkpoint.format.report import TensorReport
 from trilens.checkpoint.format.skeleton import Choice, module_at
 from trilens.checkpoint.gguf.families import Family
-from trilens.checkpoint.gguf.formats import FLOAT_TYPES, GgufFormat, type_bytes
-from trilens.checkpoint.gguf.source import GgufSource
+from trilens.checkpoint.gguf.formats import FLOAT_TYPES, GgufFormat
+from trilens.checkpoint.job import Job
 from trilens.errors import CorruptFileError, UsageError
+from trilens.io.safetensors_header import TensorHeader
 
-__all__ = ["GgufSlot", "left_out", "slots", "with_fallbacks"]
+__all__ = ["GgufSlot", "lay_out"]
 
 _TYPE_OF = {"F32": 0, "F64": 0, "F16": 1, "BF16": 30}
 _F32 = 0
@@ -38,6 +39,7 @@ class GgufSlot:
         size_bytes: In the file.
         size_bytes_before: In the checkpoint.
         transposed: The checkpoint has columns first.
+        order: Which row of the checkpoint each row is; None where none moved.
         offset: What is added to every number.
         values: What is made; None for a tensor of the checkpoint.
     """
@@ -50,6 +52,7 @@ class GgufSlot:
     size_bytes: int
     size_bytes_before: int
     transposed: bool = False
+    order: NDArray[np.int64] | None = None
     offset: float = 0.0
     values: NDArray[np.float32] | None = None
 
@@ -84,50 +87,28 @@ class GgufSlot:
         return "; ".join(notes)
 
 
-def with_fallbacks(
-    source: GgufSource, choices: tuple[Choice, ...], format: GgufFormat
-) -> tuple[Choice, ...]:
-    """The choices, with matrices kept whose rows are no whole number of blocks.
-
-    Raises:
-        UsageError: nothing is left to code, or something that no GGUF file of these can hold.
-    """
-    found = []
-    for choice in choices:
-        shape = source.headers[choice.name].shape
-        if choice.storage in {"merged", "experts"}:
-            raise UsageError(
-                f"tensor {choice.name!r} is {choice.storage} by transformers when it is loaded: "
-                "its GGUF form is not mapped; keep it, or write a checkpoint for transformers"
-            )
-        cols = shape[0 if choice.transposed else -1] if shape else 0
-        if choice.storage == "layer" and cols % format.block:
-            why = f"rows of {cols} weights are no multiple of {format.block}"
-            found.append(replace(choice, storage="kept", reason=why))
-        else:
-            found.append(choice)
-    if all(choice.storage == "kept" for choice in found):
-        raise UsageError(
-            f"nothing is left to write as {format.name}: every matrix is kept, or has rows that "
-            f"are no multiple of {format.block} weights"
-        )
-    return tuple(found)
-
-
-def slots(
-    source: GgufSource, choices: tuple[Choice, ...], family: Family, format: GgufFormat
-) -> list[GgufSlot]:
+def lay_out(
+    job: Job, family: Family, format: GgufFormat
+) -> tuple[list[GgufSlot], list[TensorReport]]:
     """Every tensor of the file that the checkpoint has, in the checkpoint's order.
 
+    Returns:
+        The tensors to write, and a report of those that the file does not need.
+
     Raises:
-        UsageError: a tensor that the engine has no place for, or of a type that is not written.
+        UsageError: a tensor that the engine has no place for, or of a type that is not written;
+            nothing is left to code.
         CorruptFileError: the checkpoint lacks a tensor of the model.
     """
-    names = get_tensor_name_map(family.arch, source.config.num_hidden_layers)
-    tied = _tied(source)
+    config, source = job.source.config, job.source.title
+    names = get_tensor_name_map(family.arch, config.num_hidden_layers)
+    tied = _tied(config, job.model)
     found: dict[str, GgufSlot] = {}
-    for choice in choices:
-        if _why_left_out(choice, tied):
+    absent = []
+    for choice, header in _with_fallbacks(job, format):
+        why = _why_left_out(choice, tied)
+        if why:
+            absent.append(_left_out(header, why))
             continue
         name = names.get_name(choice.target, try_suffixes=_SUFFIXES)
         if name is None:
@@ -137,44 +118,46 @@ def slots(
             )
         if name in found:
             raise CorruptFileError(
-                f"{source.name} fills the tensor {name} twice: from {found[name].choice!r} and "
+                f"{source} fills the tensor {name} twice: from {found[name].choice!r} and "
                 f"from {choice.name!r}"
             )
-        found[name] = _slot(source, choice, name, family, format)
+        found[name] = _slot(job, choice, header, name, family, format)
     filled = {slot.choice.target for slot in found.values() if slot.choice is not None}
     missing = sorted(
-        name
-        for name, _ in source.model.named_parameters()
-        if name not in filled and name not in tied
+        name for name, _ in job.model.named_parameters() if name not in filled and name not in tied
     )
     if missing:
         raise CorruptFileError(
-            f"{source.name} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
+            f"{source} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
         )
-    return list(found.values())
+    return list(found.values()), absent
 
 
-def left_out(source: GgufSource, choices: tuple[Choice, ...]) -> list[TensorReport]:
-    """The tensors of the checkpoint that the file does not need, each with its reason."""
-    tied = _tied(source)
-    reports = []
-    for choice in choices:
-        why = _why_left_out(choice, tied)
-        if why:
-            header = source.headers[choice.name]
-            reports.append(
-                TensorReport(
-                    name=choice.name,
-                    packed_as=choice.name,
-                    shape=header.shape,
-                    outcome="left out",
-                    reason=why,
-                    is_matrix=False,
-                    size_bytes_before=header.size_bytes,
-                    size_bytes=0,
-                )
+def _with_fallbacks(job: Job, format: GgufFormat) -> list[tuple[Choice, TensorHeader]]:
+    """The choices, with matrices kept whose rows are no whole number of blocks.
+
+    Raises:
+        UsageError: nothing is left to code, or something that no GGUF file of these can hold.
+    """
+    found = []
+    for choice, header in job.pairs:
+        if choice.storage in {"merged", "experts"}:
+            raise UsageError(
+                f"tensor {choice.name!r} is {choice.storage} by transformers when it is loaded: "
+                "its GGUF form is not mapped; keep it, or write a checkpoint for transformers"
             )
-    return reports
+        cols = header.shape[0 if choice.transposed else -1] if header.shape else 0
+        if choice.storage == "layer" and cols % format.block:
+            why = f"rows of {cols} weights are no multiple of {format.block}"
+            found.append((replace(choice, storage="kept", reason=why), header))
+        else:
+            found.append((choice, header))
+    if all(choice.storage == "kept" for choice, _ in found):
+        raise UsageError(
+            f"nothing is left to write as {format.name}: every matrix is kept, or has rows that "
+            f"are no multiple of {format.block} weights"
+        )
+    return found
 
 
 def _why_left_out(choice: Choice, tied: dict[str, str]) -> str:
@@ -185,19 +168,33 @@ def _why_left_out(choice: Choice, tied: dict[str, str]) -> str:
     return ""
 
 
-def _tied(source: GgufSource) -> dict[str, str]:
+def _left_out(header: TensorHeader, why: str) -> TensorReport:
+    return TensorReport(
+        name=header.name,
+        packed_as=header.name,
+        shape=header.shape,
+        outcome="left out",
+        reason=why,
+        is_matrix=False,
+        size_bytes_before=header.size_bytes,
+        size_bytes=0,
+    )
+
+
+def _tied(config: Any, model: Any) -> dict[str, str]:
     """Parameters that are another one under a second name."""
-    if not getattr(source.config, "tie_word_embeddings", False):
+    if not getattr(config, "tie_word_embeddings", False):
         return {}
-    return dict(getattr(source.model, "all_tied_weights_keys", None) or {})
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _slot(
-    source: GgufSource, choice: Choice, name: str, family: Family, format: GgufFormat
+    job: Job, choice: Choice, header: TensorHeader, name: str, family: Family, format: GgufFormat
 ) -> GgufSlot:
-    header = source.headers[choice.name]
     coded = choice.storage != "kept"
-    transposed = _is_transposed(source, choice)
+    # Also a matrix that is kept may be stored as [in, out].
+    path, _, leaf = choice.target.rpartition(".")
+    transposed = leaf == "weight" and isinstance(module_at(job.model, path), Conv1D)
     shape = header.shape[::-1] if transposed else header.shape
     if not shape or min(shape) < 1 or len(shape) > 2:
         raise UsageError(f"tensor {choice.name!r} has shape {header.shape}: no matrix, no vector")
@@ -205,7 +202,6 @@ def _slot(
         raise UsageError(f"tensor {choice.name!r} is stored as {header.dtype}: no plain numbers")
     # The engine adds and multiplies vectors in float32 alone.
     type_id = _F32 if len(shape) == 1 else _TYPE_OF[header.dtype]
-    size_bytes = format.codec.size_bytes(shape) if coded else type_bytes(type_id, shape)
     is_norm = len(shape) == 1 and name.endswith("norm.weight")
     return GgufSlot(
         name=name,
@@ -213,14 +209,11 @@ def _slot(
         type_id=format.type_id if coded else type_id,
         shape=shape,
         dtype=header.dtype,
-        size_bytes=size_bytes or math.prod(shape) * 4,
+        size_bytes=format.codec.size_bytes(shape)
+        if coded
+        else math.prod(shape) * FLOAT_TYPES[type_id][1],
         size_bytes_before=header.size_bytes,
         transposed=transposed,
+        order=family.row_order(name, shape[0], job.source.config),
         offset=family.norm_offset if is_norm else 0.0,
     )
-
-
-def _is_transposed(source: GgufSource, choice: Choice) -> bool:
-    """Whether a matrix is stored as [in, out], also one that is kept."""
-    path, _, leaf = choice.target.rpartition(".")
-    return leaf == "weight" and isinstance(module_at(source.model, path), Conv1D)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,37 +10,42 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.skeleton import Choice
-from trilens.checkpoint.gguf.families import Family, find_family
-from trilens.checkpoint.gguf.formats import GgufFormat, check_packed, fitting_plan
-from trilens.checkpoint.gguf.layout import GgufSlot, left_out, slots, with_fallbacks
+from trilens.checkpoint.gguf.families import find_family
+from trilens.checkpoint.gguf.formats import GgufFormat, fitting_plan
+from trilens.checkpoint.gguf.layout import GgufSlot, lay_out
+from trilens.checkpoint.gguf.matrices import matrix_of
 from trilens.checkpoint.gguf.reader import read_gguf
-from trilens.checkpoint.gguf.source import GgufSource
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
-from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash, row_spans
+from trilens.checkpoint.gguf.validation import (
+    HASH_KEY,
+    HEAD_HASH_KEY,
+    N_HASHES_KEY,
+    before_hash,
+    data_hash,
+    head_hash,
+)
+from trilens.checkpoint.job import Job
+from trilens.checkpoint.source import Checkpoint
 from trilens.errors import CorruptFileError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
+from trilens.io.sealed import NO_HASH
+from trilens.models.loading import load_tokenizer
 from trilens.progress import Progress, Step
-from trilens.ternary.quantize import PerLayerQuant
 from trilens.version import __version__
 
 __all__ = ["check_place", "write_gguf"]
 
-_NO_HASH = "0" * 64  # overwritten once the tensors are there
 _FLOAT_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_Q2_0 = 42  # no type of the gguf package, so its decoder has no say
 
 
 def write_gguf(
-    source: GgufSource,
-    choices: tuple[Choice, ...],
-    plan: TernaryPlan,
+    job: Job,
     format: GgufFormat,
     out: Path,
     *,
@@ -55,9 +59,7 @@ def write_gguf(
     the gguf package knows are decoded by it too.
 
     Args:
-        source: the checkpoint.
-        choices: what is to become of each of its tensors.
-        plan: how plain weights are ternarized; its scales become float16.
+        job: the checkpoint, and what is to become of each of its tensors.
         format: of the ternary tensors. Kept matrices keep their dtype, kept vectors are float32.
         out: the file, which must not exist.
         dry_run: report what would be stored, write nothing.
@@ -67,30 +69,35 @@ def write_gguf(
         UsageError: the architecture, the plan or the tokenizer does not fit; `out` exists.
         NoTokenizerError: the checkpoint has no tokenizer.
         CorruptFileError: the checkpoint lacks a tensor of the model.
-        NonFiniteError, ValueRangeError: of a matrix; see `GgufSource.matrix`.
+        NonFiniteError, ValueRangeError: of a matrix; see `matrix_of`.
         WriteError: the file cannot be written.
 
     Memory: the source is mapped; of the largest matrix up to 3 bytes per weight (trits, moved
     rows, blocks twice), and what the rule needs. Of kept tensors, up to three times the largest.
     """
-    family = find_family(source.config)
-    if source.plan is not None:
-        check_packed(source.plan, format)
-        plan = replace(source.plan, scale_dtype="float16")
-    plan = fitting_plan(plan, format)
-    choices = with_fallbacks(source, choices, format)
-    todo = slots(source, choices, family, format)
+    config = job.source.config
+    family = find_family(config)
+    plan = fitting_plan(job.plan, format, packed=job.packed is not None)
+    todo, absent = lay_out(job, family, format)
     writer = GGUFWriter(None, MODEL_ARCH_NAMES[family.arch])
-    extras = family.describe(writer, source.config)
+    extras = family.describe(writer, config)
     todo = [_made(name, values) for name, values in extras.items()] + todo
-    _describe(writer, source, todo, plan, format)
-    absent = left_out(source, choices)
+    embedding = next(slot for slot in todo if slot.name == "token_embd.weight")
+    tokenizer = load_tokenizer(job.source.folder, trusted=False)
+    vocabulary = read_vocabulary(tokenizer, config, embedding.shape[0], job.source.title)
+    writer.add_type("model")
+    writer.add_name(job.source.title)
+    writer.add_file_type(format.file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    vocabulary.describe(writer)
+    _announce(writer, plan, todo)
     if dry_run:
         return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
     _check_space(out, todo)
-    with atomic(out) as file:
-        reports = _write(file, writer, source, family, todo, plan, format, progress)
+    with atomic(out, alone=True) as file:
+        reports = _write(file, writer, job, todo, plan, format, progress)
         _seal(file)
+        job.source.check_unchanged()
     return TernaryReport(plan, (*reports, *absent))
 
 
@@ -108,24 +115,13 @@ def check_place(out: Path) -> None:
         raise UsageError(f"folder {out.parent} does not exist: make it first")
 
 
-def _describe(
-    writer: GGUFWriter,
-    source: GgufSource,
-    todo: list[GgufSlot],
-    plan: TernaryPlan,
-    format: GgufFormat,
-) -> None:
-    """All metadata, and what is to follow it."""
-    embedding = next(slot for slot in todo if slot.name == "token_embd.weight")
-    vocabulary = read_vocabulary(source.tokenizer, source.config, embedding.shape[0], source.name)
-    writer.add_type("model")
-    writer.add_name(source.name)
-    writer.add_file_type(format.file_type)
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    vocabulary.describe(writer)
+def _announce(writer: GGUFWriter, plan: TernaryPlan, todo: list[GgufSlot]) -> None:
+    """What the file says of itself, and the tensors that are to follow."""
     writer.add_string("trilens.version", __version__)
     writer.add_string("trilens.plan", plan.to_json())
-    writer.add_string(HASH_KEY, _NO_HASH)
+    writer.add_string(HASH_KEY, NO_HASH)
+    writer.add_string(HEAD_HASH_KEY, NO_HASH)
+    writer.add_uint32(N_HASHES_KEY, 2)
     for slot in todo:
         # The package takes any number for a type, but names only those it can decode.
         kind = cast("GGMLQuantizationType", slot.type_id)
@@ -141,8 +137,7 @@ def _made(name: str, values: NDArray[np.float32]) -> GgufSlot:
 def _write(
     file: AtomicFile,
     writer: GGUFWriter,
-    source: GgufSource,
-    family: Family,
+    job: Job,
     todo: list[GgufSlot],
     plan: TernaryPlan,
     format: GgufFormat,
@@ -154,12 +149,12 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for slot in todo:
+            measured: dict[str, Any] = {}
             if slot.is_coded:
-                report = _write_coded(file, writer, source, family, slot, plan, format)
+                measured = _write_coded(file, writer, job, slot, plan, format)
             else:
-                _put(file, writer, slot, _kept_bytes(source, family, slot))
-                report = slot.report(decoded_exactly=True)
-            reports.append(report)
+                _put(file, writer, slot, _kept_bytes(job.source, slot))
+            reports.append(slot.report(decoded_exactly=True, **measured))
             if progress is not None:
                 progress(Step(len(reports), len(todo), slot.name))
     finally:
@@ -170,72 +165,35 @@ def _write(
 def _write_coded(
     file: AtomicFile,
     writer: GGUFWriter,
-    source: GgufSource,
-    family: Family,
+    job: Job,
     slot: GgufSlot,
     plan: TernaryPlan,
     format: GgufFormat,
-) -> TensorReport:
-    choice = cast("Choice", slot.choice)
-    matrix = source.matrix(choice, plan)
+) -> dict[str, Any]:
+    """Write a matrix as trits, and give what its report says of it."""
+    matrix = matrix_of(job, cast("Choice", slot.choice), plan)
     quant = matrix.quant
-    rows, cols = slot.shape
-    order = family.row_order(slot.name, rows, source.config)
-    trits = quant.trits.numpy() if order is None else quant.trits.numpy()[order]
-    scales = quant.units.per_block(quant.scales, format.block)
-    scales = scales if order is None else scales[order]
-    packed = np.empty((rows, slot.size_bytes // rows), dtype=np.uint8)
-    for first, last in row_spans(rows, cols):
-        packed[first:last] = format.codec.encode(trits[first:last], scales[first:last])
+    trits, scales = quant.trits.numpy(), quant.units.per_block(quant.scales, format.block)
+    if slot.order is not None:
+        trits, scales = trits[slot.order], scales[slot.order]
+    packed = format.encode(trits, scales)
     found = _put(file, writer, slot, packed).reshape(packed.shape)
-    for first, last in row_spans(rows, cols):
-        _compare(slot, format, found[first:last], trits[first:last], scales[first:last])
-    outcome, why = _outcome(quant, matrix.relative_error, matrix.was_ternary)
-    return slot.report(
-        outcome=outcome,
-        reason=why,
-        relative_error=matrix.relative_error,
-        sparsity=quant.sparsity,
-        decoded_exactly=True,
-    )
-
-
-def _outcome(quant: PerLayerQuant, error: float, was_ternary: bool) -> tuple[str, str]:
-    if not was_ternary:
-        return "ternary", ""
-    if error == 0:
-        return "already ternary", ""
-    return "ternary", "its trits are kept, its scale is rounded to float16"
-
-
-def _compare(
-    slot: GgufSlot,
-    format: GgufFormat,
-    found: NDArray[np.uint8],
-    trits: NDArray[np.int8],
-    scales: NDArray[np.float32],
-) -> None:
-    """Decode rows of the file and compare them with what was meant.
-
-    Raises:
-        WriteError: they differ.
-    """
     try:
-        decoded = format.codec.decode(found, trits.shape)
+        same = format.holds(found, trits, scales)
     except CorruptFileError as cause:
         raise WriteError(f"{slot.name} does not decode ({cause}): check the disk") from cause
-    same = np.array_equal(decoded.trits, trits)
-    same = same and decoded.scales is not None and np.array_equal(decoded.scales, scales)
-    if same and format.type_id != _Q2_0:
-        weights = np.repeat(scales, format.block, axis=1) * trits
-        by_package = dequantize(found, GGMLQuantizationType(format.type_id))
-        # Compared as bits: −0 and 0 are equal as numbers.
-        same = np.array_equal(by_package.view(np.uint32), weights.view(np.uint32))
     if not same:
         raise WriteError(f"{slot.name} decodes to other weights than were coded: check the disk")
+    outcome, why = matrix.outcome
+    return {
+        "outcome": outcome,
+        "reason": why,
+        "relative_error": matrix.relative_error,
+        "sparsity": quant.sparsity,
+    }
 
 
-def _kept_bytes(source: GgufSource, family: Family, slot: GgufSlot) -> NDArray[np.uint8]:
+def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
     """What a kept tensor is in the file.
 
     Shapes: → [size_bytes]
@@ -245,9 +203,8 @@ def _kept_bytes(source: GgufSource, family: Family, slot: GgufSlot) -> NDArray[n
     values: Tensor = source.tensor(slot.choice.name)
     if slot.transposed:
         values = values.T
-    order = family.row_order(slot.name, slot.shape[0], source.config)
-    if order is not None:
-        values = values[torch.from_numpy(order)]
+    if slot.order is not None:
+        values = values[torch.from_numpy(slot.order)]
     values = values.to(_FLOAT_DTYPES[slot.type_id])
     if slot.offset:
         values = values + slot.offset
@@ -275,10 +232,16 @@ def _put(
 
 
 def _seal(file: AtomicFile) -> None:
-    """Read the header back, and put the tensors' hash in it."""
+    """Read the head back, put the tensors' hash in it, and the head's own."""
     written = read_gguf(file.temporary)
-    header = written.content.bytes(0, written.data_begin).tobytes()
-    file.put(data_hash(written).encode(), header.index(_NO_HASH.encode()))
+    head = written.content.bytes(0, written.data_begin).tobytes()
+    hashes = ((HASH_KEY, data_hash), (HEAD_HASH_KEY, head_hash))  # the second covers the first
+    for key, hash_of in hashes:
+        before = before_hash(key)
+        digest = hash_of(written)  # of the file as it is now
+        if digest is None:
+            raise WriteError(f"{file.path} does not hold what was written to it: check the disk")
+        file.put(digest.encode(), head.index(before) + len(before))
 
 
 def _check_space(out: Path, todo: list[GgufSlot]) -> None:

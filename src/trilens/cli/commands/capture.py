@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from trilens.cli import options as o
+from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
 
 __all__ = ["capture"]
@@ -25,10 +26,7 @@ def capture(
     states: o.States = False,
     layers: o.Layers = None,
     logits: o.Logits = "last",
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    loading: Loading = Loading(),
     debug: o.Debug = False,
 ) -> None:
     """Save what one forward pass leaves behind.

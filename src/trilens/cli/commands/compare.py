@@ -30,7 +30,7 @@ def compare(
     fail_if: o.FailIf = None,
     lens: o.LogitLens = "last",
     max_tokens: o.MaxTokens = None,
-    seq_length: o.SeqLength = 256,
+    seq_length: o.SampleLength = 256,
     batch_size: o.BatchSize = 4,
     seed: o.Seed = 0,
     field: o.Field = "text",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from trilens.cli import options as o
+from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
 
 __all__ = ["inspect"]
@@ -26,10 +27,7 @@ def inspect(
     states: o.States = False,
     output: o.Output = None,
     format: o.Format = "table",
-    dtype: o.Dtype = "auto",
-    device_map: o.DeviceMap = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    loading: Loading = Loading(),
     debug: o.Debug = False,
 ) -> None:
     """Show a prompt layer by layer.

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a file can't be written; 2 an argument is wrong, or the mo
 from __future__ import annotations
 
 from trilens.cli import options as o
+from trilens.cli.groups import Loading, Sampling
 from trilens.cli.lazy import run
 
 __all__ = ["plan"]
@@ -23,14 +24,8 @@ def plan(
     costs: o.Costs = "measured",
     storage: o.Storage = "compact",
     scale_dtype: o.ScaleDtype = "float16",
-    max_tokens: o.MaxTokens = 2048,
-    seq_length: o.SeqLength = 256,
-    seed: o.Seed = 0,
-    field: o.Field = "text",
-    dtype: o.Dtype = "float32",
-    device_map: o.DeviceMap = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    sampling: Sampling = Sampling(max_tokens=2048),
+    loading: Loading = Loading(dtype="float32"),
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

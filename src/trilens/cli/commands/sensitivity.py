@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trilens.cli import options as o
+from trilens.cli.groups import Coding, Loading, Sampling
 from trilens.cli.lazy import run
 
 __all__ = ["sensitivity"]
@@ -11,19 +12,11 @@ __all__ = ["sensitivity"]
 def sensitivity(
     model: o.Model,
     data: o.Data,
-    rule: o.Rule = "absmean",
-    group_size: o.GroupSize = None,
-    per: o.Per = None,
+    coding: Coding = Coding(),
     each_matrix: o.EachMatrix = False,
     predict: o.Predict = True,
-    max_tokens: o.MaxTokens = 4096,
-    seq_length: o.SeqLength = 256,
-    seed: o.Seed = 0,
-    field: o.Field = "text",
-    dtype: o.Dtype = "float32",
-    device_map: o.DeviceMap = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    sampling: Sampling = Sampling(),
+    loading: Loading = Loading(dtype="float32"),
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

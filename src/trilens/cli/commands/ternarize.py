@@ -7,6 +7,7 @@ used; 3 more damage than --max-perplexity-ratio allows.
 from __future__ import annotations
 
 from trilens.cli import options as o
+from trilens.cli.groups import Coding, Fitting
 from trilens.cli.lazy import run
 
 __all__ = ["ternarize"]
@@ -18,9 +19,7 @@ def ternarize(
     model: o.Model,
     output: o.RequiredOutput,
     to: o.To = "trilens",
-    rule: o.Rule = "absmean",
-    group_size: o.GroupSize = None,
-    per: o.Per = None,
+    coding: Coding = Coding(),
     ignore: o.Ignore = None,
     only: o.Only = None,
     scale_dtype: o.ScaleDtype = "float32",
@@ -29,11 +28,7 @@ def ternarize(
     plan: o.PlanFile = None,
     calibrate: o.Calibrate = None,
     evaluate: o.Evaluate = None,
-    max_perplexity_ratio: o.MaxPerplexityRatio = None,
-    max_tokens: o.MaxTokens = None,
-    seq_length: o.SeqLength = None,
-    batch_size: o.BatchSize = None,
-    seed: o.Seed = None,
+    fitting: Fitting = Fitting(),
     field: o.Field = "text",
     revision: o.Revision = None,
     dry_run: o.DryRun = False,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Unpack
-
-import typer
+from typing import Literal
 
 from trilens.cli.console import check_file, timed
-from trilens.cli.run.prompts import Loading, chosen_layers, open_lens, prompt_text
+from trilens.cli.groups import Loading
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
+from trilens.cli.streams import say
 
 __all__ = ["run"]
 
@@ -27,12 +27,12 @@ def run(
     states: bool,
     layers: str | None,
     logits: Which,
-    **loading: Unpack[Loading],
+    loading: Loading,
 ) -> None:
     """Capture and save."""
     check_file(output)
     with timed(output):
-        lens = open_lens(model, **loading)
+        lens = open_lens(model, loading)
         capture = lens.capture(
             prompt_text(prompt),
             residual=None if residual == "none" else residual,
@@ -44,4 +44,4 @@ def run(
             states=states,
         )
         capture.save(output)
-        typer.echo(repr(capture))
+        say(repr(capture))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal
 
 import typer
 
 from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
-from trilens.cli.console import show, show_json, shown_progress, timed
-from trilens.cli.run.prompts import Loading, open_lens
+from trilens.analysis.comparison.saving import check_place
+from trilens.cli.console import show_result, shown_progress, timed
+from trilens.cli.groups import Loading
+from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
-from trilens.errors import UsageError
+from trilens.cli.streams import say
 from trilens.report.text.comparison import print_comparison
 from trilens.text.token_blocks import token_blocks
 
@@ -37,15 +38,18 @@ def run(
     seed: int | None,
     field: str,
     format: str,
-    **loading: Unpack[Loading],
+    dtype: Any,
+    device_map: str | None,
+    trust_remote_code: bool,
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
-    if output is not None and output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file: name a folder")
+    if output is not None:
+        check_place(output)
     documents = documents_of(data, field=field)
     with timed(output):
-        left, right = (open_lens(name, **loading) for name in (before, after))
+        loading = Loading(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        left, right = (open_lens(name, loading) for name in (before, after))
         blocks = token_blocks(
             left.tokenizer or right.tokenizer,
             documents,
@@ -57,14 +61,11 @@ def run(
             found = compare(left, right, blocks, options=options, progress=progress)
         if output is not None:
             found.save(output)
-        if format == "json":
-            show_json(found.to_dict())
-        else:
-            show(partial(print_comparison, found), pipe_width=160)
+        show_result(found, print_comparison, format=format, pipe_width=160)
     met = [(each, each.met_by(found.rows)) for each in conditions]
     for condition, rows in met:
         if rows:
-            typer.echo(f"trilens: {_words(condition, rows)}", err=True)
+            say(f"trilens: {_words(condition, rows)}", err=True)
     if any(rows for _, rows in met):
         raise typer.Exit(_MET)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from trilens.cli.console import status, timed
+from trilens.cli.streams import say
 from trilens.models.rwkv7.convert import convert_rwkv7
 
 __all__ = ["run"]
@@ -18,6 +17,4 @@ def run(*, source: Path, output: Path) -> None:
         with status(f"converting {source}"):
             done = convert_rwkv7(source, output)
         layers = done.config["num_hidden_layers"]
-        typer.echo(
-            f"{done.path}: {layers} layers, {done.n_tensors} tensors, {done.size_bytes} bytes"
-        )
+        say(f"{done.path}: {layers} layers, {done.n_tensors} tensors, {done.size_bytes} bytes")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Unpack
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from trilens.cli.run.prompts import Loading, open_lens
+from trilens.cli.groups import Loading, Sampling
+from trilens.cli.run.prompts import open_lens
 from trilens.errors import ConfigError, UsageError, ValueRangeError
 from trilens.io.hub import local_folder
 from trilens.io.json import read_json
@@ -29,30 +29,32 @@ class Dense:
     headers: dict[str, TensorHeader]
 
     def blocks(
-        self, documents: Sequence[str], *, length: int, tokens: int, seed: int | None
+        self, documents: Sequence[str], sampling: Sampling, *, times: int = 1
     ) -> tuple[Tensor, ...]:
-        """Token blocks drawn from documents, none longer than the model takes."""
+        """Token blocks drawn from documents, `times` as many, none longer than the model takes."""
+        length = sampling.seq_length
         limit = max_positions_of(self.lens.model)
         if limit is not None and length > limit:
             raise ValueRangeError(
                 f"sequence length {length} is out of range: the model takes at most {limit} tokens"
             )
         return sample_blocks(
-            self.lens.tokenizer, documents, length=length, tokens=tokens, seed=seed or 0
+            self.lens.tokenizer,
+            documents,
+            length=length,
+            tokens=times * sampling.max_tokens,
+            seed=sampling.seed or 0,
         )
 
 
-def open_dense(model: str, **loading: Unpack[Loading]) -> Dense:
+def open_dense(model: str, loading: Loading) -> Dense:
     """Open a checkpoint whose weights are not quantized yet.
 
     Raises:
         UsageError: they are.
         LoadError: it can't be loaded.
     """
-    revision = loading.pop("revision", None)
-    folder, source = local_folder(
-        model, revision=revision, code=loading.get("trust_remote_code", False)
-    )
+    folder, source = local_folder(model, revision=loading.revision, code=loading.trust_remote_code)
     if read_json(folder / "config.json", ConfigError).get("quantization_config") is not None:
         raise UsageError(f"{source} is quantized already: give the checkpoint with dense weights")
-    return Dense(open_lens(str(folder), **loading), read_headers(folder))
+    return Dense(open_lens(str(folder), replace(loading, revision=None)), read_headers(folder))

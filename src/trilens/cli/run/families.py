@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from trilens.cli.console import show, show_json
+from trilens.cli.console import show_result
 from trilens.errors import UsageError
 from trilens.models.families import load_families
 from trilens.report.text.families import print_families
@@ -24,7 +24,4 @@ def run(*, type: str | None, format: str) -> None:
                 "them"
             )
         table = replace(table, rows=rows)
-    if format == "json":
-        show_json(table.to_dict())
-    else:
-        show(partial(print_families, table, whole=type is not None))
+    show_result(table, partial(print_families, whole=type is not None), format=format)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Unpack
 
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.analysis.inspection import Inspection, inspect_capture
-from trilens.cli.console import check_file, show, show_json, timed
-from trilens.cli.run.prompts import Loading, chosen_layers, open_lens, prompt_text
+from trilens.cli.console import check_file, show_result, timed
+from trilens.cli.groups import Loading
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
 from trilens.errors import UnclaimedGateError, UsageError
+from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.tokens import token_strings
@@ -30,7 +30,7 @@ def run(
     states: bool,
     output: Path | None,
     format: str,
-    **loading: Unpack[Loading],
+    loading: Loading,
 ) -> None:
     """Inspect and print, or write to a file."""
     check_file(output)
@@ -38,9 +38,9 @@ def run(
         if Path(model).is_file() and Path(model).suffix.lower() != ".gguf":
             needless = {
                 "--prompt": prompt, "--layers": layers, "--effective": effective,
-                "--states": states, "--device-map": loading["device_map"],
-                "--revision": loading["revision"], "--dtype": loading["dtype"] != "auto",
-                "--trust-remote-code": loading["trust_remote_code"],
+                "--states": states, "--device-map": loading.device_map,
+                "--revision": loading.revision, "--dtype": loading.dtype != "auto",
+                "--trust-remote-code": loading.trust_remote_code,
             }  # fmt: skip
             given = [name for name, value in needless.items() if value]
             if given:
@@ -52,15 +52,12 @@ def run(
         elif prompt is None:
             raise UsageError(f"model {model} needs a prompt: give -p TEXT, or -p - to read it")
         else:
-            lens = open_lens(model, **loading)
+            lens = open_lens(model, loading)
             name = Path(model).name if Path(model).is_dir() else model
             inspection = inspect_prompt(
                 lens, name, prompt_text(prompt), layers, top_k, effective=effective, states=states
             )
-        if format == "json":
-            show_json(inspection.to_dict(), file=output)
-        else:
-            show(partial(print_inspection, inspection), file=output)
+        show_result(inspection, print_inspection, format=format, file=output)
 
 
 def _inspect_saved(file: Path, top_k: int) -> Inspection:
@@ -77,6 +74,7 @@ def _inspect_saved(file: Path, top_k: int) -> Inspection:
         name=file.name,
         top_k=top_k,
         token_text=lambda token: known.get(token, f"#{token}"),
+        notes=[] if capture.hash_checked else [NO_HASH_NOTE],
     )
 
 

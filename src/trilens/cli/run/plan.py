@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
-from trilens.cli.console import check_file, show, show_json, shown_progress, status, timed
+from trilens.cli.console import check_file, show_result, shown_progress, status, timed
+from trilens.cli.groups import Loading, Sampling
 from trilens.cli.run.dense import open_dense
-from trilens.cli.run.prompts import Loading
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
 from trilens.io.atomic import write_bytes
@@ -38,12 +37,9 @@ def run(
     costs: Any,
     storage: Any,
     scale_dtype: Any,
-    max_tokens: int,
-    seq_length: int,
-    seed: int | None,
-    field: str,
+    sampling: Sampling,
+    loading: Loading,
     format: str,
-    **loading: Unpack[Loading],
 ) -> None:
     """Make a plan, print it, and write it where it keeps within the bound."""
     options = PlanOptions(
@@ -54,19 +50,20 @@ def run(
         scale_dtype=scale_dtype,
     )
     check_file(output)
-    documents = documents_of(data, field=field)
+    documents = documents_of(data, field=sampling.field)
     if evaluate is None:
         documents, held_out = set_aside(documents)
     else:
-        held_out = documents_of(evaluate, field=field)
+        held_out = documents_of(evaluate, field=sampling.field)
     with timed(output):
-        dense = open_dense(model, **loading)
-        draw = partial(dense.blocks, length=seq_length, seed=seed)
-        blocks = draw(documents, tokens=max_tokens)
+        dense = open_dense(model, loading)
+        blocks = dense.blocks(documents, sampling)
         candidates: Candidates = data_free
         if calibrate is not None:
             # The text of --data: without what was set aside of it.
-            texts = documents if calibrate == data else documents_of(calibrate, field=field)
+            texts = (
+                documents if calibrate == data else documents_of(calibrate, field=sampling.field)
+            )
             texts = tuple(text for text in texts if text not in held_out)
             if not texts:
                 raise UsageError(
@@ -75,22 +72,19 @@ def run(
                 )
             matrices = find_matrices(dense.lens, dense.headers)
             with status("taking the Hessians of the matrices' inputs"):
-                hessians = hessians_of(dense.lens, matrices, draw(texts, tokens=max_tokens))
+                hessians = hessians_of(dense.lens, matrices, dense.blocks(texts, sampling))
             candidates = with_text(hessians)
         with shown_progress() as progress:
             planned = make_plan(
                 dense.lens,
                 blocks,
-                draw(held_out, tokens=_HELD_OUT_TIMES * max_tokens),
+                dense.blocks(held_out, sampling, times=_HELD_OUT_TIMES),
                 options=options,
                 headers=dense.headers,
                 candidates=candidates,
                 progress=progress,
             )
-        if format == "json":
-            show_json(planned.to_dict())
-        else:
-            show(partial(print_plan, planned))
+        show_result(planned, print_plan, format=format)
         if not planned.holds:
             raise DamageError(
                 f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "

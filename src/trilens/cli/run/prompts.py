@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import sys
-from typing import TypedDict, Unpack
+from dataclasses import asdict
 
 from trilens.cli.console import status
+from trilens.cli.groups import Loading
 from trilens.errors import UsageError
+from trilens.io.messages import reason
 from trilens.lens.lens import Lens
 
-__all__ = ["Loading", "chosen_layers", "open_lens", "prompt_text"]
+__all__ = ["chosen_layers", "open_lens", "prompt_text"]
 
 
-class Loading(TypedDict, total=False):
-    """How a model is loaded: the options of `Lens.from_pretrained`."""
-
-    dtype: str
-    device_map: str | None
-    revision: str | None
-    trust_remote_code: bool
-
-
-def open_lens(model: str, **loading: Unpack[Loading]) -> Lens:
+def open_lens(model: str, loading: Loading | None = None) -> Lens:
     """Load a model, with a line on the terminal while it loads."""
     with status(f"loading {model}"):
-        return Lens.from_pretrained(model, **loading)
+        return Lens.from_pretrained(model, **asdict(loading or Loading()))
 
 
 def prompt_text(prompt: str) -> str:
-    """The prompt, or standard input for ``-``."""
-    return sys.stdin.read() if prompt == "-" else prompt
+    """The prompt, or standard input for ``-``.
+
+    Raises:
+        UsageError: standard input is closed or can't be read.
+    """
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"standard input cannot be read ({reason(error)}): pipe UTF-8 text into it, or give "
+            "the prompt with -p TEXT"
+        ) from error
 
 
 def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:

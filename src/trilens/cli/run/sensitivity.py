@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Unpack
+from dataclasses import asdict
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
-from trilens.cli.console import show, show_json, shown_progress
+from trilens.cli.console import show_result, shown_progress
+from trilens.cli.groups import Coding, Loading, Sampling
 from trilens.cli.run.dense import open_dense
-from trilens.cli.run.prompts import Loading
 from trilens.cli.run.text import documents_of
 from trilens.planning.sensitivity import measure_sensitivity
 from trilens.report.text.sensitivity import print_sensitivity
@@ -22,34 +21,26 @@ def run(
     *,
     model: str,
     data: str,
-    rule: Any,
-    group_size: int | None,
-    per: Any,
+    coding: Coding,
     each_matrix: bool,
     predict: bool,
-    max_tokens: int,
-    seq_length: int,
-    seed: int | None,
-    field: str,
+    sampling: Sampling,
+    loading: Loading,
     format: str,
-    **loading: Unpack[Loading],
 ) -> None:
     """Measure and print."""
-    entry = MatrixPlan(rule=rule, per=per, group_size=group_size)
-    documents = documents_of(data, field=field)
-    dense = open_dense(model, **loading)
-    blocks = dense.blocks(documents, length=seq_length, tokens=max_tokens, seed=seed)
+    rule = MatrixPlan(**asdict(coding))
+    documents = documents_of(data, field=sampling.field)
+    dense = open_dense(model, loading)
+    blocks = dense.blocks(documents, sampling)
     with shown_progress() as progress:
         found = measure_sensitivity(
             dense.lens,
             blocks,
-            rule=entry,
+            rule=rule,
             headers=dense.headers,
             each_matrix=each_matrix,
             predict=predict,
             progress=progress,
         )
-    if format == "json":
-        show_json({**_HEAD, **found.to_dict()})
-    else:
-        show(partial(print_sensitivity, found))
+    show_result(found, print_sensitivity, format=format, head=_HEAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.evaluate import Sample
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.pipeline import ternarize
-from trilens.cli.console import show, show_json, shown_progress, timed
+from trilens.cli.console import show_result, shown_progress, timed
+from trilens.cli.groups import Coding, Fitting
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
 from trilens.report.text.ternary import REPORT_HEAD, print_report
 
 __all__ = ["run"]
+
+_CALIBRATIONS = {"max_tokens": "tokens", "seq_length": "length"}  # names that `Calibration` has
 
 
 def run(
@@ -23,9 +27,7 @@ def run(
     model: str,
     output: Path,
     to: Any,
-    rule: Any,
-    group_size: int | None,
-    per: Any,
+    coding: Coding,
     ignore: list[str] | None,
     only: list[str] | None,
     scale_dtype: Any,
@@ -34,11 +36,7 @@ def run(
     plan: Path | None,
     calibrate: str | None,
     evaluate: str | None,
-    max_perplexity_ratio: float | None,
-    max_tokens: int | None,
-    seq_length: int | None,
-    batch_size: int | None,
-    seed: int | None,
+    fitting: Fitting,
     field: str,
     revision: str | None,
     dry_run: bool,
@@ -46,9 +44,7 @@ def run(
 ) -> None:
     """Write the copy, print the report."""
     options: dict[str, Any] = {
-        "rule": rule,
-        "group_size": group_size,
-        "per": per,
+        **asdict(coding),
         "keep": tuple(ignore or ()),
         "only": tuple(only or ()),
         "scale_dtype": scale_dtype,
@@ -56,13 +52,7 @@ def run(
         "rotate": rotate,
     }
     entries = TernaryPlan(**options) if plan is None else _read_plan(plan, options)
-    fitted: dict[str, Any] = {
-        "tokens": max_tokens,
-        "length": seq_length,
-        "batch_size": batch_size,
-        "seed": seed,
-        "max_perplexity_ratio": max_perplexity_ratio,
-    }
+    fitted = {_CALIBRATIONS.get(name, name): value for name, value in asdict(fitting).items()}
     read = partial(documents_of, field=field)
     held_out = () if evaluate is None else read(evaluate)
     calibration = sample = None
@@ -88,10 +78,7 @@ def run(
             sample=sample,
             progress=progress,
         )
-    if format == "json":
-        show_json({**REPORT_HEAD, **report.to_dict()})
-    else:
-        show(partial(print_report, report))
+    show_result(report, print_report, format=format, head=REPORT_HEAD)
 
 
 def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:

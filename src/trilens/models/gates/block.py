@@ -7,14 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.events import (
-    FunctionCall,
-    GateEvents,
-    KernelCall,
-    ProductCall,
-    TopkCall,
-    WeightedCall,
-)
+from trilens.models.gates.events import FunctionCall, GateEvents, KernelCall, WeightedCall
 from trilens.models.gates.kernels import KERNEL_GATES
 from trilens.models.gates.site import (
     GateSource,
@@ -51,14 +44,13 @@ class BlockView:
     def __init__(self, trace: Trace, events: GateEvents, block: ModuleCall) -> None:
         self.seq = trace.seq
         self.block = block
-        self.calls: list[ModuleCall] = [block, *trace.inside(block)]
-        self._events = events
+        self.calls = [block, *trace.inside(block)]
         self.numbers = [i for i, c in enumerate(events.functions) if self._mine(c.tick)]
-        self.functions: list[FunctionCall] = [events.functions[i] for i in self.numbers]
-        self.products: list[ProductCall] = [p for p in events.products if self._mine(p.tick)]
-        self.weighted: list[WeightedCall] = [w for w in events.weighted if self._mine(w.tick)]
-        self.topk: list[TopkCall] = [t for t in events.topk if self._mine(t.tick)]
-        self.kernels: list[KernelCall] = [
+        self.functions = [events.functions[i] for i in self.numbers]
+        self.products = [p for p in events.products if self._mine(p.tick)]
+        self.weighted = [w for w in events.weighted if self._mine(w.tick)]
+        self.topk = [t for t in events.topk if self._mine(t.tick)]
+        self.kernels = [
             k for k in events.kernels if self._mine(k.start) and k.function in KERNEL_GATES
         ]
         self.attention = {site.path for site in trace.attention if self._mine(site.tick)}

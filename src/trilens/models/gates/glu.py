@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trilens.caches.gate_functions import GATE_FUNCTIONS
 from trilens.caches.gates import GateSpec
 from trilens.caches.storage import address_of
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.events import GateEvents
 from trilens.models.gates.site import (
@@ -47,7 +48,7 @@ def find_glu_gates(
         if len(claims) == 1:
             gates[_NAME, layer] = claims[0]
         elif claims:
-            places = ", ".join(claim.spec.where for claim in claims)
+            places = listed(claim.spec.where for claim in claims)
             unclaimed[layer] = f"{len(claims)} GLU gates in one block ({places})"
         else:
             refused = [claim for claim in found if isinstance(claim, str)]

@@ -26,6 +26,7 @@ __all__ = [
     "KERNEL_GATES",
     "Arguments",
     "KernelGate",
+    "KernelRecord",
     "chunk_step",
     "is_recorded",
     "scan_step",
@@ -48,6 +49,22 @@ Recorded = Mapping[str, list[Tensor]]
 
 _TOLERANCE = 1e-6
 _RWKV7_STEEPEST = -math.exp(-0.5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelRecord:
+    """One call of a kernel function.
+
+    Attributes:
+        function: its name.
+        arguments: what it was called with, by parameter name, defaults included: references to the
+            model's own tensors.
+        result: what it gave back.
+    """
+
+    function: str
+    arguments: Arguments
+    result: Any
 
 
 @dataclass(frozen=True, slots=True)

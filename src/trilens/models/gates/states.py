@@ -6,6 +6,7 @@ Source: xLSTM, arXiv 2405.04517; lightning attention, arXiv 2401.04658.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,15 +44,7 @@ def _forget_gate(backend: nn.Module, view: BlockView) -> list[GateSite]:
             layout = layout_of(x, view.seq) if x.dim() == 3 else None
             if layout is None or not is_recorded(F.logsigmoid(x), made):
                 continue
-            spec = GateSpec(
-                name="mixer.decay",
-                kind="decay",
-                formula="σ(f)",
-                function="sigmoid",
-                range=(0.0, 1.0),
-                shape=(view.rows(x).shape[1],),
-                where=call.path,
-            )
+            spec = _decay("σ(f)", "sigmoid", view.rows(x).shape[1], call.path)
             view.explain(inside)
             return [GateSite(spec, GateSource("input", backend, index), layout)]
     return []
@@ -66,17 +59,12 @@ def _slope(module: nn.Module, path: str, view: BlockView) -> list[GateSite]:
     if not is_recorded(torch.exp(-slope * chunk), [f.y for f in inside]):
         return []
     view.explain(inside)
-    spec = GateSpec(
-        name="mixer.decay",
-        kind="decay",
-        formula="exp(−slope)",
-        function="log_decay",
-        range=(0.0, 1.0),
-        shape=(slope.numel(),),
-        where=path,
-        static=True,
-    )
+    spec = replace(_decay("exp(−slope)", "log_decay", slope.numel(), path), static=True)
     return [GateSite(spec, GateSource("output", module), Layout("static"), _negative(module))]
+
+
+def _decay(formula: str, function: str, units: int, path: str) -> GateSpec:
+    return GateSpec("mixer.decay", "decay", formula, function, (0.0, 1.0), (units,), path)
 
 
 def _negative(module: nn.Module) -> Callable[[Mapping[str, Any]], Tensor]:

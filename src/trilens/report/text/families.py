@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from trilens.models.families import FamilyTable, spell_short
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Cell, Column, print_line, print_table
 
 __all__ = ["print_families"]
 
@@ -29,7 +29,7 @@ def print_families(families: FamilyTable, console: Console, *, whole: bool = Fal
     reasons = any(row.reason or row.no_effective for row in families.rows)
     if reasons:
         columns.append(Column("why not more", left=True, fold=20))
-    cells = []
+    cells: list[tuple[Cell, ...]] = []
     for row in families.rows:
         reason = "; ".join(filter(None, (row.reason, row.no_effective)))
         if not whole and len(reason) > _REASON:
@@ -41,15 +41,17 @@ def print_families(families: FamilyTable, console: Console, *, whole: bool = Fal
                 str(row.n_layers or "–"),
                 spell_short(row.attention),
                 spell_short(row.effective),
-                "\n".join(map(str, row.gates)) or "–",
+                tuple(map(str, row.gates)) or "–",
                 *([reason] if reasons else []),
             )
         )
     print_table(console, columns, cells)
     counts = families.count()
     parts = [f"{counts.get(key, 0)} {name}" for key, name in _MARKS.items()]
-    console.print(
-        f"\n{len(families.rows)} types of transformers {families.transformers}: "
+    console.print()
+    print_line(
+        console,
+        f"{len(families.rows)} types of transformers {families.transformers}: "
         f"{', '.join(parts)}; {families.n_gated} with proven gates, "
-        f"{families.n_effective} with effective attention"
+        f"{families.n_effective} with effective attention",
     )

@@ -151,7 +151,7 @@ class MomentSums:
 
         Raises:
             ShapeError: other channels than were announced, or unlike numbers of tokens.
-            NonFiniteError: NaN or Inf among the inputs or the wanted outputs.
+            NonFiniteError: NaN or Inf among the inputs or the target outputs.
         """
         # PROMOTE: sums over 1e5 tokens of products of channels that differ 1000-fold
         x = inputs.detach().reshape(-1, inputs.shape[-1]).double()

@@ -18,24 +18,24 @@ def code_columns(work: Any, scales: Any, upper: Any, groups: Any, trits: Any, er
     two = scales.shape[2] == 2
     for r in range(rows):
         for j in range(width):
-            wanted = work[r, j]
+            target = work[r, j]
             first = scales[r, groups[j], 0]
             best, one, other = np.inf, 0, 0
             if two:
                 second = scales[r, groups[j], 1]
                 value = 0.0
                 for t in range(-1, 2):
-                    rest = wanted - first * t
+                    rest = target - first * t
                     u = int(rest > 0.5 * second) - int(rest < -0.5 * second)
                     level = first * t + second * u
-                    if abs(wanted - level) < best:
-                        best, one, other, value = abs(wanted - level), t, u, level
+                    if abs(target - level) < best:
+                        best, one, other, value = abs(target - level), t, u, level
                 trits[r, 1, j] = other
             else:
-                one = int(wanted > 0.5 * first) - int(wanted < -0.5 * first)
+                one = int(target > 0.5 * first) - int(target < -0.5 * first)
                 value = first * one
             trits[r, 0, j] = one
-            error = (wanted - value) / upper[j, j]
+            error = (target - value) / upper[j, j]
             errors[r, j] = error
             for k in range(j + 1, width):
                 work[r, k] -= error * upper[j, k]
@@ -56,18 +56,18 @@ def sweep(trits: Any, scales: Any, groups: Any, slope: Any, hessian: Any, least:
             if planes == 2:
                 second = scales[r, groups[j], 1]
                 old = first * trits[r, 0, j] + second * trits[r, 1, j]
-                wanted = old - slope[r, j] / curve
+                target = old - slope[r, j] / curve
                 value = 0.0
                 for t in range(-1, 2):
-                    rest = wanted - first * t
+                    rest = target - first * t
                     u = int(rest > 0.5 * second) - int(rest < -0.5 * second)
                     level = first * t + second * u
-                    if abs(wanted - level) < best:
-                        best, one, other, value = abs(wanted - level), t, u, level
+                    if abs(target - level) < best:
+                        best, one, other, value = abs(target - level), t, u, level
             else:
                 old = first * trits[r, 0, j]
-                wanted = old - slope[r, j] / curve
-                one = int(wanted > 0.5 * first) - int(wanted < -0.5 * first)
+                target = old - slope[r, j] / curve
+                one = int(target > 0.5 * first) - int(target < -0.5 * first)
                 value = first * one
             step = value - old
             gain = -step * (2.0 * slope[r, j] + curve * step)

@@ -1,4 +1,4 @@
-"""The hot loops of the calibrated rules in plain NumPy: what the compiled ones must equal.
+"""The hot loops of the calibrated rules in NumPy, the reference for the compiled ones.
 
 Shapes
     scales  [rows, groups, planes] float64, not negative; planes 1 or 2
@@ -8,33 +8,35 @@ Shapes
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["code_columns", "nearest", "sweep"]
 
+_Floats: TypeAlias = NDArray[np.float64]
+_Groups: TypeAlias = NDArray[np.int64]
+_Trits: TypeAlias = NDArray[np.int8]
 
-def nearest(
-    wanted: NDArray[np.float64], scales: NDArray[np.float64]
-) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+
+def nearest(target: _Floats, scales: _Floats) -> tuple[_Trits, _Floats]:
     """The trits of the level nearest to each number, and the level.
 
-    Shapes: wanted [rows], scales [rows, planes] → [rows, planes], [rows]
+    Shapes: target [rows], scales [rows, planes] → [rows, planes], [rows]
     """
     first = scales[:, 0]
     if scales.shape[1] == 1:
-        one = _trit(wanted, first)
+        one = _trit(target, first)
         return one[:, None], first * one
     second = scales[:, 1]
-    best = np.full(len(wanted), np.inf)
-    found = np.zeros((len(wanted), 2), dtype=np.int8)
-    value = np.zeros(len(wanted))
+    best = np.full(len(target), np.inf)
+    found = np.zeros((len(target), 2), dtype=np.int8)
+    value = np.zeros(len(target))
     for t in (-1, 0, 1):
-        u = _trit(wanted - first * t, second)
+        u = _trit(target - first * t, second)
         level = first * t + second * u
-        distance = np.abs(wanted - level)
+        distance = np.abs(target - level)
         better = distance < best
         best = np.where(better, distance, best)
         value = np.where(better, level, value)
@@ -43,16 +45,11 @@ def nearest(
 
 
 def code_columns(
-    work: NDArray[np.float64],
-    scales: NDArray[np.float64],
-    upper: NDArray[np.float64],
-    groups: NDArray[np.int64],
-    trits: NDArray[np.int8],
-    errors: NDArray[np.float64],
+    work: _Floats, scales: _Floats, upper: _Floats, groups: _Groups, trits: _Trits, errors: _Floats
 ) -> None:
     """Code columns one after the other; each passes its error on to those that follow.
 
-    Shapes: work [rows, width], what is wanted, written to; upper [width, width];
+    Shapes: work [rows, width], the targets, written to; upper [width, width];
         errors [rows, width], written: each column's error over the diagonal of `upper`
 
     Source: the inner loop of arXiv 2210.17323, algorithm 1.
@@ -67,12 +64,12 @@ def code_columns(
 
 
 def sweep(
-    trits: NDArray[np.int8],
-    scales: NDArray[np.float64],
-    groups: NDArray[np.int64],
-    slope: NDArray[np.float64],
-    hessian: NDArray[np.float64],
-    least: NDArray[np.float64],
+    trits: _Trits,
+    scales: _Floats,
+    groups: _Groups,
+    slope: _Floats,
+    hessian: _Floats,
+    least: _Floats,
 ) -> tuple[int, float]:
     """Go over the columns once and give each weight the level that is best for it, others fixed.
 
@@ -107,7 +104,7 @@ def sweep(
     return changed, total
 
 
-def _trit(values: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[Any]:
+def _trit(values: _Floats, scale: _Floats) -> NDArray[Any]:
     found: NDArray[Any] = (values > 0.5 * scale).astype(np.int8)
     found -= (values < -0.5 * scale).astype(np.int8)
     return found

@@ -3,8 +3,8 @@
     rule           what it does
     gptq           exact group scales, columns by falling energy, each taking up earlier errors
     gptq_planes    the same with two planes of trits
-    best           gptq; then scales by least squares under H and trits by coordinate descent, in
-                   turns until nothing helps
+    best           gptq; then scales by least squares under H and trits by coordinate descent,
+                   alternating until nothing helps
     best_planes    the same with two planes
 
 They lower the error of the matrix's outputs, Σ‖Ŵx − y‖², not that of its weights.
@@ -55,8 +55,8 @@ DAMPINGS = (0.003, 0.01, 0.03, 0.1)
 """What may be added to H's diagonal, of its mean; the one with the least loss is taken."""
 
 _TRIAL_ROWS = 64  # rows on which dampings are compared
-_ROUNDS = 12  # turns of scales and trits, at most
-_CONVERGED = 1e-4  # of the loss: a turn that gains less is the last
+_ROUNDS = 12  # of alternating minimisation, at most
+_CONVERGED = 1e-4  # of the loss: a round that gains less is the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class CalibratedRule:
     Attributes:
         name: As plans and files call it.
         start: The rule without data that gives its first scales.
-        refined: Scales and trits are improved in turns after coding.
+        refined: Scales and trits are improved by alternating minimisation after coding.
         corrected: It aims at what the dense matrix gave for the dense model's inputs, not at the
             dense weights: errors of earlier layers are repaired.
         repairs_residual: Matrices that add to the residual stream aim at what the stream should be
@@ -189,7 +189,7 @@ def check_rule(name: str) -> None:
     """Refuse a name that is neither a calibrated rule nor one without data.
 
     Raises:
-        UsageError: says which there are.
+        UsageError: it is neither.
     """
     if name not in CALIBRATED_RULES and name not in RULES:
         raise UsageError(
@@ -225,9 +225,9 @@ def refine(
     name: str,
     scale_dtype: ScaleDtype | None = None,
 ) -> tuple[Grid, int]:
-    """Scales by least squares and trits by coordinate descent, in turns until nothing helps.
+    """Alternating minimisation: scales by least squares, trits by coordinate descent.
 
-    Each turn can only lower the loss, but for the rounding of the scales, which is why it counts
+    Each round can only lower the loss, but for the rounding of the scales, which is why it counts
     only where it does.
 
     Shapes: target [rows, cols]
@@ -237,13 +237,13 @@ def refine(
     """
     best, least, total = grid, loss(grid, target, hessian), 0
     for _ in range(_ROUNDS):
-        turn = refit_scales(best, target, hessian).rounded(scale_dtype, name)
-        turn, changes = improve_trits(turn, target, hessian)
-        now = loss(turn, target, hessian)
+        trial = refit_scales(best, target, hessian).rounded(scale_dtype, name)
+        trial, changes = improve_trits(trial, target, hessian)
+        now = loss(trial, target, hessian)
         if now >= least:
             break
         converged = least - now <= _CONVERGED * least
-        best, least, total = turn, now, total + changes
+        best, least, total = trial, now, total + changes
         if converged:
             break
     return best, total

@@ -46,6 +46,12 @@ class _Blocks:
     scale_at: int
     row_multiple = 1
 
+    def __init_subclass__(
+        cls, *, name: str, scale_block: int, block_bytes: int, scale_at: int
+    ) -> None:
+        cls.name, cls.scale_block = name, scale_block
+        cls.block_bytes, cls.scale_at = block_bytes, scale_at
+
     @property
     def col_multiple(self) -> int:
         """The length of a row must be a multiple of a block."""
@@ -146,13 +152,8 @@ class _Blocks:
             )
 
 
-class TQ1(_Blocks):
+class TQ1(_Blocks, name="TQ1_0", scale_block=256, block_bytes=54, scale_at=52):
     """Five trits a byte: the digits of ceil(q · 256 / 243), the first the most significant."""
-
-    name = "TQ1_0"
-    scale_block = 256
-    block_bytes = 54
-    scale_at = 52
 
     def _pack(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         n = len(digits)
@@ -178,13 +179,8 @@ class TQ1(_Blocks):
         )
 
 
-class TQ2(_Blocks):
+class TQ2(_Blocks, name="TQ2_0", scale_block=256, block_bytes=66, scale_at=64):
     """Two bits a trit, weights 32 apart in one byte."""
-
-    name = "TQ2_0"
-    scale_block = 256
-    block_bytes = 66
-    scale_at = 64
 
     def _pack(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         parts = digits.reshape(len(digits), 2, 4, 32)
@@ -196,13 +192,8 @@ class TQ2(_Blocks):
         return digits.reshape(len(codes), -1)
 
 
-class Q2(_Blocks):
+class Q2(_Blocks, name="Q2_0", scale_block=64, block_bytes=18, scale_at=0):
     """Two bits a trit in order, scale first. The code 3 would be +2: no trit, and refused."""
-
-    name = "Q2_0"
-    scale_block = 64
-    block_bytes = 18
-    scale_at = 0
 
     def _pack(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return stacked(digits.reshape(len(digits), 16, 4).transpose(2, 0, 1))

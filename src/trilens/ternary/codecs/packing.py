@@ -101,6 +101,10 @@ class _Bytes:
     in_byte: int
     problem: str
 
+    def __init_subclass__(cls, *, name: str, in_byte: int, problem: str) -> None:
+        cls.name, cls.in_byte, cls.problem = name, in_byte, problem
+        cls.bits_per_weight = 8 / in_byte
+
     def size_bytes(self, shape: Sequence[int]) -> int:
         """How many bytes the weights of this shape take."""
         return -(-math.prod(shape) // self.in_byte)
@@ -136,13 +140,8 @@ class _Bytes:
         raise NotImplementedError
 
 
-class TwoBit(_Bytes):
+class TwoBit(_Bytes, name="two_bit", in_byte=4, problem="holds the code 3"):
     """Four trits to a byte, any shape; the code 3 is refused."""
-
-    name = "two_bit"
-    bits_per_weight = 2.0
-    in_byte = 4
-    problem = "holds the code 3"
 
     def _packed(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return _fold(digits.view("<u4"))
@@ -154,13 +153,8 @@ class TwoBit(_Bytes):
         return _FOUR_TRITS.take(raw).view(np.int8)
 
 
-class Base3(_Bytes):
+class Base3(_Bytes, name="base3", in_byte=5, problem="is no five digits of base 3 (at most 242)"):
     """Five trits to a byte, any shape; a byte of 243 or more is refused."""
-
-    name = "base3"
-    bits_per_weight = 1.6
-    in_byte = 5
-    problem = "is no five digits of base 3 (at most 242)"
 
     def _packed(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         digits = digits.reshape(-1, 5)

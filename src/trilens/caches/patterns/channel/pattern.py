@@ -27,7 +27,23 @@ __all__ = ["ChannelPattern", "DecayedSoftmaxPattern"]
 _FEW = 6
 
 
-class ChannelPattern(RecurrenceBase):
+class _ChannelMean(RecurrenceBase):
+    """A mean over the channels of the first tensor it keeps, [batch, seq, channels]."""
+
+    __slots__ = ()
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        batch, seq, _ = next(iter(self._tensors.values())).shape
+        return batch, 1, seq, seq  # one head: the mean
+
+    @property
+    def n_channels(self) -> int:
+        """Channels that the mean runs over."""
+        return next(iter(self._tensors.values())).shape[2]
+
+
+class ChannelPattern(_ChannelMean):
     """Mean over channels of the signed weights of a diagonal recurrence per channel.
 
         h_t[c, n] = exp(step_t[c] · rate[c, n]) h_{t−1}[c, n] + write_t[c] · k_t[n] · v_t[c]
@@ -104,16 +120,6 @@ class ChannelPattern(RecurrenceBase):
         rate = log_w.new_full((log_w.shape[2], 1), -1)
         write = log_w.new_ones(log_w.shape[:2])[..., None] if gate is None else gate
         return cls(step=-log_w, rate=rate, write=write)
-
-    @property
-    def _shape(self) -> tuple[int, int, int, int]:
-        batch, seq, _ = self._tensors["step"].shape
-        return batch, 1, seq, seq  # one head: the mean over channels
-
-    @property
-    def n_channels(self) -> int:
-        """Channels that the mean runs over."""
-        return self._tensors["step"].shape[2]
 
     def channels(self, start: int, stop: int) -> ChannelPattern:
         """The pattern of channels start … stop − 1 alone, from the same tensors.
@@ -193,7 +199,7 @@ class ChannelPattern(RecurrenceBase):
         return self.cut(name, row, n)
 
 
-class DecayedSoftmaxPattern(SummarisedPattern, RecurrenceBase):
+class DecayedSoftmaxPattern(SummarisedPattern, _ChannelMean):
     """Mean over channels of a softmax with exponential decay and a bonus for the own token.
 
         y_t = (Σ_{j<t} exp((t−1−j) · log_w + k_j) v_j + exp(bonus + k_t) v_t) / (the same without v)
@@ -225,16 +231,6 @@ class DecayedSoftmaxPattern(SummarisedPattern, RecurrenceBase):
         check_decay(log_w)
         super().__init__({"k": k, "log_w": log_w, "bonus": bonus})
         self._summaries: dict[int, RowSummary] = {}
-
-    @property
-    def _shape(self) -> tuple[int, int, int, int]:
-        batch, seq, _ = self._tensors["k"].shape
-        return batch, 1, seq, seq  # one head: the mean over channels
-
-    @property
-    def n_channels(self) -> int:
-        """Channels that the mean runs over."""
-        return self._tensors["k"].shape[2]
 
     def recurrences(self, batch: int, head: int | None = None) -> Iterator[Recurrence]:
         """One recurrence per block of channels, each channel a state of its own.

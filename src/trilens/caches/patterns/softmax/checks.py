@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trilens.errors import DtypeError, ShapeError, UsageError, ValueRangeError
 
-__all__ = ["check_number", "check_q_k", "check_sinks", "check_term"]
+__all__ = ["check_four_axes", "check_number", "check_q_k", "check_sinks", "check_term"]
 
 
 def check_number(value: float, what: str) -> float:
@@ -21,6 +21,24 @@ def check_number(value: float, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueRangeError(f"{what} {value!r} is out of range: it has to be a finite number")
     return float(value)
+
+
+def check_four_axes(tensor: Tensor, what: str, axes: str) -> None:
+    """Refuse what is not floating point with four axes, none empty; `axes` names them.
+
+    Raises:
+        UsageError: not a tensor.
+        ShapeError: not four axes, or an empty one.
+        DtypeError: not floating point.
+    """
+    if not isinstance(tensor, Tensor):
+        raise UsageError(f"{what} of type {type(tensor).__name__}: it has to be a Tensor")
+    if tensor.ndim != 4 or tensor.numel() == 0:
+        raise ShapeError(
+            f"{what} of shape {list(tensor.shape)}: it has to be [{axes}], no axis empty"
+        )
+    if not tensor.is_floating_point():
+        raise DtypeError(f"{what} of dtype {tensor.dtype}: it has to be floating point")
 
 
 def check_q_k(q: Tensor, k: Tensor) -> None:
@@ -35,15 +53,7 @@ def check_q_k(q: Tensor, k: Tensor) -> None:
         DtypeError: not floating point.
     """
     for name, tensor in (("q", q), ("k", k)):
-        if not isinstance(tensor, Tensor):
-            raise UsageError(f"{name} of type {type(tensor).__name__}: it has to be a Tensor")
-        if tensor.ndim != 4 or tensor.numel() == 0:
-            raise ShapeError(
-                f"{name} of shape {list(tensor.shape)}: it has to be [batch, heads, seq, d_head], "
-                "no axis empty"
-            )
-        if not tensor.is_floating_point():
-            raise DtypeError(f"{name} of dtype {tensor.dtype}: it has to be floating point")
+        check_four_axes(tensor, name, "batch, heads, seq, d_head")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ShapeError(
             f"q {list(q.shape)} and k {list(k.shape)} do not fit: batch and d_head have to be equal"

@@ -12,7 +12,7 @@ from trilens.caches.patterns.protocol import Pattern
 from trilens.errors import CaptureError, UsageError
 from trilens.models.gates.effective import effective_of
 from trilens.models.gates.effective_terms import Effective, tolerance_of
-from trilens.taps.kernels import KernelRecord
+from trilens.models.gates.kernels import KernelRecord
 
 __all__ = ["effective_patterns"]
 
