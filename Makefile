@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-numerics test-engines test-gpu check check-pythons bench sweep format clean
+.PHONY: demo test test-hostile test-numerics test-engines test-gpu check check-pythons bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ demo: $(VENV)/.ready
 # One process a core, one thread each: the models are too small for more.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+# Damaged and hostile input, interrupts at every line, growth over thousands of captures: all of
+# it, of which `test` runs a small part.
+test-hostile: $(VENV)/.ready
+	TRILENS_HOSTILE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/hostile
 
 # What depends on who adds up, once more, as a processor without AVX does it, on two threads: torch,
 # oneDNN, MKL, OpenBLAS, NumPy and numba each have a switch of their own. numba is left the

@@ -9,9 +9,13 @@ cap.attention.top_attended_positions(layer=3, from_position=-1, k=5)
 Names are imported when they are used; `__init__.pyi` lists them.
 """
 
-from lazy_loader import attach_stub
+from trilens.cli.interrupts import end_when_interrupted
 
-from trilens.registration import register
+end_when_interrupted()  # the imports below are most of the command's start
+
+from lazy_loader import attach_stub  # noqa: E402
+
+from trilens.registration import register  # noqa: E402
 
 __getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
 

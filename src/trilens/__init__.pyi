@@ -24,6 +24,7 @@ from .checkpoint.format.plan import TernaryPlan as TernaryPlan
 from .checkpoint.format.report import TernaryReport as TernaryReport
 from .checkpoint.gguf.report import GgufReport as GgufReport
 from .checkpoint.gguf.validation import validate_gguf as validate_gguf
+from .checkpoint.lora import enable_lora as enable_lora
 from .checkpoint.pipeline import ternarize as ternarize
 from .checkpoint.validation import validate as validate
 from .demo import demo_path as demo_path

@@ -26,6 +26,7 @@
     │   ├── OfflineError         the hub cannot be reached
     │   └── MemoryShortError     the weights need more memory than is free
     ├── AnatomyError             blocks, final norm or unembedding could not be proven
+    │   ├── RecorderError        the model runs, but not while its probe is recorded
     │   └── SeveralStreamsError  the residual has more than one stream
     ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
@@ -39,10 +40,13 @@
 
 One warning has a class of its own, so that it can be filtered: `DoubledBosWarning`.
 
-Messages say: the noun, the problem, the offending value, the allowed range, what to do.
+Messages say: the noun, the problem, the offending value, the allowed range, what to do. Lists and
+values of files go into them through `io.messages`.
 """
 
 from __future__ import annotations
+
+from trilens.printable import one_line
 
 __all__ = [
     "AbsentLayerError",
@@ -68,6 +72,7 @@ __all__ = [
     "OutOfRangeError",
     "PromptError",
     "PromptTooLongError",
+    "RecorderError",
     "RecurrentStateError",
     "RestoreError",
     "SeveralStreamsError",
@@ -86,7 +91,14 @@ __all__ = [
 
 
 class TrilensError(Exception):
-    """Root of every error that a caller of trilens can cause."""
+    """Root of every error that a caller of trilens can cause.
+
+    Its message is one line of at most 1,500 characters without control codes, whatever values are
+    named in it; `args` holds the text as it was raised.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(TrilensError):
@@ -191,6 +203,10 @@ class MemoryShortError(LoadError):
 
 class AnatomyError(TrilensError):
     """Blocks, final norm or unembedding could not be proven on this model."""
+
+
+class RecorderError(AnatomyError):
+    """The model runs, but not while trilens records its probe: the fault is not the model's."""
 
 
 class SeveralStreamsError(AnatomyError):

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from safetensors.torch import load_file, save_file
 
+import trilens
 from checkpoint_cases import load, saved, tensors
 from tinymodels import prompt_ids
 from trilens.checkpoint import pipeline
@@ -31,6 +33,7 @@ from trilens.errors import (
     WriteError,
 )
 from trilens.io import atomic
+from trilens.io.weight_files import GUARD_NAME
 from trilens.progress import Step
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -129,7 +132,8 @@ def test_the_model_computes_with_these_matrices(tmp_path: Path) -> None:
 
 def test_the_output_is_complete(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "src")
-    (source / "README.md").write_text("the source's own card")
+    own = "---\nlicense: mit\nbase_model: owner/first\nextra: [1]\n---\nthe source's own card"
+    (source / "README.md").write_text(own)
     (source / "training.json").write_text('{"heldout_loss": 1.0}')
     (source / "LICENSE").write_text("as it is")
     (source / "sub").mkdir()
@@ -138,6 +142,7 @@ def test_the_output_is_complete(tmp_path: Path) -> None:
     assert set(content(out)) == {
         "LICENSE",
         "README.md",
+        "README.source.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -148,13 +153,28 @@ def test_the_output_is_complete(tmp_path: Path) -> None:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     section = config.pop("quantization_config")
+    assert config.pop("transformers_weights") == GUARD_NAME
     assert config == json.loads((source / "config.json").read_text())
     assert section["quant_method"] == "trilens"
     assert len(section["layers"]) == len(report.coded)
     card = (out / "README.md").read_text()
     for row in report.table():
         assert f"`{row['name']}`" in card
-    assert "the plan keeps 'down_proj'" in card
+    assert r"the plan keeps 'down\_proj'" in card
+    assert (out / "README.source.md").read_text() == own
+    assert RepoCard(card).data.to_dict() == {
+        "license": "mit",
+        "base_model": "owner/first",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ternary", "trilens"],
+    }
+    assert "Loads only after `import trilens`" in card.split("---")[2].split("\n\n")[2]
+    assert "pip install trilens" in card
+    assert "\ntrilens ternarize src -o OUT --rule absmean --ignore down_proj\n" in card
+    assert trilens.__version__ in card
+    assert str(tmp_path) not in card
     assert {t.name.split(".")[-2] for t in report.fallbacks} == {"down_proj"}
     assert TernaryReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
@@ -371,7 +391,7 @@ def test_values_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> N
     save_file(changed, path, metadata={"format": "pt"})
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj.*\(3, 5\)"):
         ternarize(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
     # The way out that the error names works.
     ternarize(source, tmp_path / "kept", plan=TernaryPlan(keep=[r"layers\.1\.mlp\.up_proj"]))
 
@@ -410,6 +430,121 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ternarize(source, tmp_path / "out")
 
 
+def test_a_refusal_after_whole_shards_leaves_nothing(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "src", shard_size="150KB")
+    path = sorted(source.glob("*.safetensors"))[-1]
+    changed = load_file(path)
+    name = next(name for name, values in changed.items() if values.ndim == 2 and "layers" in name)
+    changed[name][0, 0] = float("nan")
+    save_file(changed, path, metadata={"format": "pt"})
+    (tmp_path / "there").mkdir()
+    for out in ("new", "there"):
+        with pytest.raises(NonFiniteError):
+            ternarize(source, tmp_path / out)
+    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "there").iterdir())
+
+
+def change_at(step_name: str, change):
+    """A progress callback that changes the source once, as a tensor was written."""
+    done: list[bool] = []
+
+    def progress(step: Step) -> None:
+        if step_name in step.what and not done:
+            done.append(True)
+            change()
+
+    return progress
+
+
+def flip(path: Path, place: int = -1) -> None:
+    with path.open("r+b") as file:
+        file.seek(place, 2)
+        byte = file.read(1)
+        file.seek(place, 2)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace_by_a_copy(path: Path) -> None:
+    shutil.copy(path, path.with_suffix(".copy"))
+    path.with_suffix(".copy").replace(path)
+
+
+@pytest.mark.parametrize("change", [flip, truncate, replace_by_a_copy])
+@pytest.mark.parametrize("shard_size", ["150KB", "50GB"])
+def test_a_source_that_changes_meanwhile_is_refused(
+    tmp_path: Path, change, shard_size: str
+) -> None:
+    source = saved("llama", tmp_path / "src", shard_size=shard_size)
+    last = sorted(source.glob("*.safetensors"))[-1]
+    stamps = last.stat()
+
+    def once() -> None:
+        change(last)
+        os.utime(last, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+
+    with pytest.raises(CorruptFileError, match=r"changed while it was read|cut off while"):
+        ternarize(source, tmp_path / "out", progress=change_at("layers.0", once))
+    assert not (tmp_path / "out" / "trilens-ternary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_small_files_that_change_meanwhile_are_refused(tmp_path: Path, name: str) -> None:
+    source = saved("llama", tmp_path / "src")
+
+    def change() -> None:
+        text = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**text, "initializer_range": 0.5}))
+
+    with pytest.raises(CorruptFileError, match=rf"{name} changed while it was read"):
+        ternarize(source, tmp_path / "out", progress=change_at("layers.0", change))
+    assert not (tmp_path / "out" / "trilens-ternary.json").exists()
+
+
+def test_one_run_alone_writes_to_a_directory(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "src")
+    with (
+        atomic.locked_folder(tmp_path / "out"),
+        pytest.raises(WriteError, match="another run is writing it"),
+    ):
+        ternarize(source, tmp_path / "out")
+    ternarize(source, tmp_path / "out")
+
+
+def journal_of_a_killed_run(source: Path, out: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, "write_side_files", lambda *_: (_ for _ in ()).throw(Killed))
+        ternarize(source, out)
+    return out / "trilens-unfinished.json"
+
+
+def test_a_journal_that_was_tampered_with(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "src", shard_size="150KB")
+    ternarize(source, tmp_path / "whole")
+    journal = journal_of_a_killed_run(source, tmp_path / "out")
+    text = journal.read_text()
+    for at in np.random.default_rng(0).integers(0, len(text), 40):
+        data = bytearray(text.encode())
+        data[at] ^= 1
+        journal.write_bytes(data)
+        with pytest.raises((CorruptFileError, UsageError)):
+            ternarize(source, tmp_path / "out")
+    # By a hand that left no hash: values of another kind are made again.
+    values = json.loads(text)
+    del values["sha256"]
+    for bad in ("1", None, [], -1):
+        for entry in values["shards"].values():
+            entry["tensors"][0]["size_bytes"] = bad
+        journal.write_text(json.dumps(values))
+        shutil.copytree(tmp_path / "out", tmp_path / f"again {bad}")
+        ternarize(source, tmp_path / f"again {bad}")
+        assert content(tmp_path / f"again {bad}") == content(tmp_path / "whole")
+
+
 def test_a_disk_that_lies_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved("llama", tmp_path / "src")
     real = os.pwrite
@@ -438,3 +573,14 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path: Path) -> None:
     assert ternarize(source, tmp_path / "straight") == shifted
     weights = [content(tmp_path / name)["model.safetensors"] for name in ("shifted", "straight")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "own", ["---\nlicense: [\n---\n", "---\n- 1\n---\n", "no header", "", "\xff"]
+)
+def test_a_source_s_card_without_a_header_is_copied(own: str, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "src")
+    (source / "README.md").write_bytes(own.encode("latin-1"))
+    ternarize(source, tmp_path / "out")
+    assert (tmp_path / "out" / "README.source.md").read_bytes() == own.encode("latin-1")
+    assert "license" not in RepoCard.load(tmp_path / "out" / "README.md").data.to_dict()

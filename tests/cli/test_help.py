@@ -41,7 +41,7 @@ def test_no_arguments_are_the_help() -> None:
         ("inspect", "table|json"),
         ("capture", "last|all|none"),
         ("compare", "auto|float32|bfloat16|float16|float64"),
-        ("ternarize", "trilens|gguf-tq2_0|gguf-tq1_0|gguf-q2_0"),
+        ("ternarize", "trilens|dense|gguf-tq2_0|gguf-tq1_0|gguf-q2_0"),
         ("ternarize", "two_bit|compact"),
         ("ternarize", "tensor|row|group"),
         ("plan", "measured|predicted"),

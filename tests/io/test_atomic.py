@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from trilens.errors import CorruptFileError, WriteError
-from trilens.io.atomic import AtomicFile, atomic, atomic_folder, is_leftover, write_bytes
+from trilens.io.atomic import AtomicFile, atomic, atomic_folder, write_bytes
 from trilens.io.guarded import open_regular, read_bytes
+from trilens.io.temporary import is_leftover
 
 
 def names(folder: Path) -> list[str]:
@@ -98,7 +99,7 @@ def test_links_are_replaced_not_followed(tmp_path: Path, monkeypatch: pytest.Mon
     precious.write_bytes(b"mine")
     path.symlink_to(precious)
     tokens = iter(["00000000", "11111111"])
-    monkeypatch.setattr("trilens.io.atomic.secrets.token_hex", lambda _: next(tokens))
+    monkeypatch.setattr("trilens.io.temporary.secrets.token_hex", lambda _: next(tokens))
     (tmp_path / ".x.00000000.partial").symlink_to(precious)  # planted where it will be made
     write_bytes(path, b"abc")
     assert (precious.read_bytes(), path.read_bytes()) == (b"mine", b"abc")

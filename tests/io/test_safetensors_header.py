@@ -276,6 +276,7 @@ def test_no_weights(tmp_path, name):
         (tmp_path / name).write_bytes(b"")
     message = refused(LoadError, weight_files, tmp_path)
     assert "model.safetensors" in message
+    assert ("gguf_file=" in message) == (name == "model.gguf")
     assert (name or "no weights") in message
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, WriteError
 from trilens.io.tensors import read_tensors, write_tensors
@@ -62,3 +64,40 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(CorruptFileError):
             read_tensors(path, "test.kind", 3)
+
+
+def test_every_dtype_and_layout_comes_back(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    tensors = {str(d): base.to(d) for d in (torch.bool, torch.int8, torch.int64, torch.float16)}
+    tensors |= {"complex": torch.complex(base, -base), "conj": torch.complex(base, base).conj()}
+    tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "strided": base[:, ::2].mT}
+    path = write_tensors(tmp_path / "x", tensors, MANIFEST)
+    back, _ = read_tensors(path, "test.kind", 3)
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor)
+        assert back[name].dtype == tensor.dtype
+    assert load_file(path).keys() == tensors.keys()  # another reader
+    with pytest.raises(UsageError, match="complex128"):
+        write_tensors(path, {"a": torch.ones(1, dtype=torch.complex128)}, MANIFEST)
+
+
+def test_every_wrong_bit_is_caught(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "x", {"a": torch.ones(2)}, MANIFEST)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(CorruptFileError):
+            read_tensors(path, "test.kind", 3)
+
+
+def test_files_from_before_there_were_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    body = json.dumps({**MANIFEST, "aliases": {}})
+    save_file({"a": torch.ones(2)}, path, metadata={"trilens": body})
+    back, manifest = read_tensors(path, "test.kind", 3)
+    assert torch.equal(back["a"], torch.ones(2))
+    assert manifest["hashed"] is False
+    write_tensors(path, back, MANIFEST)
+    assert read_tensors(path, "test.kind", 3)[1]["hashed"] is True

@@ -199,7 +199,7 @@ def test_gates_of_a_model_without_glu() -> None:
 def test_a_block_that_went_missing_is_loud(ids: torch.Tensor) -> None:
     model = build("llama")
     lens = Lens(model)
-    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
     with pytest.raises(SilentSiteError, match="2 of 4 layers"):
         lens.capture(ids)
 

@@ -36,6 +36,23 @@ def test_every_kind_of_file_gives_its_documents(tmp_path: Path) -> None:
     assert read_documents(tmp_path) == ("one\n\ntwo", "three", "four", "five", "six")
 
 
+def test_json_and_csv_are_read_by_entry_and_their_syntax_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('[{"text": "one"}, "two"]')
+    (tmp_path / "l.json").write_text('{"text": "a b"}\n{"text": "c d"}\n')
+    (tmp_path / "o.json").write_text('{"body": "x", "text": "y"}')
+    (tmp_path / "c.csv").write_text('id,text\n1,"x = 2, y"\n2,"a\nb"\n')
+    for name, texts in (
+        ("d.json", ("one", "two")),
+        ("l.json", ("a b", "c d")),
+        ("o.json", ("y",)),
+        ("c.csv", ("x = 2, y", "a\nb")),
+    ):
+        assert read_documents(tmp_path / name) == texts
+    assert read_documents(tmp_path / "c.csv", field="id") == ("1", "2")
+    with pytest.raises(TextError, match=r"name a \.json or \.csv file itself"):
+        read_documents(tmp_path)
+
+
 def test_the_standard_library_is_always_there() -> None:
     documents = read_documents(STDLIB)
     assert len(documents) > 300
@@ -45,7 +62,18 @@ def test_the_standard_library_is_always_there() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
+        (
+            "half.jsonl",
+            b'{"text": "a"}\n{"text": "b \\ud83d"}',
+            "line 2 holds half a surrogate pair",
+        ),
+        ("half.json", b'["b \\ud83d"]', "entry 0 holds the lone surrogate U.D83D at character 2"),
+        ("bad.json", b'{"text": ', "is not JSON"),
+        ("key.json", b'[{"body": "a"}]', "entry 0 has no text under 'text': it has body"),
+        ("bad.csv", b'text\n"a', "is not readable CSV"),
+        ("key.csv", b"a,b\n1,2\n", "no column 'text': its columns are a, b"),
+        ("short.csv", b"a,text\n1\n", "line 2 has no cell under 'text'"),
         ("key.jsonl", b'{"body": "a"}', "no text under 'text': it has body"),
         ("bytes.txt", b"ok \xff\xfe", "byte 3 does not decode"),
         ("no.parquet", b"PAR1 but not really", "not a readable Parquet file"),

@@ -14,6 +14,7 @@ from trilens.caches.gate_functions import GATE_FUNCTIONS, RATED_FUNCTIONS
 from trilens.caches.gate_spec import UNARY_FUNCTIONS, GateKind, GateSpec
 from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError, ValueRangeError
+from trilens.io.messages import listed
 from trilens.numbers import whole_number
 from trilens.statistics.gating import GatingAnalysis
 
@@ -117,7 +118,7 @@ class GateCache:
         """
         found = tuple(layer for known, layer in self._records if known == name)
         if not found:
-            stored = ", ".join(repr(known) for known in self.names) or "no gates"
+            stored = listed(map(repr, self.names), 8, nothing="no gates")
             raise NotStoredError(f"gate {name!r} is not stored: this cache holds {stored}")
         return found
 

@@ -20,6 +20,7 @@ from trilens.caches.storage import (
     spell_layers,
 )
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError
+from trilens.io.messages import listed
 from trilens.numbers import whole_number
 
 __all__ = ["StateCache", "StatePart", "StateSpec"]
@@ -206,7 +207,7 @@ class StateCache(ByLayer):
         if name not in parts:
             raise NotStoredError(
                 f"part {part!r} of the state of layer {number} is not there: it has "
-                f"{', '.join(map(repr, parts))}"
+                f"{listed(map(repr, parts))}"
             )
         return parts[name][place]
 
@@ -316,7 +317,7 @@ class StateCache(ByLayer):
         if index not in self._positions:
             raise NotStoredError(
                 f"the state after position {position} is not stored: this cache holds positions "
-                f"{', '.join(map(str, self._positions))}; capture with states=({position},)"
+                f"{listed(self._positions, 8)}; capture with states=({position},)"
             )
         return self._positions.index(index)
 

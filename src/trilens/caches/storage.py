@@ -11,12 +11,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import AbsentLayerError, UsageError
+from trilens.io.messages import listed
 from trilens.numbers import whole_number
 
-__all__ = ["ByLayer", "Floats", "absent_layer", "distinct_bytes", "moved", "spell_layers"]
+__all__ = [
+    "ByLayer",
+    "Floats",
+    "absent_layer",
+    "address_of",
+    "distinct_bytes",
+    "moved",
+    "spell_layers",
+]
 
 Floats = NDArray[np.float32]
 """What answers to questions are given in."""
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the storage behind a tensor lies; 0 on the meta device.
+
+    A quantized tensor that only wraps others has no storage: it gets a number of its own, which,
+    as an address does, stands for it while it lives.
+    """
+    if tensor.is_meta:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
@@ -55,7 +78,7 @@ def spell_layers(layers: Sequence[int]) -> str:
         return f"layer {layers[0]}"
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"layers {layers[0]}–{layers[-1]}"
-    return "layers " + ", ".join(str(layer) for layer in layers)
+    return f"layers {listed(layers, 8)}"
 
 
 def absent_layer(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trilens.checkpoint.coding import entries
-from trilens.checkpoint.format.names import CONFIG_NAME
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from trilens.checkpoint.coding import Entry, entries
+from trilens.checkpoint.format.model_card import Origin
+from trilens.checkpoint.format.names import CONFIG_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.quantization_config import quantization_config
+from trilens.checkpoint.format.source_card import inherited_metadata
 from trilens.checkpoint.job import DTYPE_NAMES, Job
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
-from trilens.io.weight_files import INDEX_NAME, SINGLE_NAME
+from trilens.io.weight_files import GUARD_NAME, INDEX_NAME, SINGLE_NAME
 
-__all__ = ["write_side_files"]
+__all__ = ["origin_of", "weight_index", "write_side_files"]
 
 
 def write_side_files(out: Path, job: Job) -> dict[str, str]:
@@ -24,24 +29,47 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
         WriteError: no space, no permission.
     """
     content = {path.name: read_bytes(path) for path in job.source.side_files}
-    index = _index(job)
+    for path in job.source.cards:
+        content[SOURCE_CARD_NAME] = read_bytes(path)
+    stored = [(h.file, entry) for c, h in job.pairs for entry in entries(c, h, job.plan)]
+    explicit = job.source.settings.get("transformers_weights")
+    index = weight_index(job.source.files, explicit, stored)
     if index is not None:
         content[index[0]] = json_bytes(index[1])
     content[CONFIG_NAME] = json_bytes(_config(job))
     return {name: write_bytes(out / name, data) for name, data in content.items()}
 
 
-def _index(job: Job) -> tuple[str, dict[str, Any]] | None:
-    explicit = job.source.settings.get("transformers_weights")
-    if [file.name for file in job.source.files] in ([SINGLE_NAME], [explicit]):
+def origin_of(job: Job) -> Origin:
+    """What the model card says of the source."""
+    name = job.source.name
+    hub_id = None if Path(name) == job.source.folder else name
+    texts = [read_bytes(path).decode(errors="replace") for path in job.source.cards]
+    return Origin(
+        hub_id or job.source.folder.resolve().name,
+        hub_id,
+        metadata=inherited_metadata("".join(texts)),
+        has_card=bool(texts),
+        is_causal=type(job.model) in MODEL_FOR_CAUSAL_LM_MAPPING.values(),
+    )
+
+
+def weight_index(
+    files: Sequence[Path], explicit: str | None, stored: Iterable[tuple[Path, Entry]]
+) -> tuple[str, dict[str, Any]] | None:
+    """Name and content of the index of several weight files; None for a single one.
+
+    Args:
+        files: the weight files.
+        explicit: what config.json calls the index or the single file, where it does.
+        stored: the tensors of the output, each with the file that it is in.
+    """
+    if [file.name for file in files] == [explicit or SINGLE_NAME]:
         return None
-    weight_map = {}
-    total = 0
-    for file in job.source.files:
-        for choice, header in job.of_file(file):
-            for name, _, _, size_bytes in entries(choice, header, job.plan):
-                weight_map[name] = file.name
-                total += size_bytes
+    weight_map, total = {}, 0
+    for file, (name, _, _, size_bytes) in stored:
+        weight_map[name] = file.name
+        total += size_bytes
     return explicit or INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
@@ -54,5 +82,9 @@ def _config(job: Job) -> dict[str, Any]:
             if header.dtype in DTYPE_NAMES:
                 sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
         config["dtype"] = DTYPE_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
-    config["quantization_config"] = quantization_config(job.plan, job.choices, job.source.headers)
+    section = quantization_config(job.plan, job.choices, job.source.headers)
+    if explicit := job.source.settings.get("transformers_weights"):
+        section["weights"] = explicit
+    config["quantization_config"] = section
+    config["transformers_weights"] = GUARD_NAME
     return config

@@ -16,6 +16,7 @@ from trilens.checkpoint.format.report import SampleReport
 from trilens.errors import NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.models.loading import load
+from trilens.printable import as_unicode
 from trilens.text.documents import read_documents
 from trilens.text.token_blocks import token_blocks
 
@@ -39,6 +40,9 @@ class Sample:
 
     name: str
     documents: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", as_unicode(self.name))
 
     @classmethod
     def read(cls, source: str | os.PathLike[str]) -> Self:

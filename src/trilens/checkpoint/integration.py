@@ -8,6 +8,7 @@ unpacked on the way in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -24,6 +25,7 @@ from trilens.checkpoint.format.names import FORMAT_VERSION, QUANT_METHOD, ROTATI
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.format.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
+from trilens.io.weight_files import GUARD_NAME
 from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear
 from trilens.ternary.rotation import rotate_back
 
@@ -44,6 +46,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         storage: how codes lie in the file; in memory they are packed in two bits.
         rotation: "hadamard" where weights and inputs are rotated.
         overrides: parameter → rule, per and group_size that differ from the general ones.
+        weights: the name of the weights' file or index where it is not the usual one.
 
     Raises:
         ConfigError: a version or an option that this trilens does not know.
@@ -61,6 +64,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         storage: str = "two_bit",
         rotation: str | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        weights: str | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -91,6 +95,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.storage = storage
         self.rotation = rotation
+        self.weights = weights
         self.overrides = {name: dict(options) for name, options in (overrides or {}).items()}
 
     def of(self, target: str, model: Any) -> Mapping[str, Any]:
@@ -207,9 +212,27 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._changed: list[tuple[WeightConverter, WeightConverter | None]] = []
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Finds the weights where they are: what config.json names is there to stop others."""
+        if getattr(config, "transformers_weights", None) == GUARD_NAME:
+            config.transformers_weights = self.quantization_config.weights
+        return config
+
     def is_serializable(self) -> bool:
         """Codes and scales are saved as they are."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """What is saved: beside each layer's codes an empty `weight`.
+
+        transformers without trilens would make up a weight and warn. It refuses one of another
+        shape.
+        """
+        packed = [path for path, m in model.named_modules() if isinstance(m, TernaryLinear)]
+        # Layers that became dense since, as by merging an adapter, are saved as dense ones.
+        self.quantization_config.layers = packed
+        guards = {f"{path}.weight": torch.empty(0) for path in packed}
+        return {**model.state_dict(), **guards}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -252,9 +275,13 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
                 rotated=config.rotation is not None,
             )
             model.set_submodule(found, layer)
+            guard = rf"^(.*\.)?{re.escape(found)}\.weight$"
+            model._keys_to_ignore_on_load_unexpected.add(guard)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path, module in list(model.named_modules()):
+            if isinstance(module, TernaryLinear):
+                _check_read(module, path)
             if isinstance(module, Arriving):
                 module = module.arrived(path)  # noqa: PLW2901
                 model.set_submodule(path, module)
@@ -269,6 +296,7 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
             model.config.rescale_every = 0
         # What is saved from now on is what lies in memory.
         self.quantization_config.storage = "two_bit"
+        self.quantization_config.weights = None
         # Saving turns the conversions around: it must find transformers' own.
         originals = {id(new): old for new, old in self._changed}
         used = [originals.get(id(c), c) for c in model._weight_conversions]
@@ -282,6 +310,21 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, TernaryLinear):
                 model.set_submodule(path, dense_like(module, target))
         return model
+
+
+def _check_read(layer: TernaryLinear, path: str) -> None:
+    """Refuse a layer that transformers filled with whatever lay in memory.
+
+    Raises:
+        CorruptFileError: a part is not in the file.
+    """
+    for name, part in layer.named_parameters(recurse=False):
+        read = part.is_meta or getattr(part, "_is_hf_initialized", False)
+        if name in PARTS and not read:
+            raise CorruptFileError(
+                f"the checkpoint lacks {path}.{name}, which its config.json names: get the weight "
+                "files again"
+            )
 
 
 def _path_in(model: Any, path: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,30 +13,17 @@ from torch import Tensor
 
 from trilens.checkpoint.format.names import find_parts
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.checkpoint.format.skeleton import Choice, build_skeleton, choose
+from trilens.checkpoint.format.skeleton import HOMELESS, Choice, build_skeleton, choose
 from trilens.checkpoint.source import Checkpoint
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
+from trilens.models.foreign_names import check_names
 
 __all__ = ["DTYPE_NAMES", "Job", "read_job"]
 
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Floating-point dtypes, as safetensors and as torch call them."""
-
-# Of a quantization_config: what a GGUF file can hold the trits of.
-_KNOWN_SETTINGS = {
-    "quant_method",
-    "format_version",
-    "rule",
-    "per",
-    "group_size",
-    "layers",
-    "merged",
-    "overrides",
-    "storage",
-    "experts",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +55,7 @@ class Job:
     def tensors(self) -> dict[str, Tensor]:
         """The stored floating-point tensors, mapped."""
         return {
-            name: self.source.tensor(name)
+            name: self.source.mapped_tensor(name)
             for name, header in self.source.headers.items()
             if header.dtype in DTYPE_NAMES
         }
@@ -90,16 +78,17 @@ def read_job(
         src: directory or hub id.
         plan: what the caller asked; a checkpoint that is ternary already takes no orders.
         revision: of a hub id.
-        ternary: also take what `ternarize` wrote, for a GGUF file.
+        ternary: also take what `ternarize` wrote.
 
     Raises: as `ternarize`, for a source or a plan that cannot be used.
     """
     source = Checkpoint.open(src, revision=revision, ternary=ternary)
     headers, packed, own = source.headers, None, plan
-    if source.settings.get("quantization_config") is not None:
+    if source.is_ternary:
         headers, packed, own = _read_packed(source, plan)
     model = build_skeleton(source.config, headers)
     choices = choose(model, headers)
+    check_names(source.name, (choice.name for choice in choices if choice.reason == HOMELESS))
     if packed is not None:
         choices = _as_stored(choices, packed)
     return Job(source, headers, model, _follow(plan, choices), own, packed)
@@ -109,14 +98,6 @@ def _read_packed(
     source: Checkpoint, plan: TernaryPlan
 ) -> tuple[dict[str, TensorHeader], dict[str, dict[str, str]], TernaryPlan]:
     """Headers as they were before `ternarize`, the parts of each matrix, and the plan."""
-    settings = source.settings["quantization_config"]
-    given = {key for key, value in settings.items() if value is not None}
-    unknown = sorted(given - _KNOWN_SETTINGS)
-    if unknown:
-        raise UsageError(
-            f"{source.title} was ternarized with {unknown[0]!r}, which no GGUF file can hold: give "
-            "the checkpoint with plain weights"
-        )
     report = validate(source.folder)
     if plan != TernaryPlan():
         raise UsageError(
@@ -150,9 +131,11 @@ def _follow(plan: TernaryPlan, choices: tuple[Choice, ...]) -> tuple[Choice, ...
     possible = [choice.name for choice in choices if choice.storage != "kept"]
     kept = plan.chosen(possible, [choice.name for choice in choices])
     if len(kept) == len(possible):
+        reasons = Counter(choice.reason for choice in choices if choice.is_matrix and choice.reason)
+        why = "".join(f"; {count} matrices kept: {why}" for why, count in reasons.most_common())
         raise UsageError(
             "nothing is left to make ternary: the checkpoint has no linear layer of a block that "
-            "the plan does not keep"
+            f"the plan does not keep{why}"
         )
     return tuple(
         replace(choice, storage="kept", reason=kept[choice.name]) if choice.name in kept else choice

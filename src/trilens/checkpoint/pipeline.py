@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
-from trilens.checkpoint.auxiliary_files import write_side_files
+from trilens.checkpoint.auxiliary_files import origin_of, write_side_files
 from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.rollback import rollback
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.coding import code_tensor, entries, planned
+from trilens.checkpoint.dense import write_dense
 from trilens.checkpoint.evaluate import Baseline, Sample
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal, Order, manifest_bytes, read_manifest
@@ -26,18 +27,33 @@ from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.quantization_config import overrides
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import ShardWriter
-from trilens.checkpoint.gguf.formats import find_format
+from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.job import Job, read_job
-from trilens.checkpoint.output_folder import check_folder, make_folder
+from trilens.checkpoint.output_folder import check_folder, clean_refusal
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, WriteError
-from trilens.io.atomic import write_bytes
+from trilens.io.atomic import locked_folder, write_bytes
 from trilens.progress import Progress, Step
 
 __all__ = ["Format", "ternarize"]
 
-Format = Literal["trilens", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
+# Of a quantization_config: what a GGUF file can hold the trits of.
+_KNOWN_SETTINGS = {
+    "quant_method",
+    "format_version",
+    "rule",
+    "per",
+    "group_size",
+    "layers",
+    "merged",
+    "overrides",
+    "storage",
+    "experts",
+    "weights",
+}
+
+Format = Literal["trilens", "dense", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
 
 
 def ternarize(
@@ -56,7 +72,7 @@ def ternarize(
 
     The output is complete: weights, configuration, tokenizer files, model card, manifest. A run
     that was killed is taken up by the same call, and ends in the same bytes. One run at a time
-    may write to a directory.
+    may write to a directory: another one is refused.
 
     Post-training ternary weights usually ruin a model that was not trained for them: see
     `TernaryReport.verdict`, and measure before use.
@@ -68,7 +84,7 @@ def ternarize(
         plan: what is ternarized, and how; `TernaryPlan()` where not given.
         format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
             "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
-            of an earlier call.
+            of an earlier call; "dense": that output with dense weights, see `write_dense`.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
         calibration: the text that calibrated rules look at, and that the damage is measured on;
@@ -82,42 +98,28 @@ def ternarize(
             source is quantized already, or `dst` holds something else or another order's output;
             a sample and a dry run, a GGUF file, or a source that is no causal language model.
         TextError: a sample that is too short.
-        LoadError: the source cannot be read; see `trilens.errors`.
-        NonFiniteError: NaN or Inf among the weights of a matrix.
-        ValueRangeError: a scale that its dtype cannot hold.
-        WriteError: the output cannot be written.
+        LoadError: the source cannot be read, or changed while it was; see `trilens.errors`.
+        NonFiniteError: NaN or Inf among the weights of a matrix; nothing is left behind.
+        ValueRangeError: a scale that its dtype cannot hold; nothing is left behind.
+        WriteError: the output cannot be written, or another run writes it.
         DamageError: the perplexity rises by more than the calibration's `max_perplexity_ratio`;
             nothing is left behind.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
-    Memory: the source is mapped, not loaded: up to 2 × the largest tensor on top of that for
-    bfloat16 sources, and what the rule needs (`PerLayerQuant.quantize`). With a sample the whole
-    model is loaded, once before and once after.
+    Memory: tensors are read one by one: up to 3 × the largest one for bfloat16 sources, and what
+    the rule needs (`PerLayerQuant.quantize`). A calibration maps the source. With a sample the
+    whole model is loaded, once before and once after.
     """
     plan, gguf_format = plan or TernaryPlan(), find_format(format)
+    _check_format(format, gguf_format, Path(dst), plan)
+    if format != "trilens":
+        _check_unmeasured(format, calibration, sample)
+    job = read_job(src, plan, revision=revision, ternary=format != "trilens")
+    if format == "dense":
+        return write_dense(job, Path(dst), dry_run=dry_run, progress=progress)
     if gguf_format is not None:
-        if calibration is not None:
-            raise UsageError(
-                f"a {format} file cannot be calibrated: write a directory with the calibration, "
-                "then the GGUF file from that directory, which keeps every trit"
-            )
-        if sample is not None:
-            raise UsageError(
-                f"a sample cannot be measured on a {format} file: transformers does not run it. "
-                "Write a directory with the sample, then the GGUF file from that directory, which "
-                "keeps every trit"
-            )
-        _check_engine(Path(dst), plan)
-    elif format not in get_args(Format):
-        raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
-    elif Path(dst).suffix == ".gguf":
-        raise UsageError(
-            f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
-            "pass a gguf format, for example gguf-tq2_0, or another name"
-        )
-    job = read_job(src, plan, revision=revision, ternary=gguf_format is not None)
-    if gguf_format is not None:
+        _check_trits(job)
         return write_gguf(job, gguf_format, Path(dst), dry_run=dry_run, progress=progress)
     _check_names(job)
     if job.plan.calibrated and calibration is None and not dry_run:
@@ -136,32 +138,59 @@ def ternarize(
     out = Path(dst)
     check_folder(out, job.source.folder)
     order = Order.of(
-        [*job.source.files, job.source.folder / CONFIG_NAME, *job.source.side_files],
+        [
+            *job.source.files,
+            job.source.folder / CONFIG_NAME,
+            *job.source.side_files,
+            *job.source.cards,
+        ],
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
     )
     if (out / MANIFEST_NAME).is_file():
-        order.check_same(read_manifest(out), out / MANIFEST_NAME)
-        (out / JOURNAL_NAME).unlink(missing_ok=True)
-        found = validate(out)
-        check_damage(found.damage, calibration, written=True)
-        return found
+        return _finished(out, order, calibration)
     # Measured first: a sample that is no good is refused before anything is written.
     baseline = Baseline.of(sample, job.source.folder) if sample else None
-    is_new = not out.exists()
-    make_folder(out)
-    _check_space(out, job)
-    journal = Journal(out, order)
+    with locked_folder(out):
+        check_folder(out, job.source.folder)
+        if (out / MANIFEST_NAME).is_file():  # another run has ended meanwhile
+            return _finished(out, order, calibration)
+        _check_space(out, job)
+        journal = Journal(out, order)
+        with clean_refusal(out, journal):
+            return _write(out, job, order, journal, calibration, baseline, progress)
+
+
+def _finished(out: Path, order: Order, calibration: Calibration | None) -> TernaryReport:
+    order.check_same(read_manifest(out), out / MANIFEST_NAME)
+    (out / JOURNAL_NAME).unlink(missing_ok=True)
+    found = validate(out)
+    check_damage(found.damage, calibration, written=True)
+    return found
+
+
+def _write(
+    out: Path,
+    job: Job,
+    order: Order,
+    journal: Journal,
+    calibration: Calibration | None,
+    baseline: Baseline | None,
+    progress: Progress | None,
+) -> TernaryReport:
     before: Store | None = None
     damage: Damage | None = None
     if calibration is not None:
-        before, damage = rollback(out, job, calibration, journal, is_new=is_new, progress=progress)
+        before, damage = rollback(out, job, calibration, journal, progress=progress)
     tensors, digests = _write_shards(out, job, journal, before, progress)
     digests |= write_side_files(out, job)
+    job.source.check_unchanged()
+    order.check_copied(digests, job.source.side_files)
     measured = baseline.against(out) if baseline else None
     report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
-    digests[CARD_NAME] = write_bytes(out / CARD_NAME, model_card(report).encode())
+    card = model_card(report, origin_of(job))
+    digests[CARD_NAME] = write_bytes(out / CARD_NAME, card.encode())
     files = {
         name: {"size_bytes": (out / name).stat().st_size, "sha256": digest}
         for name, digest in sorted(digests.items())
@@ -171,6 +200,34 @@ def ternarize(
     write_bytes(out / MANIFEST_NAME, manifest_bytes(order, report, files))
     journal.remove()
     return report
+
+
+def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: TernaryPlan) -> None:
+    """Refuse a format that there is not, and a place or a plan that the format does not have."""
+    if engine is not None:
+        _check_engine(out, plan)
+    elif format not in get_args(Format):
+        raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
+    elif out.suffix == ".gguf":
+        raise UsageError(
+            f"output {out} is named like a GGUF file, and format {format!r} writes a directory: "
+            "pass a gguf format, for example gguf-tq2_0, or another name"
+        )
+
+
+def _check_unmeasured(format: str, calibration: Calibration | None, sample: Sample | None) -> None:
+    """Refuse a calibration or a sample for what is made from a ternary checkpoint."""
+    result = "dense weights" if format == "dense" else "a GGUF file"
+    if calibration is not None:
+        raise UsageError(
+            f"{result} ({format}) cannot be calibrated: write a directory with the calibration, "
+            f"then {result} from that directory, which keeps every trit"
+        )
+    if sample is not None:
+        raise UsageError(
+            f"a sample cannot be measured on {result} ({format}): write a directory with the "
+            f"sample, then {result} from that directory, which keeps every trit"
+        )
 
 
 def _check_engine(out: Path, plan: TernaryPlan) -> None:
@@ -184,6 +241,18 @@ def _check_engine(out: Path, plan: TernaryPlan) -> None:
         raise UsageError(
             f"rule {plan.calibrated[0]!r} needs a calibration, which a GGUF file is not written "
             "with: write a directory by that rule, then the GGUF file from that directory"
+        )
+
+
+def _check_trits(job: Job) -> None:
+    """Refuse a ternary checkpoint whose layers do more than multiply by trits."""
+    settings = job.source.settings.get("quantization_config") or {}
+    given = {key for key, value in settings.items() if value is not None}
+    unknown = sorted(given - _KNOWN_SETTINGS)
+    if unknown:
+        raise UsageError(
+            f"{job.source.title} was ternarized with {unknown[0]!r}, which no GGUF file can hold: "
+            "give the checkpoint with plain weights"
         )
 
 
@@ -235,12 +304,13 @@ def _write_shard(
     progress: Progress | None,
     n_before: int,
 ) -> tuple[str, list[TensorReport]]:
-    mapped = job.source.mapped(file)
+    opened = job.source.opened(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, mapped, writer, before=before))
+            reports.append(code_tensor(choice, header, job.plan, opened, writer, before=before))
             if progress is not None:
                 progress(Step(n_before + len(reports), len(job.choices), choice.name))
+        job.source.check_unchanged()
         return writer.commit(), reports

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.format.names import (
@@ -17,16 +18,19 @@ from trilens.checkpoint.format.names import (
     JOURNAL_NAME,
     MANIFEST_NAME,
     QUANT_METHOD,
+    SOURCE_CARD_NAME,
 )
 from trilens.checkpoint.format.shards import MappedFile
-from trilens.errors import UsageError
+from trilens.errors import CorruptFileError, UsageError
+from trilens.io.guarded import OpenFile, Stamp
 from trilens.io.hub import local_folder
 from trilens.io.safetensors_header import TensorHeader
-from trilens.io.weight_files import read_weights
+from trilens.io.side_files import side_files
+from trilens.io.weight_files import read_weights, weight_files
 from trilens.models.build import read_config, read_settings
 from trilens.models.rwkv7 import model as rwkv7
 
-__all__ = ["Checkpoint", "tensor_of"]
+__all__ = ["Checkpoint", "as_tensor", "tensor_of"]
 
 _TORCH_DTYPES = {
     "U8": torch.uint8,
@@ -37,17 +41,7 @@ _TORCH_DTYPES = {
 }
 
 
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
-_SIDE_SUFFIXES = frozenset(
-    {".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm", ".py"}
-)
-# Other JSON files may say of the source what is not true of the output (how well it was trained).
-_SIDE_FILE = re.compile(
-    r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|chat_template"
-    r"|tekken|normalizer|(\w+_)?(pre)?processor_config).*\.json|(LICENSE|NOTICE|USE_POLICY).*",
-    re.IGNORECASE,
-)
-_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
+_NOT_COPIED = frozenset({CONFIG_NAME, CARD_NAME, SOURCE_CARD_NAME, MANIFEST_NAME, JOURNAL_NAME})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +55,7 @@ class Checkpoint:
         config: transformers' configuration.
         files: The weight files.
         headers: Every stored tensor.
+        stamps: What config.json and the weight files were like before they were read.
     """
 
     folder: Path
@@ -69,6 +64,8 @@ class Checkpoint:
     config: Any
     files: tuple[Path, ...]
     headers: dict[str, TensorHeader]
+    stamps: dict[Path, Stamp]
+    _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
     _mapped: dict[Path, MappedFile] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -95,16 +92,25 @@ class Checkpoint:
         settings = read_settings(folder)
         packed = settings.get("quantization_config")
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
-        if packed is not None and not (
-            ternary and isinstance(packed, dict) and method == QUANT_METHOD
-        ):
+        # BitNet's online mode stores plain weights and quantizes them anew in each call.
+        mode = packed.get("quantization_mode") if isinstance(packed, dict) else None
+        online = (method, mode) == ("bitnet", "online")
+        own = ternary and isinstance(packed, dict) and method == QUANT_METHOD
+        if packed is not None and not own and not online:
             also = ", or one that trilens ternarize wrote" if ternary else ""
             raise UsageError(
                 f"{name} is quantized already ({method!r}): give the checkpoint with plain "
                 f"weights{also}"
             )
+        stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *weight_files(folder))}
         config, _ = read_config(folder, settings, trusted=False)
-        return cls(folder, name, settings, config, *read_weights(folder))
+        return cls(folder, name, settings, config, *read_weights(folder), stamps)
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether `ternarize` wrote it."""
+        packed = self.settings.get("quantization_config")
+        return isinstance(packed, dict) and packed.get("quant_method") == QUANT_METHOD
 
     @property
     def title(self) -> str:
@@ -114,37 +120,69 @@ class Checkpoint:
     @property
     def side_files(self) -> tuple[Path, ...]:
         """Tokenizer, generation settings, licence: small files that belong to it."""
-        return tuple(
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-            and (path.suffix in _SIDE_SUFFIXES or _SIDE_FILE.fullmatch(path.name))
-            and not path.name.endswith(_WEIGHT_SUFFIXES)
-            and not path.name.startswith(".")
-            and path.name not in _NOT_COPIED
-        )
+        return tuple(path for path in side_files(self.folder) if path.name not in _NOT_COPIED)
 
-    def mapped(self, file: Path) -> MappedFile:
-        """A weight file's bytes; mapped once."""
-        if file not in self._mapped:
-            self._mapped[file] = MappedFile(file)
-        return self._mapped[file]
+    @property
+    def cards(self) -> tuple[Path, ...]:
+        """Its own README.md, if it has one."""
+        path = self.folder / CARD_NAME
+        return (path,) if path.is_file() else ()
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with files that were replaced or written to since they were opened.
+
+        Raises:
+            CorruptFileError: names the file.
+        """
+        for file, stamp in self.stamps.items():
+            if Stamp.of(file) != stamp:
+                raise CorruptFileError(
+                    f"{file} changed while it was read: what was made of it is of no use; run "
+                    "again when nobody writes to it"
+                )
+
+    def opened(self, file: Path) -> OpenFile:
+        """A weight file's bytes; opened once."""
+        if file not in self._opened:
+            self._opened[file] = OpenFile(file)
+        return self._opened[file]
 
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor, by reference to its file.
+        """A stored tensor, read into memory.
+
+        Shapes: → [*shape]
+
+        Raises:
+            CorruptFileError: the file was cut off meanwhile.
+        """
+        header = self.headers[name]
+        return tensor_of(header, self.opened(header.file))
+
+    def mapped_tensor(self, name: str) -> Tensor:
+        """A stored tensor, by reference to its file: see `MappedFile` before it is used.
 
         Shapes: → [*shape]
         """
         header = self.headers[name]
-        return tensor_of(header, self.mapped(header.file))
+        if header.file not in self._mapped:
+            self._mapped[header.file] = MappedFile(header.file)
+        return tensor_of(header, self._mapped[header.file])
 
 
-def tensor_of(header: TensorHeader, file: MappedFile) -> Tensor:
-    """A tensor of bytes or of floating-point numbers, by reference to its file.
+def tensor_of(header: TensorHeader, file: OpenFile | MappedFile) -> Tensor:
+    """A tensor of bytes or of floating-point numbers: of a mapped file by reference.
 
     Shapes: → [*header.shape]
     """
     raw = file.bytes(header.begin, header.end)
-    if header.begin % 8:
+    if header.begin % 8 and isinstance(file, MappedFile):
         raw = raw.copy()  # old writers do not align; a view of such bytes is undefined
+    return as_tensor(header, raw)
+
+
+def as_tensor(header: TensorHeader, raw: NDArray[np.uint8]) -> Tensor:
+    """A tensor over its bytes, which lie at a multiple of its numbers' size.
+
+    Shapes: raw [header.size_bytes] → [*header.shape]
+    """
     return torch.from_numpy(raw).view(_TORCH_DTYPES[header.dtype]).reshape(header.shape)

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 
 from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts
 from trilens.checkpoint.format.manifest import read_manifest
-from trilens.checkpoint.format.names import CONFIG_NAME, QUANT_METHOD, find_parts
+from trilens.checkpoint.format.names import CONFIG_NAME, MANIFEST_NAME, QUANT_METHOD, find_parts
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
-from trilens.checkpoint.format.report import Outcome, TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import MappedFile
+from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
-from trilens.io.guarded import sha256_of
+from trilens.io.guarded import OpenFile
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.listing import check_files, extra_files
+from trilens.io.messages import listed
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
-__all__ = ["validate"]
+__all__ = ["unlisted", "validate"]
 
 _CHUNK_BYTES = 1 << 22
 
@@ -53,14 +52,11 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
     try:
         report = TernaryReport.from_dict(manifest["report"])
         files = dict(manifest["files"])
-        for tensor in report.tensors:
-            _check_types(tensor)
     except (TrilensError, KeyError, TypeError, ValueError, AttributeError) as cause:
         raise CorruptFileError(
             f"{folder} has a manifest without a valid report: {cause}"
         ) from cause
-    for name, claim in files.items():
-        _check_file(folder, name, claim)
+    check_files(folder, files)
     config = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True).get(
         "quantization_config"
     )
@@ -76,43 +72,18 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
     return report
 
 
-def _check_types(tensor: TensorReport) -> None:
-    """Raises: TypeError."""
-    sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
-    shares = (tensor.relative_error, tensor.sparsity, tensor.output_error)
-    right = (
-        all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
-        and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-        and all(share is None or isinstance(share, int | float) for share in shares)
-        and tensor.outcome in get_args(Outcome)
-        and (tensor.outcome == "kept" or len(tensor.shape) in {2, 3})
-    )
-    if not right:
-        raise TypeError(f"the entry of tensor {clip(tensor.name)} has values of the wrong kind")
+def unlisted(folder: Path) -> tuple[str, ...]:
+    """Names in a ternary checkpoint's directory that its manifest does not list.
 
-
-def _check_file(folder: Path, name: Any, claim: Any) -> None:
-    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
-    if not plain or name in {"", ".", ".."}:
-        raise CorruptFileError(
-            f"{folder} has a manifest that names the file {clip(name)}: only plain names in its "
-            "own directory are allowed"
-        )
-    file = folder / name
-    if not file.is_file():
-        raise CorruptFileError(f"{file} is missing: the manifest lists it")
-    size_bytes = file.stat().st_size
-    if not isinstance(claim, dict) or size_bytes != claim.get("size_bytes"):
-        expected = claim.get("size_bytes") if isinstance(claim, dict) else claim
-        problem = "truncated or of another size"
-        raise CorruptFileError(f"{file} is {problem}: {size_bytes} bytes, not {clip(expected)}")
-    if sha256_of(file) != claim.get("sha256"):
-        raise CorruptFileError(f"{file} is damaged: its content does not fit the manifest's hash")
+    Raises:
+        LoadError: as `read_manifest`.
+    """
+    return extra_files(folder, (*read_manifest(folder)["files"], MANIFEST_NAME))
 
 
 def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> None:
     unclaimed = set(headers)
-    mapped: dict[Path, MappedFile] = {}
+    opened: dict[Path, OpenFile] = {}
     for tensor in report.tensors:
         names = {"": tensor.name}
         if tensor.outcome != "kept":
@@ -133,9 +104,9 @@ def _check_tensors(report: TernaryReport, headers: dict[str, TensorHeader]) -> N
                 raise CorruptFileError(f"tensor {tensor.name} has shape {found[''].shape}")
             continue
         for header in found.values():
-            if header.file not in mapped:
-                mapped[header.file] = MappedFile(header.file)
-        _check_coded(tensor, report.plan, found, mapped)
+            if header.file not in opened:
+                opened[header.file] = OpenFile(header.file)
+        _check_coded(tensor, report.plan, found, opened)
     if unclaimed:
         raise CorruptFileError(f"tensor {min(unclaimed)} is in the files, but not in the report")
 
@@ -144,15 +115,15 @@ def _check_coded(
     tensor: TensorReport,
     plan: TernaryPlan,
     found: dict[str, TensorHeader],
-    mapped: dict[Path, MappedFile],
+    opened: dict[Path, OpenFile],
 ) -> None:
     plan = plan.of(tensor.name)
     wanted = {part: dtype for part, dtype, *_ in packed_parts((), 1, 1, plan)}
     if set(found) != set(wanted):
-        raise CorruptFileError(f"tensor {tensor.name} has parts {', '.join(sorted(found))}")
+        raise CorruptFileError(f"tensor {tensor.name} has parts {listed(sorted(found), 8)}")
     zeros = n_codes = 0
     for part, header in found.items():
-        file = mapped[header.file]
+        file = opened[header.file]
         if part.endswith("codes"):
             part_zeros, part_codes = _count_codes(tensor, header, file, plan.storage)
             zeros, n_codes = zeros + part_zeros, n_codes + part_codes
@@ -169,7 +140,7 @@ def _check_coded(
 
 
 def _count_codes(
-    tensor: TensorReport, header: TensorHeader, file: MappedFile, storage: Storage
+    tensor: TensorReport, header: TensorHeader, file: OpenFile, storage: Storage
 ) -> tuple[int, int]:
     """Zeros and trits of one tensor of codes, which are legal."""
     if header.dtype != "U8" or len(header.shape) != len(tensor.shape):

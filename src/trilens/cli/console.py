@@ -1,4 +1,8 @@
-"""Where output goes: results to standard output or a file, progress and times to standard error."""
+"""Where output goes: results to standard output or a file, progress and times to standard error.
+
+Lines of text leave through `streams.say` and `report.text`, JSON through `show_json`, progress
+through `shown_progress` and `status`: each without the control codes that a name may hold.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,11 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from trilens.cli.streams import say
 from trilens.errors import UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_text
+from trilens.printable import escaped_json, one_line
 from trilens.progress import Progress, Step
 from trilens.results import Tabular
 
@@ -54,10 +60,11 @@ def show(
 
 def show_json(values: Any, *, file: Path | None = None) -> None:
     """Print values as JSON, or write them to a file."""
+    text = escaped_json(json_text(values))
     if file is None:
-        typer.echo(json_text(values))
+        typer.echo(text)
     else:
-        _write(file, f"{json_text(values)}\n")
+        _write(file, f"{text}\n")
 
 
 def show_result(
@@ -104,7 +111,7 @@ def timed(output: Path | None) -> Iterator[None]:
     if output is not None and output.exists():
         files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
         size = _size(sum(file.stat().st_size for file in files))
-        typer.echo(f"wrote {output}: {size} in {perf_counter() - started:.1f} s", err=True)
+        say(f"wrote {output}: {size} in {perf_counter() - started:.1f} s", err=True)
 
 
 def _size(n_bytes: int) -> str:
@@ -119,7 +126,7 @@ def status(what: str) -> Iterator[None]:
     if not errors.is_terminal:
         yield
         return
-    with errors.status(Text(what)):
+    with errors.status(Text(one_line(what))):
         yield
 
 
@@ -145,7 +152,8 @@ def shown_progress() -> Iterator[Progress | None]:
                 left = (perf_counter() - started) * (step.total - step.done) / step.done
             shown = "" if left is None else f"{left:.0f} s left"
             # The end of a long name says more than its beginning.
-            what = step.what if len(step.what) <= 50 else f"…{step.what[-49:]}"
+            what = one_line(step.what)
+            what = what if len(what) <= 50 else f"…{what[-49:]}"
             bar.update(task, completed=step.done, total=step.total, description=what, left=shown)
 
         yield report

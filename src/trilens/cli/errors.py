@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from trilens.cli.interrupts import INTERRUPTED, Stopped
+from trilens.cli.streams import output_errors, say
 from trilens.errors import AnatomyError, CaptureError, DamageError, TrilensError, WriteError
 
 __all__ = ["OneLineGroup", "one_line_errors"]
@@ -31,21 +32,28 @@ class OneLineGroup(TyperGroup):
         """Run a command line."""
         given = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(
-                given or ["--help"],
-                prog_name or "trilens",
-                complete_var,
-                False,
-                windows_expand_args,
-                **extra,
-            )
+            with output_errors():
+                code = super().main(
+                    given or ["--help"],
+                    prog_name or "trilens",
+                    complete_var,
+                    False,
+                    windows_expand_args,
+                    **extra,
+                )
         except typer.Abort:
-            code = 130
+            code = INTERRUPTED
+        except typer.Exit as ended:
+            code = ended.exit_code
+        except SystemExit as ended:
+            # The parser's own answer where the reader of the help went away.
+            code = 0 if isinstance(ended.__context__, BrokenPipeError) else ended.code
         except Exception as error:
             # What the parser raises; its classes are typer's own, or click's in older versions.
             if not hasattr(error, "format_message"):
                 raise
-            _say(f"{error.format_message()} ({_help_command(error)} lists the options)")
+            words = " ".join(error.format_message().split())
+            say(f"trilens: {words} ({_help_command(error)} lists the options)", err=True)
             code = 2
         sys.exit(code or 0)
 
@@ -62,7 +70,7 @@ def one_line_errors(
     """One line on stderr and an exit code instead of a traceback.
 
     Codes: 1 the work failed, 2 an argument or file is wrong, 3 more damage than allowed,
-    130 interrupted.
+    130 interrupted, 143 and 129 after SIGTERM and SIGHUP.
 
     Args:
         debug: let the traceback through.
@@ -70,32 +78,16 @@ def one_line_errors(
         stopped: what to say when the user interrupts.
     """
     try:
-        yield
-        # A full disk shows when the buffer is emptied: here, where it can still be said.
-        sys.stdout.flush()
+        with output_errors(debug=debug):
+            yield
     except TrilensError as error:
         if debug:
             raise
-        _say(str(error))
+        say(f"trilens: {error}", err=True)
         failed = isinstance(error, (AnatomyError, CaptureError, WriteError, *failures))
         refused = isinstance(error, DamageError)
         raise typer.Exit(3 if refused else 1 if failed else 2) from None
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except OSError as error:
-        if debug:
-            raise
-        # What is left in the buffer can't be written either: don't try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _say(f"output failed: {error.strerror or error}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if stopped:
-            _say(stopped)
-        raise typer.Exit(130) from None
-
-
-def _say(message: str) -> None:
-    typer.echo(f"trilens: {' '.join(message.split())}", err=True)
+            say(f"trilens: {stopped}", err=True)
+        raise typer.Exit(stop.exit_code if isinstance(stop, Stopped) else INTERRUPTED) from None

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from trilens.cli.errors import one_line_errors
+from trilens.cli.interrupts import interruptible
 from trilens.errors import TrilensError
 
 __all__ = ["run"]
@@ -29,4 +30,6 @@ def run(
     """
     given = dict(options)
     with one_line_errors(given.pop("debug"), failures=failures, stopped=stopped):
-        import_module(f"trilens.cli.run.{command}").run(**given)
+        work = import_module(f"trilens.cli.run.{command}").run
+        with interruptible():
+            work(**given)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +19,7 @@ from trilens.cli.commands.ternarize import ternarize
 from trilens.cli.commands.validate import validate
 from trilens.cli.errors import OneLineGroup
 from trilens.cli.groups import flattened
+from trilens.cli.streams import prepare_streams
 from trilens.version import __version__
 
 __all__ = ["app", "main"]
@@ -60,10 +59,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the `trilens` command."""
     # transformers warns of every GPU kernel that is not installed: no news in a table.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that can't show a token must not end the command.
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     return app(args=arguments, prog_name="trilens")
 
 

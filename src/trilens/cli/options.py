@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 # Texts
-_TEXT = "file (.txt, .jsonl, .parquet), folder, stdlib or demo"
+_TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
 Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
 Calibrate = Annotated[
     str | None,
@@ -243,9 +243,11 @@ Predict = Annotated[
 
 # Results
 To = Annotated[
-    Literal["trilens", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
+    Literal["trilens", "dense", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
     typer.Option(
-        "--to", help="What to write: a directory for transformers, or a GGUF file for llama.cpp."
+        "--to",
+        help="What to write: a ternary checkpoint, dense weights from one, or a GGUF file for "
+        "llama.cpp.",
     ),
 ]
 _OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")

@@ -2,18 +2,16 @@
 
 There is never half a file under a final name. A temporary file has a name of its own,
 `.NAME.8-hex-digits.partial`, and its writer holds a lock on it: what a killed run left behind has
-no lock, and the next writer of the same name removes it.
+no lock, and the next writer of the same name removes it. Where one run alone may write, another
+one's lock is a refusal: that of its temporary file, or that of the folder.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import os
-import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -24,14 +22,20 @@ from typing import TYPE_CHECKING
 from trilens.errors import WriteError
 from trilens.io.guarded import sha256_of
 from trilens.io.messages import reason
+from trilens.io.temporary import TRIES, alone_at, create_file, create_folder, lock_folder, sweep
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["AtomicFile", "atomic", "atomic_folder", "is_leftover", "sweep", "write_bytes"]
+__all__ = [
+    "AtomicFile",
+    "atomic",
+    "atomic_folder",
+    "locked_folder",
+    "write_bytes",
+]
 
-_NAME_LIMIT = 48  # characters of at most 4 bytes: a name has room for 255 bytes
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.partial", re.DOTALL)
+_CHUNK_BYTES = 1 << 22
 
 
 class AtomicFile(io.RawIOBase):
@@ -39,6 +43,7 @@ class AtomicFile(io.RawIOBase):
 
     Args:
         path: its place.
+        alone: refuse a place where a file is, or where another run writes one.
 
     Attributes:
         path: Its place.
@@ -49,14 +54,14 @@ class AtomicFile(io.RawIOBase):
             be written to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
         super().__init__()
-        self.path = path
+        self.path, self._alone = path, alone
         self._file = -1
         try:
-            mode = _mode_of(path)
-            sweep(path.parent, _prefix(path))
-            self._file, self.temporary = _create(path)
+            mode = self._check_place()
+            sweep(path.parent, of=path)
+            self._file, self.temporary = alone_at(path, create_file) if alone else create_file(path)
             if mode is not None:
                 os.fchmod(self._file, mode)
         except OSError as error:
@@ -70,7 +75,13 @@ class AtomicFile(io.RawIOBase):
         """Hash of the content so far; read back from the disk where `put` wrote in between."""
         if self._is_hashed_whole:
             return self._hash.hexdigest()
-        return sha256_of(self.temporary if self._file >= 0 else self.path)
+        if self._file < 0:
+            return sha256_of(self.path)
+        digest, done = hashlib.sha256(), 0
+        while part := os.pread(self._file, _CHUNK_BYTES, done):
+            digest.update(part)
+            done += len(part)
+        return digest.hexdigest()
 
     def writable(self) -> bool:
         """A file that can be written."""
@@ -90,7 +101,8 @@ class AtomicFile(io.RawIOBase):
         Raises:
             WriteError: no space.
         """
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
         done = 0
         while done < len(view):
             try:
@@ -126,13 +138,18 @@ class AtomicFile(io.RawIOBase):
         """
         try:
             os.fsync(self._file)
-            _mode_of(self.path)  # looked at again: nothing but a regular file is replaced
+            self._check_place()  # looked at again: nothing but a regular file is replaced
             self.temporary.replace(self.path)
             os.close(self._file)
             self._file = -1
             _flush(self.path.parent)  # the name too must survive a power cut
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+
+    def _check_place(self) -> int | None:
+        if self._alone and os.path.lexists(self.path):
+            raise FileExistsError(errno.EEXIST, "it exists")
+        return _mode_of(self.path)
 
     def close(self) -> None:
         """Remove the file, unless it was committed."""
@@ -145,13 +162,17 @@ class AtomicFile(io.RawIOBase):
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[AtomicFile]:
+def atomic(path: Path, *, alone: bool = False) -> Iterator[AtomicFile]:
     """A binary file that gets its name at the end of the block, and is removed on any exception.
+
+    Args:
+        path: its place.
+        alone: refuse a place where a file is, or where another run writes one.
 
     Raises:
         WriteError: it can't be written, for whatever reason the system has.
     """
-    with AtomicFile(path) as file:
+    with AtomicFile(path, alone=alone) as file:
         try:
             yield file
         except OSError as error:
@@ -181,15 +202,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: it can't be written.
     """
-    lock = -1
-    temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}.partial")
+    lock, temporary = -1, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent, _prefix(path))
-        temporary.mkdir()
-        lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep(path.parent, of=path)
+        lock, temporary = alone_at(path, create_folder)
         yield temporary
         for inner in (*temporary.iterdir(), temporary):
             _flush(inner)
@@ -198,36 +215,50 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if lock >= 0:
             os.close(lock)
 
 
-def is_leftover(name: str) -> bool:
-    """Whether a file of this name is one that a killed run may have left."""
-    return _LEFTOVER.fullmatch(name) is not None
-
-
-def sweep(folder: Path, start: str = ".") -> None:
-    """Remove what killed writers left in a folder: temporary files that nobody locks.
+@contextmanager
+def locked_folder(path: Path) -> Iterator[bool]:
+    """A directory that one run alone writes to; what a killed run left in it is removed.
 
     Args:
-        folder: it is not entered deeper.
-        start: of their names.
+        path: the directory. It is made with its parents where it is missing, and removed again
+            where nothing was written to it.
+
+    Yields:
+        Whether it was made.
+
+    Raises:
+        WriteError: it can't be written, or another run writes to it.
     """
-    for leftover in folder.iterdir():
-        if not leftover.name.startswith(start) or not is_leftover(leftover.name):
-            continue
-        with suppress(OSError):
-            file = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if stat.S_ISDIR(os.fstat(file).st_mode):
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
-            finally:
-                os.close(file)
+    lock = -1
+    is_new = False
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for _ in range(TRIES):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    is_new = True
+                lock = lock_folder(path)
+                if lock >= 0:
+                    break
+            else:
+                raise OSError(errno.ENOENT, "it is a link to nothing, or removed again and again")
+            sweep(path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        yield is_new
+    finally:
+        if lock >= 0:
+            if is_new:
+                with suppress(OSError):
+                    path.rmdir()
+            os.close(lock)
 
 
 def _mode_of(path: Path) -> int | None:
@@ -247,31 +278,12 @@ def _mode_of(path: Path) -> int | None:
     return stat.S_IMODE(found)
 
 
-def _create(path: Path) -> tuple[int, Path]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    while True:
-        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}.partial")
-        try:
-            file = os.open(temporary, flags, 0o666)  # less the umask
-        except FileExistsError:
-            continue
-        with suppress(OSError):  # file systems without locks: nothing is swept there
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file).st_nlink:
-            return file, temporary
-        os.close(file)  # swept before the lock was held
-
-
 def _flush(path: Path) -> None:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name[:_NAME_LIMIT]}."
 
 
 def _cannot_write(path: Path, error: OSError) -> WriteError:

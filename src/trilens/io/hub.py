@@ -30,10 +30,12 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.io.messages import clip, reason
+from trilens.io.side_files import check_side_files
 from trilens.io.weight_files import (
     INDEX_NAME,
     SINGLE_NAME,
     explicit_name,
+    gguf_way,
     refusal,
     shard_names,
     weight_files,
@@ -67,6 +69,7 @@ def local_folder(
         ModelNotFoundError: there is no such directory, hub id or revision, or no access to it.
         OfflineError: the hub cannot be reached and its cache does not hold the model.
         UnsafeFormatError: the place has only pickled weights.
+        CorruptFileError: a small file that is none, or a link that leads out of the checkpoint.
         LoadError: the path is a file.
         UsageError: not a path at all, or a revision for a local directory.
     """
@@ -95,6 +98,7 @@ def local_folder(
             raise UsageError(
                 f"revision {revision!r} means nothing for the local directory {text}: leave it out"
             )
+        check_side_files(path.resolve())
         return path.resolve(), str(path.resolve())
     if found_file:
         raise file_refusal(path)
@@ -103,7 +107,9 @@ def local_folder(
             f"directory {clip(text, 300)} does not exist: give a directory with config.json, or a "
             "hub id"
         )
-    return _from_hub(text, revision=revision, code=code), text
+    folder = _from_hub(text, revision=revision, code=code)
+    check_side_files(folder)
+    return folder, text
 
 
 def _is_hub_id(text: str) -> bool:
@@ -125,6 +131,8 @@ def file_refusal(path: Path) -> LoadError:
             f"published RWKV-7 weights with trilens convert {path} -o DIR, others with "
             "safetensors, then give the directory that holds config.json"
         )
+    if path.suffix.lower() == ".gguf":
+        return LoadError(f"{path} is a file: {gguf_way(str(path.parent), path.name)}")
     return LoadError(f"{path} is a file: give the directory that holds it and config.json")
 
 

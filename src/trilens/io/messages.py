@@ -1,8 +1,15 @@
-"""How values of files and errors of other libraries are put into a message of one line."""
+"""How values of files, lists and errors of other libraries are put into a message of one line."""
 
 from __future__ import annotations
 
-__all__ = ["clip", "reason"]
+from collections.abc import Iterable
+from itertools import islice
+
+from trilens.printable import bounded, escaped
+
+__all__ = ["clip", "listed", "reason"]
+
+_NAME_LIMIT = 120
 
 
 def reason(cause: BaseException) -> str:
@@ -16,3 +23,17 @@ def clip(value: object, limit: int = 80) -> str:
     """A value of a file as Python writes it: one line, not longer than a message can bear."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def listed(names: Iterable[object], shown: int = 4, *, nothing: str = "none") -> str:
+    """The first names and how many there are beyond them: ``a, b, c and 7 more``.
+
+    Args:
+        names: as `str` writes them; long ones are cut.
+        shown: how many are named.
+        nothing: the word for an empty list.
+    """
+    rest = iter(names)
+    first = [bounded(escaped(str(name)), _NAME_LIMIT) for name in islice(rest, shown)]
+    more = sum(1 for _ in rest)
+    return (", ".join(first) or nothing) + (f" and {more} more" if more else "")

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trilens.errors import CorruptFileError
 from trilens.io.guarded import open_regular
 from trilens.io.json import parse_object
 from trilens.io.messages import clip
 
-__all__ = ["TensorHeader", "read_header"]
+__all__ = ["SafetensorsHeader", "TensorHeader", "header_of", "read_header"]
 
 # The format's own limit; a larger number is a damaged length, not a header.
 _HEADER_LIMIT_BYTES = 100_000_000
@@ -74,6 +73,21 @@ class TensorHeader:
         return self.end - self.begin
 
 
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """A whole header.
+
+    Attributes:
+        tensors: The file's tensors, by name, in the order of their bytes.
+        metadata: Text by its name.
+        head: All bytes up to the first tensor.
+    """
+
+    tensors: dict[str, TensorHeader]
+    metadata: dict[str, str]
+    head: bytes
+
+
 def read_header(file: Path) -> dict[str, TensorHeader]:
     """Read and check one safetensors file's header; no tensor byte is read.
 
@@ -84,43 +98,46 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         CorruptFileError: the file is missing, truncated or too long, its header is not valid, or a
             tensor's dtype, shape and offsets contradict each other.
     """
+    with open_regular(file) as stream:
+        return header_of(file, stream).tensors
+
+
+def header_of(file: Path, stream: BinaryIO) -> SafetensorsHeader:
+    """As `read_header`, of an open file: it stands at its start, and then at its first tensor.
+
+    Raises:
+        CorruptFileError: as `read_header`.
+    """
     try:
-        with open_regular(file) as stream:
-            size_bytes = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CorruptFileError(
-                    f"{file} is truncated: expected at least 8 bytes, the file has {size_bytes}"
-                )
-            length = int.from_bytes(prefix, "little")
-            if length > _HEADER_LIMIT_BYTES:
-                raise CorruptFileError(
-                    f"{file} is not a safetensors file: its header would take {length} bytes, "
-                    f"allowed are 2–{_HEADER_LIMIT_BYTES}"
-                )
-            if 8 + length > size_bytes:
-                raise CorruptFileError(
-                    f"{file} is truncated: the header needs {8 + length} bytes, the file has "
-                    f"{size_bytes}"
-                )
-            text = stream.read(length)
+        size_bytes = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise CorruptFileError(
+                f"{file} is truncated: expected at least 8 bytes, the file has {size_bytes}"
+            )
+        length = int.from_bytes(prefix, "little")
+        if length > _HEADER_LIMIT_BYTES:
+            raise CorruptFileError(
+                f"{file} is not a safetensors file: its header would take {length} bytes, "
+                f"allowed are 2–{_HEADER_LIMIT_BYTES}"
+            )
+        if 8 + length > size_bytes:
+            raise CorruptFileError(
+                f"{file} is truncated: the header needs {8 + length} bytes, the file has "
+                f"{size_bytes}"
+            )
+        text = stream.read(length)
     except OSError as cause:
         raise CorruptFileError(f"{file} cannot be read: {cause.strerror or cause}") from cause
-    tensors = sorted(_parse_header(file, text, start=8 + length), key=lambda t: (t.begin, t.end))
-    _check_layout(file, tensors, start=8 + length, size_bytes=size_bytes)
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _parse_header(file: Path, text: bytes, *, start: int) -> Iterator[TensorHeader]:
     header = parse_object(text, f"{file} has a malformed header: it", unique_keys=True)
-    for name, entry in header.items():
-        if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise CorruptFileError(
-                    f"{file} has a malformed header: __metadata__ is not text to text"
-                )
-            continue
-        yield _parse_entry(file, name, entry, start=start)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CorruptFileError(f"{file} has a malformed header: __metadata__ is not text to text")
+    start = 8 + length
+    found = [_parse_entry(file, name, entry, start=start) for name, entry in header.items()]
+    tensors = sorted(found, key=lambda t: (t.begin, t.end))
+    _check_layout(file, tensors, start=start, size_bytes=size_bytes)
+    return SafetensorsHeader({t.name: t for t in tensors}, metadata, prefix + text)
 
 
 def _parse_entry(file: Path, name: str, entry: Any, *, start: int) -> TensorHeader:

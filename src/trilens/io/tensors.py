@@ -1,28 +1,57 @@
-"""Tensors and JSON in one safetensors file, written whole or not at all."""
+"""Tensors and JSON in one safetensors file, written whole or not at all, with a hash of itself."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
-from trilens.io.atomic import write_bytes
+from trilens.io.atomic import AtomicFile, atomic
+from trilens.io.guarded import open_regular
 from trilens.io.json import json_text, parse_json
+from trilens.io.safetensors_header import header_of
+from trilens.io.safetensors_layout import layout
+from trilens.io.sealed import NO_HASH, unsealed
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "write_safetensors", "write_tensors"]
 
 _KEY = "trilens"
+_HASH = "trilens.sha256"
+_HASHED = "hashed"
+_BEFORE_HASH = f'"{_HASH}":"'.encode()
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
     """Write tensors and a JSON manifest to one safetensors file.
 
     A tensor that stands under several names is stored once. The file is written whole or not at
-    all.
+    all, and names the hash of all its bytes.
 
     Raises:
         UsageError: the folder does not exist, or the path is a folder.
@@ -41,28 +70,85 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, An
             aliases[name] = places[place]
             continue
         places[place] = name
-        stored[name] = tensor.detach().to("cpu").contiguous().clone()
-    body = json_text({**manifest, "aliases": aliases}, indent=None)
-    write_bytes(path, to_bytes(stored, metadata={_KEY: body}))
+        stored[name] = tensor
+    body = json_text({**manifest, "aliases": aliases, _HASHED: True}, indent=None)
+    with atomic(path) as file:
+        head = _write(file, stored, {_KEY: body, _HASH: NO_HASH})
+        file.put(file.sha256.encode(), head.index(_BEFORE_HASH) + len(_BEFORE_HASH))
     return path
 
 
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> str:
+    """Write a safetensors file whole or not at all, and give its hash.
+
+    Args:
+        path: its place.
+        tensors: of any device and layout; copied one after another.
+        metadata: of the header.
+
+    Raises:
+        UsageError: a dtype that the format does not have.
+        WriteError: the file can't be written; nothing is left of it.
+    """
+    with atomic(path) as file:
+        _write(file, tensors, metadata)
+        return file.sha256
+
+
+def _write(file: AtomicFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise UsageError(f"tensor {name} is {tensor.dtype}, which safetensors cannot hold")
+    head, slots = layout(
+        [(n, _NAMES[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()], metadata
+    )
+    file.write(head)
+    for name in slots:
+        file.write(_bytes_of(tensors[name]).data)
+    return head
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    flat = tensor.detach().to("cpu").contiguous().resolve_conj().resolve_neg().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
+    """Read what `write_tensors` wrote, and check its hash.
+
+    Returns:
+        The tensors, and the manifest. Its entry "hashed" is False for a file from before there
+        were hashes.
 
     Raises:
         ModelNotFoundError: no such file.
         CorruptFileError: damaged, of another kind, or of another version.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ModelNotFoundError(f"file {path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CorruptFileError(f"{path} can't be read as safetensors: {error}") from error
-    manifest = parse_json(metadata.get(_KEY, "null"), f"manifest of {path}", non_finite=True)
+    with open_regular(path) as stream:
+        header = header_of(path, stream)
+        digest, tensors = hashlib.sha256(), {}
+        claim = header.metadata.get(_HASH, "")
+        digest.update(unsealed(header.head, _BEFORE_HASH, claim) or b"")
+        for name, entry in header.tensors.items():
+            if entry.dtype not in _DTYPES:
+                raise CorruptFileError(f"{path} has tensor {name} of dtype {entry.dtype}")
+            values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+            tensors[name] = values
+            if not values.numel():
+                continue
+            data = values.reshape(-1).view(torch.uint8).numpy().data
+            try:
+                n_read = stream.readinto(data)
+            except OSError as cause:
+                raise CorruptFileError(f"{path} cannot be read: {cause.strerror}") from cause
+            if n_read < entry.size_bytes:
+                raise CorruptFileError(f"{path} is truncated: tensor {name} is cut off")
+            digest.update(data)
+    manifest = parse_json(header.metadata.get(_KEY, "null"), f"manifest of {path}", non_finite=True)
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         raise CorruptFileError(f"{path} is a safetensors file, but not a {kind}")
     if manifest.get("version") != version:
@@ -70,6 +156,9 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
             f"{path} is {kind} version {manifest.get('version')}: this trilens reads version "
             f"{version}"
         )
+    manifest.setdefault(_HASHED, False)
+    if (claim or manifest[_HASHED] is not False) and digest.hexdigest() != claim:
+        raise CorruptFileError(f"{path} is damaged: its content does not fit its own hash")
     aliases = manifest.get("aliases") or {}
     if not isinstance(aliases, dict) or not set(aliases.values()) <= set(tensors):
         raise CorruptFileError(f"{path} names tensors that it does not hold")

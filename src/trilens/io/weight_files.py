@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
+from trilens.io.guarded import check_link
 from trilens.io.json import read_json
-from trilens.io.messages import clip
+from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import TensorHeader, read_header
 
 __all__ = [
+    "GUARD_NAME",
     "INDEX_NAME",
     "SINGLE_NAME",
     "explicit_name",
+    "gguf_way",
     "read_headers",
     "read_weights",
     "refusal",
@@ -25,6 +28,14 @@ __all__ = [
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+GUARD_NAME = "import-trilens-first.safetensors"
+"""What config.json of a ternary checkpoint calls its weights.
+
+There is no such file: a transformers that does not know the format stops there, with this name in
+its error, where it would otherwise make up the weights and warn. With trilens it reads the files
+by their usual names.
+"""
 
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -95,8 +106,8 @@ def _listed(folder: Path) -> tuple[tuple[Path, ...], Path, Mapping[str, str]]:
         return _existing(folder, [SINGLE_NAME], single), single, {}
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
-        listed = _weight_map(index)
-        return _existing(folder, list(dict.fromkeys(listed.values())), index), index, listed
+        named = _weight_map(index)
+        return _existing(folder, list(dict.fromkeys(named.values())), index), index, named
     if explicit is not None:
         raise CorruptFileError(f"{index} is missing: config.json names it as the weights")
     raise refusal(str(folder), names)
@@ -119,7 +130,12 @@ def explicit_name(folder: Path) -> str | None:
     config = folder / "config.json"
     if not config.is_file():
         return None
-    name = read_json(config, ConfigError, non_finite=True).get("transformers_weights")
+    check_link(config)
+    settings = read_json(config, ConfigError, non_finite=True)
+    name = settings.get("transformers_weights")
+    if name == GUARD_NAME:
+        section = settings.get("quantization_config")
+        name = section.get("weights") if isinstance(section, dict) else None
     if name is None:
         return None
     stem = name.removesuffix(".index.json") if isinstance(name, str) else name
@@ -132,24 +148,19 @@ def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
     if missing:
         raise CorruptFileError(
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
-            f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+            f"{listed(missing)}"
         )
     for name in names:
-        _check_link(folder, name)
+        check_link(folder / name)
     return tuple(folder / name for name in names)
 
 
-def _check_link(folder: Path, name: str) -> None:
-    """Refuse a link out of the checkpoint; the hub's cache links snapshots to its own blobs."""
-    if not (folder / name).is_symlink():
-        return
-    target, home = (folder / name).resolve(), folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(target.is_relative_to(place) for place in homes):
-        raise CorruptFileError(
-            f"{folder / name} is a link that leads out of the checkpoint, to {target}: "
-            "put the file itself there, or give the directory that holds it"
-        )
+def gguf_way(folder: str, name: str) -> str:
+    """How a GGUF file comes into a lens: transformers unpacks it."""
+    return (
+        "a GGUF file is not opened here; let transformers unpack it, model = AutoModelForCausalLM."
+        f"from_pretrained({folder!r}, gguf_file={name!r}), and give Lens(model, tokenizer)"
+    )
 
 
 def refusal(source: str, names: list[str]) -> LoadError:
@@ -164,6 +175,8 @@ def refusal(source: str, names: list[str]) -> LoadError:
         n for n in names if n.endswith((".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"))
     )
     found = f"; it has {other[0]}, which is not a transformers checkpoint's file" if other else ""
+    if other and other[0].endswith(".gguf"):
+        found = f"; it has {other[0]}: {gguf_way('FOLDER', other[0])}"
     return LoadError(f"{source} has no weights: {SINGLE_NAME} or {INDEX_NAME} is needed{found}")
 
 
@@ -183,7 +196,7 @@ def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader
         LoadError: as `weight_files` and `read_header`; also when an index names a tensor that no
             shard holds.
     """
-    files, source, listed = _listed(folder)
+    files, source, named = _listed(folder)
     found: dict[str, TensorHeader] = {}
     for file in files:
         tensors = read_header(file)
@@ -194,9 +207,9 @@ def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader
                 f"{file.name}: remove one of the files"
             )
         found.update(tensors)
-    lost = [name for name in listed if name not in found]
+    lost = [name for name in named if name not in found]
     if lost:
         raise CorruptFileError(
-            f"{source} names {len(lost)} tensors that no shard holds: {', '.join(lost[:3])}"
+            f"{source} names {len(lost)} tensors that no shard holds: {listed(lost)}"
         )
     return files, found

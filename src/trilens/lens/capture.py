@@ -88,6 +88,8 @@ class Capture:
         token_ids: [seq], on the CPU.
         model: which model it was.
         parts: what is held, with None for what is not.
+        hash_checked: of a capture that was loaded: its file named a hash of its content, and fits
+            it; False for files from before there were hashes. None for one that was not loaded.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -98,6 +100,7 @@ class Capture:
     token_ids: Tensor
     model: ModelInfo
     parts: Parts
+    hash_checked: bool | None = None
 
     def __repr__(self) -> str:
         return (
@@ -268,7 +271,8 @@ class Capture:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the tensors, and the rest as JSON in its header.
 
-        Written beside its place and renamed when it is whole, so that no half file is left.
+        Written beside its place and renamed when it is whole, so that no half file is left. The
+        file names a hash of all its bytes, which `load` checks.
 
         Returns:
             The path.
@@ -381,6 +385,7 @@ class Capture:
             tokens=[str(token) for token in manifest["tokens"]],
             token_ids=tensors["token_ids"],
             model=model,
+            hash_checked=manifest["hashed"] is True,
             parts=Parts(
                 logits=tensors.get("logits"),
                 residual=None if kind is None else kinds[kind].from_layers(residual),

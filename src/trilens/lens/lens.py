@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.errors import ShapeError, UsageError
+from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split
+from trilens.lens.unembedding import unembedded
 from trilens.models.anatomy import Anatomy
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
@@ -31,7 +32,7 @@ from trilens.models.tokens import (
     read_prompt,
     vocab_size_of,
 )
-from trilens.models.trace import tensors_in
+from trilens.models.unwrap import is_pipeline, unwrapped
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
 from trilens.taps.lock import CaptureLock
@@ -53,28 +54,30 @@ class Lens:
     one forward pass and leave nothing behind.
 
     Args:
-        model: a loaded causal LM, masked LM or bare encoder.
+        model: a loaded causal LM, masked LM or bare encoder, or a wrapper of one; see `unwrapped`.
         tokenizer: its tokenizer: of transformers, a `tokenizers.Tokenizer`, or any object with
             encode and decode; without one, prompts are token ids.
 
     Raises:
-        UsageError: the tokenizer is none of these.
+        UsageError: no transformers model, no tokenizer, or a weight that is nowhere in memory.
+        RecorderError: the model runs, but not while it is recorded.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise UsageError(
-                f"the model is a {type(model).__name__}: a loaded transformers model is needed; "
-                "for a directory or hub id use Lens.from_pretrained"
-            )
-        self.model = model
+        if tokenizer is None and is_pipeline(model):
+            tokenizer = getattr(model, "tokenizer", None)
+        self.model = model = unwrapped(model)
         self.tokenizer = usable_tokenizer(tokenizer)
-        self._vocab = vocab_size_of(model)
-        with _LOCK.take(model.config):
-            self._proof: Proof = prove(model, self._vocab)
-        self._max_positions = max_positions_of(model)
         self.unused_weights: tuple[str, ...] = ()
+        self._prove()
+
+    def _prove(self) -> None:
+        """Prove the model as it is now: its modules may be replaced while a lens holds it."""
+        self._vocab = vocab_size_of(self.model)
+        with _LOCK.take(self.model.config):
+            self._proof: Proof = prove(self.model, self._vocab)
+        self._max_positions = max_positions_of(self.model)
         self._copies = False
         self._effective_proven: set[int] = set()
         self._safety = BatchSafety(
@@ -92,11 +95,13 @@ class Lens:
         device_map: Any = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
     ) -> Lens:
         """Load a checkpoint directory or hub id and open it.
 
         Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
-        where `trust_remote_code` allows it.
+        where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
+        transformers where not given.
 
         Raises:
             LoadError: and its subclasses, see `trilens.errors`.
@@ -108,6 +113,7 @@ class Lens:
             device_map=device_map,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
         )
         lens = cls(loaded.model, loaded.tokenizer)
         lens.unused_weights = tuple(loaded.unused)
@@ -197,6 +203,7 @@ class Lens:
             SilentSiteError: a site did not fire, or gates were asked where none is proven.
             UnclaimedGateError: gates were asked of a layer that also gates in an unknown way.
         """
+        self._refresh()
         read = self._read(prompt, add_special_tokens)
         wanted = self._wanted([read], residual, attention, gates, effective, layers, states)
         return self._run([read], wanted, logits)[0]
@@ -242,8 +249,9 @@ class Lens:
 
         def batches() -> Iterator[Capture]:
             pending: list[Prompt] = []
-            for prompt in prompts:
-                pending.append(self._read(prompt, add_special_tokens))
+            self._refresh()
+            for number, prompt in enumerate(prompts):
+                pending.append(self._read(prompt, add_special_tokens, number))
                 if len(pending) == size:
                     yield from run(pending)
                     pending = []
@@ -290,35 +298,23 @@ class Lens:
             UsageError: the model has no unembedding (a bare encoder).
             ShapeError: the last axis is not d_model.
         """
-        if not self.anatomy.unembedding:
-            raise UsageError(f"{type(self.model).__name__} has no unembedding: it gives no logits")
-        if not isinstance(residual, Tensor) or residual.shape[-1:] != (self.d_model,):
-            shape = list(residual.shape) if isinstance(residual, Tensor) else residual
-            raise ShapeError(
-                f"residual is {shape!r}: a tensor [..., d_model] is needed, and this model's "
-                f"d_model is {self.d_model}"
-            )
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        values = residual.reshape(1, -1, self.d_model) * self.anatomy.final_scale
         with _LOCK.take(self.model.config), evaluating(self.model):
-            for path in self.anatomy.final_norm:
-                values = next(tensors_in(modules[path](values)))
-            for path in self.anatomy.unembedding:
-                weight = next(modules[path].parameters(), values)
-                values = next(tensors_in(modules[path](values.to(weight.dtype))))
-        values = values[..., : self.anatomy.vocab] * self.anatomy.logit_scale
-        cap = self.anatomy.logit_softcap
-        if cap is not None:
-            values = cap * torch.tanh(values / cap)
-        return values.reshape(*residual.shape[:-1], values.shape[-1])
+            return unembedded(self.model, self.anatomy, residual)
 
-    def _read(self, prompt: PromptLike, add_special_tokens: bool) -> Prompt:
+    def _refresh(self) -> None:
+        if self._proof.is_outdated(self.model, vocab_size_of(self.model)):
+            self._prove()
+
+    def _read(
+        self, prompt: PromptLike, add_special_tokens: bool, number: int | None = None
+    ) -> Prompt:
         return read_prompt(
             prompt,
             tokenizer=self.tokenizer,
             vocab_size=self._vocab,
             max_positions=self._max_positions,
             add_special_tokens=add_special_tokens,
+            number=number,
         )
 
     def _wanted(

@@ -6,12 +6,16 @@ rule, with the facts that prove them. The probe must leave the model as it was.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from trilens.errors import AnatomyError, TrilensError
+from trilens.errors import AnatomyError, RecorderError, TrilensError, UsageError
+from trilens.io.messages import reason
 from trilens.models.anatomy import Anatomy, find_anatomy
 from trilens.models.forward_call import (
     config_numbers,
@@ -20,6 +24,7 @@ from trilens.models.forward_call import (
     text_config,
 )
 from trilens.models.gates.claims import GateClaims, find_gates
+from trilens.models.offload import unfilled
 from trilens.models.trace import Trace
 from trilens.taps.mode import evaluating, unchanged
 from trilens.taps.recorder import record
@@ -32,10 +37,29 @@ PROBE_TOKENS = 11
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a probe proved of a model."""
+    """What a probe proved of a model.
+
+    Attributes:
+        vocab: rows of the input embedding.
+        modules: the model's modules when it was proven.
+    """
 
     anatomy: Anatomy
     gates: GateClaims
+    vocab: int
+    modules: tuple[nn.Module, ...]
+
+    def is_outdated(self, model: nn.Module, vocab: int) -> bool:
+        """Whether the model has other modules than those that were proven, or other tokens.
+
+        Raises:
+            UsageError: a weight went to the meta device meanwhile.
+        """
+        if any(parameter.is_meta for parameter in model.parameters()):
+            _check_in_memory(model)
+        now = list(model.modules())
+        same = len(now) == len(self.modules) and all(map(operator.is_, now, self.modules))
+        return not same or vocab != self.vocab
 
 
 def prove(model: PreTrainedModel, vocab: int) -> Proof:
@@ -46,21 +70,22 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
         vocab: rows of the input embedding.
 
     Raises:
+        UsageError: a weight is not in memory, and nothing brings it there.
         AnatomyError: what could not be proven, with the facts that failed.
     """
+    _check_in_memory(model)
+    _check_stacks(model)
     axes = {value for value in config_numbers(model) if value == int(value)}
     seq = next(n for n in (PROBE_TOKENS, 13, 17, 19, 23) if n not in axes or n == 23)
     ids = probe_ids(model, vocab, seq)
+    arguments = forward_arguments(model, ids, None)
     with unchanged(model) as whole, evaluating(model):
         try:
-            trace, events = record(model, seq, lambda: model(**forward_arguments(model, ids, None)))
+            trace, events = record(model, seq, lambda: model(**arguments))
         except TrilensError:
             raise
         except Exception as error:
-            raise AnatomyError(
-                f"{type(model).__name__} does not run on a plain prompt of {seq} tokens: "
-                f"{type(error).__name__}: {_first_line(error)}{_way_out(model)}"
-            ) from error
+            raise _not_run(model, seq, arguments, error) from error
         if not whole():
             raise AnatomyError(
                 f"{type(model).__name__} rebuilds its own modules for a short prompt, so that two "
@@ -71,7 +96,55 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     width = getattr(text_config(model), "hidden_size", None)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
     with torch.no_grad():
-        return Proof(anatomy, find_gates(trace, events, anatomy))
+        gates = find_gates(trace, events, anatomy)
+    return Proof(anatomy, gates, vocab, tuple(model.modules()))
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    """Refuse a model with weights that are nowhere: torch computes with memory as it lies.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    missing = unfilled(model)
+    if missing is not None:
+        raise UsageError(
+            f"{missing} is on the meta device, and no hook brings it into memory: the model has no "
+            "such weight to compute with; load it onto a device, or dispatch it with accelerate"
+        )
+
+
+def _check_stacks(model: PreTrainedModel) -> None:
+    """Refuse an encoder–decoder: what is a residual stream of which tokens would be undefined."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return
+    encoder = model.get_encoder()
+    if encoder is not None and encoder is not model:
+        raise AnatomyError(
+            f"{type(model).__name__} is an encoder–decoder: two stacks of blocks, each with tokens "
+            "and a residual stream of its own; open its encoder (model.get_encoder(), where that "
+            "reads tokens), or a causal decoder"
+        )
+
+
+def _not_run(
+    model: PreTrainedModel, seq: int, arguments: dict[str, Any], error: Exception
+) -> AnatomyError:
+    """Whose failure it is: the model's, which then fails without the recorder too, or ours."""
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    # Whatever the model raises of itself is what its caller has to see.
+    except Exception as own:  # noqa: BLE001
+        return AnatomyError(
+            f"{name} does not run on a plain prompt of {seq} tokens: {type(own).__name__}: "
+            f"{_first_line(own)}{_way_out(model)}"
+        )
+    return RecorderError(
+        f"{name} runs, but not while trilens records it: {reason(error)}{_way_out(model)}; this is "
+        "a limit of trilens, not of the model"
+    )
 
 
 def _check_numbers(trace: Trace) -> None:

@@ -7,6 +7,7 @@ from typing import SupportsIndex
 
 from trilens.caches.indices import check_index
 from trilens.errors import AttentionPathError, UsageError
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.absent import attention_reasons
 from trilens.models.gates.claims import GateClaims
@@ -58,7 +59,7 @@ def read_attention(
             )
     found = tuple(layer for layer in layers if layer in anatomy.attention)
     if not found:
-        have = ", ".join(map(str, anatomy.attention)) or "none"
+        have = listed(anatomy.attention, 8)
         why = attention_reasons(anatomy, claims.recurrences, layers, ())[layers[0]]
         raise AttentionPathError(
             f"{which} of {model} has no softmax attention (layers that "

@@ -19,6 +19,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.io.messages import listed
 from trilens.models.logit_relation import relate
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
@@ -313,13 +314,19 @@ def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], di
     for layer, call in enumerate(chain.calls):
         inside = [site for site in trace.attention if call.start < site.tick < call.end]
         strays = {site.path for site in trace.softmax if call.start < site.tick < call.end}
-        if len({site.path for site in inside}) == 1:
+        unread = sorted({site.key for site in inside if not site.readable})
+        if unread:
+            other[layer] = (
+                f"attention implementation {unread[0]!r} gives neither weights nor arguments that "
+                "can be read; load the model with attn_implementation='sdpa' or 'eager'"
+            )
+        elif len({site.path for site in inside}) == 1:
             sites[layer] = inside[0].path
         elif inside:
-            paths = ", ".join(site.path for site in inside)
+            paths = listed(site.path for site in inside)
             other[layer] = f"{len(inside)} attention calls in one block ({paths})"
         elif strays:
-            other[layer] = f"{', '.join(sorted(strays))} computes attention outside the registry"
+            other[layer] = f"{listed(sorted(strays))} computes attention outside the registry"
     return sites, other
 
 

@@ -21,8 +21,9 @@ from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
 from trilens.io.json import read_json
-from trilens.io.messages import clip, reason
+from trilens.io.messages import listed, reason
 from trilens.io.safetensors_header import TensorHeader
+from trilens.models.foreign_names import check_names
 
 __all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config", "read_settings"]
 
@@ -116,11 +117,13 @@ def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:
     if has_code:
         return (
             f"{file} is of type {name!r}, whose code comes with the checkpoint: read that code, "
-            "then pass trust_remote_code=True to let it run"
+            "then pass trust_remote_code=True (--trust-remote-code) to let it run; ternarize never "
+            "runs it"
         )
     return (
         f"{file} is of type {name!r}, which transformers {transformers.__version__} does not know: "
-        "upgrade transformers, or pass trust_remote_code=True where the checkpoint brings its code"
+        "upgrade transformers, or pass trust_remote_code=True (--trust-remote-code) where the "
+        "checkpoint brings its code"
     )
 
 
@@ -288,6 +291,7 @@ def _build_one(
 
 def _check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
     where = f"{folder} does not match its config.json as {type(model).__name__}"
+    check_names(str(folder), report["unexpected_keys"])
     mismatched = sorted(report["mismatched_keys"], key=lambda item: item[0])
     if mismatched:
         key, stored, wanted = mismatched[0]
@@ -354,5 +358,4 @@ def _contradicts(model: Any, key: str) -> bool:
 
 
 def _few(names: list[str]) -> str:
-    shown = [name if name.isprintable() and len(name) < 80 else clip(name) for name in names[:4]]
-    return ", ".join(shown) + (" …" if len(names) > 4 else "")
+    return listed(names)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trilens.models.offload import execution_device
 from trilens.models.tokens import Prompt
 
 __all__ = [
@@ -29,10 +30,13 @@ def text_config(model: PreTrainedModel) -> Any:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """The device that takes the token ids: the input embedding's."""
+    """The device that takes the token ids: where the input embedding computes."""
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
-    return weight.device if isinstance(weight, Tensor) else model.device
+    if isinstance(weight, Tensor) and not weight.is_meta:
+        return weight.device
+    paths = (path for path, module in model.named_modules() if module is embedding)
+    return execution_device(model, next(paths, ""))
 
 
 def forward_arguments(

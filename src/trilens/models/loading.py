@@ -27,6 +27,7 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
@@ -57,6 +58,8 @@ _TOKENIZER_FILES = (
 # One load at a time: transformers sets torch's default dtype, and the verbosity set here is the
 # whole process's.
 _LOADING = threading.RLock()
+# In a forked process nobody loads: the thread that held the lock is not there.
+os.register_at_fork(after_in_child=lambda: globals().update(_LOADING=threading.RLock()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer from a local directory or the hub.
 
@@ -99,6 +103,8 @@ def load(
         revision: branch, tag or commit; only for a hub id.
         trust_remote_code: run Python code that comes with the checkpoint. Without it no code of the
             checkpoint runs.
+        attn_implementation: the attention function, such as "sdpa" or "eager"; None leaves the
+            choice to transformers.
 
     Raises:
         UsageError: an argument is wrong.
@@ -120,6 +126,7 @@ def load(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
         free_bytes=_free_bytes,
     )
 
@@ -166,11 +173,21 @@ def _load(
     revision: str | None,
     trust_remote_code: bool,
     free_bytes: Callable[[], int],
+    attn_implementation: str | None = None,
 ) -> Loaded:
     target = _read_dtype(dtype)
     placement, device = _read_device_map(device_map)
     if not isinstance(trust_remote_code, bool):
         raise UsageError(f"trust_remote_code is {trust_remote_code!r}: give True or False")
+    options: dict[str, Any] = {"dtype": target, "device_map": placement}
+    if attn_implementation is not None:
+        if attn_implementation not in ALL_ATTENTION_FUNCTIONS and attn_implementation != "eager":
+            known = ", ".join(sorted({"eager", *ALL_ATTENTION_FUNCTIONS.keys()}))
+            raise UsageError(
+                f"attn_implementation {attn_implementation!r} is not one that transformers has: "
+                f"give one of {known}"
+            )
+        options["attn_implementation"] = attn_implementation
     with _LOADING, _quiet():
         rwkv7.register()
         folder, source = local_folder(path_or_hub_id, revision=revision, code=trust_remote_code)
@@ -184,7 +201,7 @@ def _load(
             config,
             remote,
             headers=headers,
-            options={"dtype": target, "device_map": placement},
+            options=options,
         )
         tokenizer = load_tokenizer(folder, trusted=trust_remote_code)
         if device is not None:
@@ -282,7 +299,7 @@ def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
         if not trusted and "trust_remote_code" in str(cause):
             raise ConfigError(
                 f"the tokenizer of {folder} comes with code: read that code, "
-                "then pass trust_remote_code=True to let it run"
+                "then pass trust_remote_code=True (--trust-remote-code) to let it run"
             ) from cause
         raise CorruptFileError(
             f"the tokenizer of {folder} cannot be read from {', '.join(found)}: {reason(cause)}"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from trilens.errors import PromptError, UsageError
-from trilens.io.messages import reason
+from trilens.io.messages import clip, reason
 
 __all__ = ["PlainTokenizer", "usable_tokenizer"]
 
@@ -110,8 +110,9 @@ def usable_tokenizer(tokenizer: Any) -> Any:
 def _refusal(tokenizer: Any, why: str) -> str:
     name = tokenizer.__name__ if isinstance(tokenizer, type) else type(tokenizer).__name__
     kind = "class" if isinstance(tokenizer, type) else "object"
+    source = clip(tokenizer) if isinstance(tokenizer, str) else "…"
     return (
         f"tokenizer is no tokenizer but the {kind} {name} ({why}): give one of transformers, such "
-        "as AutoTokenizer.from_pretrained(…), a tokenizers.Tokenizer, or an object whose "
+        f"as AutoTokenizer.from_pretrained({source}), a tokenizers.Tokenizer, or an object whose "
         "encode(text) gives ids and decode(ids) text"
     )

@@ -27,7 +27,7 @@ from trilens.errors import (
     TokenIdError,
     UsageError,
 )
-from trilens.io.messages import clip
+from trilens.io.messages import clip, reason
 from trilens.models.encoded import (
     ids_of_encoding,
     ids_of_messages,
@@ -104,6 +104,7 @@ def read_prompt(
     vocab_size: int,
     max_positions: int | None,
     add_special_tokens: bool = True,
+    number: int | None = None,
 ) -> Prompt:
     """Read one prompt.
 
@@ -116,6 +117,7 @@ def read_prompt(
         vocab_size: ids from 0 to below this are allowed.
         max_positions: the most tokens a prompt may have; None for any number.
         add_special_tokens: let the tokenizer put its special tokens around a text.
+        number: of the prompt among several, for messages.
 
     Raises:
         EmptyPromptError: no text, or no token.
@@ -128,7 +130,26 @@ def read_prompt(
         PromptError: text that is no valid Unicode.
         UsageError: something that is no prompt at all.
     """
-    tokenizer = usable_tokenizer(tokenizer)
+    try:
+        return _read(
+            prompt, usable_tokenizer(tokenizer), vocab_size, max_positions, add_special_tokens
+        )
+    except (PromptError, UsageError) as error:
+        if number is None:
+            raise
+        words = str(error)
+        rest = words.removeprefix("prompt")
+        title = f"prompt {number}{'' if rest != words else ':'} "
+        raise type(error)(f"{title}{rest.lstrip()}") from error
+
+
+def _read(
+    prompt: PromptLike,
+    tokenizer: Any,
+    vocab_size: int,
+    max_positions: int | None,
+    add_special_tokens: bool,
+) -> Prompt:
     encoded = isinstance(prompt, Mapping | Encoding)
     from_text = isinstance(prompt, str) or is_messages(prompt)
     if isinstance(prompt, Mapping | Encoding):
@@ -174,14 +195,20 @@ def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
             f"U+{ord(text[cause.start]):04X}; replace it"
         ) from cause
     # Settings stored with a tokenizer (truncation, padding) would change the prompt without a word.
-    encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
-    return [int(i) for i in encoded["input_ids"]]
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+        return [int(i) for i in encoded["input_ids"]]
+    except Exception as cause:
+        raise PromptError(
+            f"this tokenizer ({type(tokenizer).__name__}) fails on the prompt: {reason(cause)}; "
+            "give token ids, or another tokenizer"
+        ) from cause
 
 
 def _ids_of_array(prompt: torch.Tensor | np.ndarray[Any, Any]) -> list[int]:

@@ -6,13 +6,16 @@ blocks, final norm, unembedding and gates; the rules never touch a running model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from trilens.caches.storage import address_of
+
 __all__ = [
+    "WIDE",
     "AttentionSite",
     "ModuleCall",
     "SoftmaxSite",
@@ -20,9 +23,14 @@ __all__ = [
     "parent_path",
     "same",
     "tensors_in",
+    "version_of",
+    "wide_points",
 ]
 
 _DEEP = 3
+WIDE = (-50.0, 50.0, 2001)
+"""First, last and number of the points at which activations are tried out: a probe of a few tokens
+does not reach where they saturate or are limited."""
 
 
 def tensors_in(value: object, depth: int = _DEEP) -> Iterator[Tensor]:
@@ -37,13 +45,27 @@ def tensors_in(value: object, depth: int = _DEEP) -> Iterator[Tensor]:
             yield from tensors_in(item, depth - 1)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written into; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def wide_points(like: Tensor) -> Tensor:
+    """The points of `WIDE` in the dtype and on the device of a tensor: [1, points]."""
+    first, last, points = WIDE
+    grid = torch.linspace(first, last, points, dtype=torch.float64)
+    return grid.to(like.device, like.dtype)[None]
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits: one storage, or equal values."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+    # Tensors that only wrap others (quantized ones) have no address of their own.
+    stored = address_of(a) == address_of(b) > 0
+    if stored and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     return bool(torch.equal(a, b))
 
@@ -55,7 +77,11 @@ def parent_path(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModuleCall:
-    """One call of one module. `start` and `end` are ticks of one clock for the whole trace."""
+    """One call of one module. `start` and `end` are ticks of one clock for the whole trace.
+
+    Attributes:
+        versions: how often each output had been written into when the call ended.
+    """
 
     path: str
     module: nn.Module
@@ -63,6 +89,21 @@ class ModuleCall:
     end: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    versions: tuple[int, ...] = ()
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether an output was written into after the call ended."""
+        return bool(self.versions) and self.versions != tuple(map(version_of, self.outputs))
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether a module without children maps one tensor to one of the same shape."""
+        if len(self.inputs) != 1 or len(self.outputs) != 1:
+            return False
+        x, y = self.inputs[0], self.outputs[0]
+        fits = x.shape == y.shape and x.is_floating_point() and x.numel() > 0
+        return fits and not any(True for _ in self.module.children())
 
     def encloses(self, other: ModuleCall) -> bool:
         """Whether the other call ran inside this one."""
@@ -75,13 +116,19 @@ class ModuleCall:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One call of an attention function through the registry."""
+    """One call of an attention function through the registry.
+
+    Attributes:
+        key: the implementation's name.
+        readable: whether its pattern can be told from its arguments, or it gave its weights.
+    """
 
     path: str
     tick: int
     key: str
     seq_q: int
     seq_k: int
+    readable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +142,11 @@ class SoftmaxSite:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """All that one probe of `seq` tokens saw."""
+    """All that one probe of `seq` tokens saw.
+
+    Attributes:
+        responses: what activation modules gave at the points of `WIDE`, [1, points].
+    """
 
     seq: int
     calls: tuple[ModuleCall, ...]
@@ -103,6 +154,7 @@ class Trace:
     softmax: tuple[SoftmaxSite, ...]
     logits: Tensor | None
     last_hidden: tuple[Tensor, ...]
+    responses: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
     def inside(self, call: ModuleCall) -> list[ModuleCall]:
         """The calls that ran inside the given one, in order of their start."""

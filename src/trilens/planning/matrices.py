@@ -17,6 +17,7 @@ from trilens.checkpoint.format.skeleton import Choice, choose
 from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
+from trilens.taps.matrices import matrices_of
 from trilens.ternary.packed.linear import TernaryLinear
 
 __all__ = ["ModelMatrix", "find_matrices", "input_sizes"]
@@ -103,7 +104,27 @@ def find_matrices(
     ]
     if not matrices:
         raise UsageError("the model has no linear layer of a block that could be ternarized")
+    _check_replaceable(model, matrices)
     return tuple(sorted(matrices, key=lambda matrix: matrix.layer))
+
+
+def _check_replaceable(model: nn.Module, matrices: Sequence[ModelMatrix]) -> None:
+    """Refuse a weight that is not what its layer multiplies by: another in its place is no other
+    weight of the model."""
+    held = matrices_of(model)
+    for target in (matrix.target for matrix in matrices):
+        known = held.get(target)
+        if known is None:
+            raise UsageError(
+                f"parameter {target} is a part of what its layer multiplies by: merge the adapter "
+                "into the weights (merge_and_unload), or give the checkpoint without it"
+            )
+        if known.source == "tensor":
+            kind = type(model.get_parameter(target)).__name__
+            raise UsageError(
+                f"parameter {target} is a quantized tensor ({kind}): give the checkpoint with "
+                "plain weights"
+            )
 
 
 def _in_memory(model: nn.Module) -> dict[str, TensorHeader]:

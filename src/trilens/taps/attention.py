@@ -19,7 +19,12 @@ from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import AttentionPathError
 from trilens.taps.registry import AttentionCall
 
-__all__ = ["pattern_of"]
+__all__ = ["is_readable", "pattern_of"]
+
+
+def is_readable(call: AttentionCall) -> bool:
+    """Whether `pattern_of` has something to read a pattern from."""
+    return call.function is sdpa_attention_forward or call.weights is not None
 
 
 def pattern_of(call: AttentionCall) -> Pattern:

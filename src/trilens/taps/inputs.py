@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trilens.models.forward_call import device_of, forward_arguments
+from trilens.taps.hooks import hooked
 from trilens.taps.mode import evaluating
 
 __all__ = ["observe_inputs"]
@@ -40,17 +41,12 @@ def observe_inputs(
 
         return observe
 
-    handles = []
-    try:
+    with hooked(model) as hooks:
         for name, n_cols in cols.items():
             module = model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, nn.Linear | Conv1D):
-                hook = listener(name, n_cols)
-                handles.append(module.register_forward_pre_hook(hook))
+                hooks.before(module, listener(name, n_cols))
         for block in blocks:
             ids = block.reshape(1, -1).to(device_of(model))
             with evaluating(model), torch.inference_mode(False), torch.no_grad():
                 model(**forward_arguments(model, ids, None))
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 from trilens.errors import CaptureError
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES, KernelRecord
 from trilens.taps.override import CountedOverrides, Functions
+from trilens.taps.undo import undone
 
 __all__ = [
     "KERNELS",
@@ -53,6 +55,13 @@ class KernelTap:
     _watchers: dict[int, list[KernelWatcher]] = field(default_factory=dict)
     _overrides: CountedOverrides = field(default_factory=CountedOverrides)
 
+    def __post_init__(self) -> None:
+        os.register_at_fork(after_in_child=self._forget_other_threads)
+
+    def _forget_other_threads(self) -> None:
+        for thread in self._watchers.keys() - {threading.get_ident()}:
+            del self._watchers[thread]
+
     @contextmanager
     def watch(
         self, places: Iterable[tuple[Functions, str]], watcher: KernelWatcher
@@ -64,19 +73,20 @@ class KernelTap:
             watcher: called in the thread that opened the block only.
         """
         thread = threading.get_ident()
-        with ExitStack() as stack:
-            for namespace, name in places:
-                stack.enter_context(self._overrides.override(namespace, name, self._wrapper))
-            with self._overrides.guard:
-                self._watchers.setdefault(thread, []).append(watcher)
-            try:
-                yield
-            finally:
-                with self._overrides.guard:
-                    mine = self._watchers[thread]
-                    mine.remove(watcher)
-                    if not mine:
-                        del self._watchers[thread]
+        with (
+            self._overrides.override(list(places), self._wrapper),
+            undone(lambda: self._forget(thread, watcher)),
+        ):
+            self._watchers.setdefault(thread, []).append(watcher)
+            yield
+
+    def _forget(self, thread: int, watcher: KernelWatcher) -> None:
+        # No other thread's list is touched.
+        mine = [other for other in self._watchers.get(thread, ()) if other is not watcher]
+        if mine:
+            self._watchers[thread] = mine
+        else:
+            self._watchers.pop(thread, None)
 
     def _wrapper(self, name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
         if original is None:

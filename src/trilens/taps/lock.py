@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,8 +15,14 @@ class CaptureLock:
     """One re-entrant lock per owner object, alive as long as the owner is."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._locks: dict[int, threading.RLock] = {}
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """In a forked process: threads that hold a lock are not there to let it go."""
+        self._guard = threading.RLock()
+        self._locks.clear()
 
     def _lock_of(self, owner: object) -> threading.RLock:
         with self._guard:

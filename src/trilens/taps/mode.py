@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import nn
+
+from trilens.taps.undo import undone
 
 __all__ = ["evaluating", "unchanged"]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and every module back into its own mode afterwards."""
+    """Put a model into eval mode and every module back into its own mode afterwards.
+
+    Compiled parts run as they are written: compiled code calls no hooks of the modules in it.
+    """
     training = [module for module in model.modules() if module.training]
-    try:
+    stance = torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
+
+    def put_back() -> None:
+        for module in training:
+            module.training = True
+
+    with undone(put_back), stance:
         if training:
             model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or "_orig_mod" in module._modules
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 @contextmanager
@@ -35,14 +53,16 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """
     before = {module: _state(module) for module in model.modules()}
     structure = _structure(model)
-    try:
-        yield lambda: _structure(model) == structure
-    finally:
+
+    def put_back() -> None:
         if _structure(model) != structure:
             for module, (attributes, children) in before.items():
                 module.__dict__.update(attributes)
                 module._modules.clear()
                 module._modules.update(children)
+
+    with undone(put_back):
+        yield lambda: _structure(model) == structure
 
 
 def _state(module: nn.Module) -> tuple[dict[str, object], dict[str, nn.Module | None]]:

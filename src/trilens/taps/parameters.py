@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trilens.errors import RestoreError, ShapeError, UsageError
+from trilens.taps.undo import undone
 
 __all__ = ["checksum", "swapped"]
 
@@ -41,12 +42,8 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     for name, parameter in parameters.items():
         before[name] = parameter.detach().clone()
         sums[name] = checksum({name: parameter})
-    try:
-        with torch.no_grad():
-            for name, values in weights.items():
-                parameters[name].copy_(values)
-        yield
-    finally:
+
+    def put_back() -> None:
         with torch.no_grad():
             for name, values in before.items():
                 parameters[name].copy_(values)
@@ -55,6 +52,12 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
                 raise RestoreError(
                     f"parameter {name} did not get its own bits back: load the model again"
                 )
+
+    with undone(put_back):
+        with torch.no_grad():
+            for name, values in weights.items():
+                parameters[name].copy_(values)
+        yield
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import PreTrainedModel
 
+from trilens.caches.storage import address_of
 from trilens.models.gates.events import (
     GATING_FUNCTIONS,
     FunctionCall,
@@ -28,14 +30,20 @@ from trilens.models.trace import (
     Trace,
     same,
     tensors_in,
+    version_of,
+    wide_points,
 )
+from trilens.taps.attention import is_readable
+from trilens.taps.hooks import hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
+from trilens.taps.undo import undone
 
 __all__ = ["record"]
 
 _SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+_IN_PLACE = {"mul_", "__imul__"}
 _SUMS = {"add", "__add__", "__radd__"}
 _COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone",
            "reshape", "flatten", "_to_copy"}  # fmt: skip
@@ -43,6 +51,14 @@ _COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cont
 _LARGEST = 1 << 22
 """Values of one call inside a kernel that are worth keeping: a [token, token, channel] mask of a
 large model is not, and nothing is proven by it that its cumulative sums do not prove."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """A gating call's output, and how often it had been written into when it was one."""
+
+    number: int
+    version: int
 
 
 class _FunctionWatch(TorchFunctionMode):
@@ -61,8 +77,22 @@ class _FunctionWatch(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         result = func(*args, **options)
+        # What dynamo traces (flex attention's masks) are stand-ins without values or storage.
+        if torch.compiler.is_compiling():
+            return result
         self._seen(getattr(func, "__name__", ""), args, options, result)
         return result
+
+
+@contextmanager
+def _watching(watch: _FunctionWatch) -> Iterator[None]:
+    def put_back() -> None:
+        if watch in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    with undone(put_back):
+        watch.__enter__()  # type: ignore[no-untyped-call]
+        yield
 
 
 class _Recorder:
@@ -70,7 +100,7 @@ class _Recorder:
         self.tick = 0
         self.seq = seq
         self.paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
-        self.weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.weights = {address_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.open: list[tuple[nn.Module, int, tuple[Tensor, ...]]] = []
         self.calls: list[ModuleCall] = []
         self.attention: list[AttentionSite] = []
@@ -79,7 +109,7 @@ class _Recorder:
         self.kernels: list[tuple[str, int]] = []
         # Storage of a gating call's output, and of its copies → the call's number. The tensors
         # are kept, so that no later tensor can stand at the same address.
-        self.factors: dict[int, int] = {}
+        self.factors: dict[int, _Factor] = {}
         self.kept: list[Tensor] = []
 
     def clock(self) -> int:
@@ -94,14 +124,21 @@ class _Recorder:
         _, start, inputs = self.open.pop()
         outputs = tuple(tensors_in(output))
         path = self.paths[module]
-        self.calls.append(ModuleCall(path, module, start, self.clock(), inputs, outputs))
+        versions = tuple(map(version_of, outputs))
+        call = ModuleCall(path, module, start, self.clock(), inputs, outputs, versions)
+        self.calls.append(call)
 
     def attended(self, call: AttentionCall) -> None:
         # The function ran just now: the softmaxes inside it are the registry's own.
         path = self.paths[call.module]
         self.softmax = [site for site in self.softmax if site.path != path]
         site = AttentionSite(
-            path, self.clock(), call.implementation, call.query.shape[-2], call.key.shape[-2]
+            path,
+            self.clock(),
+            call.implementation,
+            call.query.shape[-2],
+            call.key.shape[-2],
+            is_readable(call),
         )
         self.attention.append(site)
 
@@ -117,13 +154,18 @@ class _Recorder:
         if name in GATING_FUNCTIONS:
             self._gating(GATING_FUNCTIONS[name], x, options, result)
         elif name in _PRODUCTS and len(args) > 1:
-            self._multiplied(x, args[1], result)
+            self._multiplied(x, args[1], result, in_place=name in _IN_PLACE)
         elif name in _SUMS and len(args) > 1:
             self._weighted(torch.add, x, args[1], result)
         elif name in _COPIES and isinstance(x, Tensor) and isinstance(result, Tensor):
-            number = self.factors.get(_storage(x))
-            if number is not None and _storage(result) != _storage(x):
+            number = self._number(x)
+            if address_of(result) == address_of(x):
+                return
+            if number is not None:
                 self._factor(result, number)
+            if not self.kernels:
+                self.events.copies[address_of(result)] = address_of(x)
+                self.kept += (x, result)
         elif name == "topk" and isinstance(x, Tensor):
             self.events.topk.append(TopkCall(self._path(), self.clock(), x, result[0]))
 
@@ -149,12 +191,12 @@ class _Recorder:
         self._factor(y, len(self.events.functions))
         self.events.functions.append(call)
 
-    def _multiplied(self, a: Any, b: Any, result: Any) -> None:
+    def _multiplied(self, a: Any, b: Any, result: Any, *, in_place: bool) -> None:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 1:
             return
         if self._weighted(torch.mul, a, b, result):
             return
-        left, right = (self.factors.get(_storage(tensor)) for tensor in (a, b))
+        left, right = self._number(a, int(in_place)), self._number(b)
         # Operands are needed outside kernels only, where linear gates are looked for.
         keep = not self.kernels and a.dim() > 1 and a.shape == b.shape
         if keep or left is not None or right is not None:
@@ -167,17 +209,24 @@ class _Recorder:
         """Notes a sum or product with a weight of the model; says whether it was one."""
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             return False
-        if _storage(a) not in self.weights and _storage(b) not in self.weights:
+        if address_of(a) not in self.weights and address_of(b) not in self.weights:
             return False
-        x, weight = (b, a) if _storage(a) in self.weights else (a, b)
+        x, weight = (b, a) if address_of(a) in self.weights else (a, b)
         if not self.kernels and x.dim() > 1:
             call = WeightedCall(self._path(), self.clock(), operation, x, weight, result)
             self.events.weighted.append(call)
         return True
 
     def _factor(self, tensor: Tensor, number: int) -> None:
-        self.factors[_storage(tensor)] = number
+        self.factors[address_of(tensor)] = _Factor(number, version_of(tensor))
         self.kept.append(tensor)
+
+    def _number(self, tensor: Tensor, written: int = 0) -> int | None:
+        """The gating call that a tensor is the output of, unless it was written into since then."""
+        found = self.factors.get(address_of(tensor))
+        if found is None or version_of(tensor) != found.version + written:
+            return None
+        return found.number
 
     def _path(self) -> str:
         return self.paths[self.open[-1][0]]
@@ -190,10 +239,6 @@ class _Recorder:
         path = self._path() if self.open else ""
         call = KernelCall(name, path, start, self.clock(), arguments, result)
         self.events.kernels.append(call)
-
-
-def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, GateEvents]:
@@ -209,23 +254,21 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         exception.
     """
     recorder = _Recorder(model, seq)
-    with ExitStack() as stack:
+    with hooked(model) as hooks:
         for module in recorder.paths:
-            for handle in (
-                module.register_forward_pre_hook(recorder.before, with_kwargs=True),
-                module.register_forward_hook(recorder.after),
-            ):
-                stack.callback(handle.remove)
-        stack.enter_context(REGISTRY.watch(attention_keys(model), recorder.attended))
+            hooks.before(module, recorder.before, with_kwargs=True)
+            hooks.after(module, recorder.after)
+        hooks.enter(REGISTRY.watch(attention_keys(model), recorder.attended))
         places = kernel_places(model, (*KERNEL_GATES, *CONVOLUTIONS))
         watcher = KernelWatcher(recorder.enter_kernel, recorder.leave_kernel)
-        stack.enter_context(KERNELS.watch(places, watcher))
-        stack.enter_context(_FunctionWatch(recorder.function))
-        stack.enter_context(torch.no_grad())
-        output = run()
+        hooks.enter(KERNELS.watch(places, watcher))
+        hooks.enter(_watching(_FunctionWatch(recorder.function)))
+        with torch.no_grad():
+            output = run()
     logits = getattr(output, "logits", None)
     hidden = _last_hidden(recorder.calls, output, logits)
     calls = tuple(sorted(recorder.calls, key=lambda call: call.start))
+    responses = _responses(recorder.calls)
     trace = Trace(
         seq=seq,
         calls=calls,
@@ -233,8 +276,27 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         softmax=tuple(recorder.softmax),
         logits=logits if isinstance(logits, Tensor) else None,
         last_hidden=hidden,
+        responses=responses,
     )
     return trace, recorder.events
+
+
+def _responses(calls: list[ModuleCall]) -> dict[nn.Module, Tensor]:
+    """What each module without parts or parameters, such as an activation, gives on a wide grid."""
+    found: dict[nn.Module, Tensor] = {}
+    for call in calls:
+        module = call.module
+        if module in found or not call.keeps_shape or any(True for _ in module.parameters()):
+            continue
+        try:
+            with torch.no_grad():
+                answer = module(wide_points(call.inputs[0]))
+        # A module that wants more than numbers is no activation.
+        except Exception:  # noqa: BLE001
+            continue
+        if isinstance(answer, Tensor):
+            found[module] = answer
+    return found
 
 
 def _last_hidden(calls: list[ModuleCall], output: Any, logits: Any) -> tuple[Tensor, ...]:

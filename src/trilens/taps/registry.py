@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trilens.errors import AttentionPathError
 from trilens.taps.override import CountedOverrides, Functions
+from trilens.taps.undo import undone
 
 __all__ = ["REGISTRY", "AttentionCall", "AttentionRegistry", "attention_keys"]
 
@@ -70,18 +71,20 @@ class AttentionRegistry:
             for module, key in modules.items()
             for interface in _interfaces(module)
         }
-        with ExitStack() as stack:
-            for interface, key in targets.values():
-                stack.enter_context(self._overrides.override(interface, key, self._wrapper))
-            mine = {id(module): watcher for module in modules}
+        mine = {id(module): watcher for module in modules}
+        with (
+            self._overrides.override(list(targets.values()), self._wrapper),
+            undone(lambda: self._forget(mine)),
+        ):
             with self._overrides.guard:
                 self._watchers.update(mine)
-            try:
-                yield
-            finally:
-                with self._overrides.guard:
-                    for key_id in mine:
-                        self._watchers.pop(key_id, None)
+            yield
+
+    def _forget(self, mine: Mapping[int, Watcher]) -> None:
+        with self._overrides.guard:
+            for key, watcher in mine.items():
+                if self._watchers.get(key) is watcher:
+                    del self._watchers[key]
 
     def _wrapper(self, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         watchers = self._watchers

@@ -9,25 +9,29 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trilens.caches.storage import address_of
 from trilens.errors import (
     AttentionPathError,
     CaptureError,
     RecurrentStateError,
     SilentSiteError,
 )
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES, KernelRecord
 from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.trace import same, tensors_in
+from trilens.taps.gate_check import watch_gates
+from trilens.taps.hooks import Hooks, hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
@@ -110,11 +114,11 @@ class Recording:
 
 
 class _Session:
-    def __init__(self, anatomy: Anatomy, request: CaptureRequest) -> None:
+    def __init__(self, hooks: Hooks, anatomy: Anatomy, request: CaptureRequest) -> None:
+        self.hooks = hooks
         self.anatomy = anatomy
         self.request = request
         self.recording = Recording(request)
-        self.thread = threading.get_ident()
         self.layer: int | None = None
         self.done = 0
         self.references: list[tuple[Tensor, int]] = []
@@ -123,13 +127,15 @@ class _Session:
         self.entry: dict[str, Any] | None = None
 
     def mine(self) -> bool:
-        return threading.get_ident() == self.thread
+        return not self.hooks.closed and threading.get_ident() == self.hooks.thread
 
     def enter_block(self, module: nn.Module, _args: Any) -> None:
         if not self.mine():
             return
         blocks = self.anatomy.blocks
         if self.done >= len(blocks) or blocks[self.done].module is not module:
+            if not self.hooks.running():
+                return
             expected = blocks[self.done].path if self.done < len(blocks) else "nothing"
             raise CaptureError(
                 f"a block ran out of order: expected {expected} as layer {self.done}, got a "
@@ -310,8 +316,8 @@ class _Session:
         silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]
         if silent:
             raise SilentSiteError(
-                f"{len(silent)} requested sites did not fire in this pass: {', '.join(silent[:4])}"
-                f"{' …' if len(silent) > 4 else ''}; the model ran {self.done} of "
+                f"{len(silent)} requested sites did not fire in this pass: {listed(silent)}"
+                f"; the model ran {self.done} of "
                 f"{self.anatomy.n_layers} layers"
             )
 
@@ -327,38 +333,42 @@ def recording_of(
 
     Raises:
         SilentSiteError: a requested site did not fire.
-        CaptureError: the blocks did not run in the proven order.
+        CaptureError: the blocks did not run in the proven order, or this is a capture inside
+            another of the same model.
+        UnclaimedGateError: a gate is not what it was on the probe.
     """
-    session = _Session(anatomy, request)
-    with ExitStack() as stack:
+    with hooked(model) as hooks:
+        session = _Session(hooks, anatomy, request)
         for module in {id(block.module): block.module for block in anatomy.blocks}.values():
-            stack.callback(module.register_forward_pre_hook(session.enter_block).remove)
-            stack.callback(module.register_forward_hook(session.leave_block).remove)
+            hooks.before(module, session.enter_block)
+            hooks.after(module, session.leave_block)
+        check_gates = watch_gates(hooks, request.gates)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
         observed = {*request.kernels, *request.states.layers}
         kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()
         for edge in {edge for b in request.boundaries.values() for edge in (b.enter, b.leave)}:
             hook = session.boundary_hook(edge)
             if edge.event == "input":
-                stack.callback(edge.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hooks.before(edge.module, hook, with_kwargs=True)
             else:
-                stack.callback(edge.module.register_forward_hook(hook).remove)
+                hooks.after(edge.module, hook)
         for key in session.taps:
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":
-                stack.callback(tapped.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hooks.before(tapped, hook, with_kwargs=True)
             elif tapped is not None:
-                stack.callback(tapped.register_forward_hook(hook).remove)
+                hooks.after(tapped, hook)
         if kernels:
             watcher = KernelWatcher(_nothing, session.leave_kernel)
-            stack.enter_context(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
+            hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         if request.attention:
             paths = {anatomy.attention[layer] for layer in request.attention}
             attending = [model.get_submodule(path) for path in paths]
             keys = attention_keys(model, attending)
-            stack.enter_context(REGISTRY.watch(keys, session.attend))
+            hooks.enter(REGISTRY.watch(keys, session.attend))
         yield session.recording
     session.finish()
+    check_gates()
 
 
 def _key(source: GateSource) -> TapKey:
@@ -384,4 +394,4 @@ def _is_input(tensor: Tensor, calls: Mapping[str, Any]) -> bool:
 def _shares(value: Any, tensor: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.is_meta:
         return False
-    return value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return address_of(value) == address_of(tensor)

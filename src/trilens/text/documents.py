@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trilens.errors import TextError
+from trilens.io.guarded import read_bytes
+from trilens.io.json import parse_json
+from trilens.io.messages import listed, reason
+from trilens.text.structured import csv_texts, json_texts, text_of
 
 __all__ = ["STDLIB", "read_documents"]
 
 STDLIB = "stdlib"
 """The word for the running Python's own standard library, a text that is always there."""
 
-_TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ".json", ".csv", ""})
+_LIMIT_BYTES = 4_000_000_000
+_TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ""})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "__pycache__"})
 
 
@@ -26,10 +30,11 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
     """Read the documents of a file, a folder, or the standard library.
 
     Args:
-        source: a ``.jsonl`` file (one JSON object or string a line), a ``.parquet`` file (one row a
-            document), any other UTF-8 text file (one document), a folder (every file of these
-            kinds under it, in the order of their paths), or the word ``stdlib``.
-        field: the column or key that holds the text, in JSONL and Parquet.
+        source: a ``.jsonl`` file (one JSON object or string a line), a ``.json`` file (a list of
+            such), a ``.parquet`` or ``.csv`` file (one row a document), any other UTF-8 text file
+            (one document), a folder (every file of these kinds under it, in the order of their
+            paths, but for JSON and CSV, which are as often no text), or the word ``stdlib``.
+        field: the column or key that holds the text, in JSON, Parquet and CSV.
 
     Returns:
         Documents that hold something besides white space.
@@ -46,10 +51,15 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
         found = list(_file_documents(path, field))
     else:
         raise TextError(
-            f"no text at {source}: give a .txt, .jsonl or .parquet file, a folder of them, or the "
-            f"word {STDLIB}"
+            f"no text at {source}: give a .txt, .jsonl, .json, .csv or .parquet file, a folder of "
+            f"them, or the word {STDLIB}"
         )
     documents = tuple(text for text in found if text.strip())
+    if not documents and path.is_dir():
+        raise TextError(
+            f"{source} holds no text: no .txt, .md, .rst, .py, .text, .html, .jsonl or .parquet "
+            "file with something in it; name a .json or .csv file itself"
+        )
     if not documents:
         raise TextError(f"{source} holds no text: every document is empty")
     return documents
@@ -68,32 +78,28 @@ def _file_documents(file: Path, field: str) -> Iterator[str]:
         yield from _jsonl_documents(file, field)
     elif suffix == ".parquet":
         yield from _parquet_documents(file, field)
+    elif suffix == ".json":
+        yield from json_texts(_read_text(file), str(file), field)
+    elif suffix == ".csv":
+        yield from csv_texts(_read_text(file), str(file), field)
     else:
         yield _read_text(file)
 
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = read_bytes(file, TextError, max_bytes=_LIMIT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise TextError(f"{file} is not UTF-8 text: byte {error.start} does not decode") from None
-    except OSError as error:
-        raise TextError(f"{file} cannot be read: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            entry: Any = json.loads(line)
-        except ValueError:
-            raise TextError(f"{file}, line {number} is not JSON: {line[:40]!r}") from None
-        text = entry.get(field) if isinstance(entry, dict) else entry
-        if not isinstance(text, str):
-            keys = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-            raise TextError(f"{file}, line {number} has no text under {field!r}: it has {keys}")
-        yield text
+        entry: Any = parse_json(line, f"{file}, line {number}", TextError, non_finite=True)
+        yield text_of(entry, f"{file}, line {number}", field)
 
 
 def _parquet_documents(file: Path, field: str) -> Iterator[str]:
@@ -101,14 +107,14 @@ def _parquet_documents(file: Path, field: str) -> Iterator[str]:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
         if field not in names:
-            raise TextError(f"{file} has no column {field!r}: its columns are {', '.join(names)}")
+            raise TextError(f"{file} has no column {field!r}: its columns are {listed(names)}")
         kind = table.schema_arrow.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise TextError(f"{file}: column {field!r} holds {kind}, not text")
         for batch in table.iter_batches(columns=[field]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, OSError) as error:
-        raise TextError(f"{file} is not a readable Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise TextError(f"{file} is not a readable Parquet file: {reason(error)}") from None
 
 
 def _stdlib_documents() -> Iterator[str]:

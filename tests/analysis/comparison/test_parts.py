@@ -269,7 +269,8 @@ def test_weights_of_a_packed_layer_and_of_a_copy() -> None:
     with torch.no_grad():
         after.model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
     assert matrix_shapes(after.model) == matrix_shapes(before.model)
-    rows = weight_rows(before, after)
+    rows, notes = weight_rows(before, after)
+    assert notes == []
     assert {(row.layer, row.module) for row in rows} == {
         (0, "self_attn.q_proj.weight"),
         (1, "mlp.up_proj.weight"),

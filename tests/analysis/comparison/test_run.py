@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -36,7 +37,9 @@ from trilens.errors import (
     NonFiniteError,
     UsageError,
     ValueRangeError,
+    WriteError,
 )
+from trilens.io.atomic import locked_folder
 from trilens.report.text.comparison import render_comparison
 from trilens.statistics.divergence import kl_nats
 from trilens.ternary.packed.linear import TernaryLinear
@@ -158,6 +161,15 @@ class Words:
     def get_vocab(self) -> dict[str, int]:
         return self.vocabulary
 
+    def __call__(self, _text: str, **_options: Any) -> dict[str, list[int]]:
+        raise AssertionError("ids are given")
+
+    def decode(self, ids: list[int], **_options: Any) -> str:
+        return "".join(f"<{token}>" for token in ids)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [f"<{token}>" for token in ids]
+
 
 def test_tokenizers_that_differ_are_refused() -> None:
     model = build("llama")
@@ -171,6 +183,45 @@ def test_tokenizers_that_differ_are_refused() -> None:
     assert "1 tokens only in the tokenizer before, such as 'c'" in words
     assert "1 tokens only in the tokenizer after, such as 'd'" in words
     assert "'b': 1 before, 2 after" in words
+
+
+def padded(model: PreTrainedModel, vocab: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(vocab, mean_resizing=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_vocabularies_that_end_differently_are_compared_where_they_agree(side: str) -> None:
+    words = {f"w{i}": i for i in range(build("llama").config.vocab_size)}
+    more = words | {"<x>": len(words), "<y>": len(words) + 1}
+    small = Lens(build("llama", seed=1), Words(words))
+    large = Lens(padded(build("llama", seed=1), len(words) + 8), Words(more))
+    pair = (large, small) if side == "before" else (small, large)
+    found = compare(*pair, prompts("llama", 12, 20), options=CompareOptions(lens="all"))
+    assert {row.delta for row in found.rows if not math.isnan(row.delta)} == {0.0}
+    assert any(f"over the {len(words)} token ids that both" in note for note in found.notes)
+    assert any("rows, those of shared tokens count" in note for note in found.notes)
+    with pytest.raises(IncomparableError, match=f"prompt 1 holds the token id {len(words) + 1}"):
+        compare(large, large_twin(more), [*prompts("llama", 5), [3, len(words) + 1]])
+
+
+def large_twin(more: dict[str, int]) -> Lens:
+    """Another padding, and one token less: its last id is nobody's."""
+    kept = dict(list(more.items())[:-1])
+    return Lens(padded(build("llama", seed=1), len(more) + 20), Words(kept))
+
+
+def test_logits_of_shared_tokens_are_renormalised() -> None:
+    words = {f"w{i}": i for i in range(build("llama").config.vocab_size)}
+    small = Lens(build("llama"), Words(words))
+    large = Lens(padded(build("llama", seed=1), len(words) + 8), Words(words))
+    ids = prompts("llama", 12)[0]
+    found = compare(small, large, [ids])
+    logits = [lens.capture(ids).logits[:-1, : len(words)] for lens in (small, large)]
+    expected = float(kl_nats(*logits).mean())
+    assert found.row("kl_nats_mean").after == pytest.approx(expected, rel=1e-5)
 
 
 def test_nan_names_model_prompt_and_first_layer() -> None:
@@ -260,10 +311,59 @@ def test_damaged_files_are_refused(found: Comparison, tmp_path: Path) -> None:
         Comparison.load(folder)
     found.save(folder)
     manifest = json.loads((folder / "comparison.json").read_text())
-    del manifest["notes"]
     (folder / "comparison.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptFileError, match="does not fit its own hash"):
+        Comparison.load(folder)
+    # As it was written before there were hashes.
+    old = {key: value for key, value in manifest.items() if key not in {"parts", "sha256"}}
+    (folder / "comparison.json").write_text(json.dumps(old))
+    assert Comparison.load(folder).hash_checked is False
+    (folder / "comparison.json").write_text(json.dumps({**old, "parts": manifest["parts"]}))
+    with pytest.raises(CorruptFileError, match="are gone"):
+        Comparison.load(folder)
+    del old["notes"]
+    (folder / "comparison.json").write_text(json.dumps(old))
     with pytest.raises(CorruptFileError, match="not a whole comparison"):
         Comparison.load(folder)
+
+
+def test_only_a_comparison_is_replaced(found: Comparison, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty and holds no comparison"):
+        found.save(mine)
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    folder = found.save(tmp_path / "saved")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["arrays.safetensors", "comparison.json", "table.parquet"]
+    for _ in range(2):
+        again = found.save(folder)
+        assert sorted(path.name for path in again.iterdir()) == names
+        assert Comparison.load(folder).hash_checked
+
+
+def test_one_run_alone_saves(found: Comparison, tmp_path: Path) -> None:
+    with (
+        locked_folder(tmp_path / "saved"),
+        pytest.raises(WriteError, match="another run is writing it"),
+    ):
+        found.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    found.save(tmp_path / "saved")
+
+
+def test_without_hard_links_the_new_names_stay(
+    found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    for names in ({"table.parquet"}, {"new-table.parquet"}, {"table.parquet"}):
+        folder = found.save(tmp_path / "saved")
+        assert {path.name for path in folder.glob("*.parquet")} == names
+        assert Comparison.load(folder).rows == found.rows
 
 
 def test_the_table_in_pandas(found: Comparison) -> None:

@@ -27,7 +27,7 @@ from trilens.checkpoint.gguf import validate_gguf
 from trilens.checkpoint.job import read_job
 from trilens.cli.main import app
 from trilens.demo import demo_path
-from trilens.errors import DamageError, NonFiniteError, TextError, UsageError
+from trilens.errors import CorruptFileError, DamageError, NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.lens.proof import prove
 from trilens.progress import Step
@@ -152,6 +152,44 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(small_demo: Path, tmp_p
     assert content(out) == content(tmp_path / "whole")
     with pytest.raises(UsageError, match="another calibration text"):
         ternarize(small_demo, out, plan=plan, calibration=calibration(seed=5))
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    source, out = tiny("llama", tmp_path / "src"), tmp_path / "out"
+
+    def change(now: Step) -> None:
+        if now.done == 0 and "down_proj" in now.what:
+            flip(source / "model.safetensors")
+
+    with pytest.raises(CorruptFileError, match="changed while it was read"):
+        ternarize(source, out, plan=TernaryPlan("gptq"), calibration=calibration(), progress=change)
+    assert not out.exists()
+
+
+def test_finished_blocks_that_rotted_are_named(tmp_path: Path) -> None:
+    source, out = tiny("llama", tmp_path / "src"), tmp_path / "out"
+    plan = TernaryPlan("gptq")
+
+    def stop(now: Step) -> None:
+        if now.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ternarize(source, out, plan=plan, calibration=calibration(), progress=stop)
+    blocks = out / "trilens-calibration"
+    for name in ("block-00000.safetensors", "block-00000.json"):
+        before = (blocks / name).read_bytes()
+        flip(blocks / name)
+        with pytest.raises(CorruptFileError, match=r"block-00000\.\w+ is"):
+            Store(blocks)
+        (blocks / name).write_bytes(before)
+    assert len(Store(blocks).records) == 1
 
 
 def test_entries_of_a_plan_have_rules_of_their_own(small_demo: Path, tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_golden_metadata(source: Path, tmp_path: Path) -> None:
     trilens.ternarize(source, path, plan=PLAN, format="gguf-tq2_0")
     found = read_gguf(path).metadata
     assert len(found.pop("trilens.tensor_data.sha256")) == 64
+    assert len(found.pop("trilens.metadata.sha256")) == 64
+    assert found.pop("trilens.n_hashes") == 2
     assert found.pop("trilens.version") == trilens.__version__
     assert trilens.TernaryPlan.from_json(found.pop("trilens.plan")) == PLAN
     tokens = found.pop("tokenizer.ggml.tokens")

@@ -52,7 +52,13 @@ def test_json_is_the_report(source: Path, tmp_path: Path) -> None:
     report = TernaryReport.from_dict(found)
     assert report == validate(tmp_path / "out")
     again = run("validate", tmp_path / "out", "--format", "json")
-    assert again.stdout == result.stdout
+    assert json.loads(again.stdout) == {**found, "extra_files": []}
+    (tmp_path / "out" / "mine.txt").touch()
+    again = run("validate", tmp_path / "out", "--format", "json")
+    assert json.loads(again.stdout)["extra_files"] == ["mine.txt"]
+    told = run("validate", tmp_path / "out")
+    assert told.exit_code == 0
+    assert "1 file is not of this output, and not checked: 'mine.txt'." in told.stdout
 
 
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_gguf_files(tmp_path: Path) -> None:
     checked = run("validate", out)
     assert checked.exit_code == 0
     assert "7 of 12 tensors hold trits" in checked.stdout
-    assert "the tensors have the hash" in checked.stdout
+    assert "all bytes have the hashes" in checked.stdout
     as_json = run("validate", out, "--format", "json")
     assert json.loads(as_json.stdout)["architecture"] == "llama"
     assert json.loads(as_json.stdout)["format"] == "trilens.gguf_report"

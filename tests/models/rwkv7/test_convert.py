@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 
@@ -20,6 +21,7 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.models.rwkv7.config import RWKV7Config
+from trilens.models.rwkv7.conversion import validate_conversion
 from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
@@ -73,11 +75,18 @@ def save_pth(tensors, folder):
 
 
 def test_a_pth_is_copied_bit_for_bit(tmp_path, tensors):
-    result = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out")
+    before = os.umask(0o027)
+    try:
+        result = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out")
+    finally:
+        os.umask(before)
     assert sorted(path.name for path in result.path.iterdir()) == [
         "config.json",
         "model.safetensors",
+        "trilens-conversion.json",
     ]
+    assert {path.stat().st_mode & 0o777 for path in result.path.iterdir()} == {0o640}
+    assert set(validate_conversion(result.path)) == {p.name for p in result.path.iterdir()}
     written, expected = (
         load_file(result.path / "model.safetensors"),
         rename_for_transformers(tensors),
@@ -249,7 +258,7 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, kind, kept):
         save_file(rename_for_transformers(tensors), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(CorruptFileError, match=f"model.{kind} is no readable"):
+    with pytest.raises(CorruptFileError, match=f"model.{kind} is (no readable|truncated)"):
         convert_rwkv7(path, tmp_path / "out")
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from trilens.analysis.comparison.weights import matrix_shapes
 from trilens.errors import IncomparableError
+from trilens.io.messages import clip, listed
 from trilens.lens.lens import Lens
+from trilens.models.tokens import vocab_size_of
 
-__all__ = ["check_comparable", "differing_tokenizers"]
+__all__ = ["check_comparable", "differing_tokenizers", "shared_vocabulary"]
 
 _SHOWN = 3
 
@@ -22,14 +24,15 @@ def check_comparable(before: Lens, after: Lens) -> None:
         IncomparableError: saying everything that differs.
     """
     differences = []
+    shared = shared_vocabulary(before, after)
     for what, mine, other in (
         ("layers", before.n_layers, after.n_layers),
         ("d_model", before.d_model, after.d_model),
         ("tokens in the vocabulary", before.anatomy.vocab, after.anatomy.vocab),
     ):
-        if mine != other:
+        if mine != other and (what != "tokens in the vocabulary" or shared is None):
             differences.append(f"{mine} {what} before, {other} after")
-    if before.tokenizer is not None and after.tokenizer is not None:
+    if shared is None and None not in (before.tokenizer, after.tokenizer):
         differences += differing_tokenizers(before.tokenizer, after.tokenizer)
     if not differences:
         differences = _shapes(before, after)
@@ -38,6 +41,29 @@ def check_comparable(before: Lens, after: Lens) -> None:
             f"models differ: {'; '.join(differences)}. Only models of the same shape and tokens "
             "can be compared, such as a model and a ternary, fine-tuned or rounded copy of it"
         )
+
+
+def shared_vocabulary(before: Lens, after: Lens) -> int | None:
+    """How many ids, from 0 up, are the same tokens to both models.
+
+    Vocabularies may end differently: padded to a round number, or with tokens that were added.
+
+    Returns:
+        Their number; all of them, where no tokenizers are there to say otherwise. None where the
+        vocabularies differ in size without tokenizers, or in a token below another that they share.
+    """
+    sizes = before.anatomy.vocab or 0, after.anatomy.vocab or 0
+    if before.tokenizer is None or after.tokenizer is None:
+        return sizes[0] if sizes[0] == sizes[1] else None
+    mine: dict[str, int] = before.tokenizer.get_vocab()
+    other: dict[str, int] = after.tokenizer.get_vocab()
+    if any(mine[token] != other[token] for token in mine.keys() & other.keys()):
+        return None
+    common = mine.items() & other.items()
+    alone = [number for _, number in mine.items() ^ other.items()]
+    if alone and min(alone) <= max((number for _, number in common), default=-1):
+        return None
+    return min(*sizes, *alone)
 
 
 def differing_tokenizers(before: Any, after: Any) -> list[str]:
@@ -51,13 +77,13 @@ def differing_tokenizers(before: Any, after: Any) -> list[str]:
     for name, left, right in (("before", mine, other), ("after", other, mine)):
         alone = sorted(left.keys() - right.keys())
         if alone:
-            some = ", ".join(map(repr, alone[:_SHOWN]))
+            some = listed(map(repr, alone), _SHOWN)
             found.append(f"{len(alone)} tokens only in the tokenizer {name}, such as {some}")
     moved = sorted(token for token in mine.keys() & other.keys() if mine[token] != other[token])
     if moved:
         one = moved[0]
         found.append(
-            f"{len(moved)} tokens with another id, such as {one!r}: {mine[one]} before, "
+            f"{len(moved)} tokens with another id, such as {clip(one)}: {mine[one]} before, "
             f"{other[one]} after"
         )
     return found
@@ -65,12 +91,17 @@ def differing_tokenizers(before: Any, after: Any) -> list[str]:
 
 def _shapes(before: Lens, after: Lens) -> list[str]:
     mine, other = matrix_shapes(before.model), matrix_shapes(after.model)
-    odd = [name for name in mine.keys() & other.keys() if mine[name] != other[name]]
+    sizes = vocab_size_of(before.model), vocab_size_of(after.model)
+    rows = {(sizes[0], sizes[1]), (before.anatomy.vocab, after.anatomy.vocab)}
+    odd = [
+        name
+        for name in mine.keys() & other.keys()
+        if mine[name] != other[name]
+        and (mine[name][1:] != other[name][1:] or (mine[name][0], other[name][0]) not in rows)
+    ]
     if not odd:
         return []
-    some = [
-        f"{name} is {list(mine[name])} before, {list(other[name])} after"
-        for name in sorted(odd)[:_SHOWN]
-    ]
-    more = f", and {len(odd) - _SHOWN} more matrices" if len(odd) > _SHOWN else ""
-    return [", ".join(some) + more]
+    some = (
+        f"{name} is {list(mine[name])} before, {list(other[name])} after" for name in sorted(odd)
+    )
+    return [listed(some, _SHOWN)]

@@ -57,8 +57,13 @@ class LensAccumulator:
         return rows
 
 
-def convergence_layers(lens: Lens, residuals: Sequence[Tensor]) -> Tensor:
+def convergence_layers(lens: Lens, residuals: Sequence[Tensor], vocab: int | None = None) -> Tensor:
     """First layer from which on the top token is that of the last layer.
+
+    Args:
+        lens: the model.
+        residuals: its residual streams.
+        vocab: only ids below this can be the top token; None for all.
 
     Shapes:
         residuals one [positions, d_model] per layer; returns int64 [positions], on the CPU.
@@ -67,14 +72,13 @@ def convergence_layers(lens: Lens, residuals: Sequence[Tensor]) -> Tensor:
         logits of some positions at a time, 32 MB in float32.
     """
     layers, positions = len(residuals), len(residuals[0])
-    vocab = lens.anatomy.vocab or 1
-    step = max(1, _CHUNK_ELEMENTS // (layers * vocab))
+    step = max(1, _CHUNK_ELEMENTS // (layers * (lens.anatomy.vocab or 1)))
     found = []
     for start in range(0, positions, step):
         # Layers of a model may lie on several devices; the unembedding is on the last one's.
         device = residuals[-1].device
         some = torch.stack([x[start : start + step].to(device) for x in residuals])
-        top = lens.unembed(some).argmax(-1).cpu()
+        top = lens.unembed(some)[..., :vocab].argmax(-1).cpu()
         other = (top != top[-1]).long()
         # One beyond the last layer with another top token; 0 where none has.
         beyond = torch.arange(1, layers + 1)[:, None] * other

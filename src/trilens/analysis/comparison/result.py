@@ -13,25 +13,12 @@ from torch import Tensor
 
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.rows import METRICS, Row
-from trilens.analysis.comparison.saving import read_rows, write_rows
-from trilens.errors import (
-    CorruptFileError,
-    ModelNotFoundError,
-    NotStoredError,
-    UsageError,
-    WriteError,
-)
-from trilens.io.atomic import write_bytes
-from trilens.io.json import json_bytes, read_json
-from trilens.io.tensors import read_tensors, write_tensors
+from trilens.analysis.comparison.saving import FORMAT, VERSION, read_folder, write_folder
+from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.lens.capture import ModelInfo
 from trilens.results import Tabular
 
 __all__ = ["Comparison", "NamedArray"]
-
-_FORMAT = "trilens.comparison"
-_VERSION = 1
-_MANIFEST, _TABLE, _ARRAYS = "comparison.json", "table.parquet", "arrays.safetensors"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +50,8 @@ class Comparison(Tabular):
         arrays: what is too long for rows, with named axes: the KL of each token, the average
             openness of each unit, the convergence layer of each position.
         notes: what could not be compared, in words.
+        hash_checked: of a comparison that was loaded: its files fit their hashes; False for one
+            from before there were hashes. None for one that was not loaded.
     """
 
     before: ModelInfo
@@ -74,6 +63,7 @@ class Comparison(Tabular):
     role_changes: tuple[RoleChange, ...]
     arrays: Mapping[str, NamedArray]
     notes: tuple[str, ...]
+    hash_checked: bool | None = None
 
     def __repr__(self) -> str:
         return (
@@ -130,35 +120,22 @@ class Comparison(Tabular):
     def save(self, path: str | Path) -> Path:
         """Write a folder: the table (Parquet), the arrays (safetensors), a manifest (JSON).
 
-        The manifest is written last: a folder without one is incomplete.
+        The manifest is written last: a folder without one is incomplete. A comparison that is there
+        already stays until the new one is complete.
 
         Returns:
             The folder.
 
         Raises:
-            UsageError: the path is a file.
-            WriteError: a file can't be written.
+            UsageError: the path is a file, or a folder that holds something else.
+            WriteError: a file can't be written, or another run writes a comparison here.
         """
         folder = Path(path)
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is a file: name a folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _MANIFEST).unlink(missing_ok=True)
-        except OSError as error:
-            raise WriteError(f"{folder} can't be written: {error.strerror}") from error
-        write_rows(folder / _TABLE, self.rows)
-        tensors = {name: array.tensor for name, array in self.arrays.items()}
         axes = {name: list(array.axes) for name, array in self.arrays.items()}
-        head = {"format": _FORMAT, "version": _VERSION, "axes": axes}
-        write_tensors(folder / _ARRAYS, tensors, head)
-        manifest = {
-            **head,
-            **self.to_dict(),
-            "files": {"table": _TABLE, "arrays": _ARRAYS},
-        }
+        manifest = {**self.to_dict(), "axes": axes}
         del manifest["table"]
-        write_bytes(folder / _MANIFEST, json_bytes(manifest))
+        tensors = {name: array.tensor for name, array in self.arrays.items()}
+        write_folder(folder, self.rows, tensors, manifest)
         return folder
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,8 +144,8 @@ class Comparison(Tabular):
         JSON has no infinity: "inf", "-inf" and "nan" stand for what is not finite.
         """
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "before": asdict(self.before),
             "after": asdict(self.after),
             "n_prompts": self.n_prompts,
@@ -188,16 +165,7 @@ class Comparison(Tabular):
             CorruptFileError: damaged, of another kind or of another version.
         """
         folder = Path(path)
-        if not (folder / _MANIFEST).is_file():
-            raise ModelNotFoundError(f"{folder} is no saved comparison: it has no {_MANIFEST}")
-        manifest = read_json(folder / _MANIFEST, CorruptFileError)
-        kind = manifest.get("format")
-        if kind != _FORMAT or manifest.get("version") != _VERSION:
-            raise CorruptFileError(
-                f"{folder / _MANIFEST} is {kind!r}: a {_FORMAT} of version {_VERSION} is needed"
-            )
-        tensors, _ = read_tensors(folder / _ARRAYS, _FORMAT, _VERSION)
-        rows = read_rows(folder / _TABLE)
+        manifest, rows, tensors, hash_checked = read_folder(folder)
         try:
             arrays = {
                 name: NamedArray(tuple(axes), tensors[name])
@@ -213,6 +181,7 @@ class Comparison(Tabular):
                 role_changes=tuple(RoleChange(**each) for each in manifest["role_changes"]),
                 arrays=MappingProxyType(arrays),
                 notes=tuple(manifest["notes"]),
+                hash_checked=hash_checked,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{folder} is not a whole comparison: {error}") from error

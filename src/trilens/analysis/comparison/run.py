@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.analysis.comparison.attention import EFFECTIVE, SOFTMAX, AttentionAccumulator
-from trilens.analysis.comparison.compatible import check_comparable
+from trilens.analysis.comparison.compatible import check_comparable, shared_vocabulary
 from trilens.analysis.comparison.gates import GateAccumulator
 from trilens.analysis.comparison.heads import RoleAccumulator, repeated_probe
 from trilens.analysis.comparison.logit_lens import LensAccumulator, convergence_layers
@@ -139,6 +139,7 @@ class _Run:
         self.lenses = (before, after)
         self.options = options
         self.sites: CommonSites = common_sites(before, after)
+        self.vocab = shared_vocabulary(before, after)
         masked = type(before.model) in MODEL_FOR_MASKED_LM_MAPPING.values()
         self.output = OutputAccumulator(next_token=not masked, seed=options.seed)
         self.has_output = bool(before.anatomy.unembedding) and bool(after.anatomy.unembedding)
@@ -158,6 +159,11 @@ class _Run:
                 raise EmptyPromptError(
                     f"prompt {number} has {len(ids)} token: {self.min_tokens} or more are needed, "
                     "or there is nothing to predict"
+                )
+            if self.has_output and self.vocab is not None and int(ids.max()) >= self.vocab:
+                raise IncomparableError(
+                    f"prompt {number} holds the token id {int(ids.max())}: the models share the "
+                    f"ids 0–{self.vocab - 1}"
                 )
         before, after = (self._captures(lens, batch) for lens in self.lenses)
         while before:
@@ -182,7 +188,11 @@ class _Run:
             refuse_nonfinite(capture, side, self.n_prompts)
         if before.logits is not None and after.logits is not None:
             try:
-                self.output.add(before.logits, after.logits, before.token_ids)
+                self.output.add(
+                    before.logits[..., : self.vocab],
+                    after.logits[..., : self.vocab],
+                    before.token_ids,
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(
                     f"prompt {self.n_prompts}: {error}; the residual stream is finite after every "
@@ -203,7 +213,9 @@ class _Run:
         if self.has_output and self.options.lens != "none":
             first = 0 if self.options.lens == "all" else -1
             converged = [
-                convergence_layers(lens, [stream[first:] for stream in each.activations])
+                convergence_layers(
+                    lens, [stream[first:] for stream in each.activations], self.vocab
+                )
                 for lens, each in zip(self.lenses, streams, strict=True)
             ]
             self.lens.add(converged[0], converged[1])
@@ -223,6 +235,7 @@ class _Run:
             raise EmptyPromptError("prompts are empty: there is nothing to compare; give some")
         output = self.output.result() if self.has_output else None
         roles = self._roles()
+        weights, missing = weight_rows(*self.lenses)
         rows = [
             *(output_rows(output) if output is not None else ()),
             *self.residual.rows(),
@@ -231,11 +244,17 @@ class _Run:
             *self.gates.rows(),
             *self.states.rows(),
             *self.lens.rows(),
-            *weight_rows(*self.lenses),
+            *weights,
         ]
-        notes = list(self.sites.notes)
+        notes = [*self.sites.notes, *missing]
         if not self.has_output:
             notes.append("a model without an unembedding: no output is compared")
+        vocabs = [lens.anatomy.vocab for lens in self.lenses]
+        if self.has_output and vocabs != [self.vocab] * 2:
+            notes.append(
+                f"outputs are compared over the {self.vocab} token ids that both models share (of "
+                f"{vocabs[0]} before and {vocabs[1]} after), probabilities renormalised"
+            )
         return Comparison(
             before=self.models[0],
             after=self.models[1],
@@ -251,7 +270,8 @@ class _Run:
     def _roles(self) -> RoleAccumulator | None:
         """What heads do, on a probe of repeated tokens that both models read."""
         layers = self._modules()
-        probes, half = repeated_probe(self.lenses[0].model)
+        smaller = min(self.lenses, key=lambda lens: vocab_size_of(lens.model))
+        probes, half = repeated_probe(smaller.model)
         if not layers or not probes:
             return None
         roles = RoleAccumulator(half)
@@ -306,10 +326,12 @@ def _read(
 ) -> Iterator[Tensor]:
     """Token ids, read by both tokenizers where there are two."""
     for number, prompt in enumerate(prompts):
-        ids = _ids(prompt, before if before.tokenizer is not None else after, before, options)
+        ids = _ids(
+            prompt, before if before.tokenizer is not None else after, before, options, number
+        )
         written = isinstance(prompt, str) or is_messages(prompt)
         if written and None not in (before.tokenizer, after.tokenizer):
-            other = _ids(prompt, after, after, options)
+            other = _ids(prompt, after, after, options, number)
             if not torch.equal(ids, other):
                 raise IncomparableError(
                     f"tokenizers differ: prompt {number} is {ids[:6].tolist()} … "
@@ -319,13 +341,16 @@ def _read(
         yield ids
 
 
-def _ids(prompt: PromptLike, reader: Lens, lens: Lens, options: CompareOptions) -> Tensor:
+def _ids(
+    prompt: PromptLike, reader: Lens, lens: Lens, options: CompareOptions, number: int
+) -> Tensor:
     return read_prompt(
         prompt,
         tokenizer=reader.tokenizer,
         vocab_size=vocab_size_of(lens.model),
         max_positions=max_positions_of(lens.model),
         add_special_tokens=options.add_special_tokens,
+        number=number,
     ).ids
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trilens.errors import CaptureError, NonFiniteError
+from trilens.io.messages import listed
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.forward_call import probe_ids
@@ -133,4 +134,4 @@ def _spelt(alone: Iterable[int | tuple[str, int]]) -> str:
         f"{each[0]} of layer {each[1]}" if isinstance(each, tuple) else f"layer {each}"
         for each in alone
     ]
-    return ", ".join(sorted(words)[:4]) + (" …" if len(words) > 4 else "")
+    return listed(sorted(words))

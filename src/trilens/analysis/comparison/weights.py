@@ -2,79 +2,87 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from trilens.analysis.comparison.rows import Place, Row
-from trilens.errors import NonFiniteError
+from trilens.errors import CaptureError, NonFiniteError
 from trilens.lens.lens import Lens
 from trilens.statistics.divergence import relative_error
-from trilens.ternary.packed.linear import TernaryLinear
+from trilens.taps.matrices import Matrix, matrices_of
 
 __all__ = ["matrix_shapes", "weight_rows"]
 
 
 def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every matrix (or stack of matrices) of a model, packed ones as they stand in."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, holder in _matrices(model).items():
-        if isinstance(holder, TernaryLinear):
-            shape = (holder.out_features, holder.in_features)
-            shapes[name] = shape[::-1] if holder.transposed else shape
-        else:
-            shapes[name] = tuple(holder.shape)
-    return shapes
+    """Shape of every matrix (or stack of matrices) of a model; of linear layers [out, in]."""
+    return {name: matrix.shape for name, matrix in matrices_of(model).found.items()}
 
 
-def weight_rows(before: Lens, after: Lens) -> list[Row]:
+def weight_rows(before: Lens, after: Lens) -> tuple[list[Row], list[str]]:
     """Error and sparsity of each matrix that both models have and that is packed or differs.
 
-    A matrix that is the same bit for bit has no row: its error is 0.
+    What is compared is what the layers multiply by (`taps.matrices`), whatever they store. A matrix
+    that is the same bit for bit has no row: its error is 0.
+
+    Returns:
+        The rows, and a sentence for what could not be compared.
 
     Memory:
         one unpacked matrix at a time.
     """
-    mine, other = _matrices(before.model), _matrices(after.model)
-    paths = {block.path: layer for layer, block in reversed([*enumerate(before.anatomy.blocks)])}
+    mine, other = matrices_of(before.model), matrices_of(after.model)
+    blocks = reversed([*enumerate(before.anatomy.blocks)])
+    paths = {block.path.replace("._orig_mod", ""): layer for layer, block in blocks}
     rows = []
-    for name in mine.keys() & other.keys():
-        packed = any(isinstance(held[name], TernaryLinear) for held in (mine, other))
-        found = _compare(name, _dense(mine[name]), _dense(other[name]))
+    missing: dict[str, list[str]] = {}
+    for side, held, beside in (("before", mine, other), ("after", other, mine)):
+        for name, why in held.left_out.items():
+            missing.setdefault(f"{why} ({side})", []).append(name)
+        known = {*beside.found, *beside.aliases, *beside.left_out}
+        for name in held.found.keys() - known:
+            missing.setdefault(f"only the model {side} has it", []).append(name)
+    for name in sorted(mine.found.keys() | other.found.keys()):
+        one, two = mine.get(name), other.get(name)
+        if one is None or two is None:
+            continue
+        try:
+            found = _compare(name, one, two)
+        except CaptureError as unread:
+            missing.setdefault(str(unread).removeprefix(f"{name}: "), []).append(name)
+            continue
         if found is None:
             continue
+        if one.shape != two.shape:
+            sizes = f"{one.shape[0]} before and {two.shape[0]} after"
+            missing.setdefault(f"of {sizes} rows, those of shared tokens count", []).append(name)
         error, zeros_before, zeros_after = found
-        if not packed and error == 0.0:
+        if error == 0.0 and "packed" not in (one.source, two.source):
             continue
         at = _place(name, paths)
         rows.append(at.against_itself("weight_relative_error", error))
         rows.append(at.change("weight_sparsity", zeros_before, zeros_after))
-    return sorted(rows, key=lambda row: (row.layer is not None, row.layer or 0, row.module))
+    rows.sort(key=lambda row: (row.layer is not None, row.layer or 0, row.module))
+    return rows, [_note(why, names) for why, names in sorted(missing.items())]
 
 
-def _matrices(model: nn.Module) -> dict[str, Tensor | TernaryLinear]:
-    """Matrices by the name of their parameter; a packed layer by that of the weight it replaces."""
-    found: dict[str, Tensor | TernaryLinear] = {}
-    packed: set[str] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, TernaryLinear):
-            found[f"{path}.weight"] = module
-            packed.add(path)
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in packed and parameter.dim() >= 2:
-            found[name] = parameter.detach()
-    return found
+def _note(why: str, names: list[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = "weight row of" if why.startswith("of ") else "no weight row for"
+    return f"{what} {names[0]}{more}: {why}"
 
 
-def _dense(held: Tensor | TernaryLinear) -> Tensor:
-    return held.reconstruct() if isinstance(held, TernaryLinear) else held
-
-
-def _compare(name: str, before: Tensor, after: Tensor) -> tuple[float, float, float] | None:
+def _compare(name: str, mine: Matrix, other: Matrix) -> tuple[float, float, float] | None:
     """Relative error, and the shares of zeros; None where there is nothing to compare."""
-    if before.shape != after.shape or not before.numel() or before.is_meta or after.is_meta:
+    if mine.shape[1:] != other.shape[1:] or not math.prod(mine.shape):
         return None
-    after = after.to(before.device)
+    # Rows of tokens that one vocabulary has beyond the other's end are not compared.
+    n_rows = min(mine.shape[0], other.shape[0])
+    before = mine.read()[:n_rows]
+    after = other.read()[:n_rows].to(before.device)
     try:
         error = relative_error(before, after)
     except NonFiniteError as cause:

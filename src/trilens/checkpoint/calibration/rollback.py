@@ -24,7 +24,6 @@ def rollback(
     calibration: Calibration,
     journal: Journal,
     *,
-    is_new: bool,
     progress: Progress | None,
 ) -> tuple[Store, Damage]:
     """Code every matrix on a text, and refuse too much damage.
@@ -36,8 +35,7 @@ def rollback(
         out: the output's directory.
         job: the checkpoint, and the plan.
         calibration: the text.
-        journal: of the output.
-        is_new: the directory was made for this run.
+        journal: of the output; removed by the caller.
         progress: as in `run_calibration`.
 
     Raises:
@@ -53,8 +51,5 @@ def rollback(
     except TrilensError:
         if journal.is_empty:
             shutil.rmtree(work, ignore_errors=True)
-            journal.remove()
-            if is_new and not any(out.iterdir()):
-                out.rmdir()
         raise
     return store, damage

@@ -31,7 +31,7 @@ from trilens.checkpoint.rotation import plain_weights
 from trilens.errors import CorruptFileError
 from trilens.evaluation.loop import mean_nll
 from trilens.io.atomic import write_bytes
-from trilens.io.json import json_bytes, read_json
+from trilens.io.sealed import read_sealed, sealed
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.tokens import max_positions_of, vocab_size_of
@@ -88,11 +88,12 @@ def run_calibration(
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or FitOptions(seed=calibration.seed)
-    run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit)
+    check = source.check_unchanged
+    run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit, check)
     run.blocks()
     run.whole()
     damage = run.damage()
-    write_bytes(done, json_bytes(damage.to_dict()))
+    write_bytes(done, sealed(damage.to_dict()))
     return store, damage
 
 
@@ -110,7 +111,9 @@ class _Run:
         progress: Progress | None,
         rule: CalibratedRule | None,
         fit: FitOptions,
+        check_source: Callable[[], None],
     ) -> None:
+        self.check_source = check_source
         self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
@@ -158,6 +161,7 @@ class _Run:
         )
 
     def _block(self, index: int) -> None:
+        self.check_source()  # its weights are mapped: a file that was cut off would end the process
         placed = self.placed[index]
         dense = self._stream("dense", index)
         ternary = self._stream("ternary", index) if index else dense
@@ -187,6 +191,7 @@ class _Run:
 
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, after(ternary, coded.module))
+        self.check_source()
         self.store.add(coded.record, coded.quants, coded.vectors)
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
             self._path(name, index).unlink(missing_ok=True)
@@ -213,6 +218,7 @@ class _Run:
             names = {matrix.path: (matrix.name, matrix.expert) for matrix in placed.matrices}
             quants |= {names[path]: quant for path, quant in q.items()}
             vectors |= {placed.vectors[name][0]: value for name, value in v.items()}
+        self.check_source()
         self.store.finish((found.kl_nats_before, found.kl_nats), quants, vectors)
 
     def _finished(self, index: int) -> FinishedBlock:
@@ -292,7 +298,7 @@ class _Run:
 
 
 def _read_damage(path: Path) -> Damage:
-    values = read_json(path, CorruptFileError)
+    values, _ = read_sealed(path, required=False)  # older ones have no hash
     try:
         return Damage.from_dict(values)
     except (KeyError, TypeError) as cause:

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from trilens.errors import CorruptFileError, TrilensError
+from trilens.errors import CorruptFileError, TrilensError, WriteError
 from trilens.io.atomic import write_bytes
-from trilens.io.json import json_bytes, read_json
+from trilens.io.guarded import sha256_of
+from trilens.io.sealed import read_sealed, sealed
+from trilens.io.temporary import sweep
+from trilens.io.tensors import write_safetensors
 from trilens.ternary.codecs.rows import unpack_rows
 from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockRecord", "EndToEndRecord", "MatrixRecord", "Store"]
+
+_TENSORS_HASH = "tensors_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,11 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+            sweep(folder)
+        except OSError as cause:
+            raise WriteError(f"{folder} cannot be made: {cause.strerror or cause}") from cause
         self.records: list[BlockRecord] = []
         while self._json(len(self.records)).is_file():
             self.records.append(self._read(len(self.records)))
@@ -124,8 +132,7 @@ class Store:
             quants: its matrices, by tensor name and expert.
             vectors: new values, by tensor name, in the dtype in which they are stored.
         """
-        write_bytes(self._tensors(record.index), save(_tensors_of(quants, vectors)))
-        write_bytes(self._json(record.index), json_bytes(asdict(record)))
+        self._keep(self._tensors(record.index), self._json(record.index), record, quants, vectors)
         self.records.append(record)
 
     def finish(
@@ -136,9 +143,27 @@ class Store:
     ) -> None:
         """Keep what the fit of all blocks together found: it goes before what the blocks say."""
         record = EndToEndRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
-        write_bytes(self._whole("safetensors"), save(_tensors_of(quants, vectors)))
-        write_bytes(self._whole("json"), json_bytes(asdict(record)))
+        self._keep(self._whole("safetensors"), self._whole("json"), record, quants, vectors)
         self.whole = record
+
+    def _keep(
+        self,
+        tensors: Path,
+        text: Path,
+        record: BlockRecord | EndToEndRecord,
+        quants: Mapping[tuple[str, int], PerLayerQuant],
+        vectors: Mapping[str, Tensor],
+    ) -> None:
+        digest = write_safetensors(tensors, _tensors_of(quants, vectors), {})
+        write_bytes(text, sealed({**asdict(record), _TENSORS_HASH: digest}))
+
+    def _values(self, tensors: Path, text: Path) -> dict[str, Any]:
+        """A record's values; its tensors are as they were written."""
+        values, hashed = read_sealed(text, required=False)  # older ones have no hash
+        digest = values.pop(_TENSORS_HASH, None)
+        if (digest is not None) != hashed or (hashed and sha256_of(tensors) != digest):
+            raise CorruptFileError(f"{tensors} is damaged: begin in a new directory")
+        return values
 
     def vector(self, name: str) -> Tensor | None:
         """The new value of a stored tensor, or None where it keeps its own."""
@@ -199,7 +224,7 @@ class Store:
         return replace(made, was_ternary=matrix.was_ternary, zeroed_units=matrix.zeroed_units)
 
     def _read(self, index: int) -> BlockRecord:
-        values = read_json(self._json(index), CorruptFileError)
+        values = self._values(self._tensors(index), self._json(index))
         try:
             matrices = tuple(MatrixRecord(**matrix) for matrix in values["matrices"])
             rest = {**values, "matrices": matrices, "vectors": tuple(values["vectors"])}
@@ -214,7 +239,7 @@ class Store:
         path = self._whole("json")
         if not path.is_file():
             return None
-        values = read_json(path, CorruptFileError)
+        values = self._values(self._whole("safetensors"), path)
         try:
             matrices = tuple((str(name), int(expert)) for name, expert in values["matrices"])
             rest = {**values, "matrices": matrices, "vectors": tuple(values["vectors"])}

@@ -8,6 +8,8 @@ with its hash; it carries a hash of itself.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +24,9 @@ from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.io.atomic import write_bytes
-from trilens.io.guarded import sha256_of
-from trilens.io.json import json_bytes, read_json
+from trilens.io.guarded import open_regular, sha256_of
+from trilens.io.messages import clip, listed
+from trilens.io.sealed import read_sealed, sealed
 from trilens.ternary.rules.kernels import parallel_map
 
 __all__ = ["Journal", "Order", "fingerprint", "manifest_bytes", "read_manifest"]
@@ -40,11 +43,18 @@ def fingerprint(files: list[Path]) -> dict[str, Any]:
 
 
 def _of_file(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"size_bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    if file.name.endswith(".safetensors"):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            found["header_sha256"] = hashlib.sha256(stream.read(length)).hexdigest()
+    with open_regular(file) as stream:
+        try:
+            found: dict[str, Any] = {
+                "size_bytes": os.fstat(stream.fileno()).st_size,
+                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            }
+            if file.name.endswith(".safetensors"):
+                stream.seek(0)
+                length = min(int.from_bytes(stream.read(8), "little"), found["size_bytes"])
+                found["header_sha256"] = hashlib.sha256(stream.read(length)).hexdigest()
+        except OSError as cause:
+            raise CorruptFileError(f"{file} cannot be read: {cause.strerror or cause}") from cause
     return found
 
 
@@ -119,16 +129,30 @@ class Order:
                     "source, plan and version"
                 )
 
+    def check_copied(self, digests: Mapping[str, str], files: Sequence[Path]) -> None:
+        """Refuse copies of other content than was hashed at the start.
+
+        Args:
+            digests: hash of each file of the output.
+            files: those of the source that were copied as they are.
+
+        Raises:
+            CorruptFileError: names the file.
+        """
+        for file in files:
+            if digests[file.name] != self.source[file.name]["sha256"]:
+                raise CorruptFileError(f"{file} changed while it was read: run again")
+
 
 def _difference(old: Any, new: Any) -> str:
     """What differs, in words that a person can use: never a hash or what holds them."""
     if old is None or new is None:
         return " (none before, one now)" if old is None else " (one before, none now)"
     if not isinstance(old, dict) or not isinstance(new, dict):
-        words = f" ({old!r}, now {new!r})"
+        words = f" ({clip(old)}, now {clip(new)})"
         return words if len(words) <= _SHOWN else ""
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return f" ({', '.join(map(str, keys))})"
+    return f" ({listed(keys)})"
 
 
 class Journal:
@@ -144,7 +168,7 @@ class Journal:
         self._order = order
         self._shards: dict[str, Any] = {}
         if self._path.exists():
-            found = read_json(self._path, CorruptFileError)
+            found, _ = read_sealed(self._path, required=False)  # older ones have no hash
             order.check_same(found, self._path)
             shards = found.get("shards")
             self._shards = shards if isinstance(shards, dict) else {}
@@ -162,9 +186,9 @@ class Journal:
         if not isinstance(entry, dict) or not shard.is_file():
             return None
         try:
-            reports = [TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in entry["tensors"]]
-        except (KeyError, TypeError):  # somebody wrote in it: the shard is made again
-            return None
+            reports = [TensorReport.from_dict(tensor) for tensor in entry["tensors"]]
+        except (KeyError, TypeError, AttributeError):
+            return None  # somebody wrote in it: the shard is made again
         return (entry["sha256"], reports) if sha256_of(shard) == entry.get("sha256") else None
 
     def add(self, shard: str, digest: str, reports: list[TensorReport]) -> None:
@@ -179,8 +203,15 @@ class Journal:
         """The manifest is there: nothing is left to resume."""
         self._path.unlink(missing_ok=True)
 
+    def remove_all(self) -> None:
+        """Remove the shards that are whole, and the journal."""
+        for name in self._shards:
+            if Path(name).name == name:
+                (self._path.parent / name).unlink(missing_ok=True)
+        self.remove()
+
     def _write(self) -> None:
-        write_bytes(self._path, json_bytes({**self._order.to_dict(), "shards": self._shards}))
+        write_bytes(self._path, sealed({**self._order.to_dict(), "shards": self._shards}))
 
 
 def manifest_bytes(order: Order, report: TernaryReport, files: dict[str, Any]) -> bytes:
@@ -191,8 +222,7 @@ def manifest_bytes(order: Order, report: TernaryReport, files: dict[str, Any]) -
         report: the outcome of each tensor.
         files: size and hash of every other file of the output.
     """
-    body = {**order.to_dict(), "files": files, "report": report.to_dict()}
-    return json_bytes({**body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()})
+    return sealed({**order.to_dict(), "files": files, "report": report.to_dict()})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -211,17 +241,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             else ("it was not written by trilens ternarize, or saved anew since")
         )
         raise ModelNotFoundError(f"{folder} has no {MANIFEST_NAME}: {why}")
-    found = read_json(path, CorruptFileError)
+    found, _ = read_sealed(path)
     if found.get("kind") != _KIND:
         raise CorruptFileError(f"{path} is not the manifest of a ternary checkpoint")
     if found.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
-            f"{path} has format version {found.get('format_version')!r}: this trilens reads "
+            f"{path} has format version {clip(found.get('format_version'))}: this trilens reads "
             f"version {FORMAT_VERSION}"
         )
-    digest = found.pop("sha256", None)
-    body = json_bytes(found)
-    whole = json_bytes({**found, "sha256": digest})
-    if hashlib.sha256(body).hexdigest() != digest or path.read_bytes() != whole:
-        raise CorruptFileError(f"{path} is damaged: its content does not fit its own hash")
     return found

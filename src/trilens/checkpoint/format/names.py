@@ -13,6 +13,7 @@ __all__ = [
     "JOURNAL_NAME",
     "MANIFEST_NAME",
     "QUANT_METHOD",
+    "SOURCE_CARD_NAME",
     "WORK_NAME",
     "find_parts",
     "part_name",
@@ -26,6 +27,7 @@ QUANT_METHOD = "trilens"
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
+SOURCE_CARD_NAME = "README.source.md"
 MANIFEST_NAME = "trilens-ternary.json"
 JOURNAL_NAME = "trilens-unfinished.json"
 WORK_NAME = "trilens-calibration"

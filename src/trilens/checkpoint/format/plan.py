@@ -14,6 +14,8 @@ from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import UsageError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
+from trilens.io.messages import listed
+from trilens.printable import as_unicode
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
@@ -203,6 +205,8 @@ def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:
     for expression in values:
         if not isinstance(expression, str) or not expression:
             raise UsageError(f"{option} holds {expression!r}: pass texts that are not empty")
+        if as_unicode(expression) != expression:
+            raise UsageError(f"{option} holds {expression!r}: pass text, without lone surrogates")
         try:
             re.compile(expression)
         except re.error as error:
@@ -222,4 +226,4 @@ def _entries(matrices: Mapping[str, MatrixPlan]) -> dict[str, MatrixPlan]:
 
 
 def _hint(names: list[str]) -> str:
-    return f"there are for example {', '.join(names[:3])}" if names else "there is none"
+    return f"there are for example {listed(names, 3)}" if names else "there is none"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.io.messages import clip
 from trilens.results import Tabular
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
-Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out"]
+Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class TensorReport:
         shape: Its shape in the source.
         outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
             exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
-            output, because it does not need it.
+            output, because it does not need it; "dense": trits that are written as dense weights.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.
@@ -61,6 +62,29 @@ class TensorReport:
     def bits_per_weight(self) -> float:
         """Everything stored for the tensor, in bits for each weight."""
         return 8 * self.size_bytes / self.n_weights if self.n_weights else 0.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report that `dataclasses.asdict` gave these values.
+
+        Raises:
+            TypeError, KeyError: values that are none.
+        """
+        tensor = cls(**{**values, "shape": tuple(values["shape"])})
+        sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
+        shares = (tensor.relative_error, tensor.sparsity, tensor.output_error)
+        truths = (tensor.is_matrix, tensor.decoded_exactly, tensor.fitted)
+        right = (
+            all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
+            and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+            and all(share is None or type(share) in {int, float} for share in shares)
+            and all(type(truth) is bool for truth in truths)
+            and tensor.outcome in get_args(Outcome)
+            and (tensor.outcome == "kept" or len(tensor.shape) in {2, 3})
+        )
+        if not right:
+            raise TypeError(f"the entry of tensor {clip(tensor.name)} has values of the wrong kind")
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +195,11 @@ class TernaryReport(Tabular):
         """What the weight errors allow to say about the model: never that it is fine."""
         if self.dry_run:
             return "A dry run: nothing was written, no error was measured."
+        if self.coded and all(tensor.outcome == "dense" for tensor in self.coded):
+            worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
+            exact = "each weight is scale × trit, bit for bit"
+            rounded = f"rounded to their dtype: up to {worst:.1e} of a matrix's energy is lost"
+            return f"Dense weights; {exact if worst == 0 else rounded}."
         if all(tensor.outcome == "already ternary" for tensor in self.coded):
             return (
                 "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
@@ -226,10 +255,7 @@ class TernaryReport(Tabular):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The report that `to_dict` gave these values."""
-        tensors = (
-            TensorReport(**{**tensor, "shape": tuple(tensor["shape"])})
-            for tensor in values["tensors"]
-        )
+        tensors = (TensorReport.from_dict(tensor) for tensor in values["tensors"])
         damage = values.get("damage")
         sample = values.get("sample")
         return cls(

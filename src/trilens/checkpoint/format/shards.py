@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,32 +15,19 @@ from trilens.errors import CorruptFileError, WriteError
 from trilens.io.atomic import AtomicFile
 from trilens.io.guarded import open_regular
 from trilens.io.messages import reason
+from trilens.io.safetensors_layout import layout
 
-__all__ = ["DTYPE_BYTES", "MappedFile", "ShardSlot", "ShardWriter"]
-
-DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4}
-DTYPE_BYTES |= {"F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-"""Bytes of one number; every dtype that is not here has 1 or less."""
+__all__ = ["MappedFile", "ShardWriter"]
 
 _CHUNK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSlot:
-    """Where a tensor lies in a file that is being written; bytes from the file's start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class MappedFile:
     """A file's bytes as an array, read from disk only where they are looked at.
 
     The mapping is private: what is written to the array stays in memory. Its pages belong to the
-    file and can be dropped by the system at any time.
+    file and can be dropped by the system at any time. A file that is cut off meanwhile ends the
+    process: map only what must not take memory, and look at its size before each use.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +61,7 @@ class ShardWriter:
     def __init__(
         self, path: Path, entries: Sequence[tuple[str, str, tuple[int, ...], int]]
     ) -> None:
-        self._header, self.slots = _layout(entries)
+        self._header, self.slots = layout(entries)
         self._file = AtomicFile(path)
 
     def put(self, offset: int, data: NDArray[np.uint8]) -> None:
@@ -126,26 +111,3 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-
-
-def _layout(
-    entries: Sequence[tuple[str, str, tuple[int, ...], int]],
-) -> tuple[bytes, dict[str, ShardSlot]]:
-    ordered = sorted(entries, key=lambda entry: -DTYPE_BYTES.get(entry[1], 1))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape, size_bytes in ordered:
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [end, end + size_bytes],
-        }
-        end += size_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    slots = {}
-    for name, dtype, shape, _ in ordered:
-        begin, stop = header[name]["data_offsets"]
-        slots[name] = ShardSlot(name, dtype, shape, start + begin, start + stop)
-    return len(text).to_bytes(8, "little") + text, slots

@@ -32,11 +32,13 @@ from trilens.io.safetensors_header import TensorHeader
 from trilens.models.build import candidate_classes
 from trilens.ternary.packed.linear import PARTS
 
-__all__ = ["Choice", "build_skeleton", "choose", "module_at"]
+__all__ = ["HOMELESS", "Choice", "build_skeleton", "choose", "module_at"]
 
 Placement: TypeAlias = Literal["layer", "merged", "experts", "kept"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HOMELESS = "it has no place in the model"
+"""The reason of a tensor that fills no parameter."""
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
@@ -205,9 +207,7 @@ class _Rules:
     def _unfit(self, header: TensorHeader, target: str | None) -> str:  # noqa: PLR0911
         """Why this is no linear layer's weight inside a block."""
         if target is None:
-            return "it has no place in the model"
-        if header.dtype not in _FLOATS:
-            return f"stored as {header.dtype}"
+            return HOMELESS
         if len(header.shape) < 2:
             return "one-dimensional"
         path, _, leaf = target.rpartition(".")
@@ -228,6 +228,8 @@ class _Rules:
     def _fallback(self, header: TensorHeader, target: str, module: nn.Module) -> str:
         """Why a linear layer's weight inside a block is kept all the same."""
         path, _, leaf = target.rpartition(".")
+        if header.dtype not in _FLOATS:
+            return f"stored as {header.dtype}"
         if self._is_router(path, getattr(module, leaf)):
             return "router"
         if min(header.shape) < 2:

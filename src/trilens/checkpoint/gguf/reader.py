@@ -16,17 +16,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from trilens.checkpoint.format.shards import MappedFile
 from trilens.checkpoint.gguf.formats import type_bytes
 from trilens.errors import CorruptFileError, ModelNotFoundError, ShapeError
+from trilens.io.guarded import OpenFile
 from trilens.io.messages import clip
 
-__all__ = ["GgufEntry", "GgufFile", "read_gguf"]
+__all__ = ["STRING_TYPE", "GgufEntry", "GgufFile", "read_gguf"]
 
 _MAGIC = b"GGUF"
 _VERSION = 3
 _MOST_DIMENSIONS = 4
-_STRING, _ARRAY = 8, 9
+STRING_TYPE, _ARRAY = 8, 9
 _NUMBERS: MappingProxyType[int, str] = MappingProxyType(
     {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 )
@@ -71,7 +71,7 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, GgufEntry]
     data_begin: int
-    content: MappedFile
+    content: OpenFile
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -81,10 +81,10 @@ def read_gguf(path: Path) -> GgufFile:
         ModelNotFoundError: no such file.
         CorruptFileError: no GGUF file of version 3, or one that is damaged; says where.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ModelNotFoundError(f"file {path} does not exist")
-    content = MappedFile(path)
-    cursor = _Cursor(path, content, path.stat().st_size)
+    content = OpenFile(path)
+    cursor = _Cursor(path, content, content.size_bytes)
     if cursor.take(4) != _MAGIC:
         raise CorruptFileError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
     version = cursor.number("I")
@@ -138,7 +138,7 @@ def _padded(offset: int, alignment: int) -> int:
 class _Cursor:
     """Reads on from byte to byte, and never past the end."""
 
-    def __init__(self, path: Path, content: MappedFile, size: int) -> None:
+    def __init__(self, path: Path, content: OpenFile, size: int) -> None:
         self._path = path
         self._content = content
         self.size = size
@@ -183,9 +183,9 @@ class _Cursor:
         if kind != _ARRAY:
             return self._plain(kind)
         kind, n = self.number("I"), self.number("Q")
-        if kind not in _NUMBERS and kind != _STRING:
+        if kind not in _NUMBERS and kind != STRING_TYPE:
             raise self._damaged(f"an array of kind {kind} is not known")
-        if kind == _STRING:
+        if kind == STRING_TYPE:
             if 8 * n > self.size - self.at:
                 raise self._damaged(f"{n} texts do not fit in it")
             return [self.text() for _ in range(n)]
@@ -203,7 +203,7 @@ class _Cursor:
         return int(self.number("I")), sizes[::-1], int(self.number("Q"))
 
     def _plain(self, kind: int) -> Any:
-        if kind == _STRING:
+        if kind == STRING_TYPE:
             return self.text()
         if kind not in _NUMBERS:
             raise self._damaged(f"a value of kind {kind} is not known")

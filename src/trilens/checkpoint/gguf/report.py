@@ -44,11 +44,13 @@ class GgufReport(Tabular):
         tensors: Every tensor, in the order of the bytes.
         hash_checked: The file names a hash of its tensors (those that trilens writes do), and the
             tensors have it.
+        whole_checked: It names a hash of its metadata too, so that every byte was checked.
     """
 
     architecture: str
     tensors: tuple[GgufTensor, ...]
     hash_checked: bool
+    whole_checked: bool = False
 
     @property
     def coded(self) -> tuple[GgufTensor, ...]:
@@ -84,6 +86,7 @@ class GgufReport(Tabular):
         return {
             "architecture": self.architecture,
             "hash_checked": self.hash_checked,
+            "whole_checked": self.whole_checked,
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],

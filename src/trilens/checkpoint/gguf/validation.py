@@ -8,16 +8,32 @@ import os
 from pathlib import Path
 
 from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS, row_spans
-from trilens.checkpoint.gguf.reader import GgufEntry, GgufFile, read_gguf
+from trilens.checkpoint.gguf.reader import STRING_TYPE, GgufEntry, GgufFile, read_gguf
 from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
 from trilens.errors import CorruptFileError
 from trilens.io.messages import clip
+from trilens.io.sealed import NO_HASH, unsealed
 from trilens.ternary.codecs.packing import Codec
 
-__all__ = ["HASH_KEY", "data_hash", "validate_gguf"]
+__all__ = [
+    "HASH_KEY",
+    "HEAD_HASH_KEY",
+    "N_HASHES_KEY",
+    "before_hash",
+    "data_hash",
+    "head_hash",
+    "validate_gguf",
+]
 
 HASH_KEY = "trilens.tensor_data.sha256"
 """The key under which a file names the hash of all bytes from its first tensor to its end."""
+
+
+HEAD_HASH_KEY = "trilens.metadata.sha256"
+"""The key of the hash of all bytes before the first tensor; with `HASH_KEY` it covers the file."""
+
+N_HASHES_KEY = "trilens.n_hashes"
+"""The key that says how many hashes there are."""
 
 _CHUNK_BYTES = 1 << 22
 
@@ -46,17 +62,38 @@ def validate_gguf(path: str | os.PathLike[str]) -> GgufReport:
         raise CorruptFileError(
             f"{path} is damaged: its tensors do not have the hash {clip(claim)} that it names"
         )
-    return GgufReport(architecture, tensors, hash_checked=claim is not None)
+    of_head = file.metadata.get(HEAD_HASH_KEY)
+    # Said twice, so that one wrong bit in a key's name does not pass for a file without a hash.
+    whole = of_head is not None or N_HASHES_KEY in file.metadata
+    if whole and (claim is None or head_hash(file) != of_head):
+        raise CorruptFileError(f"{path} is damaged: its metadata do not fit their own hash")
+    return GgufReport(architecture, tensors, hash_checked=claim is not None, whole_checked=whole)
+
+
+def before_hash(key: str) -> bytes:
+    """What stands in a file directly before the hash of this key."""
+    name = key.encode()
+    kind, length = STRING_TYPE.to_bytes(4, "little"), len(NO_HASH).to_bytes(8, "little")
+    return len(name).to_bytes(8, "little") + name + kind + length
 
 
 def data_hash(file: GgufFile) -> str:
     """The hash of all bytes from the first tensor to the file's end."""
     digest = hashlib.sha256()
-    with file.path.open("rb") as stream:
-        stream.seek(file.data_begin)
-        while part := stream.read(_CHUNK_BYTES):
-            digest.update(part)
+    size_bytes = file.content.size_bytes
+    for begin in range(file.data_begin, size_bytes, _CHUNK_BYTES):
+        digest.update(file.content.bytes(begin, min(begin + _CHUNK_BYTES, size_bytes)).data)
     return digest.hexdigest()
+
+
+def head_hash(file: GgufFile) -> str | None:
+    """The hash of all bytes before the first tensor, as they were before it was put in.
+
+    None where the file does not name it once.
+    """
+    head = file.content.bytes(0, file.data_begin).tobytes()
+    before = unsealed(head, before_hash(HEAD_HASH_KEY), str(file.metadata.get(HEAD_HASH_KEY)))
+    return None if before is None else hashlib.sha256(before).hexdigest()
 
 
 def _checked(file: GgufFile, entry: GgufEntry) -> GgufTensor:

@@ -22,18 +22,25 @@ from trilens.checkpoint.gguf.layout import GgufSlot, lay_out
 from trilens.checkpoint.gguf.matrices import matrix_of
 from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
-from trilens.checkpoint.gguf.validation import HASH_KEY, data_hash
+from trilens.checkpoint.gguf.validation import (
+    HASH_KEY,
+    HEAD_HASH_KEY,
+    N_HASHES_KEY,
+    before_hash,
+    data_hash,
+    head_hash,
+)
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.source import Checkpoint
 from trilens.errors import CorruptFileError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
+from trilens.io.sealed import NO_HASH
 from trilens.models.loading import load_tokenizer
 from trilens.progress import Progress, Step
 from trilens.version import __version__
 
 __all__ = ["check_place", "write_gguf"]
 
-_NO_HASH = "0" * 64  # overwritten once the tensors are there
 _FLOAT_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 
@@ -87,9 +94,10 @@ def write_gguf(
     if dry_run:
         return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
     _check_space(out, todo)
-    with atomic(out) as file:
+    with atomic(out, alone=True) as file:
         reports = _write(file, writer, job, todo, plan, format, progress)
         _seal(file)
+        job.source.check_unchanged()
     return TernaryReport(plan, (*reports, *absent))
 
 
@@ -111,7 +119,9 @@ def _announce(writer: GGUFWriter, plan: TernaryPlan, todo: list[GgufSlot]) -> No
     """What the file says of itself, and the tensors that are to follow."""
     writer.add_string("trilens.version", __version__)
     writer.add_string("trilens.plan", plan.to_json())
-    writer.add_string(HASH_KEY, _NO_HASH)
+    writer.add_string(HASH_KEY, NO_HASH)
+    writer.add_string(HEAD_HASH_KEY, NO_HASH)
+    writer.add_uint32(N_HASHES_KEY, 2)
     for slot in todo:
         # The package takes any number for a type, but names only those it can decode.
         kind = cast("GGMLQuantizationType", slot.type_id)
@@ -222,10 +232,16 @@ def _put(
 
 
 def _seal(file: AtomicFile) -> None:
-    """Read the header back, and put the tensors' hash in it."""
+    """Read the head back, put the tensors' hash in it, and the head's own."""
     written = read_gguf(file.temporary)
-    header = written.content.bytes(0, written.data_begin).tobytes()
-    file.put(data_hash(written).encode(), header.index(_NO_HASH.encode()))
+    head = written.content.bytes(0, written.data_begin).tobytes()
+    hashes = ((HASH_KEY, data_hash), (HEAD_HASH_KEY, head_hash))  # the second covers the first
+    for key, hash_of in hashes:
+        before = before_hash(key)
+        digest = hash_of(written)  # of the file as it is now
+        if digest is None:
+            raise WriteError(f"{file.path} does not hold what was written to it: check the disk")
+        file.put(digest.encode(), head.index(before) + len(before))
 
 
 def _check_space(out: Path, todo: list[GgufSlot]) -> None:

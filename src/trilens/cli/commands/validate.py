@@ -20,10 +20,13 @@ __all__ = ["validate"]
 def validate(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="Directory or GGUF file of trilens ternarize."),
+        typer.Argument(
+            metavar="PATH",
+            help="What trilens wrote: a checkpoint, GGUF file, capture or comparison.",
+        ),
     ],
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
-    """Check every byte of a ternary checkpoint or a GGUF file."""
+    """Check every byte of a file or folder that trilens wrote."""
     run("validate", locals(), failures=(CorruptFileError,))

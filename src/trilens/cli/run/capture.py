@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import typer
-
 from trilens.cli.console import check_file, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
+from trilens.cli.streams import say
 
 __all__ = ["run"]
 
@@ -47,4 +46,4 @@ def run(
                 states=states,
             )
         capture.save(output)
-        typer.echo(repr(capture))
+        say(repr(capture))

@@ -12,12 +12,13 @@ from torch import Tensor
 from trilens.analysis.comparison.conditions import Condition, parse_condition
 from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
+from trilens.analysis.comparison.saving import check_place
 from trilens.analysis.comparison.series import ComparisonSeries
 from trilens.cli.console import show_result, shown_progress, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
-from trilens.errors import UsageError
+from trilens.cli.streams import say
 from trilens.report.text.comparison import print_comparison
 from trilens.report.text.series import print_series
 from trilens.text.token_blocks import token_blocks
@@ -48,8 +49,8 @@ def run(
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
-    if output is not None and output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file: name a folder")
+    if output is not None:
+        check_place(output)
     documents = documents_of(data, field=field)
     with timed(output):
         loading = Loading(
@@ -87,7 +88,7 @@ def run(
     for name, condition, rows in met:
         if rows:
             place = f"{name}: " if len(steps) > 1 else ""
-            typer.echo(f"trilens: {place}{_words(condition, rows)}", err=True)
+            say(f"trilens: {place}{_words(condition, rows)}", err=True)
     if any(rows for *_, rows in met):
         raise typer.Exit(_MET)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from trilens.cli.console import status, timed
+from trilens.cli.streams import say
 from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.models.tokenizer_files import read_tokenizer
 
@@ -21,7 +20,5 @@ def run(*, source: Path, output: Path, tokenizer: Path | None) -> None:
             done = convert_rwkv7(source, output, tokenizer=found)
         layers = done.config["num_hidden_layers"]
         if found is None:
-            typer.echo("no tokenizer was written: --tokenizer adds one", err=True)
-        typer.echo(
-            f"{done.path}: {layers} layers, {done.n_tensors} tensors, {done.size_bytes} bytes"
-        )
+            say("no tokenizer was written: --tokenizer adds one", err=True)
+        say(f"{done.path}: {layers} layers, {done.n_tensors} tensors, {done.size_bytes} bytes")

@@ -12,6 +12,7 @@ from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.io.hub import file_refusal
+from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.tokens import PromptLike, token_strings
@@ -19,7 +20,7 @@ from trilens.report.text.inspection import print_inspection
 
 __all__ = ["inspect_prompt", "run"]
 
-_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".gguf")  # files of other programs, never captures
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")  # files of other programs, never captures
 
 
 def run(
@@ -38,7 +39,7 @@ def run(
     """Inspect and print, or write to a file."""
     check_file(output)
     with timed(output):
-        if Path(model).is_file():
+        if Path(model).is_file() and Path(model).suffix.lower() != ".gguf":
             if Path(model).suffix.lower() in _WEIGHTS:
                 raise file_refusal(Path(model))
             needless = {
@@ -85,6 +86,7 @@ def _inspect_saved(file: Path, top_k: int) -> Inspection:
         name=file.name,
         top_k=top_k,
         token_text=lambda token: known.get(token, f"#{token}"),
+        notes=[] if capture.hash_checked else [NO_HASH_NOTE],
     )
 
 

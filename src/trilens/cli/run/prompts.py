@@ -8,6 +8,7 @@ from dataclasses import asdict
 from trilens.cli.console import status
 from trilens.cli.groups import Loading
 from trilens.errors import UsageError
+from trilens.io.messages import reason
 from trilens.lens.lens import Lens
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.models.tokens import PromptLike
@@ -29,8 +30,20 @@ def open_lens(model: str, loading: Loading | None = None) -> Lens:
 
 
 def prompt_text(prompt: str) -> str:
-    """The prompt, or standard input for ``-``."""
-    return sys.stdin.read() if prompt == "-" else prompt
+    """The prompt, or standard input for ``-``.
+
+    Raises:
+        UsageError: standard input is closed or can't be read.
+    """
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"standard input cannot be read ({reason(error)}): pipe UTF-8 text into it, or give "
+            "the prompt with -p TEXT"
+        ) from error
 
 
 def prompt_of(prompt: str, *, chat: bool) -> PromptLike:

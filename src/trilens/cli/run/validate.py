@@ -1,36 +1,120 @@
-"""`trilens validate`: every byte of what `ternarize` wrote."""
+"""`trilens validate`: every byte of what trilens wrote."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import typer
-
+from trilens.analysis.comparison.result import Comparison
+from trilens.analysis.comparison.saving import MANIFEST_NAME as COMPARISON_NAME
+from trilens.analysis.comparison.saving import listed_names
 from trilens.checkpoint.gguf import validate_gguf
-from trilens.checkpoint.validation import validate
+from trilens.checkpoint.validation import unlisted, validate
 from trilens.cli.console import show_json, status
+from trilens.cli.streams import say
+from trilens.io.listing import extra_files
+from trilens.io.sealed import NO_HASH_NOTE
+from trilens.lens.capture import Capture
+from trilens.models.rwkv7.conversion import MANIFEST_NAME as CONVERSION_NAME
+from trilens.models.rwkv7.conversion import validate_conversion
 from trilens.report.text.ternary import GGUF_HEAD, REPORT_HEAD, gguf_sentence
 
-__all__ = ["run"]
+__all__ = ["Checked", "check", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found undamaged.
+
+    Attributes:
+        values: For JSON.
+        sentences: For people.
+    """
+
+    values: dict[str, Any]
+    sentences: tuple[str, ...]
 
 
 def run(*, path: Path, format: str) -> None:
     """Check and report."""
-    if path.suffix == ".gguf" and not path.is_dir():
-        with status(f"checking {path}"):
-            file = validate_gguf(path)
-        if format == "json":
-            show_json({**GGUF_HEAD, **file.to_dict()})
-        else:
-            typer.echo(f"{path}: undamaged. {gguf_sentence(file)}")
-        return
     with status(f"checking {path}"):
-        report = validate(path)
+        found = check(path)
     if format == "json":
-        show_json({**REPORT_HEAD, **report.to_dict()})
+        show_json(found.values)
         return
-    typer.echo(
+    for sentence in found.sentences:
+        say(sentence)
+
+
+def check(path: Path) -> Checked:
+    """Check what trilens wrote: a ternary checkpoint, a GGUF file, a capture, a comparison, or a
+    converted checkpoint.
+
+    Raises:
+        ModelNotFoundError: nothing of these is there.
+        CorruptFileError: says which file is damaged, and how.
+    """
+    if path.is_dir():
+        if (path / COMPARISON_NAME).is_file():
+            return _comparison(path)
+        return _conversion(path) if (path / CONVERSION_NAME).is_file() else _ternary(path)
+    if path.suffix == ".gguf":
+        file = validate_gguf(path)
+        return Checked(
+            {**GGUF_HEAD, **file.to_dict()}, (f"{path}: undamaged. {gguf_sentence(file)}",)
+        )
+    return _capture(path) if path.exists() else _ternary(path)
+
+
+def _ternary(path: Path) -> Checked:
+    report = validate(path)
+    extra = unlisted(path)
+    first = (
         f"{path}: undamaged. {len(report.coded)} matrices hold legal codes and finite scales; "
         "all files have the size and hash that the manifest lists."
     )
-    typer.echo(report.verdict)
+    values = {**REPORT_HEAD, **report.to_dict(), "extra_files": list(extra)}
+    return Checked(values, (first, *_extra_sentence(extra), report.verdict))
+
+
+def _conversion(path: Path) -> Checked:
+    names = validate_conversion(path)
+    extra = extra_files(path, names)
+    first = f"{path}: undamaged. {len(names)} files of a conversion have their sizes and hashes."
+    values = _head("trilens.conversion_check", hash_checked=True, extra=extra)
+    return Checked(values, (first, *_extra_sentence(extra)))
+
+
+def _comparison(path: Path) -> Checked:
+    found = Comparison.load(path)
+    extra = extra_files(path, listed_names(path))
+    first = f"{path}: undamaged. {found!r}"
+    values = _head("trilens.comparison_check", hash_checked=found.hash_checked, extra=extra)
+    note = () if found.hash_checked else (f"Note: {NO_HASH_NOTE}.",)
+    return Checked(values, (first, *note, *_extra_sentence(extra)))
+
+
+def _capture(path: Path) -> Checked:
+    found = Capture.load(path)
+    values = _head("trilens.capture_check", hash_checked=found.hash_checked)
+    note = () if found.hash_checked else (f"Note: {NO_HASH_NOTE}.",)
+    return Checked(values, (f"{path}: undamaged. {found!r}", *note))
+
+
+def _head(format: str, *, hash_checked: bool | None, extra: Iterable[str] = ()) -> dict[str, Any]:
+    return {
+        "format": format,
+        "version": 1,
+        "hash_checked": bool(hash_checked),
+        "extra_files": list(extra),
+    }
+
+
+def _extra_sentence(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    shown = ", ".join(map(repr, names[:5])) + (" …" if len(names) > 5 else "")
+    count = "1 file is" if len(names) == 1 else f"{len(names)} files are"
+    return (f"{count} not of this output, and not checked: {shown}.",)

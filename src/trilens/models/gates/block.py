@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.events import FunctionCall, GateEvents, KernelCall, WeightedCall
 from trilens.models.gates.kernels import KERNEL_GATES
-from trilens.models.gates.site import GateSource, Layout, find_columns, layout_of, rows_of
+from trilens.models.gates.site import (
+    GateSource,
+    Layout,
+    find_columns,
+    is_numbered,
+    layout_of,
+    rows_of,
+)
 from trilens.models.trace import ModuleCall, Trace, parent_path, same, tensors_in
 
 __all__ = ["BlockView", "blocks_of"]
@@ -139,8 +146,7 @@ class BlockView:
         times = [call for call in self.calls if call.path == path]
         if len(times) > 1:
             return True
-        inner = path[len(self.block.path) :]
-        if any(part.isdigit() for part in inner.split(".")):
+        if is_numbered(self.block.module, path.removeprefix(f"{self.block.path}.")):
             return True
         home = path
         # Some keep the weights in children of the module that sorts the rows and activates them.

@@ -18,6 +18,7 @@ from trilens.errors import (
     TrilensError,
     UnclaimedGateError,
 )
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.events import FunctionCall, GateEvents
@@ -155,7 +156,7 @@ class GateClaims:
 
 def find_gates(trace: Trace, events: GateEvents, anatomy: Anatomy) -> GateClaims:
     """Apply all rules to one probe."""
-    glu, without = find_glu_gates(trace, anatomy)
+    glu, without = find_glu_gates(trace, events, anatomy)
     gates: dict[tuple[str, int], GateSite] = {}
     unclaimed: dict[int, tuple[str, ...]] = {}
     recurrences: dict[int, Recurrent] = {}
@@ -215,7 +216,7 @@ def _one_per_name(sites: list[GateSite]) -> tuple[list[GateSite], list[str]]:
     for name, group in grouped.items():
         merged = _merged(group)
         if merged is None:
-            places = ", ".join(site.spec.where for site in group)
+            places = listed(site.spec.where for site in group)
             doubled.append(f"{len(group)} gates {name} in one block ({places})")
         else:
             kept.append(merged)

@@ -124,10 +124,15 @@ class KernelCall:
 
 @dataclass(slots=True)
 class GateEvents:
-    """All gating events of one probe, in the order in which they happened."""
+    """All gating events of one probe, in the order in which they happened.
+
+    Attributes:
+        copies: address of a tensor that is another's values in a new storage, and the other's.
+    """
 
     functions: list[FunctionCall] = field(default_factory=list)
     products: list[ProductCall] = field(default_factory=list)
     weighted: list[WeightedCall] = field(default_factory=list)
     topk: list[TopkCall] = field(default_factory=list)
     kernels: list[KernelCall] = field(default_factory=list)
+    copies: dict[int, int] = field(default_factory=dict)

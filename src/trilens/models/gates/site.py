@@ -16,8 +16,19 @@ from torch import Tensor, nn
 from trilens.caches.gates import GateSpec
 from trilens.errors import SilentSiteError
 
-__all__ = ["GateSite", "GateSource", "Layout", "find_columns", "layout_of", "rows_of"]
+__all__ = [
+    "GateSite",
+    "GateSource",
+    "GluCheck",
+    "Layout",
+    "UpSource",
+    "find_columns",
+    "is_numbered",
+    "layout_of",
+    "rows_of",
+]
 
+Part = Literal["whole", "first", "second", "even", "odd"]
 Form = Literal["batched", "flat", "seq_first", "static"]
 
 
@@ -58,6 +69,56 @@ class Layout:
     dtype: torch.dtype | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class UpSource:
+    """The other factor of a GLU: a module's output, or the half of a fused one."""
+
+    module: nn.Module
+    index: int
+    part: Part
+
+    def read(self, output: Tensor) -> Tensor:
+        """The factor in that output, by reference."""
+        if self.part in ("first", "second"):
+            return output.chunk(2, dim=-1)[self.part == "second"]
+        if self.part in ("even", "odd"):
+            return output[..., int(self.part == "odd") :: 2]
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class GluCheck:
+    """What proves a GLU's gate anew in each pass: gate times `up` is what `down` is given.
+
+    Attributes:
+        gate: the activation module.
+        function: its name in `GATE_FUNCTIONS`.
+        up: the other factor.
+        down: the projection that takes the product.
+    """
+
+    gate: nn.Module
+    function: str
+    up: UpSource
+    down: nn.Module
+
+
+def is_numbered(block: nn.Module, path: str) -> bool:
+    """Whether a module of a block is one of several of a kind, or inside one: a routed expert.
+
+    Args:
+        block: the block.
+        path: the module's, within the block.
+    """
+    holder = block
+    for part in path.split("."):
+        several = isinstance(holder, nn.ModuleList) and len(holder) > 1
+        if several and len({type(each) for each in holder.children()}) == 1:
+            return True
+        holder = getattr(holder, part, holder)
+    return False
+
+
 Reader = Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -68,12 +129,14 @@ class GateSite:
     Attributes:
         read: for kernels, from the arguments of one call to the tensor; for a module's input that
             is not itself the pre-activation, from {"x": tensor}; None keeps the tensor.
+        check: how a pass proves it again; None where its own record is the proof.
     """
 
     spec: GateSpec
     source: GateSource
     layout: Layout
     read: Reader | None = None
+    check: GluCheck | None = None
 
 
 def layout_of(tensor: Tensor, seq: int, dtype: torch.dtype | None = None) -> Layout | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
@@ -29,9 +29,12 @@ from trilens.errors import (
     UnsafeFormatError,
     UsageError,
 )
-from trilens.io.atomic import atomic_folder
+from trilens.io.guarded import open_regular
 from trilens.io.json import read_json
+from trilens.io.messages import listed
+from trilens.io.safetensors_header import read_header
 from trilens.models.rwkv7.config import RWKV7Config
+from trilens.models.rwkv7.conversion import write_conversion
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
 
 __all__ = ["Conversion", "convert_rwkv7"]
@@ -87,7 +90,7 @@ class Conversion:
 def convert_rwkv7(
     src: str | os.PathLike[str], dst: str | os.PathLike[str], *, tokenizer: Any = None
 ) -> Conversion:
-    """Write published RWKV-7 weights as `config.json` and `model.safetensors`.
+    """Write published RWKV-7 weights as `config.json` and `model.safetensors`, with their hashes.
 
     Args:
         src: a `.pth` file, a `.safetensors` file, or a directory of safetensors files. A
@@ -105,6 +108,7 @@ def convert_rwkv7(
         CorruptFileError: an unreadable file, or tensors that are missing, not known or misshapen.
         ConfigError: a `config.json` that asks for another architecture.
         UsageError: dst holds something already, or the tokenizer has more tokens than the model.
+        WriteError: dst cannot be written, or another run writes it.
 
     Memory: the checkpoint once; a `.pth` is mapped, not read whole.
     """
@@ -119,7 +123,7 @@ def convert_rwkv7(
             f"tokenizer has {len(tokenizer)} tokens, and {source} {config.vocab_size}: give the "
             "one that the model was trained with"
         )
-    _write(tensors, config, target, tokenizer)
+    write_conversion(tensors, config, target, tokenizer)
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return Conversion(target, config.to_dict(), len(tensors), size_bytes)
 
@@ -127,14 +131,15 @@ def convert_rwkv7(
 def _read(source: Path) -> dict[str, Tensor]:
     if not source.exists():
         raise ModelNotFoundError(f"{source} does not exist")
-    if source.is_file():
+    if not source.is_dir():
+        open_regular(source).close()  # a pipe or a device is refused before anything waits for it
         return _read_pickle(source) if source.suffix in _PICKLES else _read_safetensors(source)
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in _PICKLES)
         if pickles:
             raise UnsafeFormatError(
-                f"{source} holds pickled weights only ({', '.join(pickles[:_NAMES_SHOWN])}): name "
+                f"{source} holds pickled weights only ({listed(pickles, _NAMES_SHOWN)}): name "
                 "a .pth file itself to have its tensors read without running it"
             )
         raise ModelNotFoundError(f"{source} holds no .safetensors file")
@@ -142,6 +147,7 @@ def _read(source: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    read_header(path)
     try:
         return load_file(path)  # type: ignore[no-any-return]
     except SafetensorError as error:
@@ -287,28 +293,9 @@ def _check(tensors: dict[str, Tensor], config: RWKV7Config, source: Path) -> Non
         ],
     }
     told = [
-        f"{len(names)} {kind}: {', '.join(names[:_NAMES_SHOWN])}"
+        f"{len(names)} {kind}: {listed(names, _NAMES_SHOWN)}"
         for kind, names in problems.items()
         if names
     ]
     if told:
         raise CorruptFileError(f"tensors of {source} are not those of RWKV-7: {'; '.join(told)}")
-
-
-def _write(tensors: dict[str, Tensor], config: RWKV7Config, target: Path, tokenizer: Any) -> None:
-    with atomic_folder(target) as folder:
-        config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        save_file(_unshared(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy what shares memory with a tensor before it: safetensors stores every one by itself."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return apart

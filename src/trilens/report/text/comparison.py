@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.rows import Row
 from trilens.evaluation.loop import perplexity_of
 from trilens.report.text.inspection import gate_headings, print_decay_note
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["comparison_sentence", "four_digits", "print_comparison", "render_comparison"]
 
@@ -40,12 +39,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         called = Path(model.name).name if Path(model.name).is_absolute() else model.name
         name = f"{called} · " if called else ""
         words = f"{name}{model.model_class} · {model.n_layers} layers · {model.dtype}"
-        console.print(Text(f"{side:<7}{words}"))
-    console.print(Text(f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens\n"))
-    console.print(Text(f"{comparison_sentence(comparison)}\n"))
+        print_line(console, f"{side:<7}{words}")
+    print_line(console, f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens")
+    console.print()
+    print_line(console, comparison_sentence(comparison))
+    console.print()
     index = _Index(comparison.rows)
     for line in _output(index):
-        console.print(Text(line))
+        print_line(console, line)
     console.print()
     _print_layers(index, console)
     _print_gates(index, console, comparison.options["gate_threshold"])
@@ -54,9 +55,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         _print_roles(comparison.role_changes, console)
         more = len(comparison.role_changes) - _SHOWN_ROLES
         if more > 0:
-            console.print(Text(f"… and {more} more heads"))
+            print_line(console, f"… and {more} more heads")
     for note in comparison.notes:
-        console.print(Text(f"note: {note}", style="dim"))
+        print_line(console, f"note: {note}", style="dim")
 
 
 def comparison_sentence(comparison: Comparison) -> str:

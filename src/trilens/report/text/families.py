@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.text import Text
 
 from trilens.models.families import FamilyRow, FamilyTable, spell_short
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["print_families", "print_family_details"]
 
@@ -33,12 +32,14 @@ def print_families(families: FamilyTable, console: Console) -> None:
     print_table(console, columns, cells)
     counts = families.count()
     parts = [f"{counts.get(key, 0)} {name}" for key, name in _MARKS.items()]
-    console.print(
-        f"\n{len(families.rows)} types of transformers {families.transformers}: "
+    console.print()
+    print_line(
+        console,
+        f"{len(families.rows)} types of transformers {families.transformers}: "
         f"{', '.join(parts)}; {families.n_gated} with proven gates, "
-        f"{families.n_effective} with effective attention"
+        f"{families.n_effective} with effective attention",
     )
-    console.print(Text("trilens families --type NAME: ranges and layers of gates, why not more"))
+    print_line(console, "trilens families --type NAME: ranges and layers of gates, why not more")
 
 
 def print_family_details(families: FamilyTable, console: Console) -> None:
@@ -46,10 +47,10 @@ def print_family_details(families: FamilyTable, console: Console) -> None:
     for number, row in enumerate(families.rows):
         if number:
             console.print()
-        console.print(Text(row.model_type, style="bold"))
+        print_line(console, row.model_type, style="bold")
         width = max(len(heading) for heading, _ in _details(row))
         for heading, cell in _details(row):
-            console.print(Text(f"  {heading:<{width}}  {cell}"))
+            print_line(console, f"  {heading:<{width}}  {cell}")
 
 
 def _details(row: FamilyRow) -> list[tuple[str, str]]:

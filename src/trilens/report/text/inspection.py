@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
-from rich.text import Text
 
 from trilens.analysis.inspection import Attended, GateSummary, Inspection, LayerRow
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["gate_headings", "print_decay_note", "print_inspection", "signed", "visible"]
 
@@ -26,19 +25,18 @@ def visible(token: str, width: int = 14) -> str:
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Draw the table of an inspection and the most probable next tokens."""
-    console.print(
-        Text.assemble(
-            (inspection.model or inspection.model_class, "bold"),
-            f" · {inspection.model_class} · {inspection.n_layers} layers · "
-            f"d_model {inspection.d_model} · {inspection.dtype}",
-        )
+    print_line(
+        console,
+        f" · {inspection.model_class} · {inspection.n_layers} layers · "
+        f"d_model {inspection.d_model} · {inspection.dtype}",
+        head=inspection.model or inspection.model_class,
     )
     tokens = inspection.tokens
     head = " ".join(visible(token) for token in tokens[-_SHOWN_TOKENS:])
     dots = "… " if len(tokens) > _SHOWN_TOKENS else ""
-    console.print(Text(f"{len(tokens)} tokens: {dots}{head}\n"))
-    found = [gate for row in inspection.layers for gate in row.gates]
-    names = {gate.name for gate in found}
+    print_line(console, f"{len(tokens)} tokens: {dots}{head}")
+    console.print()
+    names = {gate.name for row in inspection.layers for gate in row.gates}
     several = len(names) > 1 or (bool(names) and console.width < _WIDE)
     _print_layers(inspection.layers, console, gates=not several)
     if several:
@@ -52,9 +50,10 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         following = "  ".join(
             f"{visible(item.token)} {item.probability:.3f}" for item in inspection.next_tokens
         )
-        console.print(Text(f"\nnext: {following}"))
+        console.print()
+        print_line(console, f"next: {following}")
     for note in inspection.notes:
-        console.print(Text(f"note: {note}", style="dim"))
+        print_line(console, f"note: {note}", style="dim")
 
 
 def gate_headings(threshold: float, prefix: str = "") -> list[str]:
@@ -66,7 +65,7 @@ def print_decay_note(names: Iterable[str], console: Console) -> None:
     """Say what the words for gates mean of a decay, where there is one."""
     if any(name.endswith(_MEMORY) for name in names):
         words = "note: of a decay or a step (dt), dead and saturated say how long it remembers"
-        console.print(Text(f"{words}, not that a unit is broken", style="dim"))
+        print_line(console, f"{words}, not that a unit is broken", style="dim")
 
 
 def _headings(rows: Sequence[LayerRow]) -> list[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.text import Text
 
 from trilens.planning.result import Planned
 from trilens.planning.sensitivity import Sensitivity, SensitivityRow, Subject
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["print_plan", "print_sensitivity"]
 
@@ -23,22 +22,23 @@ _TITLES: dict[Subject, str] = {
 
 def print_sensitivity(found: Sensitivity, console: Console) -> None:
     """Draw a table for each kind of part that was measured."""
-    console.print(
-        Text(
-            f"{found.rule} · {found.n_tokens} tokens · loss {found.nll_nats:.4f} nats "
-            "before any change"
-        )
+    print_line(
+        console,
+        f"{found.rule} · {found.n_tokens} tokens · loss {found.nll_nats:.4f} nats "
+        "before any change",
     )
     for subject, title in _TITLES.items():
         rows = found.of(subject) if subject == "blocks" else found.ranked(subject)
         if not rows:
             continue
-        console.print(Text(f"\n{title}", style="bold"))
+        console.print()
+        print_line(console, head=title)
         _print_rows(rows, console)
         correlation = found.rank_correlation(subject)
         if correlation is not None:
-            console.print(Text(f"rank correlation of predicted and measured KL: {correlation:.2f}"))
-    console.print(Text(f"\nweights restored, SHA-256 {found.checksum[:16]}…", style="dim"))
+            print_line(console, f"rank correlation of predicted and measured KL: {correlation:.2f}")
+    console.print()
+    print_line(console, f"weights restored, SHA-256 {found.checksum[:16]}…", style="dim")
 
 
 def _print_rows(rows: Sequence[SensitivityRow], console: Console) -> None:
@@ -86,11 +86,11 @@ def print_plan(planned: Planned, console: Console) -> None:
     ]
     print_table(console, columns, cells)
     damage = planned.damage
-    console.print(
-        Text(
-            f"\n{planned.bits_per_weight:.3f} bits per weight over the matrices of the blocks; "
-            f"measured on {damage.n_tokens} held-out tokens: perplexity × "
-            f"{damage.perplexity_ratio:.3f}, KL {damage.kl_nats:.4f} nats "
-            f"({planned.options.costs} costs)."
-        )
+    console.print()
+    print_line(
+        console,
+        f"{planned.bits_per_weight:.3f} bits per weight over the matrices of the blocks; "
+        f"measured on {damage.n_tokens} held-out tokens: perplexity × "
+        f"{damage.perplexity_ratio:.3f}, KL {damage.kl_nats:.4f} nats "
+        f"({planned.options.costs} costs).",
     )

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from trilens.analysis.comparison.series import ComparisonSeries
 from trilens.report.text.comparison import four_digits
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["print_series"]
 
@@ -24,11 +23,11 @@ def print_series(series: ComparisonSeries, console: Console) -> None:
     first = series.comparisons[0]
     before = first.before
     words = f"{_short(before.name)} · {before.model_class} · {before.n_layers} layers"
-    console.print(Text(f"first  {words} · {before.dtype}"))
-    console.print(Text(f"{first.n_prompts} prompts, {first.n_tokens:,} tokens"))
+    print_line(console, f"first  {words} · {before.dtype}")
+    print_line(console, f"{first.n_prompts} prompts, {first.n_tokens:,} tokens")
     perplexity = first.select("perplexity")
     if perplexity:
-        console.print(Text(f"perplexity of the first {four_digits(perplexity[0].before)}"))
+        print_line(console, f"perplexity of the first {four_digits(perplexity[0].before)}")
     console.print()
     _print_steps(series.table(), console)
     for metric, title in (
@@ -38,7 +37,7 @@ def print_series(series: ComparisonSeries, console: Console) -> None:
         _print_layers(series, metric, title, console)
     notes = dict.fromkeys(note for found in series.comparisons for note in found.notes)
     for note in notes:
-        console.print(Text(f"note: {note}", style="dim"))
+        print_line(console, f"note: {note}", style="dim")
 
 
 def _print_steps(rows: list[dict[str, Any]], console: Console) -> None:
@@ -75,7 +74,8 @@ def _print_layers(series: ComparisonSeries, metric: str, title: str, console: Co
             values.setdefault(layer, []).append(cell)
     if not values:
         return
-    console.print(Text(f"\n{title}", style="bold"))
+    console.print()
+    print_line(console, title, style="bold")
     steps = [f"step {i}" for i in range(1, len(series.comparisons) + 1)]
     print_table(console, ["layer", *steps], [[str(i), *row] for i, row in values.items()])
 

@@ -1,4 +1,8 @@
-"""Tables that keep every column and digit, however narrow the terminal is."""
+"""Lines, and tables that keep every column and digit, however narrow the terminal is.
+
+Everything that a report prints leaves through here: names of files and models hold whatever their
+authors put there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Column", "print_table"]
+from trilens.printable import one_line
+
+__all__ = ["Cell", "Column", "print_line", "print_table"]
+
+Cell = str | tuple[str, ...]
+"""What stands in a table: a word or a number, or lines of them."""
 
 _NOTHING = "–"
 _GAP = 3  # a space, the edge of SIMPLE_HEAD, a space
@@ -33,10 +42,24 @@ class Column:
     fold: int = 0
 
 
+def print_line(console: Console, *parts: str, style: str = "", head: str = "") -> None:
+    """Print one line.
+
+    Args:
+        console: where to.
+        parts: its text, in pieces.
+        style: how it is set.
+        head: text before it, set in bold.
+    """
+    line = Text.assemble((one_line(head), "bold"), *map(one_line, parts))
+    line.stylize(style)
+    console.print(line)
+
+
 def print_table(
     console: Console,
     columns: Sequence[Column | str],
-    rows: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[Cell]],
     *,
     keys: int = 1,
 ) -> None:
@@ -53,13 +76,14 @@ def print_table(
         keys: the first columns, which name a row and so stand in each of the tables.
     """
     chosen = [Column(each) if isinstance(each, str) else each for each in columns]
-    bodies = [_width("", *(row[i] for row in rows)) for i in range(len(chosen))]
-    headings = [column.heading for column in chosen]
+    headings = [one_line(column.heading) for column in chosen]
+    cells = [[_printable(cell) for cell in row] for row in rows]
+    bodies = [_width("", *(row[i] for row in cells)) for i in range(len(chosen))]
     whole = [max(body, _width(text)) for body, text in zip(bodies, headings, strict=True)]
     least = []
-    for column, body in zip(chosen, bodies, strict=True):
+    for column, heading, body in zip(chosen, headings, bodies, strict=True):
         cell = min(body, column.fold) if column.fold else body
-        least.append(max(cell, _width(*column.heading.split())))
+        least.append(max(cell, _width(*heading.split())))
     # A name stays in one piece where a column of numbers has room beside it.
     unfolded = [max(each) for each in zip(least[:keys], bodies[:keys], strict=True)]
     beside = max(least[keys:], default=0)
@@ -72,14 +96,18 @@ def print_table(
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for i, width in zip(group, widths, strict=True):
             justify: Literal["left", "right"] = "left" if chosen[i].left else "right"
-            table.add_column(Text(chosen[i].heading), justify=justify, width=width, overflow="fold")
-        for row in rows:
+            table.add_column(Text(headings[i]), justify=justify, width=width, overflow="fold")
+        for row in cells:
             # What has nothing to say beside its name stands in the first table alone.
             if not number or any(row[i].strip(_NOTHING) for i in group[keys:]):
                 table.add_row(*(Text(row[i]) for i in group))
         if number:
             console.print()
         console.print(table)
+
+
+def _printable(cell: Cell) -> str:
+    return "\n".join(map(one_line, (cell,) if isinstance(cell, str) else cell))
 
 
 def _width(*cells: str) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from rich.console import Console
-from rich.text import Text
 
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.gguf.report import GgufReport
-from trilens.report.text.tables import Column, print_table
+from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["GGUF_HEAD", "REPORT_HEAD", "gguf_sentence", "print_report"]
 
@@ -34,15 +33,15 @@ def print_report(report: TernaryReport, console: Console) -> None:
     print_table(console, columns, [_cells(tensor, calibrated) for tensor in report.matrices])
     absent = sum(tensor.outcome == "left out" for tensor in report.tensors)
     rest = len(report.tensors) - len(report.coded) - absent
-    console.print(
-        Text(
-            f"\n{len(report.coded)} matrices ternarized, {rest} tensors not quantized "
-            f"({len(report.fallbacks)} of them matrices), {absent} left out; "
-            f"{report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
-            f"{report.bits_per_weight:.2f} bits per weight over all tensors."
-        )
+    console.print()
+    print_line(
+        console,
+        f"{len(report.coded)} matrices ternarized, {rest} tensors not quantized "
+        f"({len(report.fallbacks)} of them matrices), {absent} left out; "
+        f"{report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
+        f"{report.bits_per_weight:.2f} bits per weight over all tensors.",
     )
-    console.print(Text(report.verdict))
+    print_line(console, report.verdict)
 
 
 def _cells(tensor: TensorReport, calibrated: bool) -> tuple[str, ...]:
@@ -64,14 +63,17 @@ def _share(error: float | None) -> str:
 
 def gguf_sentence(report: GgufReport) -> str:
     """What is in an undamaged GGUF file."""
-    hashed = (
-        "the tensors have the hash that the file names"
-        if report.hash_checked
-        else (
+    hashed = "all bytes have the hashes that the file names"
+    if not report.whole_checked:
+        hashed = (
+            "the tensors have the hash that the file names; it names none of its metadata, where "
+            "damage would not show"
+        )
+    if not report.hash_checked:
+        hashed = (
             "the file names no hash of its tensors, so that damage to tensors that are not "
             "quantized would not show"
         )
-    )
     return (
         f"Architecture {report.architecture}; {len(report.coded)} of {len(report.tensors)} tensors "
         f"hold trits, with legal codes and finite scales; {report.bits_per_weight:.2f} bits per "

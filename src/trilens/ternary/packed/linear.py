@@ -19,6 +19,7 @@ from trilens.errors import CorruptFileError, ShapeError
 from trilens.ternary.codecs.rows import holds_code_3
 from trilens.ternary.packed.matrix import PARTS, Packed
 from trilens.ternary.packed.multiply import multiply, multiply_back
+from trilens.ternary.packed.read_only import ReadOnlyWeight
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rotation import rotate, rotate_back
 
@@ -186,13 +187,14 @@ class TernaryLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight as the replaced layer would hold it, unpacked anew at each access.
 
-        For code that reads a layer's weight instead of calling it. Without a gradient.
+        For code that reads a layer's weight instead of calling it. Without a gradient; writing into
+        it is a `UsageError`.
 
         Shapes: [out_features, in_features]; transposed: [in_features, out_features]
         """
         with torch.no_grad():
             dense = self._plain(self._like.dtype)
-        return dense.T if self.transposed else dense
+        return (dense.T if self.transposed else dense).as_subclass(ReadOnlyWeight)
 
     @property
     def bits_per_weight(self) -> float:

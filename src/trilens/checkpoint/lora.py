@@ -1,0 +1,36 @@
+"""LoRA adapters on packed layers, through PEFT's own registration."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from trilens.ternary.packed.linear import TernaryLinear
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["enable_lora"]
+
+
+def enable_lora(config: LoraConfig) -> LoraConfig:
+    """Let PEFT put LoRA adapters on the packed layers of a ternary model.
+
+    The trits stay as they are and have no gradient; the adapters train. `merge_and_unload` and
+    `merge_adapter` put dense layers with the sum in the place of packed ones, since a sum is not
+    ternary, and `unmerge_adapter` puts the packed ones back.
+
+    Example:
+        `config = trilens.enable_lora(LoraConfig(target_modules=["q_proj"]))`, then
+        `get_peft_model(model, config)`. For saved adapters the config is
+        `LoraConfig.from_pretrained(path)`, passed on as `PeftModel.from_pretrained(…, config=…)`.
+
+    Args:
+        config: of the adapters.
+
+    Returns:
+        The same config, in which the layer's class is entered.
+    """
+    layer = import_module("trilens.checkpoint.lora_layer").TernaryLora
+    config._register_custom_module({TernaryLinear: layer})
+    return config
