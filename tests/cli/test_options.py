@@ -71,8 +71,15 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
     ]  # fmt: skip
     assert parameters["dtype"].default == "float32"
     assert get_type_hints(flat, include_extras=True)["dtype"] == options.Dtype
-    flat(model="m", dtype="auto", device_map=None, revision="r", trust_remote_code=True)
-    assert taken == [("m", groups.Loading(revision="r", trust_remote_code=True))]
+    flat(
+        model="m",
+        dtype="auto",
+        device_map=None,
+        revision="r",
+        trust_remote_code=True,
+        tokenizer=None,
+    )
+    assert taken == [("m", groups.Loading(revision="r", trust_remote_code=True, tokenizer=None))]
 
 
 def test_an_option_means_the_same_everywhere() -> None:

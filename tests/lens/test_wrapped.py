@@ -196,7 +196,7 @@ def test_what_is_no_tokenizer_of_transformers_is_refused_and_its_errors_are_the_
     words = Tokenizer(models.WordLevel({"a": 1, "b": 2}))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     model = build("llama")
-    for wrong, way in ((words, "PreTrainedTokenizerFast"), ("gpt2", r"from_pretrained\('gpt2'\)")):
+    for wrong, way in ((object(), "the object object"), ("gpt2", r"from_pretrained\('gpt2'\)")):
         with pytest.raises(UsageError, match=way):
             Lens(model, wrong)
     lens = Lens(model, transformers.PreTrainedTokenizerFast(tokenizer_object=words))

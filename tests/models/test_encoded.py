@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trilens import Lens, compare, errors
 from trilens.demo import demo_path
+from trilens.models.token_strings import token_strings
 from trilens.models.tokenizers import PlainTokenizer, usable_tokenizer
-from trilens.models.tokens import read_prompt, token_strings
+from trilens.models.tokens import read_prompt
 
 TEMPLATE = (
     "{% for m in messages %}{{ raise_exception('no system') if m['role'] == 'system' }}"

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from trilens import errors
+from trilens.models.token_strings import token_strings
 from trilens.models.tokens import (
     max_positions_of,
     pad_id_for,
     read_prompt,
-    token_strings,
     vocab_size_of,
 )
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.io.messages import reason
 from trilens.models.loading import load_tokenizer
-from trilens.models.rwkv7.tokenizer import world_tokenizer
+from trilens.models.world_tokenizer import world_tokenizer
 
 __all__ = ["read_tokenizer"]
 

@@ -15,7 +15,8 @@ from trilens.io.hub import file_refusal
 from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
-from trilens.models.tokens import PromptLike, token_strings
+from trilens.models.token_strings import token_strings
+from trilens.models.tokens import PromptLike
 from trilens.report.text.inspection import print_inspection
 
 __all__ = ["inspect_prompt", "run"]

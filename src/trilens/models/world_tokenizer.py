@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trilens.errors import CorruptFileError
 from trilens.io.guarded import read_bytes
+from trilens.models.token_strings import BYTE_OF
 
 __all__ = ["END_OF_TEXT", "world_tokenizer"]
 
@@ -41,7 +42,7 @@ def world_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         CorruptFileError: it can't be read, is of another kind, or lacks one of the 256 bytes.
     """
     vocabulary = _read(path)
-    alphabet = _alphabet()
+    alphabet = {byte: char for char, byte in BYTE_OF.items()}
     written = {"".join(alphabet[byte] for byte in t): i for t, i in vocabulary.items()}
     model = models.WordPiece(
         {END_OF_TEXT: 0, **written},
@@ -114,13 +115,3 @@ def _cuts(vocabulary: Mapping[bytes, int], alphabet: Mapping[int, str]) -> str:
     return "|".join(
         f"(?<={one_of(left)})(?={one_of(list(right))})" for right, left in groups.items() if right
     )
-
-
-def _alphabet() -> dict[int, str]:
-    """How byte-level vocabularies write bytes: printable ones as they are, the rest from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in _BYTE_VALUES if byte not in printable)
-    return {
-        **{byte: chr(byte) for byte in printable},
-        **{byte: chr(256 + n) for n, byte in enumerate(others)},
-    }

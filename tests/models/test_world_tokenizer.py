@@ -17,9 +17,9 @@ from trilens import Lens
 from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
-from trilens.models.rwkv7.tokenizer import END_OF_TEXT, world_tokenizer
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.models.tokenizers import PlainTokenizer
+from trilens.models.world_tokenizer import END_OF_TEXT, world_tokenizer
 
 WORDS = [
     "he", "hello", "ello", " wor", " world", "ld", "  ", "\n\n", "\r\n", "é", "né", "你好", "好",
