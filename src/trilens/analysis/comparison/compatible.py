@@ -53,7 +53,7 @@ def shared_vocabulary(before: Lens, after: Lens) -> int | None:
         vocabularies differ in size without tokenizers, or in a token below another that they share.
     """
     sizes = before.anatomy.vocab or 0, after.anatomy.vocab or 0
-    # One of another library may not list its tokens; the ids of each text are compared all the same.
+    # One of another library may list no tokens; the ids of each text are compared all the same.
     if not all(hasattr(each.tokenizer, "get_vocab") for each in (before, after)):
         return sizes[0] if sizes[0] == sizes[1] else None
     mine: dict[str, int] = before.tokenizer.get_vocab()
