@@ -315,7 +315,7 @@ def test_files_of_weights_are_no_captures(name: str, tmp_path: Path) -> None:
     result = run("inspect", str(file), "-p", "x")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    words = "is a file: give the directory" if name.endswith("gguf") else "trilens convert"
+    words = "a GGUF file is not opened" if name.endswith("gguf") else "trilens convert"
     assert words in result.stderr
 
 
