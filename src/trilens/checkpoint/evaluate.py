@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from trilens.checkpoint.format.report import SampleReport
 from trilens.errors import NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
+from trilens.io.paths import as_path
 from trilens.models.loading import load
 from trilens.text.documents import read_documents
 from trilens.text.token_blocks import token_blocks
@@ -47,7 +48,7 @@ class Sample:
         Raises:
             TextError: nothing is there, it is no text, or it is empty.
         """
-        return cls(Path(source).name, read_documents(Path(source)))
+        return cls(as_path(source, "text").name, read_documents(source))
 
     @property
     def sha256(self) -> str:

@@ -33,6 +33,7 @@ from trilens.checkpoint.output_folder import check_folder, make_folder
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, WriteError
 from trilens.io.atomic import write_bytes
+from trilens.io.paths import as_path
 from trilens.progress import Progress, Step
 
 __all__ = ["Format", "ternarize"]
@@ -108,10 +109,10 @@ def ternarize(
                 "Write a directory with the sample, then the GGUF file from that directory, which "
                 "keeps every trit"
             )
-        return _to_gguf(src, Path(dst), plan, gguf_format, revision, dry_run, progress)
+        return _to_gguf(src, as_path(dst, "output"), plan, gguf_format, revision, dry_run, progress)
     if format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
-    if Path(dst).suffix == ".gguf":
+    if as_path(dst, "output").suffix == ".gguf":
         raise UsageError(
             f"output {dst} is named like a GGUF file, and format {format!r} writes a directory: "
             "pass a gguf format, for example gguf-tq2_0, or another name"

@@ -18,6 +18,7 @@ from trilens.io.json import read_json
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers, weight_files
 from trilens.models.build import read_config
+from trilens.models.loading import check_fits
 from trilens.models.rwkv7 import model as rwkv7
 
 __all__ = ["Checkpoint", "tensor_of"]
@@ -76,7 +77,9 @@ class Checkpoint:
         settings = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True)
         _check_dense(settings.get("quantization_config"), name, ternary=ternary)
         config, _ = read_config(folder, trusted=False)
-        return cls(folder, name, settings, config, weight_files(folder), read_headers(folder))
+        headers = read_headers(folder)
+        check_fits(folder, config, headers)
+        return cls(folder, name, settings, config, weight_files(folder), headers)
 
     def mapped(self, file: Path) -> MappedFile:
         """A weight file's bytes; mapped once."""

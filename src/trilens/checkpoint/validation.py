@@ -20,8 +20,11 @@ from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, Tr
 from trilens.io.guarded import sha256_of
 from trilens.io.json import read_json
 from trilens.io.messages import clip
+from trilens.io.paths import as_path
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
+from trilens.models.build import read_config
+from trilens.models.loading import check_fits
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
 __all__ = ["validate"]
@@ -34,7 +37,8 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
 
     In this order: the manifest's own hash; names, sizes and hashes of all files; the headers of
     the weight files; of each coded matrix the shapes, the codes (none is 3, what fills up a row
-    is zero), the scales (finite) and the share of zeros that was reported.
+    is zero), the scales (finite) and the share of zeros that was reported; at last, whether the
+    configuration builds a model that these tensors fill.
 
     Args:
         path: the directory that `ternarize` wrote.
@@ -45,8 +49,9 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
     Raises:
         ModelNotFoundError: no such directory, or no manifest in it.
         CorruptFileError: says which file or tensor is damaged, and how.
+        ConfigError: a configuration that builds no model.
     """
-    folder = Path(path)
+    folder = as_path(path, "directory")
     if not folder.is_dir():
         raise ModelNotFoundError(f"directory {folder} does not exist")
     manifest = read_manifest(folder)
@@ -73,6 +78,7 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
             f"{folder} reads weights from {foreign[0]}, which its manifest lacks"
         )
     _check_tensors(report, headers)
+    check_fits(folder, read_config(folder, trusted=False)[0], headers)
     return report
 
 

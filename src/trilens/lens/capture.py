@@ -18,6 +18,7 @@ from trilens.caches.indices import check_index
 from trilens.caches.states import StateCache
 from trilens.caches.storage import distinct_bytes, moved
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
+from trilens.io.paths import as_path
 from trilens.io.tensors import read_tensors, write_tensors
 from trilens.numbers import at_least
 
@@ -300,7 +301,7 @@ class Capture:
                 for name in gates.names
                 for layer in gates.layers(name)
             ]
-        return write_tensors(Path(path), dict(self._tensors()), manifest)
+        return write_tensors(as_path(path), dict(self._tensors()), manifest)
 
     def _residual_kind(self) -> str | None:
         if self.parts.residual is None:
@@ -315,7 +316,7 @@ class Capture:
             CorruptFileError: not a capture, of another version, or damaged.
             ModelNotFoundError: no such file.
         """
-        tensors, manifest = read_tensors(Path(path), _FORMAT, _VERSION)
+        tensors, manifest = read_tensors(as_path(path), _FORMAT, _VERSION)
         try:
             return cls._rebuild(tensors, manifest)
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:

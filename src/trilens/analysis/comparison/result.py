@@ -23,6 +23,7 @@ from trilens.errors import (
 )
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_bytes, read_json
+from trilens.io.paths import as_path
 from trilens.io.tensors import read_tensors, write_tensors
 from trilens.lens.capture import ModelInfo
 from trilens.results import Tabular
@@ -139,7 +140,7 @@ class Comparison(Tabular):
             UsageError: the path is a file.
             WriteError: a file can't be written.
         """
-        folder = Path(path)
+        folder = as_path(path, "folder")
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file: name a folder")
         try:
@@ -187,7 +188,7 @@ class Comparison(Tabular):
             ModelNotFoundError: no such folder, or one without a manifest.
             CorruptFileError: damaged, of another kind or of another version.
         """
-        folder = Path(path)
+        folder = as_path(path, "folder")
         if not (folder / _MANIFEST).is_file():
             raise ModelNotFoundError(f"{folder} is no saved comparison: it has no {_MANIFEST}")
         manifest = read_json(folder / _MANIFEST, CorruptFileError)

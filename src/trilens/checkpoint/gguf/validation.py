@@ -6,13 +6,13 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS
 from trilens.checkpoint.gguf.reader import GgufEntry, GgufFile, read_gguf
 from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
 from trilens.errors import CorruptFileError
 from trilens.io.messages import clip
+from trilens.io.paths import as_path
 from trilens.ternary.codecs.packing import Codec
 
 __all__ = ["HASH_KEY", "data_hash", "row_spans", "validate_gguf"]
@@ -36,7 +36,7 @@ def validate_gguf(path: str | os.PathLike[str]) -> GgufReport:
         CorruptFileError: says which tensor is damaged, and how: a code that is no trit, a scale
             that is NaN or Inf, offsets that overlap, a file that is cut off, another hash.
     """
-    file = read_gguf(Path(path))
+    file = read_gguf(as_path(path))
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CorruptFileError(f"{path} names no architecture (general.architecture)")
