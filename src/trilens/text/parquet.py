@@ -16,7 +16,7 @@ from trilens.text.parquet_pages import page_headers
 
 __all__ = ["parquet_texts"]
 
-# What a file may expand to: prose shrinks to a tenth at best, tables of similar lines to a fiftieth.
+# What a file may expand to: prose shrinks to a tenth, tables of similar lines to a fiftieth.
 _MOST_TIMES = 100
 _ALWAYS_BYTES = 1 << 25
 _BATCH_BYTES = 1 << 25
