@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,7 +71,8 @@ def one_line_errors(
         stopped: what to say when the user interrupts.
     """
     try:
-        yield
+        with _warnings_in_one_line():
+            yield
         # A full disk shows when the buffer is emptied: here, where it can still be said.
         sys.stdout.flush()
     except TrilensError as error:
@@ -95,6 +97,22 @@ def one_line_errors(
         if stopped:
             _say(stopped)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Our own warnings as lines of their own; those of other libraries stay as they are."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category.__module__.partition(".")[0] == "trilens":
+                _say(f"note: {message}")
+            else:
+                shown(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _say(message: str) -> None:

@@ -20,10 +20,10 @@ from trilens.lens.split import split
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import device_of, forward_arguments, text_config
 from trilens.models.loading import load
+from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
 from trilens.models.tokens import (
     Prompt,
     PromptLike,
-    max_positions_of,
     pad_id_for,
     read_prompt,
     vocab_size_of,
@@ -266,7 +266,7 @@ class Lens:
         measured once for each doubling of the length: sparse attention and windows begin to matter
         only when a prompt is longer than they are.
         """
-        return self._safety.up_to(tokens, self.model, self._vocab, self._max_positions)
+        return self._safety.up_to(tokens, self.model, self._vocab, configured_positions(self.model))
 
     @torch.no_grad()
     def unembed(self, residual: Tensor) -> Tensor:
@@ -354,12 +354,13 @@ class Lens:
             raise UsageError(f"logits {logits!r} is not an option: 'all', 'last' or None")
         pad = pad_id_for(self.tokenizer, text_config(self.model), self._vocab)
         ids, mask = padded(prompts, pad, device_of(self.model))
-        recording, output = self._forward(ids, mask, wanted, logits is not None)
-        if recording.overwritten:
-            # This model writes into tensors it has handed on: from now on keep copies.
-            self._copies = True
-            wanted = replace(wanted, copy=True)
+        with beyond_positions(self.model, ids.shape[1]):
             recording, output = self._forward(ids, mask, wanted, logits is not None)
+            if recording.overwritten:
+                # This model writes into tensors it has handed on: from now on keep copies.
+                self._copies = True
+                wanted = replace(wanted, copy=True)
+                recording, output = self._forward(ids, mask, wanted, logits is not None)
         values = getattr(output, "logits", None) if logits is not None else None
         return split(
             prompts,
