@@ -17,6 +17,7 @@ from trilens.errors import NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.io.paths import as_path
 from trilens.models.loading import load
+from trilens.models.positions import configured_positions
 from trilens.text.documents import read_documents
 from trilens.text.token_blocks import token_blocks
 
@@ -99,8 +100,8 @@ class Baseline:
                 f"sample {sample.name!r} cannot be measured: {type(model).__name__} is no causal "
                 "language model; leave the sample out"
             )
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        length = min(_LENGTH, longest) if isinstance(longest, int) and longest > 1 else _LENGTH
+        longest = configured_positions(model)
+        length = min(_LENGTH, longest) if longest is not None and longest > 1 else _LENGTH
         blocks = token_blocks(
             loaded.tokenizer, sample.documents, length=length, limit_tokens=_LIMIT_TOKENS
         )

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
 from trilens.io.hub import local_folder
-from trilens.io.messages import reason
+from trilens.io.messages import clip, reason
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.io.weight_memory import memory_bytes
@@ -309,6 +309,11 @@ def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
         raise CorruptFileError(
             f"the tokenizer of {folder} cannot be read from {', '.join(found)}: {reason(cause)}"
         ) from cause
+    longest = getattr(tokenizer, "model_max_length", None)
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float)):
+        raise CorruptFileError(
+            f"the tokenizer of {folder} has the model_max_length {clip(longest)}: a number is needed"
+        )
     # Without its vocabulary's file, transformers makes a tokenizer that knows nothing.
     needed = sorted({str(name) for name in (tokenizer.vocab_files_names or {}).values()})
     own_format = any(name == "tekken.json" or name.endswith(".tiktoken") for name in found)

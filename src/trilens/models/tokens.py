@@ -26,7 +26,7 @@ from trilens.errors import (
     TokenIdError,
     UsageError,
 )
-from trilens.io.messages import clip
+from trilens.io.messages import clip, reason
 from trilens.models.positions import text_settings
 
 __all__ = [
@@ -139,14 +139,20 @@ def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
             f"U+{ord(text[cause.start]):04X}; replace it"
         ) from cause
     # Settings stored with a tokenizer (truncation, padding) would change the prompt without a word.
-    encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
-    return [int(i) for i in encoded["input_ids"]]
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+        return [int(i) for i in encoded["input_ids"]]
+    except Exception as cause:
+        raise PromptError(
+            f"this tokenizer ({type(tokenizer).__name__}) fails on the prompt: {reason(cause)}; "
+            "give token ids, or another tokenizer"
+        ) from cause
 
 
 def _ids_of_array(prompt: torch.Tensor | np.ndarray[Any, Any]) -> list[int]:
@@ -163,6 +169,8 @@ def _ids_of_array(prompt: torch.Tensor | np.ndarray[Any, Any]) -> list[int]:
             raise UsageError(
                 "prompt is a tensor on the meta device, which holds no ids: give real ids"
             )
+        if prompt.layout != torch.strided:
+            raise UsageError(f"prompt is a tensor of layout {prompt.layout}: give a dense one")
         return [int(i) for i in prompt.detach().cpu().reshape(-1).tolist()]
     return [int(i) for i in prompt.reshape(-1).tolist()]
 
@@ -191,7 +199,7 @@ def _id_of(item: Any, position: int) -> int:
         raise DtypeError(_not_an_id(item, dtype, position))
     try:
         return operator.index(item)
-    except TypeError as cause:
+    except Exception as cause:
         raise DtypeError(_not_an_id(item, dtype, position)) from cause
 
 
