@@ -11,12 +11,14 @@ from typing import Any
 __all__ = ["mutate_bytes", "mutate_json"]
 
 _NUMBERS = (
-    0, -1, 1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63),
-    0.5, -0.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"), float("-inf"), 30_000_000, 100_000,
+    0, -1, 1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30,
+    -(2**63), 30_000_000, 100_000, 0.5, -0.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"),
+    float("-inf"),
 )  # fmt: skip
 _TEXTS = (
-    "", " ", "x", "\0", "\ud800", "\u2028", "\u202e", "\x1b[2J", "../../etc/passwd", "/dev/zero", "~",
-    "é" * 300, "x" * 5000, "nan", "1e999", "[", "(", "(a+)+$", "model.safetensors", "None", "true", "-1",
+    "", " ", "x", "\0", "\ud800", "\u2028", "\u202e", "\x1b[2J", "../../etc/passwd", "/dev/zero",
+    "~", "é" * 300, "x" * 5000, "nan", "1e999", "[", "(", "(a+)+$", "model.safetensors", "None",
+    "true", "-1",
 )  # fmt: skip
 _OTHERS: tuple[Any, ...] = (
     None,
@@ -105,7 +107,7 @@ _BYTES: tuple[Callable[[random.Random, bytes], bytes], ...] = (
 
 
 def mutate_json(rng: random.Random, value: Any) -> bytes:
-    """Change values, types, names and places of a JSON document: one to three times; or its text."""
+    """Change values, types, names and places in a JSON document one to three times, or its text."""
     found = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = _mutate_value(rng, found)

@@ -45,7 +45,7 @@ def test_the_standard_library_is_always_there() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
         ("key.jsonl", b'{"body": "a"}', "no text under 'text': it has body"),
         ("bytes.txt", b"ok \xff\xfe", "byte 3 does not decode"),
         ("no.parquet", b"PAR1 but not really", "not a readable Parquet file"),

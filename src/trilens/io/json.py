@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ __all__ = ["SIZE_LIMIT_BYTES", "json_bytes", "json_text", "parse_json", "parse_o
 
 SIZE_LIMIT_BYTES = 100_000_000
 _DEPTH_LIMIT = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def json_text(value: Any, *, indent: int | None = 2) -> str:
@@ -93,8 +95,8 @@ def parse_json(
         non_finite: as in `read_json`.
 
     Raises:
-        Exception: of the class `error`: no UTF-8, no JSON, nested too deep, or a number that no
-            float64 holds.
+        Exception: of the class `error`: no UTF-8, no JSON, nested too deep, a number that no
+            float64 holds, or half a surrogate pair, which no UTF-8 file holds.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,9 +122,16 @@ def parse_json(
             parse_constant=None if non_finite else refuse,
         )
         _check_depth(found)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError as cause:
         raise error(
             f"{what} is not valid JSON: not UTF-8, bad byte at position {cause.start}"
+        ) from cause
+    except UnicodeEncodeError as cause:
+        raise error(
+            f"{what} holds half a surrogate pair, {clip(cause.object[cause.start])}: no UTF-8 text "
+            "can hold it"
         ) from cause
     except json.JSONDecodeError as cause:
         raise error(

@@ -312,7 +312,8 @@ def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
     longest = getattr(tokenizer, "model_max_length", None)
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float)):
         raise CorruptFileError(
-            f"the tokenizer of {folder} has the model_max_length {clip(longest)}: a number is needed"
+            f"the tokenizer of {folder} has the model_max_length {clip(longest)}: a number is "
+            "needed"
         )
     # Without its vocabulary's file, transformers makes a tokenizer that knows nothing.
     needed = sorted({str(name) for name in (tokenizer.vocab_files_names or {}).values()})

@@ -86,21 +86,11 @@ def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(_read_text(file)), start=1):
         if not line.strip():
             continue
-        try:
-            entry: Any = parse_json(line, "the line", TextError, non_finite=True)
-        except TextError:
-            raise TextError(f"{file}, line {number} is not JSON: {line[:40]!r}") from None
+        entry: Any = parse_json(line, f"{file}, line {number}", TextError, non_finite=True)
         text = entry.get(field) if isinstance(entry, dict) else entry
         if not isinstance(text, str):
             keys = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
             raise TextError(f"{file}, line {number} has no text under {field!r}: it has {keys}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"{file}, line {number} holds the lone surrogate "
-                f"U+{ord(text[error.start]):04X} at character {error.start}: replace it"
-            ) from None
         yield text
 
 
