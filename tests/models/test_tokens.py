@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from trilens import errors
+from trilens.models.positions import max_positions_of
 from trilens.models.tokens import (
-    max_positions_of,
     pad_id_for,
     read_prompt,
     token_strings,

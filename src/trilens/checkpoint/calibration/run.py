@@ -34,7 +34,8 @@ from trilens.io.atomic import write_bytes
 from trilens.io.sealed import read_sealed, sealed
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
-from trilens.models.tokens import max_positions_of, vocab_size_of
+from trilens.models.positions import configured_positions
+from trilens.models.tokens import vocab_size_of
 from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
@@ -82,7 +83,7 @@ def run_calibration(
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
     model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
-    drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
+    drawn = draw(calibration, tokenizer, longest=configured_positions(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
