@@ -20,19 +20,12 @@ def text_of(entry: Any, where: str, field: str) -> str:
     """The text of one JSON entry: a string, or the object's value under `field`.
 
     Raises:
-        TextError: there is none, or it is no valid Unicode.
+        TextError: there is none.
     """
     text = entry.get(field) if isinstance(entry, dict) else entry
     if not isinstance(text, str):
         keys = listed(entry) if isinstance(entry, dict) else type(entry).__name__
         raise TextError(f"{where} has no text under {field!r}: it has {keys}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"{where} holds the lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}: replace it"
-        ) from None
     return text
 
 
