@@ -258,7 +258,7 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, kind, kept):
         save_file(rename_for_transformers(tensors), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(CorruptFileError, match=f"model.{kind} is no readable"):
+    with pytest.raises(CorruptFileError, match=rf"model.{kind} is (no readable|truncated)"):
         convert_rwkv7(path, tmp_path / "out")
 
 
