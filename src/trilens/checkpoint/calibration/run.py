@@ -115,6 +115,7 @@ class _Run:
         check_source: Callable[[], None],
     ) -> None:
         self.check_source = check_source
+        self.digests: dict[str, str] = {}
         self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
@@ -130,6 +131,7 @@ class _Run:
 
     def blocks(self) -> None:
         """Code every block that is not finished."""
+        self.store.check_streams()
         if not self.store.records:
             self._write("dense", 0, lambda batch: self.runner.first(batch.ids))
         for index in range(len(self.store.records), self.runner.n_blocks):
@@ -193,7 +195,9 @@ class _Run:
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, after(ternary, coded.module))
         self.check_source()
-        self.store.add(coded.record, coded.quants, coded.vectors)
+        kept = {self._path(name, index + 1).name for name in ("dense", "ternary")}
+        digests = {name: digest for name, digest in self.digests.items() if name in kept}
+        self.store.add(coded.record, coded.quants, coded.vectors, digests)
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
             self._path(name, index).unlink(missing_ok=True)
 
@@ -283,7 +287,9 @@ class _Run:
         return Stream(self._path(name, index), self.width, self.n_tokens)
 
     def _write(self, name: str, index: int, make: Callable[[Batch], Tensor]) -> Stream:
-        path, _ = write_stream(self._path(name, index), self.all, make)
+        path, _, self.digests[self._path(name, index).name] = write_stream(
+            self._path(name, index), self.all, make
+        )
         return Stream(path, self.width, self.n_tokens)
 
     def _report(self, index: int, what: str, left: float | None = None) -> None:
