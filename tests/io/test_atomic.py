@@ -201,6 +201,35 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert (names(place.parent), names(place)) == (["out"], ["a"])
 
 
+def test_errors_name_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(WriteError, match=rf"{tmp_path / 'out' / 'a'} cannot be written"),
+        atomic_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "a").mkdir()
+        write_bytes(folder / "a", b"")
+
+
+def test_one_writer_alone(tmp_path: Path) -> None:
+    for path in (tmp_path / "x", tmp_path / ("y" * 200)):
+        with (
+            atomic(path, alone=True),
+            pytest.raises(WriteError, match="another run is writing it"),
+        ):
+            AtomicFile(path, alone=True)
+        with pytest.raises(WriteError, match="it exists"):
+            AtomicFile(path, alone=True)
+        with (
+            atomic_folder(path.with_suffix(".d")),
+            pytest.raises(WriteError, match="another run is writing it"),
+            atomic_folder(path.with_suffix(".d")),
+        ):
+            pass
+        # Places whose names begin alike are two places.
+        with atomic(path.with_name(f"{path.name}.z"), alone=True):
+            AtomicFile(path.with_name(f"{path.name}.zz"), alone=True).close()
+
+
 def test_guarded_reading(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abcd")

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from trilens import errors
+from trilens.models.positions import max_positions_of
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import (
-    max_positions_of,
     pad_id_for,
     read_prompt,
     vocab_size_of,

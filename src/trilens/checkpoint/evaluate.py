@@ -15,7 +15,9 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from trilens.checkpoint.format.report import SampleReport
 from trilens.errors import NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
+from trilens.io.paths import as_path
 from trilens.models.loading import load
+from trilens.models.positions import configured_positions
 from trilens.printable import as_unicode
 from trilens.text.documents import read_documents
 from trilens.text.token_blocks import token_blocks
@@ -51,7 +53,7 @@ class Sample:
         Raises:
             TextError: nothing is there, it is no text, or it is empty.
         """
-        return cls(Path(source).name, read_documents(Path(source)))
+        return cls(as_path(source, "text").name, read_documents(source))
 
     @property
     def sha256(self) -> str:
@@ -102,8 +104,8 @@ class Baseline:
                 f"sample {sample.name!r} cannot be measured: {type(model).__name__} is no causal "
                 "language model; leave the sample out"
             )
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        length = min(_LENGTH, longest) if isinstance(longest, int) and longest > 1 else _LENGTH
+        longest = configured_positions(model)
+        length = min(_LENGTH, longest) if longest is not None and longest > 1 else _LENGTH
         blocks = token_blocks(
             loaded.tokenizer, sample.documents, length=length, limit_tokens=_LIMIT_TOKENS
         )

@@ -34,6 +34,7 @@ from trilens.checkpoint.output_folder import check_folder, clean_refusal
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError, WriteError
 from trilens.io.atomic import locked_folder, write_bytes
+from trilens.io.paths import as_path
 from trilens.progress import Progress, Step
 
 __all__ = ["Format", "ternarize"]
@@ -112,15 +113,16 @@ def ternarize(
     whole model is loaded, once before and once after.
     """
     plan, gguf_format = plan or TernaryPlan(), find_format(format)
-    _check_format(format, gguf_format, Path(dst), plan)
+    out = as_path(dst, "output")
+    _check_format(format, gguf_format, out, plan)
     if format != "trilens":
         _check_unmeasured(format, calibration, sample)
     job = read_job(src, plan, revision=revision, ternary=format != "trilens")
     if format == "dense":
-        return write_dense(job, Path(dst), dry_run=dry_run, progress=progress)
+        return write_dense(job, out, dry_run=dry_run, progress=progress)
     if gguf_format is not None:
         _check_trits(job)
-        return write_gguf(job, gguf_format, Path(dst), dry_run=dry_run, progress=progress)
+        return write_gguf(job, gguf_format, out, dry_run=dry_run, progress=progress)
     _check_names(job)
     if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
@@ -135,7 +137,6 @@ def ternarize(
     if dry_run:
         tensors = [planned(*pair, job.plan) for pair in job.pairs]
         return TernaryReport(job.plan, tuple(tensors), dry_run=True)
-    out = Path(dst)
     check_folder(out, job.source.folder)
     order = Order.of(
         [

@@ -28,6 +28,7 @@ from trilens.io.safetensors_header import TensorHeader
 from trilens.io.side_files import side_files
 from trilens.io.weight_files import read_weights, weight_files
 from trilens.models.build import read_config, read_settings
+from trilens.models.loading import check_fits
 from trilens.models.rwkv7 import model as rwkv7
 
 __all__ = ["Checkpoint", "as_tensor", "tensor_of"]
@@ -104,7 +105,9 @@ class Checkpoint:
             )
         stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *weight_files(folder))}
         config, _ = read_config(folder, settings, trusted=False)
-        return cls(folder, name, settings, config, *read_weights(folder), stamps)
+        files, headers = read_weights(folder)
+        check_fits(folder, config, headers)
+        return cls(folder, name, settings, config, files, headers, stamps)
 
     @property
     def is_ternary(self) -> bool:

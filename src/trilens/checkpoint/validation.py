@@ -19,8 +19,11 @@ from trilens.io.guarded import OpenFile
 from trilens.io.json import read_json
 from trilens.io.listing import check_files, extra_files
 from trilens.io.messages import listed
+from trilens.io.paths import as_path
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
+from trilens.models.build import read_config
+from trilens.models.loading import check_fits
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
 __all__ = ["unlisted", "validate"]
@@ -33,7 +36,8 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
 
     In this order: the manifest's own hash; names, sizes and hashes of all files; the headers of
     the weight files; of each coded matrix the shapes, the codes (none is 3, what fills up a row
-    is zero), the scales (finite) and the share of zeros that was reported.
+    is zero), the scales (finite) and the share of zeros that was reported; at last, whether the
+    configuration builds a model that these tensors fill.
 
     Args:
         path: the directory that `ternarize` wrote.
@@ -44,8 +48,9 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
     Raises:
         ModelNotFoundError: no such directory, or no manifest in it.
         CorruptFileError: says which file or tensor is damaged, and how.
+        ConfigError: a configuration that builds no model.
     """
-    folder = Path(path)
+    folder = as_path(path, "directory")
     if not folder.is_dir():
         raise ModelNotFoundError(f"directory {folder} does not exist")
     manifest = read_manifest(folder)
@@ -57,9 +62,8 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
             f"{folder} has a manifest without a valid report: {cause}"
         ) from cause
     check_files(folder, files)
-    config = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True).get(
-        "quantization_config"
-    )
+    settings = read_json(folder / CONFIG_NAME, ConfigError, non_finite=True)
+    config = settings.get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
         raise CorruptFileError(f"{folder} has a {CONFIG_NAME} without its quantization_config")
     headers = read_headers(folder)
@@ -69,6 +73,7 @@ def validate(path: str | os.PathLike[str]) -> TernaryReport:
             f"{folder} reads weights from {foreign[0]}, which its manifest lacks"
         )
     _check_tensors(report, headers)
+    check_fits(folder, read_config(folder, settings, trusted=False)[0], headers)
     return report
 
 

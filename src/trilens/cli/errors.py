@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,7 @@ def one_line_errors(
         stopped: what to say when the user interrupts.
     """
     try:
-        with output_errors(debug=debug):
+        with output_errors(debug=debug), _warnings_in_one_line():
             yield
     except TrilensError as error:
         if debug:
@@ -91,3 +92,19 @@ def one_line_errors(
         if stopped:
             say(f"trilens: {stopped}", err=True)
         raise typer.Exit(stop.exit_code if isinstance(stop, Stopped) else INTERRUPTED) from None
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Our own warnings as lines of their own; those of other libraries stay as they are."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category.__module__.partition(".")[0] == "trilens":
+                say(f"trilens: note: {message}", err=True)
+            else:
+                shown(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield

@@ -212,6 +212,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _flush(inner)
         temporary.replace(path)
         _flush(path.parent)
+    except WriteError as error:  # of a file inside: the folder has another name for its caller
+        raise WriteError(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:

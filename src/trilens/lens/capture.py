@@ -18,8 +18,10 @@ from trilens.caches.indices import check_index
 from trilens.caches.states import StateCache
 from trilens.caches.storage import distinct_bytes, moved
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
+from trilens.io.paths import as_path
 from trilens.io.tensors import read_tensors, write_tensors
 from trilens.numbers import at_least
+from trilens.statistics.probabilities import probabilities
 
 __all__ = ["Capture", "ModelInfo", "Parts"]
 
@@ -174,15 +176,15 @@ class Capture:
             NotStoredError: the logits were not captured.
             OutOfRangeError: a position that is not there.
             ValueRangeError: k is no whole number from 1 on.
+            NonFiniteError: NaN or +Inf among the logits, or nothing but −Inf.
         """
         if self.logits is None:
             raise NotStoredError("logits were not captured: capture with logits='all' or 'last'")
         n = at_least(1, k, "k")
         owner = "this capture's logits"
         at = check_index(position, self.logits.shape[0], "position", owner, negative=True)
-        # PROMOTE: a softmax over a vocabulary loses its tail in half precision.
-        probabilities = self.logits[at].float().softmax(-1)
-        top = probabilities.topk(min(n, probabilities.shape[-1]))
+        found = probabilities(self.logits[at], f"of position {at}")
+        top = found.topk(min(n, len(found)))
         return [
             (int(i), float(p)) for i, p in zip(top.indices.cpu(), top.values.cpu(), strict=True)
         ]
@@ -304,7 +306,7 @@ class Capture:
                 for name in gates.names
                 for layer in gates.layers(name)
             ]
-        return write_tensors(Path(path), dict(self._tensors()), manifest)
+        return write_tensors(as_path(path), dict(self._tensors()), manifest)
 
     def _residual_kind(self) -> str | None:
         if self.parts.residual is None:
@@ -319,7 +321,7 @@ class Capture:
             CorruptFileError: not a capture, of another version, or damaged.
             ModelNotFoundError: no such file.
         """
-        tensors, manifest = read_tensors(Path(path), _FORMAT, _VERSION)
+        tensors, manifest = read_tensors(as_path(path), _FORMAT, _VERSION)
         try:
             return cls._rebuild(tensors, manifest)
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:

@@ -23,11 +23,11 @@ from trilens.models.forward_call import batch_arguments, text_config
 from trilens.models.gates.absent import attention_reasons, effective_reasons
 from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.loading import load
+from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.tokens import (
     Prompt,
     PromptLike,
-    max_positions_of,
     pad_id_for,
     read_prompt,
     vocab_size_of,
@@ -282,7 +282,7 @@ class Lens:
         measured once for each doubling of the length: sparse attention and windows begin to matter
         only when a prompt is longer than they are.
         """
-        return self._safety.up_to(tokens, self.model, self._vocab, self._max_positions)
+        return self._safety.up_to(tokens, self.model, self._vocab, configured_positions(self.model))
 
     @torch.no_grad()
     def unembed(self, residual: Tensor) -> Tensor:
@@ -361,7 +361,8 @@ class Lens:
             raise UsageError(f"logits {logits!r} is not an option: 'all', 'last' or None")
         pad = pad_id_for(self.tokenizer, text_config(self.model), self._vocab)
         arguments = batch_arguments(self.model, prompts, pad, logits=logits is not None)
-        with _LOCK.take(self.model.config):
+        longest = max(wanted.lengths)
+        with _LOCK.take(self.model.config), beyond_positions(self.model, longest):
             recording = run_pass(self.model, self.anatomy, wanted, arguments)
         # A model that writes into tensors it has handed on: from now on keep copies.
         self._copies |= recording.request.copy

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,25 @@ from transformers.models.auto import modeling_auto
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, TrilensError
 from trilens.io.json import read_json
-from trilens.io.messages import listed, reason
+from trilens.io.messages import reason
 from trilens.io.safetensors_header import TensorHeader
-from trilens.models.foreign_names import check_names
+from trilens.models.completeness import check_complete, check_floating
+from trilens.models.config_check import (
+    StoredShape,
+    check_buffers,
+    check_counts,
+    check_quant_method,
+    dry_class,
+)
 
-__all__ = ["build_from_tensors", "build_model", "candidate_classes", "read_config", "read_settings"]
+__all__ = [
+    "build_from_tensors",
+    "build_model",
+    "candidate_classes",
+    "fitting_class",
+    "read_config",
+    "read_settings",
+]
 
 # Classes whose output is logits over a vocabulary, in the order in which they are tried.
 _LANGUAGE_MAPPINGS = (
@@ -36,9 +49,6 @@ _LANGUAGE_MAPPINGS = (
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
 )
 _REMOTE_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel")
-
-# Buffers that a model computes from its configuration; old checkpoints store them, new ones do not.
-_COMPUTED_BUFFER = re.compile(r"(^|\.)(position_ids|inv_freq)$")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -78,6 +88,9 @@ def read_config(
         ConfigError: it is of an unknown type, or needs code or packages that are not there.
     """
     file = folder / "config.json"
+    check_counts(settings, file)
+    if not trusted:
+        check_quant_method(settings, file)
     model_type, auto_map = settings.get("model_type"), settings.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
         raise ConfigError(f"{file} has an auto_map that is not an object: {auto_map!r}")
@@ -202,24 +215,55 @@ def build_model(
         ConfigError: transformers cannot build a model from the configuration.
         MemoryShortError: memory ran out.
     """
-    classes: list[Any] = [remote] if remote is not None else candidate_classes(config)
+    cls: Any = remote if remote is not None else fitting_class(folder, config, headers)
+    extra = {**options, **_pooler(cls, headers)}
+    if remote is not None:
+        extra["trust_remote_code"] = True
+    model, report = _build_one(folder, config, cls, extra)
+    check_complete(folder, model, report)
+    check_floating(folder, model, headers)
+    return model.eval(), tuple(sorted(report["unexpected_keys"]))
+
+
+def fitting_class(folder: Path, config: Any, headers: Mapping[str, TensorHeader]) -> type:
+    """The first class that the files complete, found by a load on the meta device.
+
+    No value is read and nothing of a model's size is allocated, whatever the configuration says.
+
+    Args:
+        folder: the checkpoint, for messages.
+        config: its configuration; not changed.
+        headers: its stored tensors.
+
+    Raises: as `build_model`.
+    """
+    check_counts(config.to_dict(), folder / "config.json", headers)
     first: CorruptFileError | None = None
-    for cls in classes:
-        extra = dict(options)
-        if _wants_no_pooler(cls, headers):
-            extra["add_pooling_layer"] = False
-        if remote is not None:
-            extra["trust_remote_code"] = True
+    for cls in candidate_classes(config):
         try:
-            model, report = _build_one(folder, config, cls, extra)
-            _check_complete(folder, model, report)
-            _check_floating(folder, model, headers)
-            return model.eval(), tuple(sorted(report["unexpected_keys"]))
+            _check_fits(folder, config, cls, headers)
         except CorruptFileError as cause:
             first = first or cause
+            continue
+        return cls
     raise first or LoadError(
         f"{folder} has a configuration for which transformers has no model class"
     )
+
+
+def _check_fits(folder: Path, config: Any, cls: type, headers: Mapping[str, TensorHeader]) -> None:
+    section = getattr(config, "quantization_config", None)
+    if section is not None and section.get("quant_method") != "trilens":
+        return  # only its own package knows what such names and shapes stand for
+    options = {
+        "state_dict": {name: StoredShape(header) for name, header in headers.items()},
+        "dtype": torch.float32,
+        **_pooler(cls, headers),
+    }
+    model, report = _build_one(folder, copy.deepcopy(config), dry_class(cls), options)
+    check_complete(folder, model, report)
+    check_floating(folder, model, headers)
+    check_buffers(folder, model, headers)
 
 
 def build_from_tensors(
@@ -239,15 +283,16 @@ def build_from_tensors(
     own = copy.deepcopy(config)
     options = {"state_dict": dict(tensors), "dtype": dtype}
     model, report = _build_one(folder, own, model_class, options)
-    _check_complete(folder, model, report)
+    check_complete(folder, model, report)
     return model.eval()
 
 
-def _wants_no_pooler(cls: Any, headers: Mapping[str, TensorHeader]) -> bool:
+def _pooler(cls: Any, headers: Mapping[str, TensorHeader]) -> dict[str, bool]:
     """A bare encoder's pooler stands after the residual stream; files without it are complete."""
-    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters and not any(
-        "pooler." in name for name in headers
-    )
+    has_pooler = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    if has_pooler and not any("pooler." in name for name in headers):
+        return {"add_pooling_layer": False}
+    return {}
 
 
 def _build_one(
@@ -287,75 +332,3 @@ def _build_one(
             f"{reason(cause)}"
         ) from cause
     return model, report
-
-
-def _check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
-    where = f"{folder} does not match its config.json as {type(model).__name__}"
-    check_names(str(folder), report["unexpected_keys"])
-    mismatched = sorted(report["mismatched_keys"], key=lambda item: item[0])
-    if mismatched:
-        key, stored, wanted = mismatched[0]
-        raise CorruptFileError(
-            f"{where}: {len(mismatched)} weights have another size, first {key}: "
-            f"{list(stored)} in the file, {list(wanted)} in the model"
-        )
-    missing = sorted(k for k in report["missing_keys"] if not _COMPUTED_BUFFER.search(k))
-    if missing:
-        raise CorruptFileError(
-            f"{where}: {len(missing)} weights are missing and would be random: {_few(missing)}"
-        )
-    contradicting = sorted(k for k in report["unexpected_keys"] if _contradicts(model, k))
-    if contradicting:
-        raise CorruptFileError(
-            f"{where}: {len(contradicting)} weights in the files have no place in the model: "
-            f"{_few(contradicting)}"
-        )
-
-
-def _check_floating(folder: Path, model: Any, headers: Mapping[str, TensorHeader]) -> None:
-    """Refuse integers stored in place of weights: transformers would cast them without a word."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return
-    floating = {name for name, p in model.named_parameters() if p.is_floating_point()}
-    odd = sorted(
-        name
-        for name, header in headers.items()
-        if not header.dtype.startswith(("F", "BF")) and floating & set(_spellings(model, name))
-    )
-    if odd:
-        raise CorruptFileError(
-            f"{folder} stores {len(odd)} weights as integers, without a quantization_config that "
-            f"says what they mean: {_few(odd)} ({headers[odd[0]].dtype})"
-        )
-
-
-def _spellings(model: Any, name: str) -> tuple[str, str, str]:
-    """The names that a stored tensor can have in the model: with and without the base's prefix."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return name, name.removeprefix(prefix), prefix + name
-
-
-def _contradicts(model: Any, key: str) -> bool:
-    """Does the stored tensor `key`, for which the model has no place, change what it computes?
-
-    So for another parameter of a module that the model does have (a bias), and for a block beyond
-    the last one. A head or another module that the model has not at all may be left out.
-    """
-    for name in _spellings(model, key):
-        module, parts = model, name.split(".")[:-1]
-        for part in parts:
-            children = dict(module.named_children())
-            if part not in children:
-                last_block = isinstance(module, torch.nn.ModuleList) and part.isdigit()
-                if last_block and len(children) > 0:
-                    return True
-                break
-            module = children[part]
-        else:
-            if parts and any(True for _ in module.parameters(recurse=False)):
-                return True
-    return False
-
-
-def _few(names: list[str]) -> str:
-    return listed(names)

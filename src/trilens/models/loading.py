@@ -32,13 +32,20 @@ from transformers.utils import logging as transformers_logging
 
 from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
 from trilens.io.hub import local_folder
-from trilens.io.messages import reason
+from trilens.io.messages import clip, reason
+from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.io.weight_memory import memory_bytes
-from trilens.models.build import build_from_tensors, build_model, read_config, read_settings
+from trilens.models.build import (
+    build_from_tensors,
+    build_model,
+    fitting_class,
+    read_config,
+    read_settings,
+)
 from trilens.models.rwkv7 import model as rwkv7
 
-__all__ = ["Loaded", "load", "load_mapped", "load_tokenizer"]
+__all__ = ["Loaded", "check_fits", "load", "load_mapped", "load_tokenizer"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -129,6 +136,22 @@ def load(
         attn_implementation=attn_implementation,
         free_bytes=_free_bytes,
     )
+
+
+def check_fits(folder: Path, config: Any, headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse a checkpoint that could not be loaded, from its headers alone.
+
+    Args:
+        folder: the checkpoint, for messages.
+        config: its configuration; not changed.
+        headers: its stored tensors.
+
+    Raises:
+        CorruptFileError: weights are missing, of another size or type than the model's.
+        ConfigError: counts beyond bounds, or a configuration that builds no model.
+    """
+    with _LOADING, _quiet():
+        fitting_class(folder, config, headers)
 
 
 def load_mapped(
@@ -304,6 +327,12 @@ def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
         raise CorruptFileError(
             f"the tokenizer of {folder} cannot be read from {', '.join(found)}: {reason(cause)}"
         ) from cause
+    longest = getattr(tokenizer, "model_max_length", None)
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float)):
+        raise CorruptFileError(
+            f"the tokenizer of {folder} has the model_max_length {clip(longest)}: a number is "
+            "needed"
+        )
     # Without its vocabulary's file, transformers makes a tokenizer that knows nothing.
     needed = sorted({str(name) for name in (tokenizer.vocab_files_names or {}).values()})
     own_format = any(name == "tekken.json" or name.endswith(".tiktoken") for name in found)

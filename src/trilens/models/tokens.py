@@ -29,13 +29,13 @@ from trilens.models.encoded import (
     is_messages,
     warn_doubled_bos,
 )
+from trilens.models.positions import text_settings
 from trilens.models.token_strings import token_strings
 from trilens.models.tokenizers import usable_tokenizer
 
 __all__ = [
     "Prompt",
     "PromptLike",
-    "max_positions_of",
     "pad_id_for",
     "read_prompt",
     "vocab_size_of",
@@ -53,14 +53,6 @@ PromptLike = (
 """What a caller may give as one prompt."""
 
 _ONE_ROW = "give one prompt, or read several with capture_many"
-_POSITION_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_target_positions",
-)
 
 
 # Compared by identity: a tensor has no truth value, so field-wise equality could not work.
@@ -205,6 +197,8 @@ def _ids_of_array(prompt: torch.Tensor | np.ndarray[Any, Any]) -> list[int]:
             raise UsageError(
                 "prompt is a tensor on the meta device, which holds no ids: give real ids"
             )
+        if prompt.layout != torch.strided:
+            raise UsageError(f"prompt is a tensor of layout {prompt.layout}: give a dense one")
         return [int(i) for i in prompt.detach().cpu().reshape(-1).tolist()]
     return [int(i) for i in prompt.reshape(-1).tolist()]
 
@@ -233,7 +227,7 @@ def _id_of(item: Any, position: int) -> int:
         raise DtypeError(_not_an_id(item, dtype, position))
     try:
         return operator.index(item)
-    except TypeError as cause:
+    except Exception as cause:
         raise DtypeError(_not_an_id(item, dtype, position)) from cause
 
 
@@ -264,7 +258,7 @@ def vocab_size_of(model: Any) -> int:
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 2:
         return int(weight.shape[0])
-    size = getattr(_text_config(getattr(model, "config", None)), "vocab_size", None)
+    size = getattr(text_settings(getattr(model, "config", None)), "vocab_size", None)
     if _is_count(size):
         return size
     raise UsageError(
@@ -273,37 +267,8 @@ def vocab_size_of(model: Any) -> int:
     )
 
 
-def max_positions_of(model: Any) -> int | None:
-    """The most tokens that a prompt may have, or None when nothing limits it.
-
-    It is the configuration's own number (of the text part, in a composite one). Where the model
-    looks positions up in an embedding that sets rows aside for padding (`padding_idx`), these and
-    the rows before them are no positions: 514 − 2 = 512 in RoBERTa.
-
-    Args:
-        model: the model; a configuration alone answers too, without that correction.
-    """
-    text = _text_config(getattr(model, "config", model))
-    found = [getattr(text, key, None) for key in _POSITION_KEYS]
-    limit = next((n for n in found if _is_count(n)), None)
-    if limit is None or not isinstance(model, torch.nn.Module):
-        return limit
-    for name, module in model.named_modules():
-        is_table = isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]
-        if is_table and module.num_embeddings == limit and module.padding_idx is not None:
-            return limit - int(module.padding_idx) - 1
-    return limit
-
-
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _text_config(config: Any) -> Any:
-    try:
-        return config.get_text_config()
-    except (AttributeError, ValueError):
-        return config
 
 
 def pad_id_for(tokenizer: Any, config: Any, vocab_size: int) -> int:
@@ -312,7 +277,7 @@ def pad_id_for(tokenizer: Any, config: Any, vocab_size: int) -> int:
     Models that count positions by skipping their padding id take it from the configuration, so that
     comes first.
     """
-    text = _text_config(config)
+    text = text_settings(config)
     for source, key in (
         (text, "pad_token_id"),
         (tokenizer, "pad_token_id"),

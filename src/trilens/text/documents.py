@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from trilens.errors import TextError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import parse_json
-from trilens.io.messages import listed, reason
+from trilens.io.paths import as_path
+from trilens.text.parquet import parquet_texts
 from trilens.text.structured import csv_texts, json_texts, text_of
 
 __all__ = ["STDLIB", "read_documents"]
@@ -26,7 +25,7 @@ _TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".text", ".html", ""})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "__pycache__"})
 
 
-def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...]:
+def read_documents(source: str | os.PathLike[str], *, field: str = "text") -> tuple[str, ...]:
     """Read the documents of a file, a folder, or the standard library.
 
     Args:
@@ -40,9 +39,11 @@ def read_documents(source: str | Path, *, field: str = "text") -> tuple[str, ...
         Documents that hold something besides white space.
 
     Raises:
-        TextError: nothing is there, it is no readable text, or it holds no document.
+        TextError: nothing is there, it is no readable text, it holds no document, or it expands
+            to more than 100 times its size.
+        UsageError: a path that no file system has.
     """
-    path = Path(source)
+    path = as_path(source, "text")
     if str(source) == STDLIB and not path.exists():
         found = list(_stdlib_documents())
     elif path.is_dir():
@@ -77,7 +78,7 @@ def _file_documents(file: Path, field: str) -> Iterator[str]:
     if suffix == ".jsonl":
         yield from _jsonl_documents(file, field)
     elif suffix == ".parquet":
-        yield from _parquet_documents(file, field)
+        yield from parquet_texts(file, field)
     elif suffix == ".json":
         yield from json_texts(_read_text(file), str(file), field)
     elif suffix == ".csv":
@@ -95,26 +96,21 @@ def _read_text(file: Path) -> str:
 
 
 def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+    for number, line in enumerate(_lines(_read_text(file)), start=1):
         if not line.strip():
             continue
         entry: Any = parse_json(line, f"{file}, line {number}", TextError, non_finite=True)
         yield text_of(entry, f"{file}, line {number}", field)
 
 
-def _parquet_documents(file: Path, field: str) -> Iterator[str]:
-    try:
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        if field not in names:
-            raise TextError(f"{file} has no column {field!r}: its columns are {listed(names)}")
-        kind = table.schema_arrow.field(field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise TextError(f"{file}: column {field!r} holds {kind}, not text")
-        for batch in table.iter_batches(columns=[field]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise TextError(f"{file} is not a readable Parquet file: {reason(error)}") from None
+def _lines(text: str) -> Iterator[str]:
+    """Lines as JSONL has them: `splitlines` would cut at U+2028, U+0085 and others in strings."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 1
 
 
 def _stdlib_documents() -> Iterator[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from trilens.errors import TextError
+from trilens.io.json import parse_json
 from trilens.io.messages import listed
 
 __all__ = ["csv_texts", "json_texts", "text_of"]
@@ -20,19 +20,12 @@ def text_of(entry: Any, where: str, field: str) -> str:
     """The text of one JSON entry: a string, or the object's value under `field`.
 
     Raises:
-        TextError: there is none, or it is no valid Unicode.
+        TextError: there is none.
     """
     text = entry.get(field) if isinstance(entry, dict) else entry
     if not isinstance(text, str):
         keys = listed(entry) if isinstance(entry, dict) else type(entry).__name__
         raise TextError(f"{where} has no text under {field!r}: it has {keys}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"{where} holds the lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}: replace it"
-        ) from None
     return text
 
 
@@ -43,13 +36,13 @@ def json_texts(content: str, where: str, field: str) -> Iterator[str]:
         TextError: it is no JSON, or an entry has no text.
     """
     try:
-        entries: Any = json.loads(content)
-    except ValueError as error:
+        entries: Any = parse_json(content, where, TextError, non_finite=True)
+    except TextError as error:
         lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
         try:
-            parsed = [(number, json.loads(line)) for number, line in lines]
-        except ValueError:
-            raise TextError(f"{where} is not JSON: {error}") from None
+            parsed = [(n, parse_json(line, where, TextError, non_finite=True)) for n, line in lines]
+        except TextError:
+            raise error from None
         yield from (text_of(entry, f"{where}, line {n}", field) for n, entry in parsed)
         return
     if not isinstance(entries, list):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trilens.errors import NoTokenizerError, TextError, ValueRangeError
+from trilens.io.messages import reason
 
 __all__ = ["batches_by_length", "sample_blocks", "set_aside", "split_tokens", "token_blocks"]
 
@@ -74,7 +75,12 @@ def token_blocks(
     left = limit_tokens
     for document in documents:
         # verbose=False: a document longer than the model's context is the rule here, not a mishap.
-        ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+        try:
+            ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+        except Exception as cause:
+            raise TextError(
+                f"this tokenizer ({type(tokenizer).__name__}) fails on a document: {reason(cause)}"
+            ) from cause
         for block in split_tokens(ids, length):
             piece = block if left is None else block[:left]
             if len(piece) < 2:

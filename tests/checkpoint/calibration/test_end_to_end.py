@@ -83,7 +83,7 @@ def parts(tmp_path: Path) -> Any:
                 hidden = runner.run(i, runner.block(i), runner.call(i, batch.ids), hidden)
         return hidden
 
-    path, width = write_stream(tmp_path / "dense.f32", batches, last)
+    path, width, _ = write_stream(tmp_path / "dense.f32", batches, last)
     return model, runner, batches, Stream(path, width, ids.numel())
 
 

@@ -190,6 +190,14 @@ def test_finished_blocks_that_rotted_are_named(tmp_path: Path) -> None:
             Store(blocks)
         (blocks / name).write_bytes(before)
     assert len(Store(blocks).records) == 1
+    for name in ("dense-00001.f32", "ternary-00001.f32"):
+        again = tmp_path / name
+        shutil.copytree(out, again)
+        flip(again / "trilens-calibration" / name)
+        with pytest.raises(CorruptFileError, match=rf"{name} is damaged"):
+            ternarize(source, again, plan=plan, calibration=calibration())
+        assert not any(again.iterdir())  # the next call begins anew
+    ternarize(source, out, plan=plan, calibration=calibration())
 
 
 def test_entries_of_a_plan_have_rules_of_their_own(small_demo: Path, tmp_path: Path) -> None:

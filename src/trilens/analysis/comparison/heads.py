@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from trilens.analysis.comparison.rows import Place, Row
 from trilens.caches.patterns.protocol import Pattern
 from trilens.models.forward_call import probe_ids, text_config
-from trilens.models.tokens import max_positions_of, vocab_size_of
+from trilens.models.positions import configured_positions
+from trilens.models.tokens import vocab_size_of
 
 __all__ = ["ROLES", "RoleAccumulator", "RoleChange", "repeated_probe"]
 
@@ -65,7 +66,7 @@ def repeated_probe(model: PreTrainedModel) -> tuple[list[Tensor], int]:
     start = getattr(text_config(model), "bos_token_id", None)
     vocab = vocab_size_of(model)
     lead = [start] if isinstance(start, int) and 0 <= start < vocab else []
-    longest = max_positions_of(model)
+    longest = configured_positions(model)
     half = _HALF if longest is None else min(_HALF, (longest - len(lead)) // 2)
     found = []
     for seed in range(_SEQUENCES):

@@ -15,6 +15,7 @@ from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.rows import METRICS, Row
 from trilens.analysis.comparison.saving import FORMAT, VERSION, read_folder, write_folder
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
+from trilens.io.paths import as_path
 from trilens.lens.capture import ModelInfo
 from trilens.results import Tabular
 
@@ -130,7 +131,7 @@ class Comparison(Tabular):
             UsageError: the path is a file, or a folder that holds something else.
             WriteError: a file can't be written, or another run writes a comparison here.
         """
-        folder = Path(path)
+        folder = as_path(path, "folder")
         axes = {name: list(array.axes) for name, array in self.arrays.items()}
         manifest = {**self.to_dict(), "axes": axes}
         del manifest["table"]
@@ -164,7 +165,7 @@ class Comparison(Tabular):
             ModelNotFoundError: no such folder, or one without a manifest.
             CorruptFileError: damaged, of another kind or of another version.
         """
-        folder = Path(path)
+        folder = as_path(path, "folder")
         manifest, rows, tensors, hash_checked = read_folder(folder)
         try:
             arrays = {

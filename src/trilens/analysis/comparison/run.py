@@ -37,7 +37,8 @@ from trilens.evaluation.output import OutputAccumulator, OutputResult
 from trilens.lens.capture import Capture, ModelInfo
 from trilens.lens.lens import Lens
 from trilens.models.encoded import each_prompt, is_messages
-from trilens.models.tokens import PromptLike, max_positions_of, read_prompt, vocab_size_of
+from trilens.models.positions import max_positions_of
+from trilens.models.tokens import PromptLike, read_prompt, vocab_size_of
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
 from trilens.text.token_blocks import batches_by_length

@@ -34,7 +34,8 @@ from trilens.io.atomic import write_bytes
 from trilens.io.sealed import read_sealed, sealed
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
-from trilens.models.tokens import max_positions_of, vocab_size_of
+from trilens.models.positions import configured_positions
+from trilens.models.tokens import vocab_size_of
 from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
@@ -82,7 +83,7 @@ def run_calibration(
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
     model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
-    drawn = draw(calibration, tokenizer, longest=max_positions_of(model))
+    drawn = draw(calibration, tokenizer, longest=configured_positions(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
@@ -114,6 +115,7 @@ class _Run:
         check_source: Callable[[], None],
     ) -> None:
         self.check_source = check_source
+        self.digests: dict[str, str] = {}
         self.rule, self.fit = rule, fit
         self.runner, self.placed, self.plan = runner, placed, plan
         self.calibration, self.drawn, self.store = calibration, drawn, store
@@ -129,6 +131,7 @@ class _Run:
 
     def blocks(self) -> None:
         """Code every block that is not finished."""
+        self.store.check_streams()
         if not self.store.records:
             self._write("dense", 0, lambda batch: self.runner.first(batch.ids))
         for index in range(len(self.store.records), self.runner.n_blocks):
@@ -192,7 +195,9 @@ class _Run:
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, after(ternary, coded.module))
         self.check_source()
-        self.store.add(coded.record, coded.quants, coded.vectors)
+        kept = {self._path(name, index + 1).name for name in ("dense", "ternary")}
+        digests = {name: digest for name, digest in self.digests.items() if name in kept}
+        self.store.add(coded.record, coded.quants, coded.vectors, digests)
         for name in ("dense", "ternary"):  # the next block is all that a resumed run needs
             self._path(name, index).unlink(missing_ok=True)
 
@@ -282,7 +287,9 @@ class _Run:
         return Stream(self._path(name, index), self.width, self.n_tokens)
 
     def _write(self, name: str, index: int, make: Callable[[Batch], Tensor]) -> Stream:
-        path, _ = write_stream(self._path(name, index), self.all, make)
+        path, _, self.digests[self._path(name, index).name] = write_stream(
+            self._path(name, index), self.all, make
+        )
         return Stream(path, self.width, self.n_tokens)
 
     def _report(self, index: int, what: str, left: float | None = None) -> None:

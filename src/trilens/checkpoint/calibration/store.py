@@ -27,6 +27,7 @@ from trilens.ternary.quantize import PerLayerQuant
 __all__ = ["BlockRecord", "EndToEndRecord", "MatrixRecord", "Store"]
 
 _TENSORS_HASH = "tensors_sha256"
+_STREAMS = "streams"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Store:
         except OSError as cause:
             raise WriteError(f"{folder} cannot be made: {cause.strerror or cause}") from cause
         self.records: list[BlockRecord] = []
+        self._streams: dict[str, str] = {}  # of the last block
         while self._json(len(self.records)).is_file():
             self.records.append(self._read(len(self.records)))
         self.whole = self._read_whole()
@@ -124,6 +126,7 @@ class Store:
         record: BlockRecord,
         quants: Mapping[tuple[str, int], PerLayerQuant],
         vectors: Mapping[str, Tensor],
+        streams: Mapping[str, str],
     ) -> None:
         """Keep a finished block.
 
@@ -131,8 +134,10 @@ class Store:
             record: what was measured.
             quants: its matrices, by tensor name and expert.
             vectors: new values, by tensor name, in the dtype in which they are stored.
+            streams: hash of each file that the next block reads, by its name.
         """
-        self._keep(self._tensors(record.index), self._json(record.index), record, quants, vectors)
+        values = {**asdict(record), _STREAMS: dict(streams)}
+        self._keep(self._tensors(record.index), self._json(record.index), values, quants, vectors)
         self.records.append(record)
 
     def finish(
@@ -143,19 +148,19 @@ class Store:
     ) -> None:
         """Keep what the fit of all blocks together found: it goes before what the blocks say."""
         record = EndToEndRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
-        self._keep(self._whole("safetensors"), self._whole("json"), record, quants, vectors)
+        self._keep(self._whole("safetensors"), self._whole("json"), asdict(record), quants, vectors)
         self.whole = record
 
     def _keep(
         self,
         tensors: Path,
         text: Path,
-        record: BlockRecord | EndToEndRecord,
+        values: dict[str, Any],
         quants: Mapping[tuple[str, int], PerLayerQuant],
         vectors: Mapping[str, Tensor],
     ) -> None:
         digest = write_safetensors(tensors, _tensors_of(quants, vectors), {})
-        write_bytes(text, sealed({**asdict(record), _TENSORS_HASH: digest}))
+        write_bytes(text, sealed({**values, _TENSORS_HASH: digest}))
 
     def _values(self, tensors: Path, text: Path) -> dict[str, Any]:
         """A record's values; its tensors are as they were written."""
@@ -164,6 +169,17 @@ class Store:
         if (digest is not None) != hashed or (hashed and sha256_of(tensors) != digest):
             raise CorruptFileError(f"{tensors} is damaged: begin in a new directory")
         return values
+
+    def check_streams(self) -> None:
+        """Refuse to go on with streams that are not as they were written.
+
+        Raises:
+            CorruptFileError: names the file.
+        """
+        for name, digest in self._streams.items():
+            path = self.folder / Path(name).name
+            if sha256_of(path) != digest:
+                raise CorruptFileError(f"{path} is damaged: begin in a new directory")
 
     def vector(self, name: str) -> Tensor | None:
         """The new value of a stored tensor, or None where it keeps its own."""
@@ -225,6 +241,8 @@ class Store:
 
     def _read(self, index: int) -> BlockRecord:
         values = self._values(self._tensors(index), self._json(index))
+        streams = values.pop(_STREAMS, {})
+        self._streams = streams if isinstance(streams, dict) else {}
         try:
             matrices = tuple(MatrixRecord(**matrix) for matrix in values["matrices"])
             rest = {**values, "matrices": matrices, "vectors": tuple(values["vectors"])}

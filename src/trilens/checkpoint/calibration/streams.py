@@ -87,11 +87,11 @@ class Stream:
 
 def write_stream(
     path: Path, batches: Sequence[Batch], make: Callable[[Batch], Tensor]
-) -> tuple[Path, int]:
+) -> tuple[Path, int, str]:
     """Write what `make` gives for each batch; the batches follow one another from 0.
 
     Returns:
-        The path, and d_model.
+        The path, d_model, and the hash of the content.
 
     Raises:
         WriteError: no space, no permission.
@@ -102,4 +102,4 @@ def write_stream(
             hidden = make(batch)
             width = hidden.shape[-1]
             file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
-    return path, width
+    return path, width, file.sha256

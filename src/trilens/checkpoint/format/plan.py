@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
@@ -15,6 +14,7 @@ from trilens.errors import UsageError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
 from trilens.io.messages import listed
+from trilens.io.paths import as_path
 from trilens.printable import as_unicode
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
@@ -196,7 +196,9 @@ class TernaryPlan:
         Raises:
             UsageError: the file cannot be read, or as `from_json`.
         """
-        return cls.from_json(read_bytes(Path(path), UsageError, max_bytes=SIZE_LIMIT_BYTES))
+        return cls.from_json(
+            read_bytes(as_path(path, "plan"), UsageError, max_bytes=SIZE_LIMIT_BYTES)
+        )
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from pathlib import Path
 
 from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS, row_spans
 from trilens.checkpoint.gguf.reader import STRING_TYPE, GgufEntry, GgufFile, read_gguf
 from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
 from trilens.errors import CorruptFileError
 from trilens.io.messages import clip
+from trilens.io.paths import as_path
 from trilens.io.sealed import NO_HASH, unsealed
 from trilens.ternary.codecs.packing import Codec
 
@@ -50,7 +50,7 @@ def validate_gguf(path: str | os.PathLike[str]) -> GgufReport:
         CorruptFileError: says which tensor is damaged, and how: a code that is no trit, a scale
             that is NaN or Inf, offsets that overlap, a file that is cut off, another hash.
     """
-    file = read_gguf(Path(path))
+    file = read_gguf(as_path(path))
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CorruptFileError(f"{path} names no architecture (general.architecture)")

@@ -15,7 +15,7 @@ from trilens.io.json import read_json
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
-from trilens.models.tokens import max_positions_of
+from trilens.models.positions import max_positions_of
 from trilens.text.token_blocks import sample_blocks
 
 __all__ = ["Dense", "open_dense"]

@@ -69,8 +69,9 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
         pad_token_id: token that fills a batch; never seen by the model where it is masked.
 
     Raises:
-        ConfigError: a size that is not positive, a hidden_size that heads do not divide, or a
-            field that asks for a variant of the architecture which is not RWKV-7 as published.
+        ConfigError: a size or an epsilon that is not positive, a hidden_size that heads do not
+            divide, or a field that asks for a variant of the architecture which is not RWKV-7 as
+            published.
 
     Source:
         arXiv 2503.14456.
@@ -130,6 +131,8 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
         self.chunk_size = chunk_size
         self._check_sizes((*ranks, "intermediate_size", "chunk_size"))
         self._check_heads(asked_heads, asked_widths)
+        _check_constant("norm_eps", norm_eps)
+        _check_constant("initializer_range", initializer_range)
         self.use_cache = use_cache
         self.initializer_range = initializer_range
         self.bos_token_id = bos_token_id
@@ -144,7 +147,7 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
     def _check_sizes(self, names: tuple[str, ...]) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
 
     def _check_heads(self, asked_heads: int | None, asked_widths: int | list[int] | None) -> None:
@@ -162,3 +165,9 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
             raise ConfigError(
                 f"value_dim is {asked_widths}: RWKV-7 has values of hidden_size {self.hidden_size}"
             )
+
+
+def _check_constant(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value!r}: it must be a finite number above 0")

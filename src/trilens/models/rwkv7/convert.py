@@ -8,9 +8,7 @@ names are also ours. Values are copied bit for bit; low-rank matrices of a `.pth
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,9 @@ from trilens.errors import (
 from trilens.io.guarded import open_regular
 from trilens.io.json import read_json
 from trilens.io.messages import listed
+from trilens.io.paths import as_path
 from trilens.io.safetensors_header import read_header
+from trilens.io.torch_archive import read_torch_archive
 from trilens.models.rwkv7.config import RWKV7Config
 from trilens.models.rwkv7.conversion import write_conversion
 from trilens.models.rwkv7.model import RWKV7ForCausalLM
@@ -41,7 +41,6 @@ __all__ = ["Conversion", "convert_rwkv7"]
 
 _NAMES_SHOWN = 5
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-_PICKLE_START = b"\x80"
 _TOP = {
     "emb.weight": "model.embeddings.weight",
     "ln_out.weight": "model.norm.weight",
@@ -108,11 +107,11 @@ def convert_rwkv7(
         CorruptFileError: an unreadable file, or tensors that are missing, not known or misshapen.
         ConfigError: a `config.json` that asks for another architecture.
         UsageError: dst holds something already, or the tokenizer has more tokens than the model.
-        WriteError: dst cannot be written, or another run writes it.
+        WriteError: dst cannot be written, or another run writes it; nothing is left of it.
 
     Memory: the checkpoint once; a `.pth` is mapped, not read whole.
     """
-    source, target = Path(src), Path(dst)
+    source, target = as_path(src, "source"), as_path(dst, "output")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not empty: name a new directory")
     tensors = dict(_translate(_read(source)))
@@ -133,7 +132,9 @@ def _read(source: Path) -> dict[str, Tensor]:
         raise ModelNotFoundError(f"{source} does not exist")
     if not source.is_dir():
         open_regular(source).close()  # a pipe or a device is refused before anything waits for it
-        return _read_pickle(source) if source.suffix in _PICKLES else _read_safetensors(source)
+        return (
+            read_torch_archive(source) if source.suffix in _PICKLES else _read_safetensors(source)
+        )
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in _PICKLES)
@@ -152,39 +153,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)  # type: ignore[no-any-return]
     except SafetensorError as error:
         raise CorruptFileError(f"{path} is no readable safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, through torch's reader that runs nothing."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            bare = file.read(1) == _PICKLE_START
-        if bare:
-            raise UnsafeFormatError(f"{path} is a bare pickle, not torch's zip of tensors")
-        raise CorruptFileError(f"{path} is no readable .pth file: its zip is truncated or damaged")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = named[1] if named else "an object"
-        raise UnsafeFormatError(
-            f"{path} holds more than plain tensors ({what}) and is not loaded"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        told = str(error).partition("\n")[0]
-        raise CorruptFileError(f"{path} is no readable .pth file: {told}") from error
-    if not isinstance(content, Mapping):
-        raise UnsafeFormatError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    strange = [
-        str(name)
-        for name, value in content.items()
-        if not isinstance(value, Tensor) or value.layout != torch.strided
-    ]
-    if strange:
-        raise UnsafeFormatError(
-            f"{path} holds entries that are not plain tensors: {strange[:_NAMES_SHOWN]}"
-        )
-    return dict(content)
 
 
 def _translate(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

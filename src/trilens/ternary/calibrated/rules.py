@@ -191,7 +191,7 @@ def check_rule(name: str) -> None:
     Raises:
         UsageError: it is neither.
     """
-    if name not in CALIBRATED_RULES and name not in RULES:
+    if not isinstance(name, str) or (name not in CALIBRATED_RULES and name not in RULES):
         raise UsageError(
             f"rule {name!r} is unknown: the rules are {', '.join(RULES)}, and with a calibration "
             f"text {', '.join(CALIBRATED_RULES)}"
