@@ -18,10 +18,10 @@ from hostile.scale import FULL, scaled
 TESTS = Path(__file__).resolve().parent.parent
 KILLS = {
     "capture": (4, 60),
-    "comparison": (4, 60),
-    "ternary": (4, 60),
+    "comparison": (4, 40),
+    "ternary": (4, 40),
     "gguf": (2, 40),
-    "conversion": (4, 120),
+    "conversion": (4, 60),
 }
 """Of each output, in a normal and in a hostile run."""
 
