@@ -10,7 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,16 +156,8 @@ class _Session:
                 f"layer {layer} calls attention twice with different queries or keys: it has no "
                 "single attention pattern"
             )
-        query, key = self.keep(call.query), self.keep(call.key)
-        self.recording.attention[layer] = AttentionCall(
-            call.module,
-            call.implementation,
-            call.function,
-            query,
-            key,
-            call.mask,
-            call.options,
-            call.weights,
+        self.recording.attention[layer] = replace(
+            call, query=self.keep(call.query), key=self.keep(call.key)
         )
 
     def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
