@@ -107,7 +107,7 @@ class _Candidate:
 def _eager_candidates(call: AttentionCall) -> Iterator[_Candidate]:
     """The forms in which transformers' own eager functions compute attention, likely ones first."""
     softcap = call.options.get("softcap")
-    sinks = [(1.0, each) for each in _sinks(call, named=True)]
+    sinks: list[tuple[float, Tensor | None]] = [(1.0, each) for each in _sinks(call, named=True)]
     sinks += [(_DOUBT_NO_SINK, None)]
     sinks += [(_DOUBT_OTHER_SINK, each) for each in _sinks(call, named=False)]
     for doubt, sink in sinks:

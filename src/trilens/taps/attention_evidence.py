@@ -68,7 +68,7 @@ def weights_evidence(pattern: SoftmaxPattern, weights: Tensor) -> Evidence:
         excess = max(excess, worst)
         squares += float(difference.double().square().sum())
         count += int((ours > 0).sum())
-    return Evidence(excess, (squares / max(count, 1)) ** 0.5)
+    return Evidence(excess, math.sqrt(squares / max(count, 1)))
 
 
 def output_error(pattern: SoftmaxPattern, call: AttentionCall) -> float | None:
@@ -87,7 +87,7 @@ def output_error(pattern: SoftmaxPattern, call: AttentionCall) -> float | None:
         difference = (torch.bmm(ours, values) - theirs)[ours.sum(-1) > 0]
         squares += float(difference.double().square().sum())
         count += difference.numel()
-    return (squares / max(count, 1)) ** 0.5
+    return math.sqrt(squares / max(count, 1))
 
 
 def _compared(pattern: SoftmaxPattern) -> Iterator[tuple[int, list[int], Tensor]]:
