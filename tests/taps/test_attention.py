@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinymodels import build, prompt_ids
 from trilens.caches.patterns.protocol import DensePattern, Pattern
+from trilens.errors import AttentionPathError
 from trilens.lens.lens import Lens
 from trilens.taps.attention import pattern_of
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
@@ -183,3 +184,18 @@ def test_a_form_that_is_not_known_keeps_its_weights_on_a_long_prompt(dtype: torc
     pattern = pattern_of(call)
     assert isinstance(pattern, DensePattern)
     assert torch.equal(pattern.dense(), call.weights)
+
+
+def test_attention_that_left_the_registry_since_is_refused_by_its_reason() -> None:
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, vocab_size=100, reorder_and_upcast_attn=True
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.set_attn_implementation("sdpa")
+    lens = Lens(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(AttentionPathError, match="attn_implementation was changed"):
+        lens.capture([1, 2, 3, 4], attention=True)
+    assert lens.capture([1, 2, 3, 4]).residual is not None
+    model.set_attn_implementation("sdpa")
+    assert lens.capture([1, 2, 3, 4], attention=True).attention is not None

@@ -9,7 +9,7 @@ __all__ = ["METRICS", "Row", "against_itself", "change"]
 METRICS: dict[str, str] = {
     "perplexity": "exp of nll_nats",
     "nll_nats": "mean negative log-likelihood of the next token, in nats",
-    "nll_nats_ci95_low": "lower end of its 95 % interval, prompts resampled",
+    "nll_nats_ci95_low": "lower end of its 95 % interval, prompts resampled; a resampled value",
     "nll_nats_ci95_high": "upper end",
     "nll_nats_change_ci95_low": "lower end of the 95 % interval of its change, in pairs",
     "nll_nats_change_ci95_high": "upper end",
@@ -17,7 +17,7 @@ METRICS: dict[str, str] = {
     "perplexity_ci95_high": "exp of nll_nats_ci95_high",
     "kl_nats_mean": "mean over tokens of KL(before ‖ after), in nats",
     "kl_nats_median": "its median",
-    "kl_nats_p99": "its 99th percentile",
+    "kl_nats_p99": "its 99th percentile: the smallest of its values that is not exceeded by 99 %",
     "kl_nats_max": "its maximum",
     "same_top1": "share of positions with the same most probable token",
     "same_top5": "mean share of the five most probable tokens that both have",
@@ -25,9 +25,10 @@ METRICS: dict[str, str] = {
     "right_probability_rms_change": "root mean square of the change of that probability",
     "cosine": "mean over tokens of the cosine between the residual streams",
     "cosine_last": "mean over prompts of that of the last token",
-    "relative_error": "mean over tokens of ‖before − after‖² / ‖before‖²",
+    "relative_error": "mean over tokens of the squared ‖before − after‖² / ‖before‖²",
     "relative_error_last": "mean over prompts of that of the last token",
-    "js_nats": "mean over queries of the Jensen–Shannon divergence, in [0, ln 2]",
+    "js_nats": "mean over queries of the Jensen–Shannon divergence of the renormalised rows "
+    "(a sink's share is left out), in [0, ln 2]",
     "entropy_nats": "mean over queries of the entropy of the renormalised row",
     "distance_tokens": "mean over queries of the mean distance from query to key",
     "first_token_mass": "mean weight on the first token",
@@ -46,7 +47,7 @@ METRICS: dict[str, str] = {
     "horizon_tokens": "median over units of the memory horizon 1/(1 − a), a the mean decay",
     "settled": "share of positions whose final top token is on top from this layer on",
     "settle_layer": "mean first layer from which the final top token stays on top",
-    "weight_relative_error": "‖W − Ŵ‖² / ‖W‖²",
+    "weight_relative_error": "squared relative error ‖W − Ŵ‖² / ‖W‖²",
     "weight_sparsity": "share of weights that are 0",
 }
 """Every metric, in words."""
