@@ -14,6 +14,7 @@ NAMES = (
     "effective_attention --json",
     "recurrent_states --json",
     "quantize",
+    "planes",
     "checkpoint",
     "calibrated",
     "plan",

@@ -69,7 +69,7 @@ def test_the_command_prints_it(out: Path, text: Path) -> None:
     shown = CliRunner().invoke(app, [*arguments, "--evaluate", str(text)])
     sample = validate(out).sample
     assert sample is not None
-    assert sample.sentence in shown.stdout
+    assert sample.sentence in " ".join(shown.stdout.split())
     assert shown.exit_code == 0
     other = CliRunner().invoke(app, [*arguments, "--evaluate", __file__])
     assert other.exit_code == 2
@@ -80,6 +80,9 @@ def test_without_a_sample_the_damage_is_said_to_be_unmeasured(tmp_path: Path) ->
     report = ternarize(saved("llama", tmp_path / "src"), tmp_path / "out")
     assert report.sample is None
     assert report.to_dict()["sample"] is None
+    # Embeddings and norms are no matrices of a block: the two figures differ, and both are given.
+    assert report.to_dict()["matrix_bits_per_weight"] == report.matrix_bits_per_weight
+    assert report.matrix_bits_per_weight < report.bits_per_weight
     assert "damage was not measured" in report.verdict
     assert "damage was not measured" in (tmp_path / "out" / "README.md").read_text()
 
@@ -90,6 +93,13 @@ def test_a_model_that_overflows_has_infinite_perplexity() -> None:
     assert sample.to_dict()["ratio"] is None
     assert SampleReport.from_dict(sample.to_dict()) == sample
     assert "inf after" in sample.sentence
+    assert "blocks" not in sample.sentence
+    before = {k: v for k, v in sample.to_dict().items() if k != "block_length"}
+    assert SampleReport.from_dict(before) == sample
+    known = SampleReport("text", 200, 3.5, 4.0, 512)
+    assert "(200 tokens in blocks of up to 512)" in known.sentence
+    assert known.to_dict()["block_length"] == 512
+    assert SampleReport.from_dict(known.to_dict()) == known
     for key, value in (("name", 3), ("n_tokens", "x"), ("perplexity_before", 0)):
         with pytest.raises(TypeError):
             SampleReport.from_dict({**sample.to_dict(), key: value})

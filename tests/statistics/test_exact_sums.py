@@ -50,3 +50,17 @@ def test_plain_summation_would_not_pass() -> None:
     total, rest = column_sums(values)
     assert float((total + rest)[0]) == 2.0
     assert float(values.sum(axis=0)[0]) != 2.0
+
+
+def test_a_quotient_is_off_by_half_an_ulp_and_hardly_more() -> None:
+    rng = np.random.default_rng(0)
+    for count in (3, 7, 1000):
+        total = rng.standard_normal(2000)
+        rest = total * 2.0**-53 * rng.integers(-1, 2, 2000)
+        exact = [
+            (Fraction(a) + Fraction(b)) / count
+            for a, b in zip(total.tolist(), rest.tolist(), strict=True)
+        ]
+        found = divided(total, rest, count)
+        for got, want, ulp in zip(found.tolist(), exact, np.spacing(found).tolist(), strict=True):
+            assert abs(Fraction(got) - want) <= Fraction(abs(ulp)) * Fraction(501, 1000)

@@ -361,7 +361,9 @@ class TestValues:
     @pytest.mark.parametrize("rule", RULE_NAMES)
     def test_zeros_have_no_sign(self, rule: str) -> None:
         quant = PerLayerQuant.quantize(torch.tensor([-0.0, 0.0, 1.0, -3.0, 0.2]), "w", rule=rule)
-        assert quant.trits[:2].tolist() == [0, 0]
+        assert quant.trits[0] == quant.trits[1]
+        if rule != "asymmetric":  # whose middle level may be elsewhere
+            assert quant.trits[0] == 0
 
 
 class TestScaleDtype:

@@ -127,7 +127,13 @@ class Baseline:
             after = measure_perplexity(load(folder).model, self.blocks).value
         except NonFiniteError:
             after = math.inf
-        return SampleReport(self.name, self.n_tokens, _rounded(self.perplexity), _rounded(after))
+        return SampleReport(
+            self.name,
+            self.n_tokens,
+            _rounded(self.perplexity),
+            _rounded(after),
+            max(len(block) for block in self.blocks),
+        )
 
 
 def _headless(model: Any) -> bool:

@@ -48,7 +48,8 @@ class OutputResult:
             without next tokens, all.
         kl_nats_mean: mean KL(before ‖ after), in [0, Inf].
         kl_nats_median: its median over tokens.
-        kl_nats_p99: its 99th percentile.
+        kl_nats_p99: its 99th percentile: between two values the higher one, which stays a number
+            where values are infinite.
         kl_nats_max: its maximum.
         same_top1: share of positions with the same most probable token, in [0, 1].
         same_top5: mean share of the five most probable tokens that both have, in [0, 1].

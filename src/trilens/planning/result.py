@@ -90,7 +90,8 @@ class Planned(Tabular):
         plan: For `ternarize`.
         options: What was asked.
         choices: One for each matrix, in the model's order.
-        bits_per_weight: Over all matrices that can be ternarized, as they will be stored.
+        bits_per_weight: Over the matrices of the blocks alone, as they will be stored:
+            `matrix_bits_per_weight` of `ternarize`'s report.
         damage: Measured on held-out tokens with the whole plan in the model.
         nll_nats: Mean negative log-likelihood of the unchanged model on them.
         n_measured: Candidates whose KL was measured to make it.
@@ -103,6 +104,11 @@ class Planned(Tabular):
     damage: Degradation
     nll_nats: float
     n_measured: int
+
+    @property
+    def matrix_bits_per_weight(self) -> float:
+        """`bits_per_weight`, by the name that the report of `ternarize` has for it."""
+        return self.bits_per_weight
 
     @property
     def holds(self) -> bool:
@@ -125,6 +131,7 @@ class Planned(Tabular):
             },
             "measured": {
                 "bits_per_weight": self.bits_per_weight,
+                "matrix_bits_per_weight": self.matrix_bits_per_weight,
                 "perplexity_ratio": self.damage.perplexity_ratio,
                 "nll_nats": self.damage.nll_nats,
                 "kl_nats": self.damage.kl_nats,

@@ -44,7 +44,11 @@ def column_sums(rows: Vector) -> tuple[Vector, Vector]:
 
 
 def divided(total: Vector, rest: Vector, count: int) -> Vector:
-    """(total + rest) / count, rounded once: the quotient is mended by its own remainder."""
+    """(total + rest) / count, off by little more than half an ulp.
+
+    The quotient is mended by its own remainder. That is the exact quotient rounded to nearest,
+    unless it lies within about 2⁻⁵² ulp of the middle between two numbers: then either of them.
+    """
     quotient = total / count
     # quotient · count exactly, as high + low: NumPy has no fused multiply-add.
     high = quotient * count

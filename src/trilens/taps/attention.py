@@ -1,22 +1,24 @@
 """From what an attention function was called with to a pattern that can be asked.
 
 What SDPA computes is fixed by its arguments. Any other function ("eager": the model file's own)
-returned its weights: the lazy form is claimed only where it gives back some of those weights, and
-the weights themselves are kept where it does not.
+returned its weights: of the lazy forms that give back some of those weights the nearest is claimed,
+and the weights themselves are kept where none does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import AttentionPathError
+from trilens.taps.attention_evidence import output_error, weights_evidence
 from trilens.taps.registry import AttentionCall
 
 __all__ = ["is_readable", "pattern_of"]
@@ -25,6 +27,14 @@ __all__ = ["is_readable", "pattern_of"]
 def is_readable(call: AttentionCall) -> bool:
     """Whether `pattern_of` has something to read a pattern from."""
     return call.function is sdpa_attention_forward or call.weights is not None
+
+
+_SINK_NAME = re.compile("sink|^s_aux$")
+
+# A module that has sinks uses them: rounding alone must not speak against that, nor for a tensor
+# that only has a sink's shape.
+_DOUBT_NO_SINK = 2.0
+_DOUBT_OTHER_SINK = 4.0
 
 
 def pattern_of(call: AttentionCall) -> Pattern:
@@ -40,13 +50,10 @@ def pattern_of(call: AttentionCall) -> Pattern:
             f"attention implementation {call.implementation!r} gives neither weights nor arguments "
             "that can be read; load the model with attn_implementation='sdpa' or 'eager'"
         )
-    rows = _some_rows(call.query.shape[-2])
-    tolerance = _tolerance(call.weights.dtype)
-    for pattern in _eager_candidates(call):
-        difference = _difference(pattern, call.weights, rows)
-        if difference <= tolerance:
-            return pattern
-    return DensePattern(call.weights.detach())
+    best = _best_of(_eager_candidates(call), call.weights)
+    if best is None:
+        return DensePattern(call.weights.detach())
+    return _with_later_sink(best, call)
 
 
 def _sdpa_pattern(call: AttentionCall) -> SoftmaxPattern:
@@ -66,20 +73,61 @@ def _sdpa_pattern(call: AttentionCall) -> SoftmaxPattern:
     )
 
 
-def _eager_candidates(call: AttentionCall) -> Iterator[SoftmaxPattern]:
-    """The forms in which transformers' own eager functions compute attention."""
+def _best_of(candidates: Iterable[_Candidate], weights: Tensor) -> SoftmaxPattern | None:
+    """Of the candidates that give back the weights, the one that misses them by least."""
+    best, least = None, math.inf
+    for candidate in candidates:
+        evidence = weights_evidence(candidate.pattern, weights)
+        error = evidence.error * candidate.doubt
+        if evidence.holds and (best is None or error < least):
+            best, least = candidate.pattern, error
+    return best
+
+
+def _with_later_sink(pattern: SoftmaxPattern, call: AttentionCall) -> SoftmaxPattern:
+    """The pattern with the module's sinks, where the function applied them to its output alone.
+
+    Such a function returns the weights before the sink took its share; what the model goes on with
+    is the output.
+    """
+    without = output_error(pattern, call)
+    if "sinks" in pattern.tensors() or without is None:
+        return pattern
+    best, least = pattern, without * _DOUBT_NO_SINK
+    for sinks in _sinks(call, named=True):
+        candidate = pattern.rebuild({**pattern.tensors(), "sinks": sinks}, pattern.params())
+        error = output_error(candidate, call)
+        if error is not None and error < least:
+            best, least = candidate, error
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A form that attention may have; its error counts times the doubt."""
+
+    pattern: SoftmaxPattern
+    doubt: float
+
+
+def _eager_candidates(call: AttentionCall) -> Iterator[_Candidate]:
+    """The forms in which transformers' own eager functions compute attention, likely ones first."""
     softcap = call.options.get("softcap")
-    for sinks in (None, *_sink_tensors(call)):
+    sinks: list[tuple[float, Tensor | None]] = [(1.0, each) for each in _sinks(call, named=True)]
+    sinks += [(_DOUBT_NO_SINK, None)]
+    sinks += [(_DOUBT_OTHER_SINK, each) for each in _sinks(call, named=False)]
+    for doubt, sink in sinks:
         for cap in dict.fromkeys((softcap, None)):
-            yield SoftmaxPattern(
+            pattern = SoftmaxPattern(
                 call.query,
                 call.key,
                 scaling=_scaling(call),
                 mask=call.mask,
                 bias=call.options.get("position_bias"),
                 softcap=cap,
-                sinks=sinks,
+                sinks=sink,
             )
+            yield _Candidate(pattern, doubt)
 
 
 def _scaling(call: AttentionCall) -> float:
@@ -89,32 +137,12 @@ def _scaling(call: AttentionCall) -> float:
     return call.query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
-def _sink_tensors(call: AttentionCall) -> Iterator[Tensor]:
-    """Whatever could be a sink logit per head: among the arguments, or the module's own."""
+def _sinks(call: AttentionCall, *, named: bool) -> list[Tensor]:
+    """What could be a sink logit per head, the module's own first; by its name, or by shape."""
     heads = call.query.shape[1]
-    own: dict[str, Any] = dict(call.module.named_parameters(recurse=False))
-    for value in (*call.options.values(), *own.values()):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() == heads:
-            yield value.detach().reshape(heads)
-
-
-def _some_rows(seq: int) -> list[int]:
-    return sorted({0, seq // 3, seq // 2, seq - 1})
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    # PROMOTE: weights rounded to half precision can't agree to better than their own rounding.
-    return 1e-5 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
-
-
-def _difference(pattern: SoftmaxPattern, weights: Tensor, rows: list[int]) -> float:
-    worst = 0.0
-    for batch in range(weights.shape[0]):
-        ours = pattern.rows(rows, batch=batch)
-        theirs = weights[batch][:, rows].to(ours.dtype)
-        if ours.shape != theirs.shape:
-            return float("inf")
-        # A row that may see nothing is uniform in eager attention and zero here.
-        seen = ours.sum(-1) > 0
-        worst = max(worst, float((ours - theirs)[seen].abs().max()) if bool(seen.any()) else 0.0)
-    return worst
+    found: dict[int, Tensor] = {}
+    for name, value in (*call.module.named_parameters(recurse=False), *call.options.items()):
+        fits = isinstance(value, Tensor) and value.is_floating_point() and value.numel() == heads
+        if fits and named == bool(_SINK_NAME.search(name)):
+            found.setdefault(value.data_ptr(), value.detach().reshape(heads))
+    return list(found.values())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class AttentionCall:
 
     Shapes
         query [batch, heads, seq_q, d], key [batch, kv_heads, seq_k, d], after rotation;
-        weights [batch, heads, seq_q, seq_k] where the function returned them.
+        weights [batch, heads, seq_q, seq_k] where the function returned them, and with them what
+        they were applied to and gave: value [batch, kv_heads, seq_k, d_v] and
+        output [batch, seq_q, heads, d_v].
     """
 
     module: nn.Module
@@ -46,6 +48,8 @@ class AttentionCall:
     mask: Tensor | None
     options: Mapping[str, Any]
     weights: Tensor | None
+    value: Tensor | None = None
+    output: Tensor | None = None
 
 
 Watcher = Callable[[AttentionCall], None]
@@ -103,10 +107,12 @@ class AttentionRegistry:
             result = function(module, query, key, value, attention_mask, *args, **kwargs)
             watcher = watchers.get(id(module))
             if watcher is not None:
-                weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+                output, weights = (*result, None)[:2] if isinstance(result, tuple) else (None, None)
                 call = AttentionCall(
                     module, name, function, query, key, attention_mask, kwargs, weights
                 )
+                if weights is not None:
+                    call = replace(call, value=value, output=output)
                 watcher(call)
             return result
 

@@ -10,7 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -173,16 +173,8 @@ class _Session:
                 f"layer {layer} calls attention twice with different queries or keys: it has no "
                 "single attention pattern"
             )
-        query, key = self.keep(call.query), self.keep(call.key)
-        self.recording.attention[layer] = AttentionCall(
-            call.module,
-            call.implementation,
-            call.function,
-            query,
-            key,
-            call.mask,
-            call.options,
-            call.weights,
+        self.recording.attention[layer] = replace(
+            call, query=self.keep(call.query), key=self.keep(call.key)
         )
 
     def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
@@ -304,13 +296,22 @@ class _Session:
         return tensor
 
     def finish(self) -> None:
-        """Raise if a requested site did not fire."""
+        """Raise if a requested site did not fire, or attention went another way."""
         got, asked = self.recording, self.request
         got.overwritten = any(tensor._version != version for tensor, version in self.references)
         silent = []
         if asked.residual is not None:
             silent += [f"resid_post of layer {i}" for i in asked.layers if i not in got.residual]
-        silent += [f"attention of layer {i}" for i in asked.attention if i not in got.attention]
+        missing = [i for i in asked.attention if i not in got.attention]
+        if missing and self.done == self.anatomy.n_layers:
+            raise AttentionPathError(
+                f"the attention of layer {missing[0]} ran without one of transformers' attention "
+                "functions, which it called when the lens was opened: the model's "
+                "attn_implementation was changed since, and its code goes another way now (as "
+                "GPT-2's reorder_and_upcast_attn does under 'eager'); set it back (model."
+                "set_attn_implementation('sdpa')), or capture without attention=True"
+            )
+        silent += [f"attention of layer {i}" for i in missing]
         silent += [f"{name} of layer {i}" for name, i in asked.gates if (name, i) not in got.gates]
         silent += [f"recurrence of layer {i}" for i in asked.kernels if i not in got.kernels]
         silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]

@@ -237,7 +237,9 @@ class PerLayerQuant:
         return self.energies(original)[0] / math.prod(self.shape)
 
     def relative_error(self, original: WeightsLike) -> float:
-        """‖W − Ŵ‖² / ‖W‖²: 0 for exact, 1 for nothing left, inf where only ‖W‖ is 0.
+        """The squared relative error ‖W − Ŵ‖² / ‖W‖².
+
+        0 for exact, 1 for nothing left, inf where only ‖W‖ is 0.
 
         Raises: as `quantize` does for the weights it reads.
         """

@@ -19,7 +19,7 @@ from trilens.analysis.comparison.attention import (
 )
 from trilens.analysis.comparison.conditions import parse_condition
 from trilens.analysis.comparison.gates import GateAccumulator
-from trilens.analysis.comparison.heads import RoleAccumulator, repeated_probe
+from trilens.analysis.comparison.heads import ROLES, RoleAccumulator, repeated_probe
 from trilens.analysis.comparison.logit_lens import convergence_layers
 from trilens.analysis.comparison.residual import ResidualAccumulator
 from trilens.analysis.comparison.rows import METRICS, Row
@@ -240,7 +240,9 @@ def test_memory_horizon_of_a_decay() -> None:
     tally = GateAccumulator(0.1)
     tally.add("mixer.decay", 0, cache, cache)
     decay = cache.get("mixer.decay", 0).double().log().mean(0)
-    expected = float((1 / (1 - decay.exp())).median())
+    # An even number of channels: the mean of the two in the middle.
+    expected = float(np.median((1 / (1 - decay.exp())).numpy()))
+    assert decay.numel() % 2 == 0
     row = value(tally.rows(), "horizon_tokens")
     # A decay in float32 is off by half an eps, and 1/(1 − w) by its square times that.
     error = float(sum_error(4, expected**2, torch.float32))
@@ -321,3 +323,18 @@ def test_a_condition_that_says_nothing_is_refused(text: str, words: str) -> None
 
 def test_every_metric_is_explained() -> None:
     assert all(words and words == words.strip() for words in METRICS.values())
+
+
+def test_head_scores_come_with_their_spread_over_sequences() -> None:
+    from_sequences = RoleAccumulator(4)
+    for seed in range(4):
+        weights = torch.rand(1, 2, 9, 9, generator=torch.Generator().manual_seed(seed))
+        from_sequences.add(0, "attention", DensePattern(weights), DensePattern(weights / 2))
+    rows = from_sequences.rows()
+    for row in rows:
+        if row.metric.endswith("_sd"):
+            assert 0 < row.after < row.before
+            assert row.after == pytest.approx(row.before / 2, rel=1e-4)
+    assert {row.metric for row in rows} == {
+        f"{role}_score{suffix}" for role in ROLES for suffix in ("", "_sd")
+    }

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -492,3 +493,12 @@ def test_a_bare_encoder_is_compared_inside_alone() -> None:
     assert any(row.delta for row in result.select("cosine"))
     assert any("without an unembedding" in note for note in result.notes)
     assert "without an unembedding" in render_comparison(result)
+
+
+def test_json_has_null_for_what_is_not_finite(found: Comparison) -> None:
+    first, *rest = found.rows
+    odd = replace(found, rows=(replace(first, before=math.inf, after=math.nan), *rest))
+    row = odd.to_dict()["table"][0]
+    assert row["before"] is None
+    assert row["after"] is None
+    json.dumps(odd.to_dict(), allow_nan=False)

@@ -205,6 +205,10 @@ def test_a_checkpoint_published_for_transformers_loads_as_it_is(tmp_path, tensor
     converted = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out").path
     ids = torch.arange(1, 30).unsqueeze(0)
     same = AutoModelForCausalLM.from_pretrained(converted)
+    # Such a configuration means head_dim · norm_eps, the reference code 64e-5.
+    for block in same.model.layers:
+        assert block.attn.g_norm.eps == 64e-5
+        block.attn.g_norm.eps = 16 * 1e-5
     assert torch.equal(loaded(ids).logits, same(ids).logits)
 
 
@@ -315,3 +319,17 @@ def test_places_that_are_wrong(tmp_path, tensors):
     assert convert_rwkv7(tmp_path / "model.pth", empty).path == empty
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["empty", "model.pth"]
+
+
+@pytest.mark.parametrize("head_size", [16, 24])
+def test_the_group_norm_is_that_of_the_reference_code(tmp_path, head_size):
+    tensors = published_tensors(**{**SIZES, "head_size": head_size})
+    converted = convert_rwkv7(save_pth(tensors, tmp_path), tmp_path / "out").path
+    config = RWKV7Config.from_pretrained(converted)
+    assert config.group_norm_eps == 64e-5
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert {block.attn.g_norm.eps for block in model.model.layers} == {64e-5}
+
+
+def test_a_configuration_of_before_keeps_its_epsilon():
+    assert RWKV7Config(head_size=32, hidden_size=64, norm_eps=1e-6).group_norm_eps == 32e-6

@@ -198,3 +198,15 @@ def test_layer_keeps_its_shape() -> None:
     assert layer(torch.zeros(0, 64)).shape == (0, 64)
     assert layer(torch.zeros(64)).shape == (64,)
     assert layer(torch.zeros(2, 1, 64).transpose(0, 1)).shape == (1, 2, 64)
+
+
+def test_a_processor_without_f16c_has_no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM would call a function that numba does not have, and the process would end."""
+    monkeypatch.setattr(loops.config, "CPU_FEATURES", "+sse2,+avx,+avx2,-f16c")
+    monkeypatch.setattr(loops.binding, "get_process_triple", lambda: "x86_64-unknown-linux-gnu")
+    assert loops.methods_here() == ()
+    monkeypatch.setattr(loops.config, "CPU_FEATURES", "+sse2,+avx,+f16c")
+    assert loops.methods_here() == ("singles", "any")
+    monkeypatch.setattr(loops.config, "CPU_FEATURES", "+neon")
+    monkeypatch.setattr(loops.binding, "get_process_triple", lambda: "aarch64-unknown-linux-gnu")
+    assert loops.methods_here() == ("any",)

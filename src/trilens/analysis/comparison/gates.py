@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,4 +162,5 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
 def _horizon(log_decay: Tensor) -> float:
     """Median over units of 1/(1 − a)."""
     # PROMOTE: 1 − a has no digits left for a near 1; −expm1(ln a) has all of them.
-    return float((1.0 / -torch.expm1(log_decay)).median())
+    horizons = (1.0 / -torch.expm1(log_decay)).cpu().numpy()
+    return float(np.median(horizons))

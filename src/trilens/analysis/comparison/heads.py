@@ -83,34 +83,40 @@ class RoleAccumulator:
         half: length of the part that comes twice.
     """
 
-    __slots__ = ("_counts", "_half", "_modules", "_scores")
+    __slots__ = ("_half", "_modules", "_scores")
 
     def __init__(self, half: int) -> None:
         self._half = half
-        self._scores: dict[int, Tensor] = {}
-        self._counts: dict[int, int] = {}
+        self._scores: dict[int, list[Tensor]] = {}
         self._modules: dict[int, str] = {}
 
     def add(self, layer: int, module: str, before: Pattern, after: Pattern) -> None:
         """One sequence's patterns of one layer."""
         both = torch.stack([_scores(pattern, self._half) for pattern in (before, after)])
-        self._scores[layer] = self._scores.get(layer, torch.zeros_like(both)) + both
-        self._counts[layer] = self._counts.get(layer, 0) + 1
+        self._scores.setdefault(layer, []).append(both)
         self._modules[layer] = module
 
     def _means(self, layer: int) -> list[list[list[float]]]:
-        means: list[list[list[float]]] = (self._scores[layer] / self._counts[layer]).tolist()
+        means: list[list[list[float]]] = torch.stack(self._scores[layer]).mean(0).tolist()
         return means
 
+    def _spreads(self, layer: int) -> list[list[list[float]]]:
+        """Standard deviations over the sequences."""
+        scores = torch.stack(self._scores[layer])
+        found: list[list[list[float]]] = scores.std(0, correction=0).tolist()
+        return found
+
     def rows(self) -> list[Row]:
-        """Scores per layer and head."""
+        """Scores per layer and head, and their spread over the sequences."""
         found = []
         for layer, module in sorted(self._modules.items()):
-            before, after = self._means(layer)
-            for i, role in enumerate(ROLES):
-                for head in range(len(before[i])):
-                    at = Place(module, layer, head)
-                    found.append(at.change(f"{role}_score", before[i][head], after[i][head]))
+            for suffix, values in (("", self._means(layer)), ("_sd", self._spreads(layer))):
+                before, after = values
+                for i, role in enumerate(ROLES):
+                    for head in range(len(before[i])):
+                        pair = before[i][head], after[i][head]
+                        at = Place(module, layer, head)
+                        found.append(at.change(f"{role}_score{suffix}", *pair))
         return found
 
     def changes(self, threshold: float) -> list[RoleChange]:

@@ -142,7 +142,7 @@ class Comparison(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """The comparison without its arrays, as JSON can hold it.
 
-        JSON has no infinity: "inf", "-inf" and "nan" stand for what is not finite.
+        JSON has no infinity: null stands for what is not finite, here and in every file of JSON.
         """
         return {
             "format": FORMAT,
@@ -189,4 +189,4 @@ class Comparison(Tabular):
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

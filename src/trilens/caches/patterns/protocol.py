@@ -128,7 +128,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def received(self, batch: int = 0) -> Tensor:
-        """Mean weight that a key gets from the queries that may see it: [heads, seq_k]."""
+        """Mean (not summed) weight of a key over the queries that may see it: [heads, seq_k]."""
 
     @abstractmethod
     def sink_mass(self, batch: int = 0) -> Tensor:

@@ -59,7 +59,10 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
         a_low_rank_dim: rank of the in-context learning rate's projection.
         v_low_rank_dim: rank of the value residual's projection (every block but the first).
         gate_low_rank_dim: rank of the output gate's projection.
-        norm_eps: epsilon of the layer norms; the per-head norm has head_size · norm_eps.
+        norm_eps: epsilon of the layer norms.
+        group_norm_eps: epsilon of the per-head norm; head_size · norm_eps unless given, as
+            configurations published for transformers mean it. The reference code has 64e-5,
+            whatever the head size.
         chunk_size: tokens that the prefill kernel takes at once; a matter of speed alone.
         tie_word_embeddings: whether the unembedding is the embedding; published models say no.
         use_cache: whether a forward pass returns the recurrent state by default.
@@ -94,6 +97,7 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
         v_low_rank_dim: int | None = None,
         gate_low_rank_dim: int | None = None,
         norm_eps: float = 1e-5,
+        group_norm_eps: float | None = None,
         chunk_size: int = 16,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
@@ -128,6 +132,7 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
         for name, rank in ranks.items():
             setattr(self, name, low_rank_dim(name, hidden_size) if rank is None else rank)
         self.norm_eps = norm_eps
+        self.group_norm_eps = head_size * norm_eps if group_norm_eps is None else group_norm_eps
         self.chunk_size = chunk_size
         self._check_sizes((*ranks, "intermediate_size", "chunk_size"))
         self._check_heads(asked_heads, asked_widths)

@@ -68,11 +68,13 @@ _FROM_CONFIG = (
     "norm_bias",
     "hidden_act",
     "norm_eps",
+    "group_norm_eps",
     "use_cache",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
 )
+_GROUP_NORM_EPS = 64e-5
 _SHIFTS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
 
@@ -235,6 +237,9 @@ def _infer_config(
     }
     if inferred["num_hidden_layers"] > 1:
         inferred["v_low_rank_dim"] = size("model.layers.1.attn.v_lora.lora.0.weight", 0)
+    # Without a configuration the weights are those of the reference code.
+    if not published:
+        inferred["group_norm_eps"] = _GROUP_NORM_EPS
     extra = {name: published[name] for name in _FROM_CONFIG if name in published}
     return RWKV7Config(**inferred, **extra, architectures=[RWKV7ForCausalLM.__name__])
 

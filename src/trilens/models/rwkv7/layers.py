@@ -116,9 +116,7 @@ class RWKV7TimeMix(nn.Module):
             self.v_lora = LowRank(width, config.v_low_rank_dim, nn.Identity(), bias=True)
             self.v_act = nn.Sigmoid()
         self.g_lora = LowRank(width, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
-        self.g_norm = nn.GroupNorm(
-            config.num_attention_heads, width, eps=config.head_size * config.norm_eps
-        )
+        self.g_norm = nn.GroupNorm(config.num_attention_heads, width, eps=config.group_norm_eps)
 
     def forward(
         self,

@@ -39,7 +39,8 @@ def print_report(report: TernaryReport, console: Console) -> None:
         f"{len(report.coded)} matrices ternarized, {rest} tensors not quantized "
         f"({len(report.fallbacks)} of them matrices), {absent} left out; "
         f"{report.size_bytes_before:,} → {report.size_bytes:,} bytes, "
-        f"{report.bits_per_weight:.2f} bits per weight over all tensors.",
+        f"{report.bits_per_weight:.2f} bits per weight over all tensors, "
+        f"{report.matrix_bits_per_weight:.2f} over the matrices of the blocks.",
     )
     print_line(console, report.verdict)
 

@@ -1,154 +1,134 @@
-"""Scale and code in turns: least squares for the scales, then the nearest level for each weight.
+"""Alternating minimisation: least squares for the scales, then the nearest level for each weight.
 
-The levels of a unit are a linear code book: level = Σ scale · entry over the columns of the book.
-Each turn can only lower the squared error, and needs only how many weights fell in each cell and
-their sum: short units are sorted once, and each turn then looks up where the cuts fall.
+A step can only lower the squared error, and needs only how many weights fell in each cell and
+their sum. It ends in the local optimum of its start. Which start leads to the best one depends on
+the unit and shows after a few steps: all starts take one, the best of each unit a few more, and
+the very best goes on until it converges.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trilens.ternary.rules.fits import Fit
-from trilens.ternary.rules.kernels import Kernels
-from trilens.ternary.rules.unit_scan import UnitScan
-from trilens.ternary.weights_view import FloatArray
+from trilens.ternary.rules.cell_counts import CellCounts
 
-__all__ = ["CellCounts", "Minimum", "alternate", "cell_counts", "cuts_between"]
+__all__ = ["Point", "Start", "Step", "least_squares", "minimise"]
 
-_MAX_TURNS = 25
-_CONVERGED = 1e-6  # largest relative change of a unit's explained energy in the last turn
+_CARRIED_ON = 4  # starts of each unit after the first step
+_MORE_STEPS = 3  # of those
+_MAX_STEPS = 25  # of the one that is left
+_CONVERGED = 1e-6  # largest relative change of a unit's explained energy in the last step
 
 _WORTH_PARTING = 0.75  # converged units are left behind once they are more than a quarter
+_AT_ONCE = 1 << 13  # units whose starts are held in memory together
 
-
-class CellCounts(Protocol):
-    """Units whose cells can be counted."""
-
-    @property
-    def n_units(self) -> int:
-        """How many units."""
-
-    def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Count and sum of the weights between cuts; see `plain.cells`."""
-
-    def only(self, which: NDArray[np.bool_]) -> CellCounts:
-        """These units alone."""
+Vector: TypeAlias = NDArray[np.float64]
+Start: TypeAlias = tuple[Vector, Vector]
+"""The two scales `[units]` of each unit where a search begins."""
 
 
 @dataclass(frozen=True, slots=True)
-class _LongUnit:
-    scan: UnitScan
-    n_units: int = 1
-
-    def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        return self.scan.cells(cuts)
-
-    def only(self, which: NDArray[np.bool_]) -> CellCounts:
-        del which  # there is one unit, and nobody asks when it has converged
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class _SortedUnits:
-    ascending: FloatArray  # [units, length]
-    prefix: NDArray[np.float64]  # [units, length + 1]
-    kernels: Kernels
-
-    @property
-    def n_units(self) -> int:
-        return len(self.ascending)
-
-    def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        return self.kernels.sorted_cells(self.ascending, self.prefix, cuts)
-
-    def only(self, which: NDArray[np.bool_]) -> CellCounts:
-        return _SortedUnits(self.ascending[which], self.prefix[which], self.kernels)
-
-
-def cell_counts(scan: UnitScan) -> CellCounts:
-    """The units, ready for many turns.
-
-    Memory: short units take 12 to 16 bytes per weight.
-    """
-    if scan.n_pieces > 1:
-        return _LongUnit(scan)
-    ascending = np.sort(scan.load(0), axis=1)
-    prefix = np.zeros((len(ascending), ascending.shape[1] + 1))
-    np.cumsum(ascending, axis=1, dtype=np.float64, out=prefix[:, 1:])
-    return _SortedUnits(ascending, prefix, scan.kernels)
-
-
-@dataclass(frozen=True, slots=True)
-class Minimum:
-    """Where the turns ended for each unit.
+class Point:
+    """Where a step ended for each unit.
 
     Attributes:
-        cuts: [units, n_cells − 1].
-        book: [units, n_cells, columns], the code book's rows in the order of the unit's levels.
-        scales: [units, columns], the least-squares scales for these cuts.
+        cut_by: [units, 2], the scales whose levels cut the unit into cells.
+        scales: [units, 2], the least-squares scales for these cells.
         explained: [units], ‖W‖² − ‖W − Ŵ‖².
     """
 
-    cuts: NDArray[np.float64]
-    book: NDArray[np.float64]
-    scales: NDArray[np.float64]
-    explained: NDArray[np.float64]
+    cut_by: Vector
+    scales: Vector
+    explained: Vector
 
-    def only(self, which: NDArray[np.bool_]) -> Minimum:
+    def only(self, which: NDArray[np.bool_] | slice) -> Point:
         """These units alone."""
-        return Minimum(
-            self.cuts[which], self.book[which], self.scales[which], self.explained[which]
-        )
+        return Point(self.cut_by[which], self.scales[which], self.explained[which])
 
-    def with_better(self, units: NDArray[np.int64], other: Minimum) -> Minimum:
+    def with_better(self, units: NDArray[np.int64], other: Point) -> Point:
         """The same, but of the units numbered `units` whatever explains more.
 
         Shapes: units [some], other of these
         """
         better = other.explained > self.explained[units]
-        changed = Minimum(
-            self.cuts.copy(), self.book.copy(), self.scales.copy(), self.explained.copy()
-        )
+        changed = Point(self.cut_by.copy(), self.scales.copy(), self.explained.copy())
         where = units[better]
-        changed.cuts[where] = other.cuts[better]
-        changed.book[where] = other.book[better]
+        changed.cut_by[where] = other.cut_by[better]
         changed.scales[where] = other.scales[better]
         changed.explained[where] = other.explained[better]
         return changed
 
-    def fit(self, *, offset: bool) -> Fit:
-        """As a fit whose scales are not negative and descend; `offset`: the last column is none.
 
-        With `offset` the book's last column is all ones, and its scale the unit's offset.
-        """
-        n_planes = self.scales.shape[1] - offset
-        scales = self.scales[:, :n_planes]
-        order = np.argsort(-np.abs(scales), axis=1, kind="stable")
-        flipped = np.where(scales < 0, -1.0, 1.0)
-        trits = (self.book[:, :, :n_planes] * flipped[:, None]).astype(np.int8).transpose(0, 2, 1)
-        return Fit(
-            self.cuts,
-            np.take_along_axis(np.abs(scales), order, axis=1),
-            self.scales[:, -1] if offset else None,
-            np.take_along_axis(trits, order[:, :, None], axis=1),
-        )
+Step: TypeAlias = Callable[[CellCounts, Vector], Point]
+"""From units and scales `[units, 2]` to the point that one step leads to."""
 
 
-def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.float64]) -> Minimum:
-    """Alternate from the scales `start` until they converge; at most 25 times.
+def minimise(
+    step: Step, counts: CellCounts, starts: Sequence[Start], sample: CellCounts | None = None
+) -> Point:
+    """The best point that alternating from any of the starts leads to, as far as it shows early.
 
-    Shapes: book [n_cells, 2], n_cells odd; start [units, 2]
+    It explains at least as much as the first step from any start does.
+
+    Args:
+        step: one step of the rule.
+        counts: the units.
+        starts: where to begin; the first one, which must not be lost, is tried on a sampled unit
+            too.
+        sample: some weights of a single long unit, on which starts are told apart.
     """
-    latest = _turn(counts, book, start)
+    if sample is not None:
+        chosen = _best_start(step, sample, starts).scales
+        first = np.stack(starts[0], axis=1)
+        reached = [_converge(step, counts, step(counts, chosen))]
+        least = step(counts, first)
+        if least.explained[0] > reached[0].explained[0]:
+            reached.append(_converge(step, counts, least))
+        return reached[-1]
+    parts = [slice(at, at + _AT_ONCE) for at in range(0, counts.n_units, _AT_ONCE)]
+    found = []
+    for part in parts:
+        own = counts if len(parts) == 1 else counts.only(part)
+        begin = _best_start(step, own, [(one[part], two[part]) for one, two in starts])
+        found.append(_converge(step, own, begin))
+    return Point(
+        np.concatenate([point.cut_by for point in found]),
+        np.concatenate([point.scales for point in found]),
+        np.concatenate([point.explained for point in found]),
+    )
+
+
+def _best_start(step: Step, counts: CellCounts, starts: Sequence[Start]) -> Point:
+    points = [step(counts, np.stack(start, axis=1)) for start in starts]
+    explained = np.stack([point.explained for point in points])
+    scales = np.stack([point.scales for point in points])
+    order = np.argsort(-explained, axis=0, kind="stable")[:_CARRIED_ON]
+    units = np.arange(counts.n_units)
+    best: Point | None = None
+    for which in order:
+        latest = step(counts, scales[which, units])
+        for _ in range(_MORE_STEPS - 1):
+            latest = step(counts, latest.scales)
+        best = latest if best is None else best.with_better(units, latest)
+    # Rounding may let a step explain a little less than the one before.
+    first = Point(
+        np.stack([point.cut_by for point in points])[order[0], units],
+        scales[order[0], units],
+        explained[order[0], units],
+    )
+    return first if best is None else first.with_better(units, best)
+
+
+def _converge(step: Step, counts: CellCounts, latest: Point) -> Point:
     best = latest
     open_units = np.arange(counts.n_units)
-    for _ in range(_MAX_TURNS - 1):
-        latest = _turn(counts, book, latest.scales)
+    for _ in range(_MAX_STEPS - 1):
+        latest = step(counts, latest.scales)
         gained = latest.explained - best.explained[open_units]
         best = best.with_better(open_units, latest)
         still = gained > _CONVERGED * latest.explained
@@ -159,38 +139,21 @@ def alternate(counts: CellCounts, book: NDArray[np.float64], start: NDArray[np.f
     return best
 
 
-def _turn(counts: CellCounts, book: NDArray[np.float64], scales: NDArray[np.float64]) -> Minimum:
-    # PROMOTE: levels by sums of products, not BLAS, whose order depends on the machine
-    levels = scales[:, :1] * book[:, 0] + scales[:, 1:] * book[:, 1]
-    order = np.argsort(levels, axis=1, kind="stable")
-    cuts = cuts_between(np.take_along_axis(levels, order, axis=1))
-    ordered = book[order]
-    return Minimum(cuts, ordered, *_least_squares(ordered, *counts.cells(cuts), scales))
+def least_squares(
+    gram: tuple[Vector, Vector, Vector], products: tuple[Vector, Vector], previous: Vector
+) -> tuple[Vector, Vector]:
+    """The two scales that are best for some cells, and the energy they explain.
 
+    Where the cells leave a scale open (no weight in a cell that uses it), both keep their value.
 
-def cuts_between(levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Midpoints of neighbouring levels.
+    Shapes: all [units] but previous [units, 2] → [units, 2] and [units]
 
-    Shapes: levels [units, n_cells], ascending → [units, n_cells − 1]
+    Args:
+        gram: Σ first², Σ first · second and Σ second² over the weights' entries of the code book.
+        products: Σ weight · first and Σ weight · second.
+        previous: the scales before.
     """
-    return levels[:, :-1] + 0.5 * (levels[:, 1:] - levels[:, :-1])
-
-
-def _least_squares(
-    book: NDArray[np.float64],
-    counts: NDArray[np.int64],
-    sums: NDArray[np.float64],
-    previous: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The two scales that are best for these cells, and the energy they explain.
-
-    Where the cells leave a scale open (no weight in a cell that uses it), it keeps its value.
-    """
-    first, second = book[..., 0], book[..., 1]
-    g11 = _over_cells(counts * first * first)
-    g12 = _over_cells(counts * first * second)
-    g22 = _over_cells(counts * second * second)
-    b1, b2 = _over_cells(sums * first), _over_cells(sums * second)
+    (g11, g12, g22), (b1, b2) = gram, products
     det = g11 * g22 - g12 * g12
     solvable = det > 1e-9 * g11 * g22
     safe = np.where(solvable, det, 1.0)
@@ -199,11 +162,3 @@ def _least_squares(
     # ‖W‖² − ‖W − Ŵ‖² for any scales: 2 b·s − s·G·s
     explained = 2 * (b1 * s1 + b2 * s2) - (g11 * s1 * s1 + 2 * g12 * s1 * s2 + g22 * s2 * s2)
     return np.stack([s1, s2], axis=1), explained
-
-
-def _over_cells(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sum over the last axis, which is too short for NumPy to be fast along it."""
-    total: NDArray[np.float64] = values[:, 0].copy()
-    for cell in range(1, values.shape[1]):
-        total += values[:, cell]
-    return total

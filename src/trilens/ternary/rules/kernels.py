@@ -56,7 +56,11 @@ class Kernels(Protocol):
         """The k that maximises (Σ of the k largest)²/k, and that Σ, per unit."""
 
     def sorted_cells(
-        self, ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+        self,
+        ascending: FloatArray,
+        prefix: NDArray[np.float64],
+        cuts: NDArray[np.float64],
+        n_low: int,
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What `cells` gives, from sorted units."""
 
@@ -124,11 +128,15 @@ class _Compiled:
         return best, total
 
     def sorted_cells(
-        self, ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+        self,
+        ascending: FloatArray,
+        prefix: NDArray[np.float64],
+        cuts: NDArray[np.float64],
+        n_low: int,
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         shape = (cuts.shape[0], cuts.shape[1] + 1)
         counts, sums = np.empty(shape, dtype=np.int64), np.empty(shape)
-        self._sorted_cells(_read_only(ascending), prefix, _read_only(cuts), counts, sums)
+        self._sorted_cells(_read_only(ascending), prefix, _read_only(cuts), n_low, counts, sums)
         return counts, sums
 
     def squared_sums(self, x: FloatArray, values: NDArray[np.float32]) -> tuple[float, float]:

@@ -108,7 +108,9 @@ def best_prefix(ascending: Any, best: Any, best_sum: Any) -> None:
         best[unit], best_sum[unit] = k, top_sum
 
 
-def sorted_cells(ascending: Any, prefix: Any, cuts: Any, counts: Any, sums: Any) -> None:
+def sorted_cells(
+    ascending: Any, prefix: Any, cuts: Any, n_low: int, counts: Any, sums: Any
+) -> None:
     """See `numpy_kernels.sorted_cells`."""
     length, n_cuts = ascending.shape[1], cuts.shape[1]
     for unit in range(ascending.shape[0]):
@@ -119,7 +121,7 @@ def sorted_cells(ascending: Any, prefix: Any, cuts: Any, counts: Any, sums: Any)
             low, high = last, length
             while low < high:
                 middle = (low + high) // 2
-                left = row[middle] < cut if j < n_cuts // 2 else row[middle] <= cut
+                left = row[middle] < cut if j < n_low else row[middle] <= cut
                 if left:
                     low = middle + 1
                 else:

@@ -118,20 +118,22 @@ def best_prefix(ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.fl
 
 
 def sorted_cells(
-    ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64]
+    ascending: FloatArray, prefix: NDArray[np.float64], cuts: NDArray[np.float64], n_low: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """What `cells` gives, from sorted units and float64 cuts.
+
+    A weight on one of the first n_low cuts belongs to the cell above it, on another to the one
+    below; in `cells` they are half of all.
 
     Shapes: ascending [units, length], prefix [units, length + 1] with prefix[:, i] the sum of the
     i smallest, cuts [units, n_cuts] → two of [units, n_cuts + 1]
     """
     n_units, length = ascending.shape
-    half = cuts.shape[1] // 2
     below = np.empty((n_units, cuts.shape[1] + 2), dtype=np.int64)  # weights left of each cut
     below[:, 0], below[:, -1] = 0, length
-    for j in range(2 * half):
+    for j in range(cuts.shape[1]):
         cut = cuts[:, j : j + 1]
-        left = ascending < cut if j < half else ascending <= cut
+        left = ascending < cut if j < n_low else ascending <= cut
         below[:, j + 1] = np.count_nonzero(left, axis=1)
     sums = np.take_along_axis(prefix, below, axis=1)
     return below[:, 1:] - below[:, :-1], sums[:, 1:] - sums[:, :-1]

@@ -8,9 +8,9 @@ Relative error ‖W−Ŵ‖²/‖W‖² as measured on 4 million synthetic weigh
     twn             tensor      .192       .282
     exact           tensor      .190       .264
     exact           group 128   .187       .256
-    asymmetric      group 128   .181       .249
-    planes          tensor      .031       .058
-    planes          group 128   .028       .051
+    asymmetric      group 128   .180       .248
+    planes          tensor      .029       .048
+    planes          group 128   .025       .040
 
 A rule takes units of one length and their Σ|w| `[units]`, none of them NaN or Inf, and gives a
 `Fit`. Units that are ternary already are taken out of its hands afterwards.
@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.errors import UsageError
-from trilens.ternary.rules.alternating import CellCounts, alternate, cell_counts
 from trilens.ternary.rules.exact import best_survivors
 from trilens.ternary.rules.fits import Fit, one_plane
+from trilens.ternary.rules.levels import fit_nine_levels, fit_three_levels
 from trilens.ternary.rules.unit_scan import UnitScan
 
 __all__ = [
@@ -48,10 +48,6 @@ Rule: TypeAlias = Callable[[UnitScan, NDArray[np.float64]], Fit]
 """From units and their Σ|w| `[units]` to a fit."""
 
 RuleName: TypeAlias = Literal["absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes"]
-
-_TRITS = np.array([-1.0, 0.0, 1.0])
-_ASYMMETRIC_BOOK = np.stack([_TRITS, np.ones(3)], axis=1)
-_PLANES_BOOK = np.stack([np.repeat(_TRITS, 3), np.tile(_TRITS, 3)], axis=1)
 
 
 def absmean(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
@@ -91,33 +87,23 @@ def exact(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
 
 
 def asymmetric(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
-    """Ŵ = αT + μ: the nearest of three equally spaced levels, α and μ by least squares, in turns.
+    """Ŵ = αT + μ: the nearest of three equally spaced levels, alternating with least squares.
 
-    Begins at `exact`, which it can only improve on, and at the levels around the units' mean.
+    Begins at `exact`, which it can only improve on, and at levels around the units' mean.
 
     Source: PT²-LLM, arXiv 2510.03267.
     """
-    start = exact(scan, abs_sums).scales
-    counts = cell_counts(scan)
-    best = alternate(counts, _ASYMMETRIC_BOOK, np.append(start, np.zeros_like(start), axis=1))
-    centre, spread = _centre(counts, scan.length)
-    other = alternate(counts, _ASYMMETRIC_BOOK, np.stack([1.5 * spread, centre], axis=1))
-    return best.with_better(np.arange(scan.n_units), other).fit(offset=True)
+    return fit_three_levels(scan, exact(scan, abs_sums).scales[:, 0])
 
 
 def planes(scan: UnitScan, abs_sums: NDArray[np.float64]) -> Fit:
-    """Ŵ = α₁T₁ + α₂T₂: the nearest of nine levels, both scales by least squares, in turns.
+    """Ŵ = α₁T₁ + α₂T₂: the nearest of nine levels, alternating with least squares.
 
-    Begins at `exact`, which it can only improve on, and at nine equally spaced levels.
+    Begins at `exact`, which it can only improve on, and at 25 pairs of scales.
 
     Source: PTQTP, arXiv 2509.16989.
     """
-    start = exact(scan, abs_sums).scales
-    counts = cell_counts(scan)
-    best = alternate(counts, _PLANES_BOOK, np.append(start, np.zeros_like(start), axis=1))
-    step = 0.65 * abs_sums / scan.length  # 0.52σ for a Gaussian
-    other = alternate(counts, _PLANES_BOOK, np.stack([3 * step, step], axis=1))
-    return best.with_better(np.arange(scan.n_units), other).fit(offset=False)
+    return fit_nine_levels(scan, exact(scan, abs_sums).scales[:, 0], abs_sums)
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -145,12 +131,3 @@ def find_rule(name: str) -> Rule:
 
 def _mean(counts: NDArray[np.int64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0)
-
-
-def _centre(units: CellCounts, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The units' mean, and their mean distance from it."""
-    _, sums = units.cells(np.zeros((units.n_units, 2)))
-    centre = np.sum(sums, axis=1) / length
-    counts, sums = units.cells(np.stack([centre, centre], axis=1))
-    distance = (sums[:, 2] - counts[:, 2] * centre) - (sums[:, 0] - counts[:, 0] * centre)
-    return centre, distance / length

@@ -313,3 +313,15 @@ def test_repr_names_the_shape() -> None:
         "with sinks)"
     )
     assert repr(DensePattern(zeros())) == "DensePattern([1, 4, 5, 8], torch.float32)"
+
+
+@pytest.mark.parametrize("n", [1, 4, 8])
+def test_few_columns_are_as_exact_as_all_at_large_scores(n: int) -> None:
+    q, k = (normal(1, 4, 200, 64, seed=seed, scale=4.5) for seed in (1, 2))
+    options = {"scaling": 0.125, "causal": True}
+    ours = SoftmaxPattern(q, k, **options)
+    exact = SoftmaxPattern(q.double(), k.double(), **options).dense()[0]
+    all_off = (ours.columns(range(200)).double() - exact).abs().max()
+    few = torch.cat([ours.columns(range(at, at + n)) for at in range(0, 200, n)], dim=-1)
+    assert few.shape == exact.shape
+    assert (few.double() - exact).abs().max() <= 1.5 * all_off

@@ -29,6 +29,8 @@ from trilens.numbers import at_least
 
 __all__ = ["SoftmaxPattern"]
 
+_FEWEST_KEYS = 16
+
 
 class SoftmaxPattern(KeptPattern):
     """softmax(scaling · q kᵀ + …) of one layer, computed where it is asked and nowhere else.
@@ -145,8 +147,12 @@ class SoftmaxPattern(KeptPattern):
         lse = self._summary(row).lse
         if head is not None:
             lse = lse[head : head + 1]
-        keys = torch.tensor(positions, dtype=torch.long, device=lse.device)
-        return column_weights(self._inputs(row, head), lse, keys)
+        # PROMOTE: a product with few keys may add up in one long chain, which costs a digit at
+        # scores of 90; with this many it adds up as that of a whole row does.
+        padded = positions + positions[-1:] * (_FEWEST_KEYS - len(positions))
+        keys = torch.tensor(padded, dtype=torch.long, device=lse.device)
+        found = column_weights(self._inputs(row, head), lse, keys)
+        return found if len(padded) == len(positions) else found[..., : len(positions)].clone()
 
     def lse(self, batch: int = 0) -> Tensor:
         """Log-sum-exp of each row's scores, without the sink: [heads, seq_q], −inf for no key."""

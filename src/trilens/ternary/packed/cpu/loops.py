@@ -33,13 +33,18 @@ LOOPS = {
 
 
 def methods_here() -> tuple[str, ...]:
-    """The ways to multiply that this processor has, the fastest first."""
+    """The ways to multiply that this processor has, the fastest first; none on x86 without F16C.
+
+    There LLVM calls a library function for float16 that numba does not have, and the process ends.
+    """
     if config.CPU_FEATURES is not None:  # set by the user, for numba
         features = set(config.CPU_FEATURES.split(","))
     elif config.CPU_NAME == "generic":
         features = set()
     else:
         features = {f"+{name}" for name, on in binding.get_host_cpu_features().items() if on}
+    if binding.get_process_triple().startswith(("x86_64", "i")) and "+f16c" not in features:
+        return ()
     found = []
     if "+avx512f" in features:
         found.append("pairs")

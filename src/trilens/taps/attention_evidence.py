@@ -1,0 +1,116 @@
+"""How well a candidate pattern explains what an attention function returned.
+
+Both comparisons run over the same few rows of every head and prompt, in float32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
+from trilens.taps.registry import AttentionCall
+
+__all__ = ["Evidence", "output_error", "weights_evidence"]
+
+# So many rows average the rounding of half precision to where a small sink mass shows; the first
+# ones have few keys, where a sink takes most.
+_FIRST_ROWS = 8
+_ROWS = 32
+
+_ALLOWED = 1e-5
+_ALLOWED_EPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A candidate held against the returned weights.
+
+    Attributes:
+        excess: the worst row's total variation from the returned row, over what is allowed.
+        error: root of the mean squared difference of all compared weights.
+    """
+
+    excess: float
+    error: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the candidate gives back the weights."""
+        return self.excess <= 1
+
+
+def weights_evidence(pattern: SoftmaxPattern, weights: Tensor) -> Evidence:
+    """The candidate against the returned weights [batch, heads, seq_q, seq_k].
+
+    A row may be off by a total variation of 1e-5; in half precision by four roundings of 1 and, as
+    the function may have rounded its scores, by what that does to the row: at most
+    Σ w (1 − w) |δ|, with δ two roundings of the score.
+    """
+    excess, squares, count = 0.0, 0.0, 0
+    for batch, rows, ours in _compared(pattern):
+        theirs = weights[batch][:, rows].to(ours.dtype)
+        if ours.shape != theirs.shape:
+            return Evidence(math.inf, math.inf)
+        # A row that may see nothing is uniform in eager attention and zero here.
+        seen = ours.sum(-1) > 0
+        if not bool(seen.any()):
+            continue
+        difference = (ours - theirs)[seen]
+        allowed = _allowed(pattern, ours, batch, rows, weights.dtype)[seen]
+        worst = float((difference.abs().sum(-1) / 2 / allowed).max())
+        if math.isnan(worst):
+            return Evidence(math.inf, math.inf)
+        excess = max(excess, worst)
+        squares += float(difference.double().square().sum())
+        count += int((ours > 0).sum())
+    return Evidence(excess, math.sqrt(squares / max(count, 1)))
+
+
+def output_error(pattern: SoftmaxPattern, call: AttentionCall) -> float | None:
+    """Root mean square of pattern · value − output over the compared rows; None without them."""
+    value, output = call.value, call.output
+    heads = pattern.heads
+    if value is None or output is None or value.ndim != 4 or value.shape[2] != pattern.seq_k:
+        return None
+    shape = (pattern.batch, pattern.seq_q, heads, value.shape[-1])
+    if tuple(output.shape) != shape or heads % value.shape[1]:
+        return None
+    squares, count = 0.0, 0
+    for batch, rows, ours in _compared(pattern):
+        values = value[batch].to(ours.dtype).repeat_interleave(heads // value.shape[1], dim=0)
+        theirs = output[batch, rows].transpose(0, 1).to(ours.dtype)
+        difference = (torch.bmm(ours, values) - theirs)[ours.sum(-1) > 0]
+        squares += float(difference.double().square().sum())
+        count += difference.numel()
+    return math.sqrt(squares / max(count, 1))
+
+
+def _compared(pattern: SoftmaxPattern) -> Iterator[tuple[int, list[int], Tensor]]:
+    rows = _rows(pattern.seq_q)
+    for batch in range(pattern.batch):
+        yield batch, rows, pattern.rows(rows, batch=batch)
+
+
+def _rows(seq: int) -> list[int]:
+    spread = (step * (seq - 1) // (_ROWS - 1) for step in range(_ROWS))
+    return sorted({*range(min(seq, _FIRST_ROWS)), *spread})
+
+
+def _allowed(
+    pattern: SoftmaxPattern, ours: Tensor, batch: int, rows: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Total variation that rounding explains, per row: [heads, n]."""
+    if dtype in (torch.float32, torch.float64):
+        return ours.new_full(ours.shape[:2], _ALLOWED)
+    # PROMOTE: half precision rounds a score of 20 by 0.06, the weight then by 6 %.
+    eps = torch.finfo(dtype).eps
+    group = pattern.heads // pattern.k.shape[1]
+    queries = pattern.q[batch][:, rows].to(ours.dtype) * pattern.params()["scaling"]
+    keys = pattern.k[batch].to(ours.dtype).repeat_interleave(group, dim=0)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).abs_()
+    return eps * (_ALLOWED_EPS + (ours * (1 - ours) * scores).sum(-1))
