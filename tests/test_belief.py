@@ -15,11 +15,17 @@ from hostile.targets import tiny_checkpoint
 from tinymodels import build, prompt_ids
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.pipeline import ternarize
-from trilens.errors import ConfigError, CorruptFileError, LoadError, TextError, UsageError
+from trilens.errors import (
+    BeyondPositionsWarning,
+    ConfigError,
+    CorruptFileError,
+    LoadError,
+    TextError,
+    UsageError,
+)
 from trilens.io.torch_archive import read_torch_archive
 from trilens.lens.lens import Lens
 from trilens.models.loading import load
-from trilens.models.positions import BeyondPositionsWarning
 from trilens.text.documents import read_documents
 
 

@@ -38,7 +38,8 @@
         ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
-One warning has a class of its own, so that it can be filtered: `DoubledBosWarning`.
+Warnings derive from `TrilensWarning`, so that they can be filtered: `BeyondPositionsWarning`,
+`DoubledBosWarning`.
 
 Messages say: the noun, the problem, the offending value, the allowed range, what to do. Lists and
 values of files go into them through `io.messages`.
@@ -52,6 +53,7 @@ __all__ = [
     "AbsentLayerError",
     "AnatomyError",
     "AttentionPathError",
+    "BeyondPositionsWarning",
     "CaptureError",
     "ConfigError",
     "CorruptFileError",
@@ -82,6 +84,7 @@ __all__ = [
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
+    "TrilensWarning",
     "UnclaimedGateError",
     "UnsafeFormatError",
     "UsageError",
@@ -165,7 +168,18 @@ class NoChatTemplateError(PromptError):
     """Chat messages for a tokenizer without a chat template."""
 
 
-class DoubledBosWarning(UserWarning):
+class TrilensWarning(UserWarning):
+    """Root of every warning of trilens."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class BeyondPositionsWarning(TrilensWarning):
+    """A prompt longer than the positions that the configuration speaks of."""
+
+
+class DoubledBosWarning(TrilensWarning):
     """A prompt begins with the model's first token twice: the text held one already."""
 
 

@@ -73,7 +73,7 @@ def test_the_command_prints_it(out: Path, text: Path) -> None:
     assert shown.exit_code == 0
     other = CliRunner().invoke(app, [*arguments, "--evaluate", __file__])
     assert other.exit_code == 2
-    assert "another sample" in other.stderr
+    assert "another evaluation text" in other.stderr
 
 
 def test_without_a_sample_the_damage_is_said_to_be_unmeasured(tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ CASES = {
     "gpt2": ["c_attn", "c_proj"],  # Conv1D, whose weight is transposed
     "mamba": ["in_proj", "x_proj"],
 }
-# transformers' own name in what PEFT asks it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 IDS = torch.arange(1, 13)[None]
 
 

@@ -144,14 +144,19 @@ def test_bad_models(case: str, folders: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"), [("", "empty"), ("x = 1\n" * 2000, "positions"), ("\udc80", "prompt")]
-)
+@pytest.mark.parametrize(("prompt", "words"), [("", "empty"), ("\udc80", "prompt")])
 def test_bad_prompts(prompt: str, words: str) -> None:
     result = run("inspect", DEMO, "-p", prompt)
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_prompt_beyond_the_configured_positions_runs_with_a_note() -> None:
+    result = run("inspect", DEMO, "-p", "x = 1\n" * 200)
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("trilens: note: ")]
+    assert "configured for 512" in line and "not trained" in line
 
 
 def test_usage_errors() -> None:

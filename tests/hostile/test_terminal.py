@@ -23,7 +23,7 @@ from trilens.analysis.comparison.result import Comparison
 from trilens.cli.console import shown_progress, status
 from trilens.cli.main import app
 from trilens.demo import demo_path
-from trilens.errors import TrilensError
+from trilens.errors import TrilensError, TrilensWarning
 from trilens.lens.capture import Capture
 from trilens.printable import MESSAGE_LIMIT
 from trilens.progress import Step
@@ -306,7 +306,6 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
     ("inspect", DEMO, "-p", "x", "--device-map", HOSTILE),
     ("inspect", DEMO, "-p", "x", "--dtype", HOSTILE),
     ("inspect", DEMO, "-p", "x", "-o", f"/no/{FILE}"),
-    ("inspect", DEMO, "-p", "x" * 100_000),
     ("capture", DEMO, "-p", "x", "-o", f"/no/{FILE}"),
     ("compare", DEMO, FILE, "--data", "demo"),
     ("compare", DEMO, DEMO, "--data", FILE),
@@ -357,7 +356,7 @@ def test_progress_on_a_terminal(
 @pytest.mark.parametrize("name", [*trilens.errors.__all__])
 def test_no_message_is_longer_than_anybody_reads(name: str) -> None:
     error = getattr(trilens.errors, name)
-    assert error.__str__ is TrilensError.__str__
+    assert error.__str__ in {TrilensError.__str__, TrilensWarning.__str__}
     shown = str(error(f"tensor {HOSTILE * 10_000!r} {HOSTILE}: {'and ' * 10_000} rename it"))
     assert len(shown) <= MESSAGE_LIMIT and shown.endswith("rename it")
     assert UNSAFE.search(shown) is None and "\n" not in shown

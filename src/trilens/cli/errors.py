@@ -13,7 +13,14 @@ from typer.core import TyperGroup
 
 from trilens.cli.interrupts import INTERRUPTED, Stopped
 from trilens.cli.streams import output_errors, say
-from trilens.errors import AnatomyError, CaptureError, DamageError, TrilensError, WriteError
+from trilens.errors import (
+    AnatomyError,
+    CaptureError,
+    DamageError,
+    TrilensError,
+    TrilensWarning,
+    WriteError,
+)
 
 __all__ = ["OneLineGroup", "one_line_errors"]
 
@@ -98,10 +105,11 @@ def one_line_errors(
 def _warnings_in_one_line() -> Iterator[None]:
     """Our own warnings as lines of their own; those of other libraries stay as they are."""
     with warnings.catch_warnings():
+        warnings.simplefilter("always", TrilensWarning)
         shown = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
-            if category.__module__.partition(".")[0] == "trilens":
+            if issubclass(category, TrilensWarning):
                 say(f"trilens: note: {message}", err=True)
             else:
                 shown(message, category, *place, **more)

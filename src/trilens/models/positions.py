@@ -13,15 +13,15 @@ from typing import Any, TypeGuard
 
 import torch
 
-from trilens.errors import PromptTooLongError, TrilensError
+from trilens.errors import BeyondPositionsWarning, PromptTooLongError, TrilensError
 from trilens.io.messages import reason
 
 __all__ = [
-    "BeyondPositionsWarning",
     "beyond_positions",
     "configured_positions",
     "max_positions_of",
     "text_settings",
+    "warn_beyond_positions",
 ]
 
 _POSITION_KEYS = (
@@ -34,10 +34,6 @@ _POSITION_KEYS = (
 )
 # Tables have a few rows more than there are positions: for padding, or an offset.
 _SPARE_ROWS = 8
-
-
-class BeyondPositionsWarning(UserWarning):
-    """A prompt longer than the positions that the configuration speaks of."""
 
 
 def max_positions_of(model: Any) -> int | None:
@@ -75,6 +71,20 @@ def configured_positions(model: Any) -> int | None:
     return limit
 
 
+def warn_beyond_positions(model: Any, n_tokens: int) -> int | None:
+    """Warn of text beyond the configured positions and give their number; None if shorter."""
+    limit = configured_positions(model)
+    if limit is None or n_tokens <= limit:
+        return None
+    warnings.warn(
+        f"prompt has {n_tokens} tokens, the model was configured for {limit}: it runs, but what it "
+        "computes there was not trained",
+        BeyondPositionsWarning,
+        stacklevel=4,
+    )
+    return limit
+
+
 @contextmanager
 def beyond_positions(model: Any, n_tokens: int) -> Iterator[None]:
     """Warn of a prompt beyond the configured positions; if the model fails on it, say why.
@@ -82,16 +92,10 @@ def beyond_positions(model: Any, n_tokens: int) -> Iterator[None]:
     Raises:
         PromptTooLongError: the model's own code failed on such a prompt.
     """
-    limit = configured_positions(model)
-    if limit is None or n_tokens <= limit:
+    limit = warn_beyond_positions(model, n_tokens)
+    if limit is None:
         yield
         return
-    warnings.warn(
-        f"prompt has {n_tokens} tokens, the model was configured for {limit}: it runs, but what it "
-        "computes there was not trained",
-        BeyondPositionsWarning,
-        stacklevel=3,
-    )
     try:
         yield
     except TrilensError:

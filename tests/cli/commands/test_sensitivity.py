@@ -129,7 +129,6 @@ def test_a_bound_that_cannot_be_held_is_exit_code_3(
         (("sensitivity", "--rule", "keep"), "'keep' is not one of"),
         (("sensitivity", "--rule", "gptq"), "needs a calibration text"),
         (("sensitivity", "--group-size", 0), "group size 0"),
-        (("sensitivity", "--seq-length", 4000), "at most 64 tokens"),
         (("sensitivity", "--seq-length", 1), "1"),
         (("sensitivity", "--max-tokens", 1), "1"),
         (("sensitivity", "--dtype", "int3"), "int3"),
@@ -152,6 +151,14 @@ def test_wrong_arguments_are_named(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_sequences_beyond_the_configured_positions_are_told(model: Path, data: Path) -> None:
+    result = run(
+        "sensitivity", model, "--data", data, *FAST, "--max-tokens", 200, "--seq-length", 100
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "configured for 64" in result.stderr
 
 
 def test_wrong_files_are_named(model: Path, data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trilens.io.json import read_json
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.lens.lens import Lens
-from trilens.models.positions import max_positions_of
+from trilens.models.positions import max_positions_of, warn_beyond_positions
 from trilens.text.token_blocks import sample_blocks
 
 __all__ = ["Dense", "open_dense"]
@@ -38,13 +38,15 @@ class Dense:
             raise ValueRangeError(
                 f"sequence length {length} is out of range: the model takes at most {limit} tokens"
             )
-        return sample_blocks(
+        found = sample_blocks(
             self.lens.tokenizer,
             documents,
             length=length,
             tokens=times * sampling.max_tokens,
             seed=sampling.seed or 0,
         )
+        warn_beyond_positions(self.lens.model, max(map(len, found), default=0))
+        return found
 
 
 def open_dense(model: str, loading: Loading) -> Dense:

@@ -132,11 +132,11 @@ class RWKV7Config(PreTrainedConfig):  # type: ignore[misc]
         for name, rank in ranks.items():
             setattr(self, name, low_rank_dim(name, hidden_size) if rank is None else rank)
         self.norm_eps = norm_eps
-        self.group_norm_eps = head_size * norm_eps if group_norm_eps is None else group_norm_eps
         self.chunk_size = chunk_size
         self._check_sizes((*ranks, "intermediate_size", "chunk_size"))
         self._check_heads(asked_heads, asked_widths)
         _check_constant("norm_eps", norm_eps)
+        self.group_norm_eps = head_size * norm_eps if group_norm_eps is None else group_norm_eps
         _check_constant("initializer_range", initializer_range)
         self.use_cache = use_cache
         self.initializer_range = initializer_range
