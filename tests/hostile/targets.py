@@ -23,9 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hostile.fuzz import Target
 from hostile.mutations import mutate_bytes, mutate_json
+from hostile.resealed import (
+    reseal_gguf,
+    resealed_folder,
+    resealed_tensors,
+    tensors_file,
+)
 from rwkv7_published import published_tensors
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.run import compare
+from trilens.checkpoint.format.names import MANIFEST_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.gguf.validation import validate_gguf
 from trilens.checkpoint.pipeline import ternarize
@@ -255,20 +262,29 @@ def _capture(path: Path) -> None:
     lens.capture([1, 2, 3, 4], residual="all", attention=True, gates=True).save(path)
 
 
-def _damaged_capture(rng: random.Random, whole: bytes, place: Path) -> Path:
-    """The header and its manifest are changed as JSON; bytes now and then."""
-    place.mkdir(exist_ok=True)
-    file = place / "x.tlc"
-    if rng.random() < 0.2:
-        file.write_bytes(mutate_bytes(rng, whole))
-        return file
+def _damaged_tensors(rng: random.Random, whole: bytes) -> bytes:
+    """The header and its manifest are changed as JSON, under a hash that fits; bytes now and then,
+    with a hash that fits or one that does not."""
+    kind = rng.random()
+    if kind < 0.3:
+        found = mutate_bytes(rng, whole)
+        return found if kind < 0.1 else resealed_tensors(found)
     length = struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8 : 8 + length])
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    if kind < 0.4:
+        return tensors_file(header, mutate_bytes(rng, data))
+    if kind < 0.5:
+        text = mutate_json(rng, header)
+        return resealed_tensors(struct.pack("<Q", len(text)) + text + data)
     manifest = json.loads(header["__metadata__"]["trilens"])
     header["__metadata__"]["trilens"] = mutate_json(rng, manifest).decode("utf-8", "replace")
-    raw = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(raw)) + raw + whole[8 + length :])
-    return file
+    return tensors_file(header, data)
+
+
+def _damaged_capture(rng: random.Random, whole: bytes, place: Path) -> Path:
+    place.mkdir(exist_ok=True)
+    (place / "x.tlc").write_bytes(_damaged_tensors(rng, whole))
+    return place / "x.tlc"
 
 
 def _read_capture(file: Path) -> None:
@@ -286,13 +302,23 @@ def _comparison(folder: Path) -> dict[str, Any]:
 
 
 def _damaged_comparison(rng: random.Random, whole: dict[str, Any], place: Path) -> Path:
+    """The manifest, a part or both; three of four carry hashes that fit the damage."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(place.with_name("base") / "saved", place)
-    if rng.random() < 0.7:
-        (place / "comparison.json").write_bytes(mutate_json(rng, whole))
+    manifest, text = place / "comparison.json", json.dumps(whole).encode()
+    kind = rng.choice(("manifest", "manifest", "table", "arrays", "bytes"))
+    if kind == "manifest":
+        text = mutate_json(rng, whole)
+    elif kind == "bytes":
+        text = mutate_bytes(rng, manifest.read_bytes())
     else:
-        file = rng.choice(sorted(place.iterdir()))
-        file.write_bytes(mutate_bytes(rng, file.read_bytes()))
+        file = next(place.glob(f"{kind}.*"))
+        damage = _damaged_tensors if kind == "arrays" else mutate_bytes
+        file.write_bytes(damage(rng, file.read_bytes()))
+    if rng.random() < 0.75:
+        resealed_folder(place, manifest, text, "parts")
+    else:
+        manifest.write_bytes(text)
     return place
 
 
@@ -323,6 +349,14 @@ def _gguf(path: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     ternarize(folder, path, format="gguf-tq2_0")
+
+
+def _damaged_gguf(rng: random.Random, whole: bytes, place: Path) -> Path:
+    """Bytes anywhere; the hashes of three of four fit them."""
+    file = _flipped("x.gguf")(rng, whole, place)
+    if rng.random() < 0.75:
+        reseal_gguf(file)
+    return file
 
 
 def _read_gguf(file: Path) -> None:
@@ -382,8 +416,17 @@ def _ternarize(folder: Path) -> None:
 
 def _ternary(folder: Path) -> dict[str, Any]:
     ternarize(tiny_checkpoint(folder.with_name("source")), folder, plan=TernaryPlan(per="row"))
-    names = ("config.json", "trilens-ternary.json")
+    names = ("config.json", MANIFEST_NAME)
     return {name: json.loads((folder / name).read_text()) for name in names}
+
+
+def _damaged_ternary(rng: random.Random, whole: dict[str, Any], place: Path) -> Path:
+    """Configuration or manifest; three of four manifests list the files as they are."""
+    folder = _damaged_json("config.json", MANIFEST_NAME)(rng, whole, place)
+    if rng.random() < 0.75:
+        manifest = folder / MANIFEST_NAME
+        resealed_folder(folder, manifest, manifest.read_bytes(), "files")
+    return folder
 
 
 def _validate(folder: Path) -> None:
@@ -405,7 +448,7 @@ TARGETS: dict[str, Target] = {
         _texts, _damaged_text(("d.parquet", "p.parquet", "g.parquet")), _read_text, 150, 9_000
     ),
     "archive": Target(_one_file("x.pth", _small_pth), _damaged_archive, _read_archive, 200, 10_000),
-    "gguf": Target(_one_file("x.gguf", _gguf), _flipped("x.gguf"), _read_gguf, 60, 3_000),
+    "gguf": Target(_one_file("x.gguf", _gguf), _damaged_gguf, _read_gguf, 60, 3_000),
     "capture": Target(_one_file("x.tlc", _capture), _damaged_capture, _read_capture, 60, 2_500),
     "comparison": Target(_comparison, _damaged_comparison, _read_comparison, 20, 500),
     "convert": Target(_one_file("x.pth", _published), _flipped("x.pth"), _convert, 10, 300),
@@ -418,9 +461,7 @@ TARGETS: dict[str, Target] = {
         500,
     ),
     "ternarize": Target(_checkpoint, _damaged_json("config.json"), _ternarize, 10, 200),
-    "validate": Target(
-        _ternary, _damaged_json("config.json", "trilens-ternary.json"), _validate, 15, 300
-    ),
+    "validate": Target(_ternary, _damaged_ternary, _validate, 15, 300),
 }
 """Name of the input → how it is fuzzed."""
 

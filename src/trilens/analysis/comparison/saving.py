@@ -24,9 +24,11 @@ from trilens.io.atomic import atomic, locked_folder, write_bytes
 from trilens.io.guarded import open_regular
 from trilens.io.listing import check_files, list_files
 from trilens.io.messages import clip
+from trilens.io.parquet import bounded_batches
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import is_leftover
 from trilens.io.tensors import read_tensors, write_tensors
+from trilens.io.typed import typed
 
 __all__ = [
     "FORMAT",
@@ -44,6 +46,8 @@ MANIFEST_NAME = "comparison.json"
 
 _PLAIN = {"table": "table.parquet", "arrays": "arrays.safetensors"}
 _OTHER = {part: f"new-{name}" for part, name in _PLAIN.items()}
+# Thousands of heads give tens of thousands of rows; a few bytes of Parquet any number.
+_MOST_ROWS = 500_000
 _NAMES = tuple(field.name for field in fields(Row))
 
 
@@ -193,8 +197,13 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
         raise ModelNotFoundError(f"file {path} does not exist")
     try:
         with open_regular(path) as file:
-            table = pq.read_table(file)
-        return tuple(Row(**each) for each in table.to_pylist())
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+            batches = bounded_batches(pq.ParquetFile(file), path, _NAMES)
+            rows: list[Row] = []
+            for batch in batches:
+                rows += (typed(Row, each) for each in batch.to_pylist())
+                if len(rows) > _MOST_ROWS:
+                    raise CorruptFileError(f"{path} has more than {_MOST_ROWS} rows")
+            return tuple(rows)
+    except (pa.ArrowException, OSError, TypeError, ValueError, MemoryError) as error:
         words = " ".join(str(error).split())
         raise CorruptFileError(f"{path} is no table of a comparison: {words}") from error

@@ -11,6 +11,7 @@ from trilens.cli.console import check_file, show_result, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_text
 from trilens.errors import UnclaimedGateError, UsageError
+from trilens.io.paths import as_path
 from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -35,7 +36,7 @@ def run(
     """Inspect and print, or write to a file."""
     check_file(output)
     with timed(output):
-        if Path(model).is_file() and Path(model).suffix.lower() != ".gguf":
+        if as_path(model, "model").is_file() and Path(model).suffix.lower() != ".gguf":
             needless = {
                 "--prompt": prompt, "--layers": layers, "--effective": effective,
                 "--states": states, "--device-map": loading.device_map,
