@@ -48,7 +48,7 @@ from trilens.models.loading import load, load_tokenizer
 from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.text.documents import read_documents
 
-__all__ = ["TARGETS", "tiny_checkpoint"]
+__all__ = ["TARGETS", "tiny_checkpoint", "tiny_gguf"]
 
 _WORDS = ["the", "cat", "sat", "on", "a", "mat", "[UNK]", "</s>"]
 
@@ -331,7 +331,8 @@ def _read_comparison(folder: Path) -> None:
 # ---- GGUF ----------------------------------------------------------------------------------------
 
 
-def _gguf(path: Path) -> None:
+def tiny_gguf(path: Path) -> None:
+    """A Llama of one block as a GGUF file."""
     # Blocks of the format have 256 weights a row.
     folder = path.parent / "source"
     folder.mkdir()
@@ -448,7 +449,7 @@ TARGETS: dict[str, Target] = {
         _texts, _damaged_text(("d.parquet", "p.parquet", "g.parquet")), _read_text, 150, 9_000
     ),
     "archive": Target(_one_file("x.pth", _small_pth), _damaged_archive, _read_archive, 200, 10_000),
-    "gguf": Target(_one_file("x.gguf", _gguf), _damaged_gguf, _read_gguf, 60, 3_000),
+    "gguf": Target(_one_file("x.gguf", tiny_gguf), _damaged_gguf, _read_gguf, 60, 3_000),
     "capture": Target(_one_file("x.tlc", _capture), _damaged_capture, _read_capture, 60, 2_500),
     "comparison": Target(_comparison, _damaged_comparison, _read_comparison, 20, 500),
     "convert": Target(_one_file("x.pth", _published), _flipped("x.pth"), _convert, 10, 300),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -29,6 +29,9 @@ from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import is_leftover
 from trilens.io.tensors import read_tensors, write_tensors
 from trilens.io.typed import typed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "FORMAT",
@@ -181,12 +184,17 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {"layer": pa.int32(), "head": pa.int32(), "module": pa.string(), "metric": pa.string()}
-    schema = pa.schema([(name, types.get(name, pa.float64())) for name in _NAMES])
     columns = {name: [getattr(row, name) for row in rows] for name in _NAMES}
-    table = pa.table(columns, schema=schema)
+    table = pa.table(columns, schema=_schema())
     with atomic(path) as file:
         pq.write_table(table, file)
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    types = {"layer": pa.int32(), "head": pa.int32(), "module": pa.string(), "metric": pa.string()}
+    return pa.schema([(name, types.get(name, pa.float64())) for name in _NAMES])
 
 
 def _read_rows(path: Path) -> tuple[Row, ...]:
@@ -197,7 +205,10 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
         raise ModelNotFoundError(f"file {path} does not exist")
     try:
         with open_regular(path) as file:
-            batches = bounded_batches(pq.ParquetFile(file), path, _NAMES)
+            table = pq.ParquetFile(file)
+            if not table.schema_arrow.equals(_schema()):
+                raise CorruptFileError(f"{path} has other columns than a comparison")
+            batches = bounded_batches(table, path, _NAMES)
             rows: list[Row] = []
             for batch in batches:
                 rows += (typed(Row, each) for each in batch.to_pylist())
