@@ -28,7 +28,7 @@ _VALUES = (
     "gguf-tq2_0", "dense", "two_bit", "compact", "predicted",
 )  # fmt: skip
 _PLACES = (
-    ".", "..", "/", "/dev/null", "/dev/zero", "/dev/full", "/dev/stdin", "/proc/self/mem", "/nowhere/x",
+    ".", "..", "/", "/dev/null", "/dev/zero", "/dev/full", "/dev/stdin", "/proc/self/mem",
     "nothing", "nothing/x", "org/name", "a/b/c", "file:///etc/passwd", "http://127.0.0.1/x",
     "x/" * 2100, "z" * 256,
 )  # fmt: skip
@@ -89,10 +89,8 @@ def _value(rng: random.Random, parameter: Any, whole: dict[str, Path], place: Pa
 
 
 def _sound(parameter: Any, whole: dict[str, Path], place: Path) -> tuple[str, ...]:
-    name, choices = parameter.name, getattr(parameter.type, "choices", None)
-    if choices:
-        return tuple(map(str, choices))
     model, text = str(whole["model"]), str(whole["text"])
+    which = ("last", "all", "none")
     fixed = {
         "model": (model, model, str(whole["capture"]), str(whole["ternary"])),
         "before": (model,), "after": (model, str(whole["ternary"])),
@@ -102,9 +100,13 @@ def _sound(parameter: Any, whole: dict[str, Path], place: Path) -> tuple[str, ..
         "layers": ("0", "0-1", "1"), "top_k": ("1", "3"), "seed": ("0", "7"), "field": ("text",),
         "group_size": ("4", "8"), "budget_bits": ("4", "8"), "device_map": ("cpu",),
         "max_perplexity_ratio": ("1.5",), "fail_if": ("kl_nats_mean>0",), "type": ("llama",),
-        "ignore": ("mlp",), "only": ("mlp",),
+        "ignore": ("mlp",), "only": ("mlp",), "residual": which, "logits": which, "lens": which,
+        "format": ("table", "json"), "dtype": ("auto", "float32", "bfloat16"),
+        "rule": ("absmean", "twn", "exact", "planes", "gptq", "best"), "per": ("tensor", "row"),
+        "to": ("trilens", "dense", "gguf-tq2_0"), "storage": ("two_bit", "compact"),
+        "scale_dtype": ("float16", "float32"), "costs": ("measured", "predicted"),
     }  # fmt: skip
-    return fixed.get(name, ())
+    return fixed.get(str(parameter.name), ())
 
 
 def _damaged(rng: random.Random, whole: dict[str, Path], place: Path) -> str:
