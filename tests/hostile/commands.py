@@ -43,6 +43,8 @@ def command_line(rng: random.Random, whole: dict[str, Path], place: Path) -> lis
         place: an empty folder, for damaged files and for output.
     """
     name = rng.choice(list(COMMANDS))
+    # Only what is nearly right gets beyond the checks of a command.
+    nearly = rng.random() < 0.4
     line = [name]
     for parameter in COMMANDS[name].params:
         options = [each for each in parameter.opts if each.startswith("-")]
@@ -50,17 +52,19 @@ def command_line(rng: random.Random, whole: dict[str, Path], place: Path) -> lis
             continue
         if not options:
             if rng.random() < 0.95:
-                line.append(_value(rng, parameter, whole, place))
+                line.append(_value(rng, parameter, whole, place, nearly))
             continue
         long = options[-1]
         small = _SMALL.get(long)
         given = parameter.required or small is not None
-        if rng.random() < (0.93 if given else 0.12):
+        if rng.random() < (0.97 if given else 0.1):
             line.append(rng.choice([*options, *parameter.secondary_opts]))
             if not getattr(parameter, "is_flag", False):
                 sound = small is not None and rng.random() < 0.85
-                line.append(small if sound and small else _value(rng, parameter, whole, place))
-    for _ in range(rng.choice((0, 0, 0, 0, 1, 2))):
+                line.append(
+                    small if sound and small else _value(rng, parameter, whole, place, nearly)
+                )
+    for _ in range(rng.choice((0,) if nearly else (0, 0, 0, 1, 2))):
         kind = rng.randrange(4)
         at = rng.randrange(len(line) + 1)
         if kind == 0:
@@ -75,11 +79,13 @@ def command_line(rng: random.Random, whole: dict[str, Path], place: Path) -> lis
     return line
 
 
-def _value(rng: random.Random, parameter: Any, whole: dict[str, Path], place: Path) -> str:
+def _value(
+    rng: random.Random, parameter: Any, whole: dict[str, Path], place: Path, nearly: bool
+) -> str:
     """Sound for its parameter, often; a damaged file; or anything."""
     kind = rng.random()
     sound = _sound(parameter, whole, place)
-    if sound and kind < 0.6:
+    if sound and kind < (0.97 if nearly else 0.6):
         return rng.choice(sound)
     if kind < 0.75:
         return _damaged(rng, whole, place)

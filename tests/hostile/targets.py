@@ -437,32 +437,32 @@ def _validate(folder: Path) -> None:
 
 TARGETS: dict[str, Target] = {
     "safetensors": Target(
-        _one_file("x.safetensors", _small_tensors), _damaged_header, _read_header, 250, 25_000
+        _one_file("x.safetensors", _small_tensors), _damaged_header, _read_header, 200, 20_000
     ),
-    "index": Target(_sharded, _damaged_index, lambda f: void(read_headers(f)), 120, 8_000),
-    "json": Target(lambda _: _PLAN, _damaged_plan, _read_json, 150, 12_000),
-    "plan": Target(lambda _: _PLAN, _damaged_plan, _read_plan, 200, 16_000),
+    "index": Target(_sharded, _damaged_index, lambda f: void(read_headers(f)), 100, 12_000),
+    "json": Target(lambda _: _PLAN, _damaged_plan, _read_json, 120, 20_000),
+    "plan": Target(lambda _: _PLAN, _damaged_plan, _read_plan, 150, 14_000),
     "text": Target(
-        _texts, _damaged_text(("a.jsonl", "a.jsonl", "a.txt", "a.csv")), _read_text, 200, 14_000
+        _texts, _damaged_text(("a.jsonl", "a.jsonl", "a.txt", "a.csv")), _read_text, 150, 12_000
     ),
     "parquet": Target(
-        _texts, _damaged_text(("d.parquet", "p.parquet", "g.parquet")), _read_text, 150, 9_000
+        _texts, _damaged_text(("d.parquet", "p.parquet", "g.parquet")), _read_text, 120, 9_000
     ),
-    "archive": Target(_one_file("x.pth", _small_pth), _damaged_archive, _read_archive, 200, 10_000),
-    "gguf": Target(_one_file("x.gguf", tiny_gguf), _damaged_gguf, _read_gguf, 60, 3_000),
-    "capture": Target(_one_file("x.tlc", _capture), _damaged_capture, _read_capture, 60, 2_500),
-    "comparison": Target(_comparison, _damaged_comparison, _read_comparison, 20, 500),
-    "convert": Target(_one_file("x.pth", _published), _flipped("x.pth"), _convert, 10, 300),
-    "config": Target(_checkpoint, _damaged_json("config.json"), _read_checkpoint, 25, 700),
+    "archive": Target(_one_file("x.pth", _small_pth), _damaged_archive, _read_archive, 150, 10_000),
+    "gguf": Target(_one_file("x.gguf", tiny_gguf), _damaged_gguf, _read_gguf, 80, 6_000),
+    "capture": Target(_one_file("x.tlc", _capture), _damaged_capture, _read_capture, 120, 5_000),
+    "comparison": Target(_comparison, _damaged_comparison, _read_comparison, 60, 1_500),
+    "convert": Target(_one_file("x.pth", _published), _flipped("x.pth"), _convert, 15, 600),
+    "config": Target(_checkpoint, _damaged_json("config.json"), _read_checkpoint, 20, 1_000),
     "tokenizer": Target(
         _checkpoint,
         _damaged_json("tokenizer.json", "tokenizer_config.json"),
         _read_tokenizer,
-        25,
-        500,
+        20,
+        1_000,
     ),
-    "ternarize": Target(_checkpoint, _damaged_json("config.json"), _ternarize, 10, 200),
-    "validate": Target(_ternary, _damaged_ternary, _validate, 15, 300),
+    "ternarize": Target(_checkpoint, _damaged_json("config.json"), _ternarize, 5, 250),
+    "validate": Target(_ternary, _damaged_ternary, _validate, 15, 600),
 }
 """Name of the input → how it is fuzzed."""
 

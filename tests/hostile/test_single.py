@@ -70,7 +70,7 @@ class Refuses:
 
 def test_prompts_that_hold_no_ids(model: Path) -> None:
     lens = Lens.from_pretrained(model)
-    with pytest.raises(UsageError, match="layout torch.sparse_coo"):
+    with pytest.raises(UsageError, match=r"layout torch\.sparse_coo"):
         lens.capture(torch.tensor([1, 2, 0]).to_sparse())
     for error in (RuntimeError("no"), ValueError("no"), OverflowError(), MemoryError()):
         with pytest.raises(DtypeError, match="at position 1"):
@@ -143,7 +143,9 @@ def test_a_table_that_expands(n_rows: int, length: int, model: Path, tmp_path: P
     folder = saved_comparison(model, tmp_path / "saved")
     table = pq.read_table(folder / "table.parquet").slice(0, 1)
     schema = table.schema
-    words = pa.DictionaryArray.from_arrays(pa.nulls(n_rows, pa.int32()).fill_null(0), ["x" * length])
+    words = pa.DictionaryArray.from_arrays(
+        pa.nulls(n_rows, pa.int32()).fill_null(0), ["x" * length]
+    )
     same = {
         name: words
         if pa.types.is_string(schema.field(name).type)

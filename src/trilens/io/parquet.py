@@ -85,9 +85,7 @@ def _chunks(
         yield from (chunk for chunk in chunks if chunk.path_in_schema in columns)
 
 
-def _too_long(
-    file: Path, size_bytes: int, limit: int, error: type[TrilensError]
-) -> TrilensError:
+def _too_long(file: Path, size_bytes: int, limit: int, error: type[TrilensError]) -> TrilensError:
     return error(
         f"{file} expands to {size_bytes} bytes or more, allowed are {limit}: write its rows once, "
         "not many times"

@@ -20,7 +20,7 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         TypeError: a field that is missing, one too many, or a value of another type.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
             raise _wrong(name, value, hints[name])
