@@ -21,7 +21,7 @@ from typing import Any
 
 from trilens.errors import TrilensError
 
-__all__ = ["Finding", "Target", "run_inputs"]
+__all__ = ["Finding", "Target", "run_inputs", "within"]
 
 _SECONDS = 10
 _SPARE_BYTES = 200_000_000
@@ -81,7 +81,7 @@ def run_inputs(target: Target, seeds: range, folder: Path) -> tuple[list[Finding
         problem = None
         started = time.monotonic()
         try:
-            with _within(_SECONDS), warnings.catch_warnings():
+            with within(_SECONDS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 target.read(given)
         except TrilensError as error:
@@ -105,7 +105,9 @@ def run_inputs(target: Target, seeds: range, folder: Path) -> tuple[list[Finding
 
 
 @contextmanager
-def _within(seconds: int) -> Iterator[None]:
+def within(seconds: int) -> Iterator[None]:
+    """Raise what no handler takes for a damaged file where it takes longer."""
+
     def stop(*_: Any) -> None:
         raise _TooSlow
 

@@ -23,9 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hostile.fuzz import Target
 from hostile.mutations import mutate_bytes, mutate_json
+from hostile.resealed import (
+    reseal_gguf,
+    resealed_folder,
+    resealed_tensors,
+    tensors_file,
+)
 from rwkv7_published import published_tensors
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.run import compare
+from trilens.checkpoint.format.names import MANIFEST_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.gguf.validation import validate_gguf
 from trilens.checkpoint.pipeline import ternarize
@@ -41,7 +48,7 @@ from trilens.models.loading import load, load_tokenizer
 from trilens.models.rwkv7.convert import convert_rwkv7
 from trilens.text.documents import read_documents
 
-__all__ = ["TARGETS", "tiny_checkpoint"]
+__all__ = ["TARGETS", "tiny_checkpoint", "tiny_gguf"]
 
 _WORDS = ["the", "cat", "sat", "on", "a", "mat", "[UNK]", "</s>"]
 
@@ -255,20 +262,29 @@ def _capture(path: Path) -> None:
     lens.capture([1, 2, 3, 4], residual="all", attention=True, gates=True).save(path)
 
 
-def _damaged_capture(rng: random.Random, whole: bytes, place: Path) -> Path:
-    """The header and its manifest are changed as JSON; bytes now and then."""
-    place.mkdir(exist_ok=True)
-    file = place / "x.tlc"
-    if rng.random() < 0.2:
-        file.write_bytes(mutate_bytes(rng, whole))
-        return file
+def _damaged_tensors(rng: random.Random, whole: bytes) -> bytes:
+    """The header and its manifest are changed as JSON, under a hash that fits; bytes now and then,
+    with a hash that fits or one that does not."""
+    kind = rng.random()
+    if kind < 0.3:
+        found = mutate_bytes(rng, whole)
+        return found if kind < 0.1 else resealed_tensors(found)
     length = struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8 : 8 + length])
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    if kind < 0.4:
+        return tensors_file(header, mutate_bytes(rng, data))
+    if kind < 0.5:
+        text = mutate_json(rng, header)
+        return resealed_tensors(struct.pack("<Q", len(text)) + text + data)
     manifest = json.loads(header["__metadata__"]["trilens"])
     header["__metadata__"]["trilens"] = mutate_json(rng, manifest).decode("utf-8", "replace")
-    raw = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(raw)) + raw + whole[8 + length :])
-    return file
+    return tensors_file(header, data)
+
+
+def _damaged_capture(rng: random.Random, whole: bytes, place: Path) -> Path:
+    place.mkdir(exist_ok=True)
+    (place / "x.tlc").write_bytes(_damaged_tensors(rng, whole))
+    return place / "x.tlc"
 
 
 def _read_capture(file: Path) -> None:
@@ -286,13 +302,23 @@ def _comparison(folder: Path) -> dict[str, Any]:
 
 
 def _damaged_comparison(rng: random.Random, whole: dict[str, Any], place: Path) -> Path:
+    """The manifest, a part or both; three of four carry hashes that fit the damage."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(place.with_name("base") / "saved", place)
-    if rng.random() < 0.7:
-        (place / "comparison.json").write_bytes(mutate_json(rng, whole))
+    manifest, text = place / "comparison.json", json.dumps(whole).encode()
+    kind = rng.choice(("manifest", "manifest", "table", "arrays", "bytes"))
+    if kind == "manifest":
+        text = mutate_json(rng, whole)
+    elif kind == "bytes":
+        text = mutate_bytes(rng, manifest.read_bytes())
     else:
-        file = rng.choice(sorted(place.iterdir()))
-        file.write_bytes(mutate_bytes(rng, file.read_bytes()))
+        file = next(place.glob(f"{kind}.*"))
+        damage = _damaged_tensors if kind == "arrays" else mutate_bytes
+        file.write_bytes(damage(rng, file.read_bytes()))
+    if rng.random() < 0.75:
+        resealed_folder(place, manifest, text, "parts")
+    else:
+        manifest.write_bytes(text)
     return place
 
 
@@ -305,7 +331,8 @@ def _read_comparison(folder: Path) -> None:
 # ---- GGUF ----------------------------------------------------------------------------------------
 
 
-def _gguf(path: Path) -> None:
+def tiny_gguf(path: Path) -> None:
+    """A Llama of one block as a GGUF file."""
     # Blocks of the format have 256 weights a row.
     folder = path.parent / "source"
     folder.mkdir()
@@ -323,6 +350,14 @@ def _gguf(path: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     ternarize(folder, path, format="gguf-tq2_0")
+
+
+def _damaged_gguf(rng: random.Random, whole: bytes, place: Path) -> Path:
+    """Bytes anywhere; the hashes of three of four fit them."""
+    file = _flipped("x.gguf")(rng, whole, place)
+    if rng.random() < 0.75:
+        reseal_gguf(file)
+    return file
 
 
 def _read_gguf(file: Path) -> None:
@@ -382,8 +417,17 @@ def _ternarize(folder: Path) -> None:
 
 def _ternary(folder: Path) -> dict[str, Any]:
     ternarize(tiny_checkpoint(folder.with_name("source")), folder, plan=TernaryPlan(per="row"))
-    names = ("config.json", "trilens-ternary.json")
+    names = ("config.json", MANIFEST_NAME)
     return {name: json.loads((folder / name).read_text()) for name in names}
+
+
+def _damaged_ternary(rng: random.Random, whole: dict[str, Any], place: Path) -> Path:
+    """Configuration or manifest; three of four manifests list the files as they are."""
+    folder = _damaged_json("config.json", MANIFEST_NAME)(rng, whole, place)
+    if rng.random() < 0.75:
+        manifest = folder / MANIFEST_NAME
+        resealed_folder(folder, manifest, manifest.read_bytes(), "files")
+    return folder
 
 
 def _validate(folder: Path) -> None:
@@ -393,34 +437,32 @@ def _validate(folder: Path) -> None:
 
 TARGETS: dict[str, Target] = {
     "safetensors": Target(
-        _one_file("x.safetensors", _small_tensors), _damaged_header, _read_header, 250, 25_000
+        _one_file("x.safetensors", _small_tensors), _damaged_header, _read_header, 200, 20_000
     ),
-    "index": Target(_sharded, _damaged_index, lambda f: void(read_headers(f)), 120, 8_000),
-    "json": Target(lambda _: _PLAN, _damaged_plan, _read_json, 150, 12_000),
-    "plan": Target(lambda _: _PLAN, _damaged_plan, _read_plan, 200, 16_000),
+    "index": Target(_sharded, _damaged_index, lambda f: void(read_headers(f)), 100, 12_000),
+    "json": Target(lambda _: _PLAN, _damaged_plan, _read_json, 120, 20_000),
+    "plan": Target(lambda _: _PLAN, _damaged_plan, _read_plan, 150, 14_000),
     "text": Target(
-        _texts, _damaged_text(("a.jsonl", "a.jsonl", "a.txt", "a.csv")), _read_text, 200, 14_000
+        _texts, _damaged_text(("a.jsonl", "a.jsonl", "a.txt", "a.csv")), _read_text, 150, 12_000
     ),
     "parquet": Target(
-        _texts, _damaged_text(("d.parquet", "p.parquet", "g.parquet")), _read_text, 150, 9_000
+        _texts, _damaged_text(("d.parquet", "p.parquet", "g.parquet")), _read_text, 120, 9_000
     ),
-    "archive": Target(_one_file("x.pth", _small_pth), _damaged_archive, _read_archive, 200, 10_000),
-    "gguf": Target(_one_file("x.gguf", _gguf), _flipped("x.gguf"), _read_gguf, 60, 3_000),
-    "capture": Target(_one_file("x.tlc", _capture), _damaged_capture, _read_capture, 60, 2_500),
-    "comparison": Target(_comparison, _damaged_comparison, _read_comparison, 20, 500),
-    "convert": Target(_one_file("x.pth", _published), _flipped("x.pth"), _convert, 10, 300),
-    "config": Target(_checkpoint, _damaged_json("config.json"), _read_checkpoint, 25, 700),
+    "archive": Target(_one_file("x.pth", _small_pth), _damaged_archive, _read_archive, 150, 10_000),
+    "gguf": Target(_one_file("x.gguf", tiny_gguf), _damaged_gguf, _read_gguf, 80, 6_000),
+    "capture": Target(_one_file("x.tlc", _capture), _damaged_capture, _read_capture, 120, 5_000),
+    "comparison": Target(_comparison, _damaged_comparison, _read_comparison, 60, 1_500),
+    "convert": Target(_one_file("x.pth", _published), _flipped("x.pth"), _convert, 15, 600),
+    "config": Target(_checkpoint, _damaged_json("config.json"), _read_checkpoint, 20, 1_000),
     "tokenizer": Target(
         _checkpoint,
         _damaged_json("tokenizer.json", "tokenizer_config.json"),
         _read_tokenizer,
-        25,
-        500,
+        20,
+        1_000,
     ),
-    "ternarize": Target(_checkpoint, _damaged_json("config.json"), _ternarize, 10, 200),
-    "validate": Target(
-        _ternary, _damaged_json("config.json", "trilens-ternary.json"), _validate, 15, 300
-    ),
+    "ternarize": Target(_checkpoint, _damaged_json("config.json"), _ternarize, 5, 250),
+    "validate": Target(_ternary, _damaged_ternary, _validate, 15, 600),
 }
 """Name of the input → how it is fuzzed."""
 

@@ -120,7 +120,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(model_type: str) ->
     gc.collect()
     gc.freeze()
     for at in sorted(
-        random.Random(0).sample(points, scaled(full=min(len(points), 2500), subset=80))
+        random.Random(0).sample(points, scaled(full=min(len(points), 1200), subset=40))
     ):
         # An interpreter that shows a traceback holds on to its frames, and to what they opened.
         shown = interrupted(lambda: lens.capture(ids, **request), at)
@@ -149,7 +149,7 @@ def test_an_interrupted_probe_leaves_the_model_as_it_was() -> None:
     with Interrupt() as counter:
         Lens(model)
     n_lines = counter.lines
-    for at in sorted(random.Random(0).sample(range(1, n_lines + 1), scaled(full=1000, subset=40))):
+    for at in sorted(random.Random(0).sample(range(1, n_lines + 1), scaled(full=500, subset=25))):
         assert interrupted(lambda: Lens(model), at) is not None
         with torch.no_grad():
             assert torch.equal(model(tensor).logits, plain), f"line {at}"
@@ -167,7 +167,7 @@ def test_a_signal_at_any_time_leaves_the_model_as_it_was() -> None:
     delays, hits = random.Random(0), 0
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        for _ in range(scaled(full=2000, subset=60)):
+        for _ in range(scaled(full=1000, subset=40)):
             try:
                 signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-5, length))
                 lens.capture(ids, **request)
@@ -181,7 +181,7 @@ def test_a_signal_at_any_time_leaves_the_model_as_it_was() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert hits > scaled(full=500, subset=15)
+    assert hits > scaled(full=250, subset=10)
 
 
 def test_a_hook_that_stays_is_dead_and_the_next_set_sweeps_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from hostile.scale import scaled
+from trilens.analysis.comparison.result import Comparison
 from trilens.demo import demo_path
+from trilens.lens.capture import Capture
 
 DEMO = str(demo_path("transformer"))
 # What pip writes as the `trilens` command, and a byte once Ctrl-C is ours: what comes before is
@@ -57,9 +60,15 @@ def started(script: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+def assert_ended(code: int, errors: str) -> None:
+    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
+    # At its very end Python gives the signal back to the system; shells count that as 130 too.
+    assert code in (130, -signal.SIGINT, 0), errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "full", "subset"),
-    [(("families",), 300, 8), (("inspect", DEMO, "-p", "import os"), 60, 3)],
+    [(("families",), 40, 4), (("inspect", DEMO, "-p", "import os"), 10, 2)],
     ids=["families", "inspect"],
 )
 def test_an_interrupt_at_any_time_ends_the_command_without_a_traceback(
@@ -76,11 +85,85 @@ def test_an_interrupt_at_any_time_ends_the_command_without_a_traceback(
         time.sleep(delays.uniform(0, length))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
-        assert "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
-        # At its very end Python gives the signal back to the system; shells count that as 130 too.
-        assert process.returncode in (130, -signal.SIGINT, 0)
+        assert_ended(process.returncode, errors)
         codes.append(process.returncode)
     assert codes.count(0) <= len(codes) // 2, codes
+
+
+# One process that has everything imported, whose children run the command: what an interrupt of its
+# work meets, many times in the time of one start.
+FORKS = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from trilens.cli.main import main
+times, folder, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+import trilens.cli.run.inspect, trilens.cli.run.compare
+def run(delay):
+    begun = time.monotonic()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        errors = os.open(folder + "/errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(errors, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        install = signal.signal
+        def told(*given):
+            before = install(*given)
+            signal.signal = install
+            os.write(writer, b"x")
+            return before
+        signal.signal = told
+        code = 70
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException as error:
+            os.write(2, ("Traceback: " + repr(error)).encode())
+        os._exit(code)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGINT)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, open(folder + "/errors", errors="replace").read(), time.monotonic() - begun
+run(None)
+*whole, length = run(None)
+delays = random.Random(0)
+found = [run(delays.uniform(0, length))[:2] for _ in range(times)]
+print(json.dumps([whole, found]))
+"""
+
+
+@pytest.mark.parametrize("command", ["inspect", "capture", "compare"])
+def test_an_interrupt_at_any_time_of_the_work(command: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    small = ("--data", str(text), "--max-tokens", "64", "--seq-length", "32")
+    arguments = {
+        "inspect": (DEMO, "-p", "import os"),
+        "capture": (DEMO, "-p", "import os", "-o", str(tmp_path / "out.tlc")),
+        "compare": (DEMO, DEMO, *small, "-o", str(tmp_path / "out")),
+    }[command]
+    times = scaled(full=120, subset=4)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, str(times), str(tmp_path), command, *arguments],
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (code, errors), found = json.loads(done.stdout)
+    assert code == 0, errors
+    codes = [code for code, _ in found]
+    for code, errors in found:
+        assert_ended(code, errors)
+    assert len(codes) == times and codes.count(130) >= times // 5, codes
+    if (tmp_path / "out.tlc").exists():
+        Capture.load(tmp_path / "out.tlc")
+    if (tmp_path / "out" / "comparison.json").exists():
+        Comparison.load(tmp_path / "out")
 
 
 def test_the_module_is_the_command_too() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from trilens.cli.errors import one_line_errors
 from trilens.cli.interrupts import interruptible
 from trilens.errors import TrilensError
+from trilens.io.paths import as_path
 
 __all__ = ["run"]
 
@@ -31,5 +33,10 @@ def run(
     given = dict(options)
     with one_line_errors(given.pop("debug"), failures=failures, stopped=stopped):
         work = import_module(f"trilens.cli.run.{command}").run
+        # The system's own refusal of a path, in the middle of the work, would pass for one of the
+        # output.
+        for name, value in given.items():
+            if isinstance(value, Path):
+                as_path(value, f"--{name}")
         with interruptible():
             work(**given)

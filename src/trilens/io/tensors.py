@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
+from trilens.errors import CorruptFileError, MemoryShortError, ModelNotFoundError, UsageError
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.guarded import open_regular
 from trilens.io.json import json_text, parse_json
@@ -125,6 +125,7 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     Raises:
         ModelNotFoundError: no such file.
         CorruptFileError: damaged, of another kind, or of another version.
+        MemoryShortError: a tensor is larger than memory.
     """
     if not path.exists():
         raise ModelNotFoundError(f"file {path} does not exist")
@@ -136,7 +137,13 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         for name, entry in header.tensors.items():
             if entry.dtype not in _DTYPES:
                 raise CorruptFileError(f"{path} has tensor {name} of dtype {entry.dtype}")
-            values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+            try:
+                values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+            except (RuntimeError, MemoryError) as cause:
+                raise MemoryShortError(
+                    f"{path} has tensor {name} of {entry.size_bytes} bytes, more than there is "
+                    "memory for: read it on a larger machine"
+                ) from cause
             tensors[name] = values
             if not values.numel():
                 continue
@@ -160,6 +167,9 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     if (claim or manifest[_HASHED] is not False) and digest.hexdigest() != claim:
         raise CorruptFileError(f"{path} is damaged: its content does not fit its own hash")
     aliases = manifest.get("aliases") or {}
-    if not isinstance(aliases, dict) or not set(aliases.values()) <= set(tensors):
+    held = isinstance(aliases, dict) and all(
+        isinstance(of, str) and of in tensors for of in aliases.values()
+    )
+    if not held:
         raise CorruptFileError(f"{path} names tensors that it does not hold")
     return {**tensors, **{name: tensors[of] for name, of in aliases.items()}}, manifest

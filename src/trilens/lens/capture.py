@@ -20,6 +20,7 @@ from trilens.caches.storage import distinct_bytes, moved
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.io.paths import as_path
 from trilens.io.tensors import read_tensors, write_tensors
+from trilens.io.typed import typed
 from trilens.numbers import at_least
 from trilens.statistics.probabilities import probabilities
 
@@ -347,7 +348,7 @@ class Capture:
                 parts[kind].setdefault(int(layer), {})[part] = tensor
         if len(manifest["tokens"]) != len(tensors["token_ids"]):
             raise ValueError("tokens and token ids differ in number")
-        model = ModelInfo(**manifest["model"])
+        model = typed(ModelInfo, manifest["model"])
 
         def cache(name: str, other: AttentionCache | None) -> AttentionCache | None:
             # Files from before there was an effective cache, or reasons, lack these entries.

@@ -15,7 +15,9 @@ from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.rows import METRICS, Row
 from trilens.analysis.comparison.saving import FORMAT, VERSION, read_folder, write_folder
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
+from trilens.io.messages import clip
 from trilens.io.paths import as_path
+from trilens.io.typed import checked, typed
 from trilens.lens.capture import ModelInfo
 from trilens.results import Tabular
 
@@ -169,23 +171,33 @@ class Comparison(Tabular):
         manifest, rows, tensors, hash_checked = read_folder(folder)
         try:
             arrays = {
-                name: NamedArray(tuple(axes), tensors[name])
-                for name, axes in manifest["axes"].items()
+                name: _named(axes, tensors[name])
+                for name, axes in checked(manifest["axes"], dict, "axes").items()
             }
             return cls(
-                before=ModelInfo(**manifest["before"]),
-                after=ModelInfo(**manifest["after"]),
-                n_prompts=manifest["n_prompts"],
-                n_tokens=manifest["n_tokens"],
-                options=MappingProxyType(manifest["options"]),
+                before=typed(ModelInfo, manifest["before"]),
+                after=typed(ModelInfo, manifest["after"]),
+                n_prompts=checked(manifest["n_prompts"], int, "n_prompts"),
+                n_tokens=checked(manifest["n_tokens"], int, "n_tokens"),
+                options=MappingProxyType(checked(manifest["options"], dict, "options")),
                 rows=rows,
-                role_changes=tuple(RoleChange(**each) for each in manifest["role_changes"]),
+                role_changes=tuple(typed(RoleChange, each) for each in manifest["role_changes"]),
                 arrays=MappingProxyType(arrays),
-                notes=tuple(manifest["notes"]),
+                notes=tuple(
+                    checked(each, str, "a note")
+                    for each in checked(manifest["notes"], list, "notes")
+                ),
                 hash_checked=hash_checked,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{folder} is not a whole comparison: {error}") from error
+
+
+def _named(axes: Any, tensor: Tensor) -> NamedArray:
+    names = tuple(checked(each, str, "an axis") for each in checked(axes, list, "axes"))
+    if len(names) != tensor.ndim:
+        raise TypeError(f"an array of {tensor.ndim} dimensions has the axes {clip(axes)}")
+    return NamedArray(names, tensor)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,9 +24,14 @@ from trilens.io.atomic import atomic, locked_folder, write_bytes
 from trilens.io.guarded import open_regular
 from trilens.io.listing import check_files, list_files
 from trilens.io.messages import clip
+from trilens.io.parquet import bounded_batches
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import is_leftover
 from trilens.io.tensors import read_tensors, write_tensors
+from trilens.io.typed import typed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "FORMAT",
@@ -44,6 +49,8 @@ MANIFEST_NAME = "comparison.json"
 
 _PLAIN = {"table": "table.parquet", "arrays": "arrays.safetensors"}
 _OTHER = {part: f"new-{name}" for part, name in _PLAIN.items()}
+# Thousands of heads give tens of thousands of rows; a few bytes of Parquet any number.
+_MOST_ROWS = 500_000
 _NAMES = tuple(field.name for field in fields(Row))
 
 
@@ -177,12 +184,17 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {"layer": pa.int32(), "head": pa.int32(), "module": pa.string(), "metric": pa.string()}
-    schema = pa.schema([(name, types.get(name, pa.float64())) for name in _NAMES])
     columns = {name: [getattr(row, name) for row in rows] for name in _NAMES}
-    table = pa.table(columns, schema=schema)
+    table = pa.table(columns, schema=_schema())
     with atomic(path) as file:
         pq.write_table(table, file)
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    types = {"layer": pa.int32(), "head": pa.int32(), "module": pa.string(), "metric": pa.string()}
+    return pa.schema([(name, types.get(name, pa.float64())) for name in _NAMES])
 
 
 def _read_rows(path: Path) -> tuple[Row, ...]:
@@ -193,8 +205,16 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
         raise ModelNotFoundError(f"file {path} does not exist")
     try:
         with open_regular(path) as file:
-            table = pq.read_table(file)
-        return tuple(Row(**each) for each in table.to_pylist())
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+            table = pq.ParquetFile(file)
+            if not table.schema_arrow.equals(_schema()):
+                raise CorruptFileError(f"{path} has other columns than a comparison")
+            batches = bounded_batches(table, path, _NAMES)
+            rows: list[Row] = []
+            for batch in batches:
+                rows += (typed(Row, each) for each in batch.to_pylist())
+                if len(rows) > _MOST_ROWS:
+                    raise CorruptFileError(f"{path} has more than {_MOST_ROWS} rows")
+            return tuple(rows)
+    except (pa.ArrowException, OSError, TypeError, ValueError, MemoryError) as error:
         words = " ".join(str(error).split())
         raise CorruptFileError(f"{path} is no table of a comparison: {words}") from error

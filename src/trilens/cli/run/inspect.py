@@ -12,6 +12,7 @@ from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.io.hub import file_refusal
+from trilens.io.paths import as_path
 from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -40,7 +41,7 @@ def run(
     """Inspect and print, or write to a file."""
     check_file(output)
     with timed(output):
-        if Path(model).is_file() and Path(model).suffix.lower() != ".gguf":
+        if as_path(model, "model").is_file() and Path(model).suffix.lower() != ".gguf":
             if Path(model).suffix.lower() in _WEIGHTS:
                 raise file_refusal(Path(model))
             needless = {
