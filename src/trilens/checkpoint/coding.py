@@ -32,6 +32,7 @@ from trilens.ternary.rules.rules import RuleName
 __all__ = [
     "CODES_PER_BYTE",
     "CodedBefore",
+    "CodedMatrix",
     "Entry",
     "code_tensor",
     "entries",
@@ -134,11 +135,16 @@ class CodedMatrix(Protocol):
     """What a calibration measured of a matrix: its errors at the outputs, why it has its rule."""
 
     @property
-    def output_error(self) -> float | None: ...
+    def output_error(self) -> float | None:
+        """On the text it was fitted to."""
+
     @property
-    def output_error_held_out(self) -> float | None: ...
+    def output_error_held_out(self) -> float | None:
+        """On text set apart."""
+
     @property
-    def reason(self) -> str: ...
+    def reason(self) -> str:
+        """Why it has another rule than the plan's, or ""."""
 
 
 class CodedBefore(Protocol):

@@ -132,7 +132,11 @@ def test_output_errors_on_text_that_nothing_was_fitted_to(small_demo: Path, tmp_
     assert report.damage.block_length == max(block.numel() for block in blocks)
     assert f"in blocks of up to {report.damage.block_length} that were not" in report.verdict
     assert "| output error | held out |" in (tmp_path / "out" / "README.md").read_text("utf-8")
-    older = {k: v for k, v in asdict(found).items() if k != "output_error_held_out"}
+    older = {
+        k: v
+        for k, v in json.loads(json.dumps(asdict(found))).items()
+        if k != "output_error_held_out"
+    }
     assert TensorReport.from_dict(older) == replace(found, output_error_held_out=None)
     damage = {k: v for k, v in report.damage.to_dict().items() if k != "block_length"}
     assert Damage.from_dict(damage) == replace(report.damage, block_length=None)
@@ -292,7 +296,8 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     assert "Traceback" not in refused.output and refused.stderr.count("\n") == 1
     done = CliRunner().invoke(app, [*common, *given, "-o", str(tmp_path / "b")])
     assert done.exit_code == 0, done.output
-    assert "output error" in done.output and "perplexity" in done.output
+    words = done.output.split()
+    assert {"output", "held", "perplexity"} <= set(words) and "blocks of up to 64" in done.output
     missing = CliRunner().invoke(app, [*common, "-o", str(tmp_path / "c")])
     assert missing.exit_code == 2 and "--calibrate" in missing.stderr
     lone = CliRunner().invoke(
