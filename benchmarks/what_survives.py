@@ -4,6 +4,7 @@
                                                  tables of docs/what-survives.md
     python -m benchmarks.what_survives --tables  write the tables from the last results alone
     … --models mamba --parts rules plans         measure these anew, keep the rest
+    … --parts rules --rules planes asymmetric    of the rules, measure these anew
 
 All text but the one that costs and calibrations are made on is held out. Of every variant a real
 ternary checkpoint is written, loaded again and compared with the source. The page's words are
@@ -48,6 +49,7 @@ from trilens.text.token_blocks import sample_blocks
 BROKEN = MatrixPlan("absmean", per="tensor")
 """The rule whose damage is looked at part by part."""
 
+EVERY_RULE = (*RULES, *CALIBRATED_RULES)
 SCALES: dict[str, dict[str, Any]] = {
     "tensor": {"per": "tensor"},
     "row": {"per": "row"},
@@ -269,10 +271,10 @@ def gates(found: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def rules(bench: Bench) -> dict[str, Any]:
-    """Every rule of the two registries, with every scale it is tried at."""
+def rules(bench: Bench, names: Iterable[str] = EVERY_RULE) -> dict[str, Any]:
+    """Rules of the two registries, with every scale each is tried at."""
     found: dict[str, Any] = {}
-    for rule in (*RULES, *CALIBRATED_RULES):
+    for rule in names:
         for name in CALIBRATED_SCALES if rule in CALIBRATED_RULES else SCALES:
             start = time.process_time()
             plan = TernaryPlan(rule=rule, **SCALES[name], **STORED)  # type: ignore[arg-type]
@@ -367,6 +369,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--models", nargs="*", choices=DEMO_MODELS, default=DEMO_MODELS)
     parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=tuple(PARTS))
+    parser.add_argument("--rules", nargs="*", choices=EVERY_RULE, help="of the part of that name")
     given = parser.parse_args()
     file = RESULTS / "what_survives.json"
     found = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
@@ -374,7 +377,12 @@ def main() -> None:
     for name in () if given.tables else given.models:
         bench = Bench.of(Subject.open(name), demo_path(name), SIZES[name])
         for part in given.parts:
-            found[name] = {**found.get(name, {}), **measure(bench, [part])}
+            known = found.get(name, {})
+            if part == "rules" and given.rules:
+                rows = known["rules"] | rules(bench, given.rules)
+                found[name] = {**known, "rules": rows}
+            else:
+                found[name] = {**known, **measure(bench, [part])}
             save("what_survives", {"models": {n: found[n] for n in DEMO_MODELS if n in found}})
     write_page(json.loads(file.read_text(encoding="utf-8")))
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import rwkv7_cases
 from recurrent_cases import tamper
 from tinymodels import build, prompt_ids
+from tolerances import assert_near
 from trilens.caches.patterns.channel.heads import ChannelHeadsPattern
 from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftmaxPattern
 from trilens.caches.patterns.protocol import Pattern
@@ -231,6 +232,49 @@ def test_many_prompts_give_what_single_ones_give(model_type: str) -> None:
             ours, theirs = batched.attention.get_layer(layer), alone.attention.get_layer(layer)
             assert ours.shape[-1] == len(prompt)
             assert relative(ours, theirs) <= MANY
+
+
+# How many tokens are too few for a weight to be a sum that one term does not make small.
+SHORT = 2
+# A key divided by its own small norm is off by more than the sum that it was.
+NORMALISED = 1e-4
+
+
+def size_of_terms(pattern: Pattern) -> float:
+    """The largest Σ|q||k| of a pattern: what the rounding of a weight is relative to.
+
+    A weight is a product q·k that may cancel. Among a row's many weights the largest has not
+    cancelled; of one or two tokens all may have.
+    """
+    parts = {
+        name: part.abs() if name.rpartition(".")[2] in {"q", "k"} else part
+        for name, part in pattern.tensors().items()
+    }
+    return float(type(pattern).rebuild(parts, pattern.params()).dense().abs().max())
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, *BOUNDED, "zamba"])
+def test_prompts_of_one_and_two_tokens_in_a_batch(model_type: str) -> None:
+    """What differs is the model's own float32 sums, never the way from tensors to weights."""
+    lens = Lens(model_of(model_type))
+    prompts = [prompt_ids(model_type, n)[0] for n in (1, SHORT, 9)]
+    many = lens.capture_many(prompts, batch_size=3, effective=True)
+    for prompt, batched in zip(prompts, many, strict=True):
+        alone = lens.capture(prompt, effective=True)
+        for layer in lens.effective_layers:
+            ours, theirs = batched.attention.pattern(layer), alone.attention.pattern(layer)
+            assert ours.params() == theirs.params()
+            for name, part in theirs.tensors().items():
+                pair = ours.tensors()[name], part
+                if name.rpartition(".")[2] in {"log_w", "step"}:  # −∞ forgets, e^log_w is used
+                    pair = torch.exp(-pair[0].abs()), torch.exp(-pair[1].abs())
+                assert_near(*pair, NORMALISED)
+            gap = (ours.dense() - theirs.dense()).abs().max()
+            scale = size_of_terms(theirs) if len(prompt) <= SHORT else theirs.dense().abs().max()
+            assert float(gap) <= NORMALISED * float(scale)
+            # From the same tensors come the same weights, whatever batch they are of.
+            again = type(ours).rebuild(theirs.tensors(), theirs.params())
+            assert torch.equal(again.dense(), theirs.dense())
 
 
 @pytest.mark.parametrize("model_type", EVERY_KIND)

@@ -32,6 +32,7 @@ from trilens.ternary.rules.rules import RuleName
 __all__ = [
     "CODES_PER_BYTE",
     "CodedBefore",
+    "CodedMatrix",
     "Entry",
     "code_tensor",
     "entries",
@@ -130,13 +131,29 @@ def planned(choice: Choice, header: TensorHeader, plan: TernaryPlan) -> TensorRe
     )
 
 
+class CodedMatrix(Protocol):
+    """What a calibration measured of a matrix: its errors at the outputs, why it has its rule."""
+
+    @property
+    def output_error(self) -> float | None:
+        """On the text it was fitted to."""
+
+    @property
+    def output_error_held_out(self) -> float | None:
+        """On text set apart."""
+
+    @property
+    def reason(self) -> str:
+        """Why it has another rule than the plan's, or ""."""
+
+
 class CodedBefore(Protocol):
     """What a calibration has made of the tensors."""
 
     def quant(
         self, name: str, expert: int, cols: int, plan: TernaryPlan
-    ) -> tuple[PerLayerQuant, float | None, str] | None:
-        """A coded matrix, its error at the outputs, and why another rule was taken."""
+    ) -> tuple[PerLayerQuant, CodedMatrix] | None:
+        """A coded matrix, and what was measured of it."""
 
     def vector(self, name: str) -> Tensor | None:
         """The new value of a tensor that is kept otherwise."""
@@ -174,7 +191,7 @@ def code_tensor(
     stored = as_tensor(header, file.borrow(header.begin, header.end))
     matrices = stored if stored.ndim == 3 else stored[None]
     error = energy = zeros = 0.0
-    output_errors: list[float | None] = []
+    measured: list[CodedMatrix] = []
     other_rule = ""
     was_ternary = True
     for index, stored_matrix in enumerate(matrices):
@@ -192,8 +209,9 @@ def code_tensor(
                 scale_dtype=plan.scale_dtype,
             )
         else:
-            quant, output_error, other_rule = coded
-            output_errors.append(output_error)
+            quant, found = coded
+            measured.append(found)
+            other_rule = found.reason
         _write_matrix(writer, choice.packed_as, quant, index, plan.storage)
         of_error, of_energy = quant.energies(matrix)
         error, energy = error + of_error, energy + of_energy
@@ -208,7 +226,8 @@ def code_tensor(
         relative_error=error / energy if energy else 0.0,
         sparsity=zeros / len(matrices),
         decoded_exactly=True,
-        output_error=output_errors[0] if len(output_errors) == 1 else None,
+        output_error=measured[0].output_error if len(measured) == 1 else None,
+        output_error_held_out=measured[0].output_error_held_out if len(measured) == 1 else None,
     )
 
 

@@ -33,11 +33,13 @@ class Degradation:
             changed model gave NaN or Inf.
         kl_nats: Mean KL(unchanged ‖ changed) of the next-token distributions, in [0, Inf].
         n_tokens: Tokens that were predicted.
+        block_length: Tokens of the longest block, on which a perplexity depends.
     """
 
     nll_nats: float
     kl_nats: float
     n_tokens: int
+    block_length: int | None = None
 
     @property
     def perplexity_ratio(self) -> float:
@@ -108,7 +110,7 @@ class ReferenceLogits:
                 for block in zip(before, after, batch, strict=True):
                     found.add(*block)
         except NonFiniteError:
-            return Degradation(math.inf, math.inf, self.n_tokens)
+            return Degradation(math.inf, math.inf, self.n_tokens, self.block_length)
         result = found.result()
         nll = (result.nll_nats_after or 0.0) - (result.nll_nats_before or 0.0)
-        return Degradation(nll, result.kl_nats_mean, self.n_tokens)
+        return Degradation(nll, result.kl_nats_mean, self.n_tokens, self.block_length)

@@ -7,7 +7,7 @@ from itertools import islice
 
 from trilens.printable import bounded, escaped
 
-__all__ = ["clip", "listed", "reason"]
+__all__ = ["clip", "in_blocks", "listed", "reason"]
 
 _NAME_LIMIT = 120
 
@@ -23,6 +23,11 @@ def clip(value: object, limit: int = 80) -> str:
     """A value of a file as Python writes it: one line, not longer than a message can bear."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def in_blocks(length: int | None) -> str:
+    """How a text was cut, which its perplexity depends on, to follow "tokens": "" if unknown."""
+    return "" if length is None else f" in blocks of up to {length}"
 
 
 def listed(names: Iterable[object], shown: int = 4, *, nothing: str = "none") -> str:

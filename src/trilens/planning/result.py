@@ -136,6 +136,7 @@ class Planned(Tabular):
                 "nll_nats": self.damage.nll_nats,
                 "kl_nats": self.damage.kl_nats,
                 "held_out_tokens": self.damage.n_tokens,
+                "block_length": self.damage.block_length,
             },
             "costs": self.table(),
             "plan": self.plan.to_dict(),

@@ -71,6 +71,7 @@ class Sensitivity(Tabular):
         nll_nats: Mean negative log-likelihood of the unchanged model.
         rows: The parts, those of one subject together, in the model's order.
         checksum: SHA-256 of all parameters, the same before and after.
+        block_length: Tokens of the longest block, on which a loss depends.
     """
 
     rule: str
@@ -78,6 +79,7 @@ class Sensitivity(Tabular):
     nll_nats: float
     rows: tuple[SensitivityRow, ...]
     checksum: str
+    block_length: int | None = None
 
     def of(self, subject: Subject) -> tuple[SensitivityRow, ...]:
         """The rows of one subject, in the model's order."""
@@ -106,6 +108,7 @@ class Sensitivity(Tabular):
         return {
             "rule": self.rule,
             "n_tokens": self.n_tokens,
+            "block_length": self.block_length,
             "nll_nats": self.nll_nats,
             "rank_correlation": found,
             "checksum": self.checksum,
@@ -190,7 +193,14 @@ def measure_sensitivity(
     after = checksum(dict(model.named_parameters()))
     if after != before:
         raise RestoreError("the model did not get its own weights back: load it again")
-    return Sensitivity(entry.label, reference.n_tokens, reference.nll_nats, tuple(rows), after)
+    return Sensitivity(
+        entry.label,
+        reference.n_tokens,
+        reference.nll_nats,
+        tuple(rows),
+        after,
+        reference.block_length,
+    )
 
 
 def _parts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from trilens.checkpoint.calibration import run
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.store import Store
+from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
+from trilens.checkpoint.format.report import TensorReport
 from trilens.checkpoint.gguf import validate_gguf
 from trilens.checkpoint.job import read_job
 from trilens.cli.main import app
@@ -101,6 +103,43 @@ def test_the_written_model_has_the_damage_that_was_told(
     changed = [n for n in before if n in after and not torch.equal(before[n], after[n])]
     assert sorted(fitted) == sorted(changed)
     assert rule.startswith("best") or not fitted
+
+
+def test_output_errors_on_text_that_nothing_was_fitted_to(small_demo: Path, tmp_path: Path) -> None:
+    """Of a matrix whose inputs are the dense model's own, on the held-out blocks alone."""
+    plan = TernaryPlan("gptq", group_size=128, only=("self_attn",))
+    report = ternarize(small_demo, tmp_path / "out", plan=plan, calibration=calibration())
+    blocks = draw(calibration(), load_tokenizer(small_demo), longest=512).evaluation
+    dense = load(small_demo, dtype=torch.float32)
+    coded = load(tmp_path / "out", dtype=torch.float32)
+    path = "model.layers.0.self_attn.q_proj"
+    inputs: list[torch.Tensor] = []
+    hook = dense.get_submodule(path).register_forward_pre_hook(
+        lambda _module, args: inputs.append(args[0].reshape(-1, args[0].shape[-1]).double())
+    )
+    with torch.no_grad():
+        for block in blocks:
+            dense(input_ids=block.reshape(1, -1))
+    hook.remove()
+    x = torch.cat(inputs)
+    w, w_hat = (m.get_submodule(path).weight.detach().double() for m in (dense, coded))
+    wanted = float((x @ (w_hat - w).T).square().sum() / (x @ w.T).square().sum())
+    errors = {tensor.name: tensor for tensor in report.coded}
+    found = errors[f"{path}.weight"]
+    assert found.output_error_held_out == pytest.approx(wanted, rel=1e-4)
+    assert all(tensor.output_error_held_out != tensor.output_error for tensor in report.coded)
+    assert report.damage is not None
+    assert report.damage.block_length == max(block.numel() for block in blocks)
+    assert f"in blocks of up to {report.damage.block_length} that were not" in report.verdict
+    assert "| output error | held out |" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    older = {
+        k: v
+        for k, v in json.loads(json.dumps(asdict(found))).items()
+        if k != "output_error_held_out"
+    }
+    assert TensorReport.from_dict(older) == replace(found, output_error_held_out=None)
+    damage = {k: v for k, v in report.damage.to_dict().items() if k != "block_length"}
+    assert Damage.from_dict(damage) == replace(report.damage, block_length=None)
 
 
 def test_better_rules_leave_less_error(small_demo: Path, tmp_path: Path) -> None:
@@ -257,7 +296,8 @@ def test_the_command_tells_the_damage(small_demo: Path, tmp_path: Path) -> None:
     assert "Traceback" not in refused.output and refused.stderr.count("\n") == 1
     done = CliRunner().invoke(app, [*common, *given, "-o", str(tmp_path / "b")])
     assert done.exit_code == 0, done.output
-    assert "output error" in done.output and "perplexity" in done.output
+    words = done.output.split()
+    assert {"output", "held", "perplexity"} <= set(words) and "blocks of up to 64" in done.output
     missing = CliRunner().invoke(app, [*common, "-o", str(tmp_path / "c")])
     assert missing.exit_code == 2 and "--calibrate" in missing.stderr
     lone = CliRunner().invoke(
@@ -305,6 +345,8 @@ def test_experts_are_judged_on_the_tokens_that_reach_them(model_type: str, tmp_p
             (m.name, m.expert): m.output_error for m in found if m.output_error is not None
         }
         assert errors[rule].keys() == reached
+        held_out = {(m.name, m.expert) for m in found if m.output_error_held_out is not None}
+        assert held_out == reached
         unreached = [m for m in found if not m.n_tokens]
         if rule == "gptq":
             assert all(m.reason.startswith("0 tokens") and m.rule == "exact" for m in unreached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,12 @@ def test_a_plan_is_what_ternarize_then_does(model: Path, data: Path, tmp_path: P
         "plan", model, "--data", data, "--budget-bits", 3, "-o", file, "--costs", "predicted", *FAST
     )
     assert result.exit_code == 0, result.stderr
-    assert "held-out tokens: perplexity ×" in result.stdout
+    words = " ".join(result.stdout.split())
+    assert re.search(r"held-out tokens in blocks of up to \d+: perplexity ×", words)
     content = json.loads(file.read_text())
     assert (content["format"], content["version"]) == ("trilens.plan", 1)
     assert content["measured"]["bits_per_weight"] <= 3
+    assert f"in blocks of up to {content['measured']['block_length']}:" in words
     assert len(content["plan"]["matrices"]) == 14
     done = run("ternarize", model, "-o", tmp_path / "out", "--plan", file, "--format", "json")
     assert done.exit_code == 0, done.stderr

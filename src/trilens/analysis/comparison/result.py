@@ -53,6 +53,8 @@ class Comparison(Tabular):
         arrays: what is too long for rows, with named axes: the KL of each token, the average
             openness of each unit, the convergence layer of each position.
         notes: what could not be compared, in words.
+        block_length: tokens of the longest prompt, on which a perplexity depends; None in files
+            that lack it.
         hash_checked: of a comparison that was loaded: its files fit their hashes; False for one
             from before there were hashes. None for one that was not loaded.
     """
@@ -67,6 +69,7 @@ class Comparison(Tabular):
     arrays: Mapping[str, NamedArray]
     notes: tuple[str, ...]
     hash_checked: bool | None = None
+    block_length: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -153,6 +156,7 @@ class Comparison(Tabular):
             "after": asdict(self.after),
             "n_prompts": self.n_prompts,
             "n_tokens": self.n_tokens,
+            "block_length": self.block_length,
             "options": dict(self.options),
             "role_changes": [asdict(each) for each in self.role_changes],
             "notes": list(self.notes),
@@ -188,6 +192,7 @@ class Comparison(Tabular):
                     for each in checked(manifest["notes"], list, "notes")
                 ),
                 hash_checked=hash_checked,
+                block_length=manifest.get("block_length"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{folder} is not a whole comparison: {error}") from error

@@ -152,7 +152,7 @@ class _Run:
         self.lens = LensAccumulator(before.n_layers)
         self.converged: list[Tensor] = []
         self.models: list[ModelInfo] = []
-        self.n_prompts = self.n_tokens = 0
+        self.n_prompts = self.n_tokens = self.block_length = 0
 
     def add(self, batch: Sequence[Tensor]) -> None:
         for number, ids in enumerate(batch, start=self.n_prompts):
@@ -222,6 +222,7 @@ class _Run:
             self.lens.add(converged[0], converged[1])
             self.converged.append(torch.stack(converged).int())
         self.n_tokens += len(before.token_ids)
+        self.block_length = max(self.block_length, len(before.token_ids))
         self.n_prompts += 1
         self.models = [before.model, after.model]
 
@@ -266,6 +267,7 @@ class _Run:
             role_changes=tuple(roles.changes(self.options.role_threshold) if roles else ()),
             arrays=MappingProxyType(self._arrays(output)),
             notes=tuple(notes),
+            block_length=self.block_length,
         )
 
     def _roles(self) -> RoleAccumulator | None:

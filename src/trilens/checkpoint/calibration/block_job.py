@@ -51,6 +51,8 @@ class BlockJob:
         vectors: Its norms and biases that may be fitted: parameter in the block → stored tensor
             and dtype.
         batches: The text.
+        held_out: The text set apart: measured on, never fitted to; its place in the streams is
+            after the text's.
         dense: The dense model's residual stream before the block.
         ternary: The ternary model's.
         plan: Group size and scales' dtype.
@@ -62,6 +64,7 @@ class BlockJob:
     matrices: tuple[BlockMatrix, ...]
     vectors: Mapping[str, tuple[str, torch.dtype]]
     batches: tuple[Batch, ...]
+    held_out: tuple[Batch, ...]
     dense: Stream
     ternary: Stream
     plan: TernaryPlan

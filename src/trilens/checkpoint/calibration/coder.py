@@ -6,7 +6,7 @@ block, run on the dense model's residual stream, gives the target outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
 from trilens.checkpoint.rotation import plain_weights, to_be_coded
 from trilens.errors import NonFiniteError
+from trilens.ternary.calibrated.held_out import HeldOutError
 from trilens.ternary.calibrated.hessian import Moments, MomentSums
 from trilens.ternary.calibrated.rules import (
     Calibrated,
@@ -66,7 +67,7 @@ def code_block(
         NonFiniteError: the model gives NaN or Inf on the text, or holds it.
 
     Memory: the block's weights in float32 twice, and in float64 those of one matrix at a time; the
-    moments of one stage; one batch of the text.
+    moments of one stage, or its ternary matrices decoded; one batch of the text.
     """
     coder = _Coder(runner, job)
     after = dense_after(coder.dense)
@@ -91,6 +92,15 @@ def code_block(
 
 def _too_few(n_tokens: int) -> str:
     return f"{n_tokens} tokens of the text reached it: too few"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Coded:
+    """A matrix that is coded, and not in the block yet; why by its weights alone, or ""."""
+
+    matrix: BlockMatrix
+    found: Calibrated
+    why: str
 
 
 class _Coder:
@@ -129,14 +139,27 @@ class _Coder:
         corrected = {path for path, rule in rules.items() if rule and rule.corrected and not routed}
         repairing = {path for path in corrected if (rule := rules[path]) and rule.repairs_residual}
         moments = self._moments(stage, corrected, repairing)
+        coded: dict[str, _Coded] = {}
         for path in stage.members:
-            matrix = by_path[path]
-            of = moments.get(path)
+            matrix, of = by_path[path], moments.get(path)
             if of is None or (routed and of.hessian.n_tokens < of.cross.shape[1]):
                 n_tokens = 0 if of is None else of.hessian.n_tokens
-                self.code_without_inputs(matrix, _too_few(n_tokens), of)
+                coded[path] = self._without_inputs(matrix, _too_few(n_tokens), of)
             else:
-                self._code(matrix, of)
+                coded[path] = self._code(matrix, of)
+        del moments
+        # Before any of them is put in the block: all saw the same one when they were fitted.
+        plan = self.job.plan
+        errors = {
+            path: HeldOutError(plain_weights(each.found.quant, plan))
+            for path, each in coded.items()
+        }
+        dense = {path: self._dense_weight(path) for path in stage.members}
+        for inputs, targets in self._seen(stage, corrected, repairing, self.job.held_out):
+            for path, error in errors.items():
+                error.add(inputs, target=targets.get(path), dense=dense[path])
+        for path, found in coded.items():
+            self._keep(found, errors[path].value)
 
     def seen_experts(self, parts: Sequence[BlockMatrix]) -> tuple[str, ...]:
         """The parameters that hold experts whose products can be seen, in order."""
@@ -163,22 +186,38 @@ class _Coder:
             )
             for expert, weight in zip(experts, weights, strict=True)
         }
-        for batch in self.job.batches:
+        for expert, inputs in self._expert_inputs(name, self.job.batches):
+            if expert in sums:
+                sums[expert].add(inputs, {})
+        coded: list[_Coded] = []
+        for matrix, weight, expert in zip(matrices, weights, experts, strict=True):
+            n_tokens = sums[expert].n_tokens
+            of = Moments.of(weight, sums[expert].hessian()) if n_tokens else None
+            if of is None or n_tokens < weight.shape[1]:
+                coded.append(self._without_inputs(matrix, _too_few(n_tokens), of))
+            else:
+                coded.append(self._code(matrix, of))
+        errors: list[HeldOutError] = []
+        for each in coded:  # what an expert is given is not of its own making
+            put_matrix(self.block, each.matrix, each.found.quant, self.job.plan)
+            errors.append(HeldOutError(held_weight(self.block, each.matrix)))
+        for seen, inputs in self._expert_inputs(name, self.job.held_out):
+            for expert, weight, error in zip(experts, weights, errors, strict=True):
+                if expert == seen:
+                    error.add(inputs, dense=weight)
+        for each, error in zip(coded, errors, strict=True):
+            self._keep(each, error.value)
+
+    def _expert_inputs(self, name: str, batches: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
+        """What the experts of one parameter are given, batch by batch."""
+        for batch in batches:
             hidden = self.job.ternary.read(batch)
 
             def run(batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
                 return self.run(self.block, batch, hidden)
 
             for _, expert, inputs in expert_inputs(self.block, [name], run):
-                if expert in sums:
-                    sums[expert].add(inputs, {})
-        for matrix, weight, expert in zip(matrices, weights, experts, strict=True):
-            n_tokens = sums[expert].n_tokens
-            of = Moments.of(weight, sums[expert].hessian()) if n_tokens else None
-            if of is None or n_tokens < weight.shape[1]:
-                self.code_without_inputs(matrix, _too_few(n_tokens), of)
-            else:
-                self._code(matrix, of)
+                yield expert, inputs
 
     def _moments(
         self, stage: Stage, corrected: set[str], repairing: set[str]
@@ -197,8 +236,21 @@ class _Coder:
             first.shape[1],
             outputs,
         )
+        for inputs, targets in self._seen(stage, corrected, repairing, job.batches):
+            sums.add(inputs, targets)
+        if sums.n_tokens == 0:
+            return {}
+        hessian = sums.hessian()
+        rest = {path: weight for path, weight in weights.items() if path not in corrected}
+        return sums.result() | {path: Moments.of(w, hessian) for path, w in rest.items()}
+
+    def _seen(
+        self, stage: Stage, corrected: set[str], repairing: set[str], batches: Sequence[Batch]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Inputs of a stage and what those in `corrected` should give, batch by batch."""
+        job = self.job
         sites = {path: site for path, site in stage.sites.items() if path in repairing}
-        for batch in job.batches:
+        for batch in batches:
             hidden, true_hidden = job.ternary.read(batch), job.dense.read(batch)
             befores = sorted({site.before for site in sites.values()})
             afters = sorted({site.after for site in sites.values()})
@@ -211,10 +263,10 @@ class _Coder:
                 continue
             targets: dict[str, Tensor] = {}
             if corrected:
-                own = [path for path in outputs if path not in sites]
+                own = [path for path in stage.members if path in corrected and path not in sites]
                 with watching(self.dense, outputs=own, states=afters, shape=hidden.shape) as watch:
                     true = watch(lambda h=true_hidden, b=batch: self.run(self.dense, b, h))  # type: ignore[misc]
-                for path in outputs:
+                for path in filter(corrected.__contains__, stage.members):
                     if path in sites:
                         before = seen.get(("state", sites[path].before), hidden)
                         targets[path] = true[("state", sites[path].after)] - before
@@ -223,27 +275,25 @@ class _Coder:
                         targets[path], bias = true[("output", path)], self._bias(path)
                     if bias is not None:
                         targets[path] = targets[path] - bias
-            sums.add(entered, targets)
-        if sums.n_tokens == 0:
-            return {}
-        hessian = sums.hessian()
-        rest = {path: weight for path, weight in weights.items() if path not in corrected}
-        return sums.result() | {path: Moments.of(w, hessian) for path, w in rest.items()}
+            yield entered, targets
 
-    def _code(self, matrix: BlockMatrix, moments: Moments) -> None:
+    def _code(self, matrix: BlockMatrix, moments: Moments) -> _Coded:
         weight = held_weight(self.dense, matrix)
         rule = rule_of(self.job.plan, self.rule, matrix)
         if rule is None:
-            self.code_without_inputs(matrix, "", moments)
-            return
+            return self._without_inputs(matrix, "", moments)
         weight = to_be_coded(weight, matrix.name, self.job.plan)
         moments = moments.rotated() if self.job.plan.rotate else moments
         found = calibrate(weight, matrix.name, moments, rule=rule, **self.options_of(matrix))
-        self._keep(matrix, found.quant, found, "")
+        return _Coded(matrix, found, "")
 
-    def code_without_inputs(
+    def code_without_inputs(self, matrix: BlockMatrix, why: str) -> None:
+        """Code a matrix by its weights alone, and keep it; `why` as below."""
+        self._keep(self._without_inputs(matrix, why), None)
+
+    def _without_inputs(
         self, matrix: BlockMatrix, why: str, moments: Moments | None = None
-    ) -> None:
+    ) -> _Coded:
         """Code a matrix by its weights alone; `why`: the reason, where the rule needs inputs."""
         weight = to_be_coded(held_weight(self.dense, matrix), matrix.name, self.job.plan)
         calibrated = rule_of(self.job.plan, self.rule, matrix)
@@ -256,9 +306,11 @@ class _Coder:
             error = moments.output_error(decoded.double().numpy())
         n_tokens = 0 if moments is None else moments.hessian.n_tokens
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
-        self._keep(matrix, quant, found, why if calibrated is not None else "")
+        return _Coded(matrix, found, why if calibrated is not None else "")
 
-    def _keep(self, matrix: BlockMatrix, quant: PerLayerQuant, found: Calibrated, why: str) -> None:
+    def _keep(self, coded: _Coded, held_out: float | None) -> None:
+        matrix, found = coded.matrix, coded.found
+        quant = found.quant
         put_matrix(self.block, matrix, quant, self.job.plan)
         self.quants[(matrix.name, matrix.expert)] = quant
         self.records.append(
@@ -266,7 +318,7 @@ class _Coder:
                 matrix.name,
                 matrix.expert,
                 quant.rule,
-                why,
+                coded.why,
                 found.output_error if found.output_error >= 0 else None,
                 found.damping,
                 found.n_tokens,
@@ -274,6 +326,7 @@ class _Coder:
                 found.changes,
                 quant.was_ternary,
                 quant.zeroed_units,
+                held_out,
             )
         )
 

@@ -161,6 +161,7 @@ class _Run:
             self.drawn.n_tokens,
             self.drawn.refused,
             fallbacks,
+            max(batch.ids.shape[1] for batch in self.apart),
         )
 
     def _block(self, index: int) -> None:
@@ -173,6 +174,7 @@ class _Run:
             placed.matrices,
             placed.vectors,
             self.text,
+            self.apart,
             dense,
             ternary,
             self.plan,

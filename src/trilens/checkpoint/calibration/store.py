@@ -40,6 +40,7 @@ class MatrixRecord:
         rule: The rule that made it.
         reason: Why another rule than the plan's was taken, or "".
         output_error: Σ‖Ŵx − y‖²/Σ‖y‖² on the calibration text; None where no input was seen.
+        output_error_held_out: The same on the text set apart; None in records without it.
         damping: What was added to the Hessian's diagonal, of its mean.
         n_tokens: Inputs seen.
         dead_channels: Input channels that were always 0.
@@ -59,6 +60,7 @@ class MatrixRecord:
     changes: int = 0
     was_ternary: bool = False
     zeroed_units: int = 0
+    output_error_held_out: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,8 @@ class Store:
 
     def quant(
         self, name: str, expert: int, cols: int, plan: Any
-    ) -> tuple[PerLayerQuant, float | None, str] | None:
-        """A coded matrix as it was, its error at the outputs, and why another rule was taken.
+    ) -> tuple[PerLayerQuant, MatrixRecord] | None:
+        """A coded matrix as it was, and what was measured of it.
 
         Args:
             name: the stored tensor's.
@@ -212,8 +214,7 @@ class Store:
                 if (matrix.name, matrix.expert) == (name, expert):
                     fitted = self.whole is not None and (name, expert) in self.whole.matrices
                     path = self._whole("safetensors") if fitted else self._tensors(record.index)
-                    quant = self._quant(path, matrix, cols, plan)
-                    return quant, matrix.output_error, matrix.reason
+                    return self._quant(path, matrix, cols, plan), matrix
         return None
 
     def _quant(self, path: Path, matrix: MatrixRecord, cols: int, plan: Any) -> PerLayerQuant:

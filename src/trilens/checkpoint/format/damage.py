@@ -21,6 +21,8 @@ class Damage:
         calibration_tokens: Tokens that were calibrated on.
         refused_documents: Calibration documents left out: they are also in the evaluation text.
         fallbacks: Matrices that were coded without their inputs, with the reason.
+        block_length: Tokens of the longest block of the held-out text, on which a perplexity
+            depends; None in files that lack it.
     """
 
     perplexity_before: float
@@ -29,6 +31,7 @@ class Damage:
     calibration_tokens: int
     refused_documents: int
     fallbacks: tuple[str, ...] = ()
+    block_length: int | None = None
 
     @property
     def ratio(self) -> float:

@@ -170,22 +170,39 @@ def _shell(words: list[str]) -> str:
 
 
 def _matrices(report: TernaryReport) -> list[str]:
+    calibrated = any(tensor.output_error is not None for tensor in report.matrices)
+    about = "Relative error is ‖W−Ŵ‖²/‖W‖²; bits per weight count codes, scales and offsets."
+    columns = ["matrix", "shape", "bits per weight", "relative error", "zeros", "outcome"]
+    if calibrated:
+        about += (
+            " Output error is Σ‖Ŵx − y‖²/Σ‖y‖², on the text that the matrix was fitted to and on "
+            "text set apart."
+        )
+        columns[4:4] = ["output error", "held out"]
     lines = [
         "## Matrices",
         "",
-        "Relative error is ‖W−Ŵ‖²/‖W‖²; bits per weight count codes, scales and offsets.",
+        about,
         "",
-        "| matrix | shape | bits per weight | relative error | zeros | outcome |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
     ]
     for row in report.table():
         error, zeros = row["relative_error"], row["sparsity"]
+        outputs = ""
+        if calibrated:
+            own, held_out = row["output_error"], row["output_error_held_out"]
+            outputs = f"| {_share(own)} | {_share(held_out)} "
         lines.append(
             f"| {markdown_code(row['name'])} | {row['shape']} | {row['bits_per_weight']:.3f} "
-            f"| {'–' if error is None else f'{error:.4f}'} "
+            f"| {_share(error)} {outputs}"
             f"| {'–' if zeros is None else f'{zeros:.1%}'} | {markdown_text(row['outcome'])} |"
         )
     return lines
+
+
+def _share(error: float | None) -> str:
+    return "–" if error is None else f"{error:.4f}"
 
 
 def _not_quantized(report: TernaryReport) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.io.messages import clip
+from trilens.io.messages import clip, in_blocks
 from trilens.results import Tabular
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
@@ -37,6 +37,8 @@ class TensorReport:
         decoded_exactly: What the file holds was decoded and compared bit for bit.
         output_error: Σ‖Ŵx − y‖²/Σ‖y‖² on the calibration text, which the matrix was fitted to: on
             other text it is larger (1.2 to 2.1 times on demo models); None where not measured.
+        output_error_held_out: The same on the text set apart, which nothing was fitted to; None
+            where not measured, and in files that lack it.
         fitted: A kept vector has new values, fitted to the dense block's outputs.
     """
 
@@ -53,6 +55,7 @@ class TensorReport:
     decoded_exactly: bool = False
     output_error: float | None = None
     fitted: bool = False
+    output_error_held_out: float | None = None
 
     @property
     def n_weights(self) -> int:
@@ -73,7 +76,8 @@ class TensorReport:
         """
         tensor = cls(**{**values, "shape": tuple(values["shape"])})
         sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
-        shares = (tensor.relative_error, tensor.sparsity, tensor.output_error)
+        errors = (tensor.relative_error, tensor.output_error, tensor.output_error_held_out)
+        shares = (*errors, tensor.sparsity)
         truths = (tensor.is_matrix, tensor.decoded_exactly, tensor.fitted)
         right = (
             all(isinstance(text, str) for text in (tensor.name, tensor.packed_as, tensor.reason))
@@ -98,8 +102,8 @@ class SampleReport:
         perplexity_before: Of the source, in its own dtype.
         perplexity_after: Of the ternary checkpoint on the same tokens; infinite where its logits
             are not finite.
-        block_length: Tokens of the longest context, on which a perplexity depends; None in reports
-            of before 0.2.
+        block_length: Tokens of the longest context, on which a perplexity depends; None in files
+            that lack it.
     """
 
     name: str
@@ -116,10 +120,8 @@ class SampleReport:
     @property
     def sentence(self) -> str:
         """The finding in words."""
-        length = self.block_length
-        blocks = "" if length is None else f" in blocks of up to {length}"
         return (
-            f"Perplexity on {self.name} ({self.n_tokens} tokens{blocks}): "
+            f"Perplexity on {self.name} ({self.n_tokens} tokens{in_blocks(self.block_length)}): "
             f"{self.perplexity_before:.4g} "
             f"before, {self.perplexity_after:.4g} after, {self.ratio:.3g} times as much."
         )
@@ -226,7 +228,8 @@ class TernaryReport(Tabular):
             return (
                 f"Ternarized after training: perplexity {found.perplexity_before:.4g} became "
                 f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
-                "tokens that were not calibrated on. Compare outputs of your own before any use."
+                f"tokens{in_blocks(found.block_length)} that were not calibrated on. Compare "
+                "outputs of your own before any use."
             ) + (f" {self.sample.sentence}" if self.sample else "")
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
@@ -248,6 +251,7 @@ class TernaryReport(Tabular):
                 "bits_per_weight": round(tensor.bits_per_weight, 3),
                 "relative_error": tensor.relative_error,
                 "output_error": tensor.output_error,
+                "output_error_held_out": tensor.output_error_held_out,
                 "sparsity": tensor.sparsity,
                 "outcome": tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
             }

@@ -12,10 +12,11 @@ from trilens.analysis.comparison.heads import RoleChange
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.rows import Row
 from trilens.evaluation.loop import perplexity_of
+from trilens.io.messages import in_blocks
 from trilens.report.text.inspection import gate_headings, print_decay_note
 from trilens.report.text.tables import Column, print_line, print_table
 
-__all__ = ["comparison_sentence", "four_digits", "print_comparison", "render_comparison"]
+__all__ = ["comparison_sentence", "counted", "four_digits", "print_comparison", "render_comparison"]
 
 _SHOWN_ROLES = 20
 _NONE = "–"
@@ -32,6 +33,12 @@ def render_comparison(comparison: Comparison, width: int = 120) -> str:
     return captured.get()
 
 
+def counted(comparison: Comparison) -> str:
+    """Of how much text it is, and how it was cut, which a perplexity depends on."""
+    blocks = in_blocks(comparison.block_length)
+    return f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens{blocks}"
+
+
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print summary, layers, gates, role changes and weights; what was not measured is left out."""
     for side, model in (("before", comparison.before), ("after", comparison.after)):
@@ -40,7 +47,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         name = f"{called} · " if called else ""
         words = f"{name}{model.model_class} · {model.n_layers} layers · {model.dtype}"
         print_line(console, f"{side:<7}{words}")
-    print_line(console, f"{comparison.n_prompts} prompts, {comparison.n_tokens:,} tokens")
+    print_line(console, counted(comparison))
     console.print()
     print_line(console, comparison_sentence(comparison))
     console.print()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from trilens.io.messages import in_blocks
 from trilens.planning.result import Planned
 from trilens.planning.sensitivity import Sensitivity, SensitivityRow, Subject
 from trilens.report.text.tables import Column, print_line, print_table
@@ -24,8 +25,8 @@ def print_sensitivity(found: Sensitivity, console: Console) -> None:
     """Draw a table for each kind of part that was measured."""
     print_line(
         console,
-        f"{found.rule} · {found.n_tokens} tokens · loss {found.nll_nats:.4f} nats "
-        "before any change",
+        f"{found.rule} · {found.n_tokens} tokens{in_blocks(found.block_length)} · "
+        f"loss {found.nll_nats:.4f} nats before any change",
     )
     for subject, title in _TITLES.items():
         rows = found.of(subject) if subject == "blocks" else found.ranked(subject)
@@ -90,7 +91,8 @@ def print_plan(planned: Planned, console: Console) -> None:
     print_line(
         console,
         f"{planned.bits_per_weight:.3f} bits per weight over the matrices of the blocks; "
-        f"measured on {damage.n_tokens} held-out tokens: perplexity × "
+        f"measured on {damage.n_tokens} held-out tokens{in_blocks(damage.block_length)}: "
+        "perplexity × "
         f"{damage.perplexity_ratio:.3f}, KL {damage.kl_nats:.4f} nats "
         f"({planned.options.costs} costs).",
     )

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from trilens.analysis.comparison.series import ComparisonSeries
-from trilens.report.text.comparison import four_digits
+from trilens.report.text.comparison import counted, four_digits
 from trilens.report.text.tables import Column, print_line, print_table
 
 __all__ = ["print_series"]
@@ -24,7 +24,7 @@ def print_series(series: ComparisonSeries, console: Console) -> None:
     before = first.before
     words = f"{_short(before.name)} · {before.model_class} · {before.n_layers} layers"
     print_line(console, f"first  {words} · {before.dtype}")
-    print_line(console, f"{first.n_prompts} prompts, {first.n_tokens:,} tokens")
+    print_line(console, counted(first))
     perplexity = first.select("perplexity")
     if perplexity:
         print_line(console, f"perplexity of the first {four_digits(perplexity[0].before)}")

@@ -28,7 +28,7 @@ def print_report(report: TernaryReport, console: Console) -> None:
         "bits/weight",
         "relative error",
     ]
-    columns += ["output error"] if calibrated else []
+    columns += ["output error", "held out"] if calibrated else []
     columns += ["zeros", Column("outcome", left=True, fold=24)]
     print_table(console, columns, [_cells(tensor, calibrated) for tensor in report.matrices])
     absent = sum(tensor.outcome == "left out" for tensor in report.tensors)
@@ -47,12 +47,13 @@ def print_report(report: TernaryReport, console: Console) -> None:
 
 def _cells(tensor: TensorReport, calibrated: bool) -> tuple[str, ...]:
     zeros = tensor.sparsity
+    errors = (tensor.output_error, tensor.output_error_held_out)
     return (
         tensor.name,
         "×".join(map(str, tensor.shape)),
         f"{tensor.bits_per_weight:.3f}",
         _share(tensor.relative_error),
-        *([_share(tensor.output_error)] if calibrated else []),
+        *(map(_share, errors) if calibrated else ()),
         "–" if zeros is None else f"{zeros:.1%}",
         tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
     )
