@@ -66,7 +66,7 @@ def write_dense(
     reports: list[TensorReport] = []
     if dry_run:
         reports = [replace(planned(c, h, job.plan), size_bytes=entry[3]) for c, h, entry in todo]
-        return TernaryReport(job.plan, tuple(reports), dry_run=True)
+        return TernaryReport(job.plan, tuple(reports), dry_run=True, note=job.note)
     with atomic_folder(out) as folder:
         for file in job.source.files:
             mine = [each for each in todo if each[1].file == file]
@@ -76,7 +76,7 @@ def write_dense(
                     if progress is not None:
                         progress(Step(len(reports), len(todo), choice.name))
                 writer.commit()
-        report = TernaryReport(job.plan, tuple(reports))
+        report = TernaryReport(job.plan, tuple(reports), note=job.note)
         for name, data in _small_files(job, report, todo).items():
             write_bytes(folder / name, data)
         job.source.check_unchanged()

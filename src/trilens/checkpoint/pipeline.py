@@ -96,8 +96,9 @@ def ternarize(
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
-            source is quantized already, or `dst` holds something else or another order's output;
-            a sample and a dry run, a GGUF file, or a source that is no causal language model.
+            source is quantized already (other than as BitNet, whose trits are kept), or `dst`
+            holds something else or another order's output; a sample and a dry run, a GGUF file, or
+            a source that is no causal language model.
         TextError: a sample that is too short.
         LoadError: the source cannot be read, or changed while it was; see `trilens.errors`.
         NonFiniteError: NaN or Inf among the weights of a matrix; nothing is left behind.
@@ -123,6 +124,11 @@ def ternarize(
     if gguf_format is not None:
         _check_trits(job)
         return write_gguf(job, gguf_format, out, dry_run=dry_run, progress=progress)
+    if calibration is not None and job.keeps_trits:
+        raise UsageError(
+            f"{job.source.name} is ternary already, and its trits are kept as they are: leave the "
+            "calibration out"
+        )
     _check_names(job)
     if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
@@ -136,7 +142,7 @@ def ternarize(
         )
     if dry_run:
         tensors = [planned(*pair, job.plan) for pair in job.pairs]
-        return TernaryReport(job.plan, tuple(tensors), dry_run=True)
+        return TernaryReport(job.plan, tuple(tensors), dry_run=True, note=job.note)
     check_folder(out, job.source.folder)
     order = Order.of(
         [
@@ -189,7 +195,7 @@ def _write(
     job.source.check_unchanged()
     order.check_copied(digests, job.source.side_files)
     measured = baseline.against(out) if baseline else None
-    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
+    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage, note=job.note)
     card = model_card(report, origin_of(job))
     digests[CARD_NAME] = write_bytes(out / CARD_NAME, card.encode())
     files = {
@@ -305,12 +311,11 @@ def _write_shard(
     progress: Progress | None,
     n_before: int,
 ) -> tuple[str, list[TensorReport]]:
-    opened = job.source.opened(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, opened, writer, before=before))
+            reports.append(code_tensor(choice, header, job.plan, job.source, writer, before=before))
             if progress is not None:
                 progress(Step(n_before + len(reports), len(job.choices), choice.name))
         job.source.check_unchanged()

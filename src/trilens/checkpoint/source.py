@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.checkpoint.bitnet import BITNET, BitNet, read_bitnet
 from trilens.checkpoint.format.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -52,11 +53,12 @@ class Checkpoint:
     Attributes:
         folder: Where it is.
         name: What errors call it: a hub id or a path.
-        settings: config.json as it stands.
+        settings: config.json as it stands; of a BitNet checkpoint without its quantization.
         config: transformers' configuration.
         files: The weight files.
-        headers: Every stored tensor.
+        headers: Every stored tensor; packed matrices of a BitNet checkpoint as the model has them.
         stamps: What config.json and the weight files were like before they were read.
+        bitnet: Of a BitNet checkpoint, what is packed.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     headers: dict[str, TensorHeader]
     stamps: dict[Path, Stamp]
+    bitnet: BitNet | None = None
     _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
     _mapped: dict[Path, MappedFile] = field(default_factory=dict, repr=False)
 
@@ -85,7 +88,7 @@ class Checkpoint:
             ternary: also take what `ternarize` wrote.
 
         Raises:
-            UsageError: it is quantized already.
+            UsageError: it is quantized already, and not as BitNet.
             LoadError: it cannot be read, or is damaged; see `trilens.errors`.
         """
         rwkv7.register()
@@ -93,11 +96,9 @@ class Checkpoint:
         settings = read_settings(folder)
         packed = settings.get("quantization_config")
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
-        # BitNet's online mode stores plain weights and quantizes them anew in each call.
-        mode = packed.get("quantization_mode") if isinstance(packed, dict) else None
-        online = (method, mode) == ("bitnet", "online")
         own = ternary and isinstance(packed, dict) and method == QUANT_METHOD
-        if packed is not None and not own and not online:
+        foreign = packed if isinstance(packed, dict) and method == BITNET else None
+        if packed is not None and not own and foreign is None:
             also = ", or one that trilens ternarize wrote" if ternary else ""
             raise UsageError(
                 f"{name} is quantized already ({method!r}): give the checkpoint with plain "
@@ -106,8 +107,15 @@ class Checkpoint:
         stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *weight_files(folder))}
         config, _ = read_config(folder, settings, trusted=False)
         files, headers = read_weights(folder)
+        bitnet = None
+        if foreign is not None:
+            # Without it the skeleton is that of plain weights, and is checked as such.
+            settings = {k: v for k, v in settings.items() if k != "quantization_config"}
+            del config.quantization_config
+            bitnet = read_bitnet(name, foreign, headers)
+            headers = bitnet.plain_headers(headers)
         check_fits(folder, config, headers)
-        return cls(folder, name, settings, config, files, headers, stamps)
+        return cls(folder, name, settings, config, files, headers, stamps, bitnet)
 
     @property
     def is_ternary(self) -> bool:
@@ -156,16 +164,36 @@ class Checkpoint:
         Shapes: → [*shape]
 
         Raises:
-            CorruptFileError: the file was cut off meanwhile.
+            CorruptFileError: the file was cut off meanwhile, or holds illegal codes.
         """
+        if self.bitnet is not None and name in self.bitnet.matrices:
+            packed = self.bitnet.matrices[name]
+            codes, scale = (
+                tensor_of(part, self.opened(part.file)) for part in (packed.codes, packed.scale)
+            )
+            return packed.dense(codes, scale)
         header = self.headers[name]
         return tensor_of(header, self.opened(header.file))
+
+    def borrowed_tensor(self, name: str) -> Tensor:
+        """A stored tensor, valid until the next one of its file is borrowed.
+
+        Shapes: → [*shape]
+
+        Raises: as `tensor`.
+        """
+        if self.bitnet is not None and name in self.bitnet.matrices:
+            return self.tensor(name)
+        header = self.headers[name]
+        return as_tensor(header, self.opened(header.file).borrow(header.begin, header.end))
 
     def mapped_tensor(self, name: str) -> Tensor:
         """A stored tensor, by reference to its file: see `MappedFile` before it is used.
 
         Shapes: → [*shape]
         """
+        if self.bitnet is not None and name in self.bitnet.matrices:
+            return self.tensor(name)
         header = self.headers[name]
         if header.file not in self._mapped:
             self._mapped[header.file] = MappedFile(header.file)

@@ -92,13 +92,15 @@ def write_gguf(
     vocabulary.describe(writer)
     _announce(writer, plan, todo)
     if dry_run:
-        return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
+        return TernaryReport(
+            plan, (*(s.report() for s in todo), *absent), dry_run=True, note=job.note
+        )
     _check_space(out, todo)
     with atomic(out, alone=True) as file:
         reports = _write(file, writer, job, todo, plan, format, progress)
         _seal(file)
         job.source.check_unchanged()
-    return TernaryReport(plan, (*reports, *absent))
+    return TernaryReport(plan, (*reports, *absent), note=job.note)
 
 
 def check_place(out: Path) -> None:
