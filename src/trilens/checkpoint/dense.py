@@ -134,7 +134,7 @@ def _unpacked(job: Job, choice: Choice, header: TensorHeader) -> Tensor:
 def _small_files(
     job: Job, report: TernaryReport, todo: list[tuple[Choice, TensorHeader, Entry]]
 ) -> dict[str, bytes]:
-    found = {path.name: read_bytes(path) for path in job.source.side_files}
+    found = job.source.copied
     for path in job.source.cards:
         found[SOURCE_CARD_NAME] = read_bytes(path)
     config = dict(job.source.settings)

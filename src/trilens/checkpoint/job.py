@@ -79,6 +79,7 @@ def read_job(
     *,
     revision: str | None = None,
     ternary: bool = False,
+    tokenizer: Any = None,
 ) -> Job:
     """Read a checkpoint, and follow a plan's expressions.
 
@@ -87,10 +88,11 @@ def read_job(
         plan: what the caller asked; a checkpoint that is ternary already takes no orders.
         revision: of a hub id.
         ternary: also take what `ternarize` wrote.
+        tokenizer: goes before the checkpoint's own.
 
     Raises: as `ternarize`, for a source or a plan that cannot be used.
     """
-    source = Checkpoint.open(src, revision=revision, ternary=ternary)
+    source = Checkpoint.open(src, revision=revision, ternary=ternary, tokenizer=tokenizer)
     headers, packed, own, note = source.headers, None, plan, ""
     if source.is_ternary:
         headers, packed, own, note = _read_packed(source, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trilens.checkpoint.auxiliary_files import origin_of, write_side_files
 from trilens.checkpoint.calibration.options import Calibration
@@ -67,6 +67,7 @@ def ternarize(
     revision: str | None = None,
     calibration: Calibration | None = None,
     sample: Sample | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
@@ -92,6 +93,8 @@ def ternarize(
             without one only the rules that need no data can be asked.
         sample: a text on which source and result are measured; the finding stands in the report
             and in the model card.
+        tokenizer: goes before the source's own, for a sample or a calibration, and is written into
+            the output; one of transformers, or what `--tokenizer` reads.
         progress: called with each block while a calibration runs, then with each tensor written.
 
     Raises:
@@ -118,7 +121,7 @@ def ternarize(
     _check_format(format, gguf_format, out, plan)
     if format != "trilens":
         _check_unmeasured(format, calibration, sample)
-    job = read_job(src, plan, revision=revision, ternary=format != "trilens")
+    job = read_job(src, plan, revision=revision, ternary=format != "trilens", tokenizer=tokenizer)
     if format == "dense":
         return write_dense(job, out, dry_run=dry_run, progress=progress)
     if gguf_format is not None:
@@ -154,11 +157,12 @@ def ternarize(
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
+        job.source.given_sha256,
     )
     if (out / MANIFEST_NAME).is_file():
         return _finished(out, order, calibration)
     # Measured first: a sample that is no good is refused before anything is written.
-    baseline = Baseline.of(sample, job.source.folder) if sample else None
+    baseline = Baseline.of(sample, job.source.folder, tokenizer=tokenizer) if sample else None
     with locked_folder(out):
         check_folder(out, job.source.folder)
         if (out / MANIFEST_NAME).is_file():  # another run has ended meanwhile

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,14 +25,15 @@ from trilens.checkpoint.format.names import (
 )
 from trilens.checkpoint.format.shards import MappedFile
 from trilens.errors import CorruptFileError, UsageError
-from trilens.io.guarded import OpenFile, Stamp
+from trilens.io.guarded import OpenFile, Stamp, read_bytes
 from trilens.io.hub import local_folder
 from trilens.io.safetensors_header import TensorHeader
-from trilens.io.side_files import side_files
+from trilens.io.side_files import is_tokenizer_file, side_files
 from trilens.io.weight_files import read_weights, weight_files
 from trilens.models.build import read_config, read_settings
-from trilens.models.loading import check_fits
+from trilens.models.loading import check_fits, load_tokenizer
 from trilens.models.rwkv7 import model as rwkv7
+from trilens.models.tokenizer_files import tokenizer_files
 
 __all__ = ["Checkpoint", "as_tensor", "tensor_of"]
 
@@ -59,6 +62,8 @@ class Checkpoint:
         headers: Every stored tensor; packed matrices of a BitNet checkpoint as the model has them.
         stamps: What config.json and the weight files were like before they were read.
         bitnet: Of a BitNet checkpoint, what is packed.
+        given_tokenizer: The tokenizer that goes before its own; None where its own is taken.
+        given_files: The files of that tokenizer.
     """
 
     folder: Path
@@ -69,6 +74,8 @@ class Checkpoint:
     headers: dict[str, TensorHeader]
     stamps: dict[Path, Stamp]
     bitnet: BitNet | None = None
+    given_tokenizer: Any = None
+    given_files: Mapping[str, bytes] = field(default_factory=dict)
     _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
     _mapped: dict[Path, MappedFile] = field(default_factory=dict, repr=False)
 
@@ -79,6 +86,7 @@ class Checkpoint:
         *,
         revision: str | None = None,
         ternary: bool = False,
+        tokenizer: Any = None,
     ) -> Self:
         """Find a checkpoint and read its headers.
 
@@ -86,9 +94,10 @@ class Checkpoint:
             src: directory or hub id.
             revision: of a hub id.
             ternary: also take what `ternarize` wrote.
+            tokenizer: goes before its own.
 
         Raises:
-            UsageError: it is quantized already, and not as BitNet.
+            UsageError: it is quantized already, and not as BitNet; a tokenizer without files.
             LoadError: it cannot be read, or is damaged; see `trilens.errors`.
         """
         rwkv7.register()
@@ -115,7 +124,8 @@ class Checkpoint:
             bitnet = read_bitnet(name, foreign, headers)
             headers = bitnet.plain_headers(headers)
         check_fits(folder, config, headers)
-        return cls(folder, name, settings, config, files, headers, stamps, bitnet)
+        given = {} if tokenizer is None else tokenizer_files(tokenizer)
+        return cls(folder, name, settings, config, files, headers, stamps, bitnet, tokenizer, given)
 
     @property
     def is_ternary(self) -> bool:
@@ -130,8 +140,39 @@ class Checkpoint:
 
     @property
     def side_files(self) -> tuple[Path, ...]:
-        """Tokenizer, generation settings, licence: small files that belong to it."""
-        return tuple(path for path in side_files(self.folder) if path.name not in _NOT_COPIED)
+        """Tokenizer (where none was given), generation settings, licence: small files of its own."""
+        return tuple(
+            path
+            for path in side_files(self.folder)
+            if path.name not in _NOT_COPIED
+            and not (self.given_files and is_tokenizer_file(path.name))
+        )
+
+    @property
+    def copied(self) -> dict[str, bytes]:
+        """What is copied into an output: `side_files`, and the tokenizer that was given."""
+        own = {path.name: read_bytes(path) for path in self.side_files}
+        return {**own, **self.given_files}
+
+    @property
+    def given_sha256(self) -> str | None:
+        """Hash of the given tokenizer's files; None without one."""
+        if not self.given_files:
+            return None
+        digest = hashlib.sha256()
+        for name, data in sorted(self.given_files.items()):
+            digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(data).digest())
+        return digest.hexdigest()
+
+    def tokenizer(self) -> Any:
+        """The given tokenizer, else its own; None where there is none.
+
+        Raises:
+            LoadError: its own cannot be read; see `load_tokenizer`.
+        """
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
+        return load_tokenizer(self.folder, trusted=False)
 
     @property
     def cards(self) -> tuple[Path, ...]:
