@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from random import Random
+from string import ascii_letters
 
 import pytest
 from transformers import AutoTokenizer
@@ -47,7 +49,8 @@ def test_it_is_measured_with_and_written_out(bare: Path, tmp_path: Path) -> None
 
 
 def test_it_calibrates(bare: Path, tmp_path: Path) -> None:
-    calibration = Calibration(TEXT, ("a lazy fox and a dog " * 400,), length=32, tokens=512)
+    letters = ["".join(Random(k).choices(ascii_letters, k=4000)) for k in range(2)]
+    calibration = Calibration((letters[0],), (letters[1],), length=32, tokens=512)
     report = ternarize(bare, tmp_path / "out", calibration=calibration, tokenizer=byte_level())
     assert report.damage is not None
 

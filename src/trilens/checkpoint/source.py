@@ -140,7 +140,7 @@ class Checkpoint:
 
     @property
     def side_files(self) -> tuple[Path, ...]:
-        """Tokenizer (where none was given), generation settings, licence: small files of its own."""
+        """Small files of its own: generation settings, licence, tokenizer if none was given."""
         return tuple(
             path
             for path in side_files(self.folder)

@@ -242,7 +242,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         why = (
             "its run was not finished: run the same command again"
             if unfinished
-            else ("it was not written by trilens ternarize, or saved anew since")
+            else (
+                "it was not written by trilens ternarize, was saved anew since, or holds dense "
+                "weights of before there were hashes"
+            )
         )
         raise ModelNotFoundError(f"{folder} has no {MANIFEST_NAME}: {why}")
     found, _ = read_sealed(path)
