@@ -48,6 +48,7 @@ FLOORS = {
     "lens": 12,
     "evaluation": 13,
     "checkpoint.format": 14,
+    "checkpoint.bitnet": 14,
     "checkpoint.source": 15,
     "checkpoint.rotation": 15,
     "checkpoint.output_folder": 15,

@@ -67,7 +67,8 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
     flat = groups.flattened(command)
     parameters = inspect.signature(flat).parameters
     assert list(parameters) == [
-        "model", "dtype", "device_map", "revision", "trust_remote_code", "tokenizer",
+        "model", "dtype", "device_map", "revision", "trust_remote_code", "attn_implementation",
+        "tokenizer",
     ]  # fmt: skip
     assert parameters["dtype"].default == "float32"
     assert get_type_hints(flat, include_extras=True)["dtype"] == options.Dtype
@@ -77,9 +78,12 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
         device_map=None,
         revision="r",
         trust_remote_code=True,
+        attn_implementation="eager",
         tokenizer=None,
     )
-    assert taken == [("m", groups.Loading(revision="r", trust_remote_code=True, tokenizer=None))]
+    assert taken == [
+        ("m", groups.Loading(revision="r", trust_remote_code=True, attn_implementation="eager"))
+    ]
 
 
 def test_an_option_means_the_same_everywhere() -> None:

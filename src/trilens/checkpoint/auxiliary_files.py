@@ -28,7 +28,7 @@ def write_side_files(out: Path, job: Job) -> dict[str, str]:
     Raises:
         WriteError: no space, no permission.
     """
-    content = {path.name: read_bytes(path) for path in job.source.side_files}
+    content = job.source.copied
     for path in job.source.cards:
         content[SOURCE_CARD_NAME] = read_bytes(path)
     stored = [(h.file, entry) for c, h in job.pairs for entry in entries(c, h, job.plan)]

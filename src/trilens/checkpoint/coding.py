@@ -17,9 +17,8 @@ from trilens.checkpoint.format.report import TensorReport
 from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import to_be_coded
-from trilens.checkpoint.source import as_tensor
+from trilens.checkpoint.source import Checkpoint
 from trilens.errors import WriteError
-from trilens.io.guarded import OpenFile
 from trilens.io.safetensors_header import TensorHeader
 from trilens.ternary.calibrated.rules import n_planes_of
 from trilens.ternary.codecs.packing import Base3, TwoBit
@@ -163,7 +162,7 @@ def code_tensor(
     choice: Choice,
     header: TensorHeader,
     plan: TernaryPlan,
-    file: OpenFile,
+    source: Checkpoint,
     writer: ShardWriter,
     *,
     before: CodedBefore | None = None,
@@ -180,7 +179,7 @@ def code_tensor(
     report = planned(choice, header, plan)
     if choice.storage == "kept":
         new = None if before is None else before.vector(choice.name)
-        raw = old = file.borrow(header.begin, header.end)
+        raw = old = source.opened(header.file).borrow(header.begin, header.end)
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
@@ -188,7 +187,7 @@ def code_tensor(
         reason = _FITTED if fitted else report.reason
         return replace(report, reason=reason, decoded_exactly=True, fitted=fitted)
     plan = plan.of(choice.name)
-    stored = as_tensor(header, file.borrow(header.begin, header.end))
+    stored = source.borrowed_tensor(choice.name)
     matrices = stored if stored.ndim == 3 else stored[None]
     error = energy = zeros = 0.0
     measured: list[CodedMatrix] = []

@@ -13,23 +13,26 @@ from torch import Tensor
 from trilens.checkpoint.auxiliary_files import origin_of, weight_index
 from trilens.checkpoint.coding import Entry, planned
 from trilens.checkpoint.format.model_card import dense_card
-from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, SOURCE_CARD_NAME
+from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, DENSE_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.job import DTYPE_NAMES, Job
-from trilens.errors import UsageError
+from trilens.checkpoint.source import Checkpoint
+from trilens.errors import ModelNotFoundError, UsageError
 from trilens.io.atomic import atomic_folder, write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
+from trilens.io.listed_folder import check_listed, write_list
 from trilens.io.safetensors_header import TensorHeader
 from trilens.progress import Progress, Step
 from trilens.ternary.codecs.rows import expand_rows, pack_rows
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.rotation import rotate_back
 
-__all__ = ["write_dense"]
+__all__ = ["validate_dense", "write_dense"]
 
+_KIND = "trilens-dense-checkpoint"
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 
 
@@ -66,7 +69,7 @@ def write_dense(
     reports: list[TensorReport] = []
     if dry_run:
         reports = [replace(planned(c, h, job.plan), size_bytes=entry[3]) for c, h, entry in todo]
-        return TernaryReport(job.plan, tuple(reports), dry_run=True)
+        return TernaryReport(job.plan, tuple(reports), dry_run=True, note=job.note)
     with atomic_folder(out) as folder:
         for file in job.source.files:
             mine = [each for each in todo if each[1].file == file]
@@ -76,11 +79,29 @@ def write_dense(
                     if progress is not None:
                         progress(Step(len(reports), len(todo), choice.name))
                 writer.commit()
-        report = TernaryReport(job.plan, tuple(reports))
+        report = TernaryReport(job.plan, tuple(reports), note=job.note)
         for name, data in _small_files(job, report, todo).items():
             write_bytes(folder / name, data)
         job.source.check_unchanged()
+        write_list(folder, DENSE_NAME, _KIND)
     return report
+
+
+def validate_dense(path: Path) -> tuple[str, ...]:
+    """Check what `write_dense` wrote against its manifest, and whether the weights fit the model.
+
+    Returns:
+        The names of the files that were checked.
+
+    Raises:
+        ModelNotFoundError: no manifest is there.
+        CorruptFileError: says which file is damaged, and how.
+    """
+    if not (path / DENSE_NAME).is_file():
+        raise ModelNotFoundError(f"{path} has no {DENSE_NAME}: it was written without hashes")
+    names = check_listed(path, DENSE_NAME, _KIND)
+    Checkpoint.open(path)
+    return names
 
 
 def _dtype(settings: Mapping[str, Any]) -> str:
@@ -134,7 +155,7 @@ def _unpacked(job: Job, choice: Choice, header: TensorHeader) -> Tensor:
 def _small_files(
     job: Job, report: TernaryReport, todo: list[tuple[Choice, TensorHeader, Entry]]
 ) -> dict[str, bytes]:
-    found = {path.name: read_bytes(path) for path in job.source.side_files}
+    found = job.source.copied
     for path in job.source.cards:
         found[SOURCE_CARD_NAME] = read_bytes(path)
     config = dict(job.source.settings)

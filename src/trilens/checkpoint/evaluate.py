@@ -81,12 +81,13 @@ class Baseline:
     n_tokens: int
 
     @classmethod
-    def of(cls, sample: Sample, folder: Path) -> Self:
+    def of(cls, sample: Sample, folder: Path, *, tokenizer: Any = None) -> Self:
         """Measure the source.
 
         Args:
             sample: the text; of a long one the first 16,384 tokens.
             folder: the source's directory.
+            tokenizer: goes before the source's own.
 
         Raises:
             TextError: fewer than `FEWEST_TOKENS` predicted tokens.
@@ -107,7 +108,10 @@ class Baseline:
         longest = configured_positions(model)
         length = min(_LENGTH, longest) if longest is not None and longest > 1 else _LENGTH
         blocks = token_blocks(
-            loaded.tokenizer, sample.documents, length=length, limit_tokens=_LIMIT_TOKENS
+            loaded.tokenizer if tokenizer is None else tokenizer,
+            sample.documents,
+            length=length,
+            limit_tokens=_LIMIT_TOKENS,
         )
         n_tokens = sum(len(block) - 1 for block in blocks)
         if n_tokens < FEWEST_TOKENS:

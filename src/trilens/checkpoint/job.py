@@ -37,6 +37,7 @@ class Job:
         choices: What is possible with each tensor, and left by the plan.
         plan: How matrices are ternarized, or were.
         packed: Of what `ternarize` wrote, the stored parts of each matrix; None for plain weights.
+        note: What the output computes otherwise than the model that it comes from.
     """
 
     source: Checkpoint
@@ -45,6 +46,13 @@ class Job:
     choices: tuple[Choice, ...]
     plan: TernaryPlan
     packed: Mapping[str, Mapping[str, str]] | None
+    note: str = ""
+
+    @property
+    def keeps_trits(self) -> bool:
+        """Whether the source's trits are taken as they are."""
+        bitnet = self.source.bitnet
+        return self.packed is not None or (bitnet is not None and bool(bitnet.matrices))
 
     @property
     def pairs(self) -> Iterator[tuple[Choice, TensorHeader]]:
@@ -71,6 +79,7 @@ def read_job(
     *,
     revision: str | None = None,
     ternary: bool = False,
+    tokenizer: Any = None,
 ) -> Job:
     """Read a checkpoint, and follow a plan's expressions.
 
@@ -79,31 +88,34 @@ def read_job(
         plan: what the caller asked; a checkpoint that is ternary already takes no orders.
         revision: of a hub id.
         ternary: also take what `ternarize` wrote.
+        tokenizer: goes before the checkpoint's own.
 
     Raises: as `ternarize`, for a source or a plan that cannot be used.
     """
-    source = Checkpoint.open(src, revision=revision, ternary=ternary)
-    headers, packed, own = source.headers, None, plan
+    source = Checkpoint.open(src, revision=revision, ternary=ternary, tokenizer=tokenizer)
+    headers, packed, own, note = source.headers, None, plan, ""
     if source.is_ternary:
-        headers, packed, own = _read_packed(source, plan)
+        headers, packed, own, note = _read_packed(source, plan)
+    elif source.bitnet is not None:
+        note = source.bitnet.note
+        if source.bitnet.matrices:
+            _check_no_orders(source, replace(plan, storage="two_bit"))
     model = build_skeleton(source.config, headers)
     choices = choose(model, headers)
     check_names(source.name, (choice.name for choice in choices if choice.reason == HOMELESS))
     if packed is not None:
         choices = _as_stored(choices, packed)
-    return Job(source, headers, model, _follow(plan, choices), own, packed)
+    job = Job(source, headers, model, _follow(plan, choices), own, packed, note)
+    _check_all_coded(job)
+    return job
 
 
 def _read_packed(
     source: Checkpoint, plan: TernaryPlan
-) -> tuple[dict[str, TensorHeader], dict[str, dict[str, str]], TernaryPlan]:
-    """Headers as they were before `ternarize`, the parts of each matrix, and the plan."""
+) -> tuple[dict[str, TensorHeader], dict[str, dict[str, str]], TernaryPlan, str]:
+    """Headers as they were before `ternarize`, the parts of each matrix, the plan, and a note."""
     report = validate(source.folder)
-    if plan != TernaryPlan():
-        raise UsageError(
-            f"{source.name} is ternary already, and its trits are kept as they are: leave out "
-            "the rule and every other option of the plan, or give the checkpoint with plain weights"
-        )
+    _check_no_orders(source, plan)
     headers, packed = {}, {}
     for tensor in report.tensors:
         name, size_bytes = tensor.name, tensor.size_bytes_before
@@ -113,7 +125,27 @@ def _read_packed(
         packed[name] = find_parts(tensor.packed_as, source.headers)
         file = source.headers[packed[name]["codes"]].file
         headers[name] = TensorHeader(name, "F32", tensor.shape, file, 0, size_bytes)
-    return headers, packed, report.plan
+    return headers, packed, report.plan, report.note
+
+
+def _check_no_orders(source: Checkpoint, plan: TernaryPlan) -> None:
+    """Refuse a plan for trits that are there."""
+    if plan != TernaryPlan():
+        raise UsageError(
+            f"{source.name} is ternary already, and its trits are kept as they are: leave out "
+            "the rule and every other option of the plan, or give the checkpoint with plain weights"
+        )
+
+
+def _check_all_coded(job: Job) -> None:
+    """Refuse packed matrices of a BitNet checkpoint that have no place as ternary ones."""
+    packed = job.source.bitnet.matrices if job.source.bitnet is not None else {}
+    for choice in job.choices:
+        if choice.name in packed and choice.storage == "kept":
+            raise UsageError(
+                f"{job.source.name} stores {choice.name} packed, where trilens keeps weights as "
+                f"they are ({choice.reason}): give the checkpoint with plain weights"
+            )
 
 
 def _as_stored(choices: tuple[Choice, ...], packed: Collection[str]) -> tuple[Choice, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trilens.checkpoint.auxiliary_files import origin_of, write_side_files
 from trilens.checkpoint.calibration.options import Calibration
@@ -67,6 +67,7 @@ def ternarize(
     revision: str | None = None,
     calibration: Calibration | None = None,
     sample: Sample | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
@@ -92,12 +93,15 @@ def ternarize(
             without one only the rules that need no data can be asked.
         sample: a text on which source and result are measured; the finding stands in the report
             and in the model card.
+        tokenizer: goes before the source's own, for a sample or a calibration, and is written into
+            the output; one of transformers, or what `--tokenizer` reads.
         progress: called with each block while a calibration runs, then with each tensor written.
 
     Raises:
         UsageError: an option is wrong, an expression matches nothing, nothing is left to code, the
-            source is quantized already, or `dst` holds something else or another order's output;
-            a sample and a dry run, a GGUF file, or a source that is no causal language model.
+            source is quantized already (other than as BitNet, whose trits are kept), or `dst`
+            holds something else or another order's output; a sample and a dry run, a GGUF file, or
+            a source that is no causal language model.
         TextError: a sample that is too short.
         LoadError: the source cannot be read, or changed while it was; see `trilens.errors`.
         NonFiniteError: NaN or Inf among the weights of a matrix; nothing is left behind.
@@ -117,12 +121,17 @@ def ternarize(
     _check_format(format, gguf_format, out, plan)
     if format != "trilens":
         _check_unmeasured(format, calibration, sample)
-    job = read_job(src, plan, revision=revision, ternary=format != "trilens")
+    job = read_job(src, plan, revision=revision, ternary=format != "trilens", tokenizer=tokenizer)
     if format == "dense":
         return write_dense(job, out, dry_run=dry_run, progress=progress)
     if gguf_format is not None:
         _check_trits(job)
         return write_gguf(job, gguf_format, out, dry_run=dry_run, progress=progress)
+    if calibration is not None and job.keeps_trits:
+        raise UsageError(
+            f"{job.source.name} is ternary already, and its trits are kept as they are: leave the "
+            "calibration out"
+        )
     _check_names(job)
     if job.plan.calibrated and calibration is None and not dry_run:
         raise UsageError(
@@ -136,7 +145,7 @@ def ternarize(
         )
     if dry_run:
         tensors = [planned(*pair, job.plan) for pair in job.pairs]
-        return TernaryReport(job.plan, tuple(tensors), dry_run=True)
+        return TernaryReport(job.plan, tuple(tensors), dry_run=True, note=job.note)
     check_folder(out, job.source.folder)
     order = Order.of(
         [
@@ -148,11 +157,12 @@ def ternarize(
         job.plan,
         sample.sha256 if sample else None,
         None if calibration is None else calibration.to_dict(),
+        job.source.given_sha256,
     )
     if (out / MANIFEST_NAME).is_file():
         return _finished(out, order, calibration)
     # Measured first: a sample that is no good is refused before anything is written.
-    baseline = Baseline.of(sample, job.source.folder) if sample else None
+    baseline = Baseline.of(sample, job.source.folder, tokenizer=tokenizer) if sample else None
     with locked_folder(out):
         check_folder(out, job.source.folder)
         if (out / MANIFEST_NAME).is_file():  # another run has ended meanwhile
@@ -189,7 +199,7 @@ def _write(
     job.source.check_unchanged()
     order.check_copied(digests, job.source.side_files)
     measured = baseline.against(out) if baseline else None
-    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage)
+    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage, note=job.note)
     card = model_card(report, origin_of(job))
     digests[CARD_NAME] = write_bytes(out / CARD_NAME, card.encode())
     files = {
@@ -305,12 +315,11 @@ def _write_shard(
     progress: Progress | None,
     n_before: int,
 ) -> tuple[str, list[TensorReport]]:
-    opened = job.source.opened(file)
     todo = job.of_file(file)
     reports = []
     with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
         for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, opened, writer, before=before))
+            reports.append(code_tensor(choice, header, job.plan, job.source, writer, before=before))
             if progress is not None:
                 progress(Step(n_before + len(reports), len(job.choices), choice.name))
         job.source.check_unchanged()

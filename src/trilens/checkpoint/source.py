@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.checkpoint.bitnet import BITNET, BitNet, read_bitnet
 from trilens.checkpoint.format.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -22,14 +25,15 @@ from trilens.checkpoint.format.names import (
 )
 from trilens.checkpoint.format.shards import MappedFile
 from trilens.errors import CorruptFileError, UsageError
-from trilens.io.guarded import OpenFile, Stamp
+from trilens.io.guarded import OpenFile, Stamp, read_bytes
 from trilens.io.hub import local_folder
 from trilens.io.safetensors_header import TensorHeader
-from trilens.io.side_files import side_files
+from trilens.io.side_files import is_tokenizer_file, side_files
 from trilens.io.weight_files import read_weights, weight_files
 from trilens.models.build import read_config, read_settings
-from trilens.models.loading import check_fits
+from trilens.models.loading import check_fits, load_tokenizer
 from trilens.models.rwkv7 import model as rwkv7
+from trilens.models.tokenizer_files import tokenizer_files
 
 __all__ = ["Checkpoint", "as_tensor", "tensor_of"]
 
@@ -52,11 +56,14 @@ class Checkpoint:
     Attributes:
         folder: Where it is.
         name: What errors call it: a hub id or a path.
-        settings: config.json as it stands.
+        settings: config.json as it stands; of a BitNet checkpoint without its quantization.
         config: transformers' configuration.
         files: The weight files.
-        headers: Every stored tensor.
+        headers: Every stored tensor; packed matrices of a BitNet checkpoint as the model has them.
         stamps: What config.json and the weight files were like before they were read.
+        bitnet: Of a BitNet checkpoint, what is packed.
+        given_tokenizer: The tokenizer that goes before its own; None where its own is taken.
+        given_files: The files of that tokenizer.
     """
 
     folder: Path
@@ -66,6 +73,9 @@ class Checkpoint:
     files: tuple[Path, ...]
     headers: dict[str, TensorHeader]
     stamps: dict[Path, Stamp]
+    bitnet: BitNet | None = None
+    given_tokenizer: Any = None
+    given_files: Mapping[str, bytes] = field(default_factory=dict)
     _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
     _mapped: dict[Path, MappedFile] = field(default_factory=dict, repr=False)
 
@@ -76,6 +86,7 @@ class Checkpoint:
         *,
         revision: str | None = None,
         ternary: bool = False,
+        tokenizer: Any = None,
     ) -> Self:
         """Find a checkpoint and read its headers.
 
@@ -83,9 +94,10 @@ class Checkpoint:
             src: directory or hub id.
             revision: of a hub id.
             ternary: also take what `ternarize` wrote.
+            tokenizer: goes before its own.
 
         Raises:
-            UsageError: it is quantized already.
+            UsageError: it is quantized already, and not as BitNet; a tokenizer without files.
             LoadError: it cannot be read, or is damaged; see `trilens.errors`.
         """
         rwkv7.register()
@@ -93,11 +105,9 @@ class Checkpoint:
         settings = read_settings(folder)
         packed = settings.get("quantization_config")
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
-        # BitNet's online mode stores plain weights and quantizes them anew in each call.
-        mode = packed.get("quantization_mode") if isinstance(packed, dict) else None
-        online = (method, mode) == ("bitnet", "online")
         own = ternary and isinstance(packed, dict) and method == QUANT_METHOD
-        if packed is not None and not own and not online:
+        foreign = packed if isinstance(packed, dict) and method == BITNET else None
+        if packed is not None and not own and foreign is None:
             also = ", or one that trilens ternarize wrote" if ternary else ""
             raise UsageError(
                 f"{name} is quantized already ({method!r}): give the checkpoint with plain "
@@ -106,8 +116,16 @@ class Checkpoint:
         stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *weight_files(folder))}
         config, _ = read_config(folder, settings, trusted=False)
         files, headers = read_weights(folder)
+        bitnet = None
+        if foreign is not None:
+            # Without it the skeleton is that of plain weights, and is checked as such.
+            settings = {k: v for k, v in settings.items() if k != "quantization_config"}
+            del config.quantization_config
+            bitnet = read_bitnet(name, foreign, headers)
+            headers = bitnet.plain_headers(headers)
         check_fits(folder, config, headers)
-        return cls(folder, name, settings, config, files, headers, stamps)
+        given = {} if tokenizer is None else tokenizer_files(tokenizer)
+        return cls(folder, name, settings, config, files, headers, stamps, bitnet, tokenizer, given)
 
     @property
     def is_ternary(self) -> bool:
@@ -122,8 +140,39 @@ class Checkpoint:
 
     @property
     def side_files(self) -> tuple[Path, ...]:
-        """Tokenizer, generation settings, licence: small files that belong to it."""
-        return tuple(path for path in side_files(self.folder) if path.name not in _NOT_COPIED)
+        """Small files of its own: generation settings, licence, tokenizer if none was given."""
+        return tuple(
+            path
+            for path in side_files(self.folder)
+            if path.name not in _NOT_COPIED
+            and not (self.given_files and is_tokenizer_file(path.name))
+        )
+
+    @property
+    def copied(self) -> dict[str, bytes]:
+        """What is copied into an output: `side_files`, and the tokenizer that was given."""
+        own = {path.name: read_bytes(path) for path in self.side_files}
+        return {**own, **self.given_files}
+
+    @property
+    def given_sha256(self) -> str | None:
+        """Hash of the given tokenizer's files; None without one."""
+        if not self.given_files:
+            return None
+        digest = hashlib.sha256()
+        for name, data in sorted(self.given_files.items()):
+            digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(data).digest())
+        return digest.hexdigest()
+
+    def tokenizer(self) -> Any:
+        """The given tokenizer, else its own; None where there is none.
+
+        Raises:
+            LoadError: its own cannot be read; see `load_tokenizer`.
+        """
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
+        return load_tokenizer(self.folder, trusted=False)
 
     @property
     def cards(self) -> tuple[Path, ...]:
@@ -156,16 +205,36 @@ class Checkpoint:
         Shapes: → [*shape]
 
         Raises:
-            CorruptFileError: the file was cut off meanwhile.
+            CorruptFileError: the file was cut off meanwhile, or holds illegal codes.
         """
+        if self.bitnet is not None and name in self.bitnet.matrices:
+            packed = self.bitnet.matrices[name]
+            codes, scale = (
+                tensor_of(part, self.opened(part.file)) for part in (packed.codes, packed.scale)
+            )
+            return packed.dense(codes, scale)
         header = self.headers[name]
         return tensor_of(header, self.opened(header.file))
+
+    def borrowed_tensor(self, name: str) -> Tensor:
+        """A stored tensor, valid until the next one of its file is borrowed.
+
+        Shapes: → [*shape]
+
+        Raises: as `tensor`.
+        """
+        if self.bitnet is not None and name in self.bitnet.matrices:
+            return self.tensor(name)
+        header = self.headers[name]
+        return as_tensor(header, self.opened(header.file).borrow(header.begin, header.end))
 
     def mapped_tensor(self, name: str) -> Tensor:
         """A stored tensor, by reference to its file: see `MappedFile` before it is used.
 
         Shapes: → [*shape]
         """
+        if self.bitnet is not None and name in self.bitnet.matrices:
+            return self.tensor(name)
         header = self.headers[name]
         if header.file not in self._mapped:
             self._mapped[header.file] = MappedFile(header.file)

@@ -21,6 +21,7 @@ class Loading:
     device_map: o.DeviceMap = None
     revision: o.Revision = None
     trust_remote_code: o.TrustRemoteCode = False
+    attn_implementation: o.AttnImplementation = None
     tokenizer: o.TokenizerFiles = None
 
 

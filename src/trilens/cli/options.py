@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 __all__ = [
+    "AttnImplementation",
     "BatchSize",
     "Budget",
     "Calibrate",
@@ -105,6 +106,14 @@ DeviceMap = Annotated[
 Revision = Annotated[
     str | None,
     typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub id."),
+]
+AttnImplementation = Annotated[
+    str | None,
+    typer.Option(
+        "--attn-implementation",
+        metavar="NAME",
+        help="Attention function: eager, sdpa … [default: transformers' choice]",
+    ),
 ]
 TokenizerFiles = Annotated[
     Path | None,

@@ -14,7 +14,7 @@ from trilens.errors import CorruptFileError
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes, parse_object
 
-__all__ = ["NO_HASH", "NO_HASH_NOTE", "read_sealed", "sealed", "unsealed"]
+__all__ = ["NO_HASH", "NO_HASH_NOTE", "check_seal", "read_sealed", "sealed", "signed", "unsealed"]
 
 NO_HASH = "0" * 64
 """Stands where a hash will be, and while it is computed."""
@@ -22,6 +22,7 @@ NO_HASH = "0" * 64
 NO_HASH_NOTE = "it was written before files carried hashes: damage to its numbers would not show"
 
 _KEY = "sha256"
+_SIGN = "hashed"  # says a second time that there is a hash
 
 
 def sealed(body: dict[str, Any]) -> bytes:
@@ -47,6 +48,35 @@ def read_sealed(path: Path, *, required: bool = True) -> tuple[dict[str, Any], b
     if hashlib.sha256(json_bytes(found)).hexdigest() != digest or sealed(found) != data:
         raise CorruptFileError(f"{path} is damaged: its content does not fit its own hash")
     return found, True
+
+
+def signed(body: dict[str, Any]) -> bytes:
+    """As `sealed`, for files that people read and may lay out anew: see `check_seal`."""
+    return sealed({**body, _SIGN: True})
+
+
+def check_seal(found: dict[str, Any], what: str) -> bool:
+    """Compare values with the hash among them, whatever they were laid out like.
+
+    Args:
+        found: what was read of a file that `signed` or `sealed` gave.
+        what: the file, for messages.
+
+    Returns:
+        Whether there is a hash.
+
+    Raises:
+        CorruptFileError: the values do not fit it.
+    """
+    if _KEY not in found and _SIGN not in found:
+        return False
+    body = {key: value for key, value in found.items() if key != _KEY}
+    if hashlib.sha256(json_bytes(body)).hexdigest() != found.get(_KEY):
+        raise CorruptFileError(
+            f"{what} is damaged: its content does not fit its own hash; where it was changed by "
+            f"hand, take its keys {_SIGN!r} and {_KEY!r} out"
+        )
+    return True
 
 
 def unsealed(head: bytes, key: bytes, digest: str) -> bytes | None:

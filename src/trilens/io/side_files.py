@@ -9,7 +9,7 @@ from trilens.errors import CorruptFileError, LoadError
 from trilens.io.guarded import SIZE_LIMIT_BYTES, check_link
 from trilens.io.weight_files import INDEX_NAME
 
-__all__ = ["check_side_files", "side_files"]
+__all__ = ["check_side_files", "is_tokenizer_file", "side_files"]
 
 _CONFIG_NAME = "config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
@@ -24,6 +24,18 @@ _NAME = re.compile(
 
 # Of plain text, what tokenizers read; a corpus may lie in the same folder.
 _TOKENIZER_TEXT = re.compile(r"(vocab|merges|dict|tokenizer|added_tokens).*\.txt", re.IGNORECASE)
+
+
+_TOKENIZER = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|dict|chat_template|tekken)"
+    r".*\.(json|txt|jinja)|.*\.(model|tiktoken|vocab|bpe|spm)",
+    re.IGNORECASE,
+)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return _TOKENIZER.fullmatch(name) is not None
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:

@@ -130,13 +130,13 @@ def _unknown_type(file: Path, name: Any, *, has_code: bool) -> str:
     if has_code:
         return (
             f"{file} is of type {name!r}, whose code comes with the checkpoint: read that code, "
-            "then pass trust_remote_code=True (--trust-remote-code) to let it run; ternarize never "
-            "runs it"
+            "then let it run with trust_remote_code=True (--trust-remote-code); commands without "
+            "that option (ternarize, validate) never run it"
         )
     return (
         f"{file} is of type {name!r}, which transformers {transformers.__version__} does not know: "
-        "upgrade transformers, or pass trust_remote_code=True (--trust-remote-code) where the "
-        "checkpoint brings its code"
+        "upgrade transformers, or take a checkpoint that brings its code (this one names none in "
+        "auto_map)"
     )
 
 

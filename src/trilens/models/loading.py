@@ -322,7 +322,8 @@ def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
         if not trusted and "trust_remote_code" in str(cause):
             raise ConfigError(
                 f"the tokenizer of {folder} comes with code: read that code, "
-                "then pass trust_remote_code=True (--trust-remote-code) to let it run"
+                "then let it run with trust_remote_code=True (--trust-remote-code); ternarize "
+                "never runs it, nor is that of a tokenizer given apart (--tokenizer) run"
             ) from cause
         raise CorruptFileError(
             f"the tokenizer of {folder} cannot be read from {', '.join(found)}: {reason(cause)}"

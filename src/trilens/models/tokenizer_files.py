@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +14,7 @@ from trilens.io.messages import reason
 from trilens.models.loading import load_tokenizer
 from trilens.models.world_tokenizer import world_tokenizer
 
-__all__ = ["read_tokenizer"]
+__all__ = ["read_tokenizer", "tokenizer_files"]
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -49,3 +50,20 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Any:
     # The reader of another library raises plain exceptions.
     except Exception as cause:
         raise CorruptFileError(f"{place} is no tokenizer.json: {reason(cause)}") from cause
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """The files that a tokenizer saves, by name.
+
+    Raises:
+        UsageError: an object that saves none.
+    """
+    save = getattr(tokenizer, "save_pretrained", None)
+    if not callable(save):
+        raise UsageError(
+            f"tokenizer is {type(tokenizer).__name__}, which has no save_pretrained: pass one of "
+            "transformers, or what read_tokenizer gives"
+        )
+    with TemporaryDirectory(prefix="trilens-tokenizer-") as folder:
+        save(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

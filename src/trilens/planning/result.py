@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
 from trilens.errors import UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation
+from trilens.io.atomic import write_bytes
+from trilens.io.paths import as_path
+from trilens.io.sealed import signed
 from trilens.results import Tabular
 from trilens.ternary.rules.coder import ScaleDtype
 
@@ -119,6 +123,14 @@ class Planned(Tabular):
     def table(self) -> list[dict[str, Any]]:
         """One row for each matrix."""
         return [asdict(choice) for choice in self.choices]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file that `ternarize --plan` and `TernaryPlan.load` read: JSON with a hash.
+
+        Raises:
+            WriteError: it can't be written.
+        """
+        write_bytes(as_path(path, "output"), signed(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: what was measured, then the plan itself."""

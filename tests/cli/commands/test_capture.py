@@ -107,3 +107,16 @@ def test_places_that_are_no_files(tmp_path: Path) -> None:
             assert result.stderr.count("\n") == 1
     refused = run("inspect", DEMO)
     assert (refused.exit_code, "needs a prompt" in refused.stderr) == (2, True)
+
+
+def test_the_attention_function_can_be_chosen(tmp_path: Path) -> None:
+    words = ("-p", "x = 1", "--attn-implementation")
+    for command, place in (("inspect", ()), ("capture", ("-o", tmp_path / "c.safetensors"))):
+        done = run(command, DEMO, *words, "eager", *place)
+        assert done.exit_code == 0, done.stderr
+        refused = run(command, DEMO, *words, "quick", *place)
+        assert refused.exit_code == 2
+        assert "'quick' is not one that transformers has: give one of eager" in refused.stderr
+    file = tmp_path / "c.safetensors"
+    needless = run("inspect", file, "--attn-implementation", "eager")
+    assert (needless.exit_code, "--attn-implementation is for" in needless.stderr) == (2, True)

@@ -111,6 +111,41 @@ def test_a_plan_is_what_ternarize_then_does(model: Path, data: Path, tmp_path: P
     n_weights = sum(tensor["shape"][0] * tensor["shape"][1] for tensor in matrices)
     assert 8 * size_bytes / n_weights == pytest.approx(content["measured"]["bits_per_weight"])
     assert report["plan"] == content["plan"]
+    checked = run("validate", file)
+    assert checked.exit_code == 0
+    assert "undamaged. A plan: 14 matrices" in checked.stdout
+    assert "Note" not in checked.stdout
+    # Laid out anew it is the same; of before there were hashes, it is taken and told.
+    file.write_text(json.dumps(content))
+    assert run("validate", file).exit_code == 0
+    for key in ("hashed", "sha256"):
+        file.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+        assert run("validate", file).exit_code == 1
+    old = {k: v for k, v in content.items() if k not in {"hashed", "sha256"}}
+    file.write_text(json.dumps(old))
+    assert "before files carried hashes" in run("validate", file).stdout.replace("\n", " ")
+    assert run("ternarize", model, "-o", tmp_path / "old", "--plan", file).exit_code == 0
+
+
+def test_a_damaged_plan_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    run(
+        "plan", model, "--data", data, "--budget-bits", 3, "-o", file, "--costs", "predicted", *FAST
+    )
+    before = file.read_text()
+    first = next(iter(json.loads(before)["plan"]["matrices"].values()))
+    changed = before.replace('"rule": "' + first["rule"] + '"', '"rule": "keep"', 1)
+    assert changed != before
+    file.write_text(changed)
+    result = run("ternarize", model, "-o", tmp_path / "out", "--plan", file)
+    assert result.exit_code == 2
+    assert "does not fit its own hash" in result.stderr
+    assert not (tmp_path / "out").exists()
+    checked = run("validate", file)
+    assert (checked.exit_code, "by hand" in checked.stderr) == (1, True)
+    file.write_text("{}x")
+    checked = run("validate", file)
+    assert (checked.exit_code, "is no plan" in checked.stderr) == (1, True)
 
 
 def test_a_bound_that_cannot_be_held_is_exit_code_3(

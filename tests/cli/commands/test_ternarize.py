@@ -150,3 +150,24 @@ def test_options_that_need_another(source: Path, tmp_path: Path) -> None:
         result = run("ternarize", source, "-o", tmp_path / "x", *option)
         assert result.exit_code == 2
         assert "add --calibrate TEXT" in result.stderr
+
+
+def test_dense_weights_are_checked_too(source: Path, tmp_path: Path) -> None:
+    run("ternarize", source, "-o", tmp_path / "out")
+    dense = tmp_path / "dense"
+    assert run("ternarize", tmp_path / "out", "-o", dense, "--to", "dense").exit_code == 0
+    checked = run("validate", dense)
+    assert checked.exit_code == 0, checked.stderr
+    assert "files of a dense checkpoint have their sizes and hashes" in checked.stdout
+    found = json.loads(run("validate", dense, "--format", "json").stdout)
+    assert (found["format"], found["extra_files"]) == ("trilens.dense_check", [])
+    file = dense / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    damaged = run("validate", dense)
+    assert (damaged.exit_code, "model.safetensors is damaged" in damaged.stderr) == (1, True)
+    (dense / "trilens-dense.json").unlink()
+    unknown = run("validate", dense)
+    assert unknown.exit_code == 2
+    assert "dense weights of before" in unknown.stderr

@@ -83,6 +83,8 @@ def run_calibration(
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
     model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
+    if source.given_tokenizer is not None:
+        tokenizer = source.given_tokenizer
     drawn = draw(calibration, tokenizer, longest=configured_positions(model))
     anatomy = prove(model, vocab_size_of(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)

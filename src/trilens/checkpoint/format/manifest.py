@@ -68,6 +68,7 @@ class Order:
         code_version: The version of trilens.
         calibration: What decides the result of a calibration, texts by their hash; or None.
         sample: Hash of the text to measure on, or None.
+        tokenizer: Hash of the files of a tokenizer that was given, or None.
     """
 
     source: dict[str, Any]
@@ -75,6 +76,7 @@ class Order:
     code_version: str
     sample: str | None = None
     calibration: dict[str, Any] | None = None
+    tokenizer: str | None = None
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class Order:
         plan: TernaryPlan,
         sample: str | None = None,
         calibration: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
     ) -> Self:
         """The order for a source and a plan, by this version of trilens.
 
@@ -93,7 +96,7 @@ class Order:
             code_version = version("trilens")
         except PackageNotFoundError:
             code_version = "not installed"
-        return cls(fingerprint(files), plan, code_version, sample, calibration)
+        return cls(fingerprint(files), plan, code_version, sample, calibration, tokenizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -105,6 +108,7 @@ class Order:
             "plan": self.plan.to_dict(),
             **({"calibration": self.calibration} if self.calibration is not None else {}),
             **({"sample": self.sample} if self.sample else {}),
+            **({"tokenizer": self.tokenizer} if self.tokenizer else {}),
         }
 
     def check_same(self, found: dict[str, Any], where: Path) -> None:
@@ -120,7 +124,7 @@ class Order:
             "calibration": "calibration text",
             "sample": "evaluation text",
         }
-        for key in ("calibration", *mine):
+        for key in ("calibration", "tokenizer", *mine):
             value = mine.get(key)
             if found.get(key) != value:
                 raise UsageError(
@@ -238,7 +242,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         why = (
             "its run was not finished: run the same command again"
             if unfinished
-            else ("it was not written by trilens ternarize, or saved anew since")
+            else (
+                "it was not written by trilens ternarize, was saved anew since, or holds dense "
+                "weights of before there were hashes"
+            )
         )
         raise ModelNotFoundError(f"{folder} has no {MANIFEST_NAME}: {why}")
     found, _ = read_sealed(path)

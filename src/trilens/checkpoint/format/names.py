@@ -9,6 +9,7 @@ from trilens.ternary.packed.linear import PARTS
 __all__ = [
     "CARD_NAME",
     "CONFIG_NAME",
+    "DENSE_NAME",
     "FORMAT_VERSION",
     "JOURNAL_NAME",
     "MANIFEST_NAME",
@@ -29,6 +30,7 @@ CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 SOURCE_CARD_NAME = "README.source.md"
 MANIFEST_NAME = "trilens-ternary.json"
+DENSE_NAME = "trilens-dense.json"
 JOURNAL_NAME = "trilens-unfinished.json"
 WORK_NAME = "trilens-calibration"
 

@@ -15,6 +15,7 @@ from trilens.io.guarded import read_bytes
 from trilens.io.json import SIZE_LIMIT_BYTES, parse_json
 from trilens.io.messages import listed
 from trilens.io.paths import as_path
+from trilens.io.sealed import check_seal
 from trilens.printable import as_unicode
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
 from trilens.ternary.granularity import Per, resolve_units
@@ -184,10 +185,7 @@ class TernaryPlan:
         Raises:
             UsageError: no JSON, or as `from_dict`.
         """
-        values = parse_json(text, "plan", UsageError)
-        if isinstance(values, dict) and "plan" in values:
-            values = values["plan"]
-        return cls.from_dict(values)
+        return cls._of_values(parse_json(text, "plan", UsageError))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -195,10 +193,28 @@ class TernaryPlan:
 
         Raises:
             UsageError: the file cannot be read, or as `from_json`.
+            CorruptFileError: it does not fit the hash that it carries.
         """
-        return cls.from_json(
-            read_bytes(as_path(path, "plan"), UsageError, max_bytes=SIZE_LIMIT_BYTES)
+        return cls.read(path)[0]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> tuple[Self, bool]:
+        """The plan of a file, and whether the file carries a hash, which it fits.
+
+        Raises: as `load`.
+        """
+        file = as_path(path, "plan")
+        values = parse_json(
+            read_bytes(file, UsageError, max_bytes=SIZE_LIMIT_BYTES), "plan", UsageError
         )
+        checked = isinstance(values, dict) and check_seal(values, f"plan {file}")
+        return cls._of_values(values), checked
+
+    @classmethod
+    def _of_values(cls, values: Any) -> Self:
+        if isinstance(values, dict) and "plan" in values:
+            values = values["plan"]
+        return cls.from_dict(values)
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:

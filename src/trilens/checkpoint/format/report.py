@@ -162,6 +162,7 @@ class TernaryReport(Tabular):
         dry_run: Nothing was written.
         sample: The perplexity of a text before and after, where one was given.
         damage: Perplexities that a calibration measured; None without one.
+        note: What the result computes otherwise than the source; "" for nothing.
     """
 
     plan: TernaryPlan
@@ -169,6 +170,7 @@ class TernaryReport(Tabular):
     dry_run: bool = False
     sample: SampleReport | None = None
     damage: Damage | None = None
+    note: str = ""
 
     @property
     def matrices(self) -> tuple[TensorReport, ...]:
@@ -211,6 +213,10 @@ class TernaryReport(Tabular):
     @property
     def verdict(self) -> str:
         """What the weight errors allow to say about the model: never that it is fine."""
+        return f"{self._finding} {self.note}" if self.note else self._finding
+
+    @property
+    def _finding(self) -> str:
         if self.dry_run:
             return "A dry run: nothing was written, no error was measured."
         if self.coded and all(tensor.outcome == "dense" for tensor in self.coded):
@@ -220,8 +226,8 @@ class TernaryReport(Tabular):
             return f"Dense weights; {exact if worst == 0 else rounded}."
         if all(tensor.outcome == "already ternary" for tensor in self.coded):
             return (
-                "Every coded matrix was ternary already: its trits and scale are kept exactly, the "
-                "model computes what it computed before."
+                "Every coded matrix was ternary already: its trits and scale are kept exactly"
+                + ("." if self.note else ", the model computes what it computed before.")
             ) + (f" {self.sample.sentence}" if self.sample else "")
         if self.damage is not None:
             found = self.damage
@@ -270,6 +276,7 @@ class TernaryReport(Tabular):
             "verdict": self.verdict,
             "damage": None if self.damage is None else self.damage.to_dict(),
             "sample": self.sample.to_dict() if self.sample else None,
+            **({"note": self.note} if self.note else {}),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
 
@@ -285,4 +292,5 @@ class TernaryReport(Tabular):
             values["dry_run"],
             None if sample is None else SampleReport.from_dict(sample),
             None if damage is None else Damage.from_dict(damage),
+            str(values.get("note", "")),
         )

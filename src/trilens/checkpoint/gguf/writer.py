@@ -35,7 +35,6 @@ from trilens.checkpoint.source import Checkpoint
 from trilens.errors import CorruptFileError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.sealed import NO_HASH
-from trilens.models.loading import load_tokenizer
 from trilens.progress import Progress, Step
 from trilens.version import __version__
 
@@ -83,8 +82,9 @@ def write_gguf(
     extras = family.describe(writer, config)
     todo = [_made(name, values) for name, values in extras.items()] + todo
     embedding = next(slot for slot in todo if slot.name == "token_embd.weight")
-    tokenizer = load_tokenizer(job.source.folder, trusted=False)
-    vocabulary = read_vocabulary(tokenizer, config, embedding.shape[0], job.source.title)
+    vocabulary = read_vocabulary(
+        job.source.tokenizer(), config, embedding.shape[0], job.source.title
+    )
     writer.add_type("model")
     writer.add_name(job.source.title)
     writer.add_file_type(format.file_type)
@@ -92,13 +92,15 @@ def write_gguf(
     vocabulary.describe(writer)
     _announce(writer, plan, todo)
     if dry_run:
-        return TernaryReport(plan, (*(s.report() for s in todo), *absent), dry_run=True)
+        return TernaryReport(
+            plan, (*(s.report() for s in todo), *absent), dry_run=True, note=job.note
+        )
     _check_space(out, todo)
     with atomic(out, alone=True) as file:
         reports = _write(file, writer, job, todo, plan, format, progress)
         _seal(file)
         job.source.check_unchanged()
-    return TernaryReport(plan, (*reports, *absent))
+    return TernaryReport(plan, (*reports, *absent), note=job.note)
 
 
 def check_place(out: Path) -> None:

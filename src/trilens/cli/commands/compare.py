@@ -40,6 +40,7 @@ def compare(
     dtype: o.Dtype = "auto",
     device_map: o.DeviceMap = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    attn_implementation: o.AttnImplementation = None,
     tokenizer: o.TokenizerFiles = None,
     format: o.Format = "table",
     debug: o.Debug = False,

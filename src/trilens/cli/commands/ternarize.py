@@ -31,6 +31,7 @@ def ternarize(
     fitting: Fitting = Fitting(),
     field: o.Field = "text",
     revision: o.Revision = None,
+    tokenizer: o.TokenizerFiles = None,
     dry_run: o.DryRun = False,
     format: o.Format = "table",
     debug: o.Debug = False,

@@ -45,6 +45,7 @@ def run(
     dtype: Any,
     device_map: str | None,
     trust_remote_code: bool,
+    attn_implementation: str | None,
     tokenizer: Path | None,
 ) -> None:
     """Compare, print, save, and check the conditions."""
@@ -57,6 +58,7 @@ def run(
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             tokenizer=tokenizer,
         )
         left = open_lens(before, loading)

@@ -49,6 +49,7 @@ def run(
                 "--states": states, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
                 "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
+                "--attn-implementation": loading.attn_implementation,
             }  # fmt: skip
             given = [name for name, value in needless.items() if value]
             if given:

@@ -10,8 +10,6 @@ from trilens.cli.groups import Loading, Sampling
 from trilens.cli.run.dense import open_dense
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
-from trilens.io.atomic import write_bytes
-from trilens.io.json import json_bytes
 from trilens.planning.calibrated_candidates import hessians_of, with_text
 from trilens.planning.candidates import data_free
 from trilens.planning.matrices import find_matrices
@@ -92,4 +90,4 @@ def run(
                 "more bits or more damage"
             )
         if output is not None:
-            write_bytes(output, json_bytes(planned.to_dict()))
+            planned.save(output)

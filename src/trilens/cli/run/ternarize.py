@@ -15,6 +15,7 @@ from trilens.cli.console import show_result, shown_progress, timed
 from trilens.cli.groups import Coding, Fitting
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
+from trilens.models.tokenizer_files import read_tokenizer
 from trilens.report.text.ternary import REPORT_HEAD, print_report
 
 __all__ = ["run"]
@@ -39,6 +40,7 @@ def run(
     fitting: Fitting,
     field: str,
     revision: str | None,
+    tokenizer: Path | None,
     dry_run: bool,
     format: str,
 ) -> None:
@@ -74,6 +76,7 @@ def run(
             format=to,
             dry_run=dry_run,
             revision=revision,
+            tokenizer=None if tokenizer is None else read_tokenizer(tokenizer),
             calibration=calibration,
             sample=sample,
             progress=progress,

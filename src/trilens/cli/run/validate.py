@@ -10,10 +10,14 @@ from typing import Any
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.saving import MANIFEST_NAME as COMPARISON_NAME
 from trilens.analysis.comparison.saving import listed_names
+from trilens.checkpoint.dense import validate_dense
+from trilens.checkpoint.format.names import DENSE_NAME
+from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.gguf import validate_gguf
 from trilens.checkpoint.validation import unlisted, validate
 from trilens.cli.console import show_json, status
 from trilens.cli.streams import say
+from trilens.errors import CorruptFileError, UsageError
 from trilens.io.listing import extra_files
 from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
@@ -49,23 +53,33 @@ def run(*, path: Path, format: str) -> None:
 
 
 def check(path: Path) -> Checked:
-    """Check what trilens wrote: a ternary checkpoint, a GGUF file, a capture, a comparison, or a
-    converted checkpoint.
+    """Check what trilens wrote: a ternary checkpoint, a GGUF file, a capture, a comparison, a
+    converted or dense checkpoint, or a plan.
 
     Raises:
         ModelNotFoundError: nothing of these is there.
         CorruptFileError: says which file is damaged, and how.
     """
     if path.is_dir():
-        if (path / COMPARISON_NAME).is_file():
-            return _comparison(path)
-        return _conversion(path) if (path / CONVERSION_NAME).is_file() else _ternary(path)
+        return _folder(path)
     if path.suffix == ".gguf":
         file = validate_gguf(path)
         return Checked(
             {**GGUF_HEAD, **file.to_dict()}, (f"{path}: undamaged. {gguf_sentence(file)}",)
         )
+    if path.suffix == ".json" and path.is_file():
+        return _plan(path)
     return _capture(path) if path.exists() else _ternary(path)
+
+
+def _folder(path: Path) -> Checked:
+    if (path / COMPARISON_NAME).is_file():
+        return _comparison(path)
+    if (path / CONVERSION_NAME).is_file():
+        return _listed(path, validate_conversion(path), "conversion")
+    if (path / DENSE_NAME).is_file():
+        return _listed(path, validate_dense(path), "dense checkpoint")
+    return _ternary(path)
 
 
 def _ternary(path: Path) -> Checked:
@@ -79,11 +93,24 @@ def _ternary(path: Path) -> Checked:
     return Checked(values, (first, *_extra_sentence(extra), report.verdict))
 
 
-def _conversion(path: Path) -> Checked:
-    names = validate_conversion(path)
+def _plan(path: Path) -> Checked:
+    try:
+        plan, hash_checked = TernaryPlan.read(path)
+    except UsageError as cause:
+        raise CorruptFileError(
+            f"{path} is no plan that trilens ternarize takes: {cause}"
+        ) from cause
+    entries = f"{len(plan.matrices)} matrices by entries of their own, else {plan.rule}"
+    found = f"A plan: {entries if plan.matrices else f'rule {plan.rule}'}."
+    note = () if hash_checked else (f"Note: {NO_HASH_NOTE}.",)
+    values = _head("trilens.plan_check", hash_checked=hash_checked)
+    return Checked(values, (f"{path}: undamaged. {found}", *note))
+
+
+def _listed(path: Path, names: tuple[str, ...], what: str) -> Checked:
     extra = extra_files(path, names)
-    first = f"{path}: undamaged. {len(names)} files of a conversion have their sizes and hashes."
-    values = _head("trilens.conversion_check", hash_checked=True, extra=extra)
+    first = f"{path}: undamaged. {len(names)} files of a {what} have their sizes and hashes."
+    values = _head(f"trilens.{what.split(maxsplit=1)[0]}_check", hash_checked=True, extra=extra)
     return Checked(values, (first, *_extra_sentence(extra)))
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trilens.errors import CorruptFileError, ModelNotFoundError
-from trilens.io.atomic import atomic_folder, write_bytes
-from trilens.io.listing import check_files, list_files
-from trilens.io.sealed import read_sealed, sealed
+from trilens.errors import ModelNotFoundError
+from trilens.io.atomic import atomic_folder
+from trilens.io.listed_folder import check_listed, write_list
 from trilens.io.tensors import write_safetensors
 from trilens.io.weight_files import SINGLE_NAME, read_headers
 from trilens.models.rwkv7.config import RWKV7Config
@@ -20,7 +19,6 @@ __all__ = ["MANIFEST_NAME", "validate_conversion", "write_conversion"]
 
 MANIFEST_NAME = "trilens-conversion.json"
 _KIND = "trilens-rwkv7-conversion"
-_VERSION = 1
 
 
 def write_conversion(
@@ -36,9 +34,7 @@ def write_conversion(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_safetensors(folder / SINGLE_NAME, tensors, {"format": "pt"})
-        files = list_files(folder, [path.name for path in folder.iterdir()])
-        body = {"kind": _KIND, "version": _VERSION, "files": files}
-        write_bytes(folder / MANIFEST_NAME, sealed(body))
+        write_list(folder, MANIFEST_NAME, _KIND)
 
 
 def validate_conversion(path: Path) -> tuple[str, ...]:
@@ -51,13 +47,8 @@ def validate_conversion(path: Path) -> tuple[str, ...]:
         ModelNotFoundError: no manifest is there.
         CorruptFileError: says which file is damaged, and how.
     """
-    manifest_file = path / MANIFEST_NAME
-    if not manifest_file.is_file():
+    if not (path / MANIFEST_NAME).is_file():
         raise ModelNotFoundError(f"{path} has no {MANIFEST_NAME}: it was converted without hashes")
-    manifest, _ = read_sealed(manifest_file)
-    files = manifest.get("files")
-    if manifest.get("kind") != _KIND or not isinstance(files, dict):
-        raise CorruptFileError(f"{manifest_file} is not the manifest of a conversion")
-    check_files(path, files)
+    names = check_listed(path, MANIFEST_NAME, _KIND)
     read_headers(path)
-    return (*files, MANIFEST_NAME)
+    return names
