@@ -41,6 +41,10 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
+# A longer name is an error of the system, not a file that is missing.
+_NAME_BYTES = 255
+
+
 def shard_names(index: Path) -> tuple[str, ...]:
     """Read the shard file names of an index, each once, in order of first mention.
 
@@ -144,7 +148,11 @@ def explicit_name(folder: Path) -> str | None:
 
 
 def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [
+        name
+        for name in names
+        if len(name.encode("utf-8", "replace")) > _NAME_BYTES or not (folder / name).is_file()
+    ]
     if missing:
         raise CorruptFileError(
             f"{folder} lacks {len(missing)} of {len(names)} weight files named by {source.name}: "
