@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trilens.errors import CorruptFileError, TrilensError
 from trilens.io.guarded import open_regular
-from trilens.io.parquet_pages import page_headers
+from trilens.io.parquet_pages import column_chunks, page_headers
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,9 +40,9 @@ def bounded_batches(
 
     Raises:
         TrilensError: of the class `error`: values that are more than 100 times as long as the file.
-        ValueError: page headers that are damaged; errors of pyarrow come as they are.
+        ValueError: headers that are damaged; errors of pyarrow come as they are.
     """
-    limit, longest = _checked_pages(table.metadata, file, columns, error)
+    limit, longest = _checked_pages(file, columns, error)
     # Any row may be the longest word of a dictionary.
     rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest)))
     size_bytes = 0
@@ -54,35 +54,22 @@ def bounded_batches(
 
 
 def _checked_pages(
-    metadata: pq.FileMetaData, file: Path, columns: Collection[str], error: type[TrilensError]
+    file: Path, columns: Collection[str], error: type[TrilensError]
 ) -> tuple[int, int]:
     """The bytes that are allowed in all, and those of the largest dictionary."""
     total = longest = 0
     with open_regular(file, error) as stream:
         data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     limit = _ALWAYS_BYTES + _MOST_TIMES * len(data)
-    for chunk in _chunks(metadata, columns):
-        begin = chunk.dictionary_page_offset
-        if begin is None or not 0 < begin < chunk.data_page_offset:
-            begin = chunk.data_page_offset
-        end = begin + chunk.total_compressed_size
-        if not 0 <= begin <= end <= len(data):
-            raise ValueError("a column lies outside the file")
-        for page in page_headers(data[begin:end]):
+    for chunk in column_chunks(data):
+        if chunk.path not in columns:
+            continue
+        for page in page_headers(data[chunk.begin : chunk.end]):
             total += page.size_bytes
             longest = max(longest, page.size_bytes if page.is_dictionary else 0)
             if total > limit:
                 raise _too_long(file, total, limit, error)
     return limit, longest
-
-
-def _chunks(
-    metadata: pq.FileMetaData, columns: Collection[str]
-) -> Iterator[pq.ColumnChunkMetaData]:
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = (group.column(n) for n in range(group.num_columns))
-        yield from (chunk for chunk in chunks if chunk.path_in_schema in columns)
 
 
 def _too_long(file: Path, size_bytes: int, limit: int, error: type[TrilensError]) -> TrilensError:
