@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trilens.errors import CorruptFileError
-from trilens.io.messages import clip
+from trilens.io.messages import listed
 from trilens.io.safetensors_header import TensorHeader
 from trilens.models.foreign_names import check_names
 
@@ -47,13 +47,13 @@ def check_complete(folder: Path, model: Any, report: Mapping[str, Any]) -> None:
     missing = sorted(k for k in report["missing_keys"] if not _COMPUTED_BUFFER.search(k))
     if missing:
         raise CorruptFileError(
-            f"{where}: {len(missing)} weights are missing and would be random: {_few(missing)}"
+            f"{where}: {len(missing)} weights are missing and would be random: {listed(missing)}"
         )
     contradicting = sorted(k for k in report["unexpected_keys"] if _contradicts(model, k))
     if contradicting:
         raise CorruptFileError(
             f"{where}: {len(contradicting)} weights in the files have no place in the model: "
-            f"{_few(contradicting)}"
+            f"{listed(contradicting)}"
         )
 
 
@@ -74,7 +74,7 @@ def check_floating(folder: Path, model: Any, headers: Mapping[str, TensorHeader]
     if odd:
         raise CorruptFileError(
             f"{folder} stores {len(odd)} weights as integers, without a quantization_config that "
-            f"says what they mean: {_few(odd)} ({headers[odd[0]].dtype})"
+            f"says what they mean: {listed(odd)} ({headers[odd[0]].dtype})"
         )
 
 
@@ -104,8 +104,3 @@ def _contradicts(model: Any, key: str) -> bool:
             if parts and any(True for _ in module.parameters(recurse=False)):
                 return True
     return False
-
-
-def _few(names: list[str]) -> str:
-    shown = [name if name.isprintable() and len(name) < 80 else clip(name) for name in names[:4]]
-    return ", ".join(shown) + (" …" if len(names) > 4 else "")

@@ -9,12 +9,20 @@ from trilens.errors import CorruptFileError
 
 __all__ = ["check_names"]
 
-_WRAPPERS = {
-    "_orig_mod.": "a compiled model (torch.compile)",
-    "module.": "a model inside DataParallel or a trainer",
-    "base_model.model.": "a PEFT model",
+_INSIDE = (
+    "named like {{}}, as saved from {}: save the model inside it, or strip {!r} from the names"
+)
+_FOREIGN = {
+    r"(^|\.)(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)(\.|$)": (
+        "of an adapter that is not merged, such as {}: without them it is another model; merge the "
+        "adapter (merge_and_unload), and save the model again"
+    ),
+    # A compiled layer has the prefix inside its name.
+    r"(^|\.)_orig_mod\.": _INSIDE.format("a compiled model (torch.compile)", "_orig_mod."),
+    r"^module\.": _INSIDE.format("a model inside DataParallel or a trainer", "module."),
+    r"^base_model\.model\.": _INSIDE.format("a PEFT model", "base_model.model."),
 }
-_FACTORS = re.compile(r"(^|\.)(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)(\.|$)")
+"""Patterns of names, and what a message says of the tensors that have them."""
 
 
 def check_names(where: str, homeless: Iterable[str]) -> None:
@@ -28,19 +36,7 @@ def check_names(where: str, homeless: Iterable[str]) -> None:
         CorruptFileError: they have a wrapper's prefix, or are an adapter's factors.
     """
     names = sorted(homeless)
-    factors = [name for name in names if _FACTORS.search(name)]
-    if factors:
-        raise CorruptFileError(
-            f"{where} holds {len(factors)} tensors of an adapter that is not merged, such as "
-            f"{factors[0]}: without them it is another model; merge the adapter "
-            "(merge_and_unload), and save the model again"
-        )
-    for prefix, what in _WRAPPERS.items():
-        # A compiled layer has the prefix inside its name.
-        inner = f".{prefix}" if prefix.startswith("_") else prefix
-        wrapped = [n for n in names if n.startswith(prefix) or (inner != prefix and inner in n)]
-        if wrapped:
-            raise CorruptFileError(
-                f"{where} holds {len(wrapped)} tensors named like {wrapped[0]}, as saved from "
-                f"{what}: save the model inside it, or strip {prefix!r} from the names"
-            )
+    for pattern, words in _FOREIGN.items():
+        found = [name for name in names if re.search(pattern, name)]
+        if found:
+            raise CorruptFileError(f"{where} holds {len(found)} tensors {words.format(found[0])}")

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -127,15 +127,38 @@ def load(
 
     Memory: the weights in the target dtype; see `Loaded.estimate_bytes`.
     """
-    return _load(
-        path_or_hub_id,
-        dtype=dtype,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        free_bytes=_free_bytes,
-    )
+    target = _read_dtype(dtype)
+    placement, device = _read_device_map(device_map)
+    if not isinstance(trust_remote_code, bool):
+        raise UsageError(f"trust_remote_code is {trust_remote_code!r}: give True or False")
+    options: dict[str, Any] = {"dtype": target, "device_map": placement}
+    if attn_implementation is not None:
+        if attn_implementation not in ALL_ATTENTION_FUNCTIONS and attn_implementation != "eager":
+            known = ", ".join(sorted({"eager", *ALL_ATTENTION_FUNCTIONS.keys()}))
+            raise UsageError(
+                f"attn_implementation {attn_implementation!r} is not one that transformers has: "
+                f"give one of {known}"
+            )
+        options["attn_implementation"] = attn_implementation
+    with _LOADING, _quiet():
+        rwkv7.register()
+        folder, source = local_folder(path_or_hub_id, revision=revision, code=trust_remote_code)
+        config, remote = read_config(folder, read_settings(folder), trusted=trust_remote_code)
+        headers = read_headers(folder)
+        needed_bytes = memory_bytes(headers, folder, target)
+        if placement is None:
+            _check_memory(source, needed_bytes, _free_bytes())
+        model, unused = build_model(
+            folder,
+            config,
+            remote,
+            headers=headers,
+            options=options,
+        )
+        tokenizer = load_tokenizer(folder, trusted=trust_remote_code)
+        if device is not None:
+            model = _move(model, device)
+    return Loaded(model, tokenizer, source, needed_bytes, unused)
 
 
 def check_fits(folder: Path, config: Any, headers: Mapping[str, TensorHeader]) -> None:
@@ -186,50 +209,6 @@ def load_mapped(
 
 def _free_bytes() -> int:
     return int(psutil.virtual_memory().available)
-
-
-def _load(
-    path_or_hub_id: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype,
-    device_map: Any,
-    revision: str | None,
-    trust_remote_code: bool,
-    free_bytes: Callable[[], int],
-    attn_implementation: str | None = None,
-) -> Loaded:
-    target = _read_dtype(dtype)
-    placement, device = _read_device_map(device_map)
-    if not isinstance(trust_remote_code, bool):
-        raise UsageError(f"trust_remote_code is {trust_remote_code!r}: give True or False")
-    options: dict[str, Any] = {"dtype": target, "device_map": placement}
-    if attn_implementation is not None:
-        if attn_implementation not in ALL_ATTENTION_FUNCTIONS and attn_implementation != "eager":
-            known = ", ".join(sorted({"eager", *ALL_ATTENTION_FUNCTIONS.keys()}))
-            raise UsageError(
-                f"attn_implementation {attn_implementation!r} is not one that transformers has: "
-                f"give one of {known}"
-            )
-        options["attn_implementation"] = attn_implementation
-    with _LOADING, _quiet():
-        rwkv7.register()
-        folder, source = local_folder(path_or_hub_id, revision=revision, code=trust_remote_code)
-        config, remote = read_config(folder, read_settings(folder), trusted=trust_remote_code)
-        headers = read_headers(folder)
-        needed_bytes = memory_bytes(headers, folder, target)
-        if placement is None:
-            _check_memory(source, needed_bytes, free_bytes())
-        model, unused = build_model(
-            folder,
-            config,
-            remote,
-            headers=headers,
-            options=options,
-        )
-        tokenizer = load_tokenizer(folder, trusted=trust_remote_code)
-        if device is not None:
-            model = _move(model, device)
-    return Loaded(model, tokenizer, source, needed_bytes, unused)
 
 
 def _read_dtype(dtype: Any) -> str | torch.dtype:

@@ -42,12 +42,7 @@ class Origin:
 def model_card(report: TernaryReport, origin: Origin) -> str:
     """README.md: how to load it, what was done, what it costs, and a row for each matrix."""
     lines = [
-        "---",
-        _header(origin),
-        "---",
-        "",
-        f"# {markdown_text(origin.name)}, ternary",
-        "",
+        *_header(origin, "ternary"),
         "**Loads only after `import trilens`.** transformers alone stops with an error that names "
         f"`{GUARD_NAME}`.",
         "",
@@ -91,12 +86,7 @@ def model_card(report: TernaryReport, origin: Origin) -> str:
 def dense_card(report: TernaryReport, origin: Origin) -> str:
     """README.md of dense weights: what they are made of."""
     lines = [
-        "---",
-        _header(origin),
-        "---",
-        "",
-        f"# {markdown_text(origin.name)}, dense",
-        "",
+        *_header(origin, "dense"),
         f"{len(report.coded)} matrices of this checkpoint hold the values of ternary weights, "
         f"written as dense ones by trilens {__version__}: it loads and runs as any checkpoint of "
         f"its architecture, at full size. {report.verdict}",
@@ -106,7 +96,8 @@ def dense_card(report: TernaryReport, origin: Origin) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _header(origin: Origin) -> str:
+def _header(origin: Origin, kind: str) -> list[str]:
+    """What the hub reads, and the title."""
     stated = dict(origin.metadata)
     base = origin.hub_id or stated.pop("base_model", None)
     stated.pop("base_model", None)
@@ -115,8 +106,7 @@ def _header(origin: Origin) -> str:
     if origin.is_causal:
         stated["pipeline_tag"] = "text-generation"
     data = ModelCardData(library_name="transformers", tags=["ternary", "trilens"], **stated)
-    text: str = data.to_yaml()
-    return text
+    return ["---", data.to_yaml(), "---", "", f"# {markdown_text(origin.name)}, {kind}", ""]
 
 
 def _facts(report: TernaryReport) -> list[str]:

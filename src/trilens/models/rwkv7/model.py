@@ -233,10 +233,10 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):  # type: ignore[m
             **kwargs: passed to the loss.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            past_key_values,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
