@@ -19,7 +19,7 @@ from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.job import DTYPE_NAMES, Job
 from trilens.checkpoint.source import Checkpoint
-from trilens.errors import ModelNotFoundError, UsageError
+from trilens.errors import UsageError
 from trilens.io.atomic import atomic_folder, write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
@@ -90,15 +90,8 @@ def write_dense(
 def validate_dense(path: Path) -> tuple[str, ...]:
     """Check what `write_dense` wrote against its manifest, and whether the weights fit the model.
 
-    Returns:
-        The names of the files that were checked.
-
-    Raises:
-        ModelNotFoundError: no manifest is there.
-        CorruptFileError: says which file is damaged, and how.
+    Returns, raises: as `check_listed`; also CorruptFileError for weights that do not fit.
     """
-    if not (path / DENSE_NAME).is_file():
-        raise ModelNotFoundError(f"{path} has no {DENSE_NAME}: it was written without hashes")
     names = check_listed(path, DENSE_NAME, _KIND)
     Checkpoint.open(path)
     return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trilens.errors import CorruptFileError
+from trilens.errors import CorruptFileError, ModelNotFoundError
 from trilens.io.atomic import write_bytes
 from trilens.io.listing import check_files, list_files
 from trilens.io.sealed import read_sealed, sealed
@@ -36,8 +36,11 @@ def check_listed(folder: Path, name: str, kind: str) -> tuple[str, ...]:
         The names of the files that were checked, the manifest's last.
 
     Raises:
+        ModelNotFoundError: no manifest is there.
         CorruptFileError: says which file is damaged, and how.
     """
+    if not (folder / name).is_file():
+        raise ModelNotFoundError(f"{folder} has no {name}: it was written without hashes")
     manifest, _ = read_sealed(folder / name)
     files = manifest.get("files")
     if manifest.get("kind") != kind or not isinstance(files, dict):

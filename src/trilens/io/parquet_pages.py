@@ -9,8 +9,7 @@ Source: Apache Parquet's `parquet.thrift`, in Thrift's compact protocol.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["Chunk", "Page", "column_chunks", "page_headers"]
 
@@ -28,8 +27,7 @@ _PATH, _CHUNK_BYTES, _DATA, _DICTIONARY_PAGE = 3, 7, 9, 11
 _FOOTER_END = 8  # its length and the magic word
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A column's bytes in one row group: its name, where they begin and end."""
 
     path: str
@@ -37,8 +35,7 @@ class Chunk:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """One page: whether it is a dictionary, and its bytes when it is expanded."""
 
     is_dictionary: bool

@@ -19,6 +19,7 @@ from trilens.cli.console import show_json, status
 from trilens.cli.streams import say
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.listing import extra_files
+from trilens.io.messages import listed
 from trilens.io.sealed import NO_HASH_NOTE
 from trilens.lens.capture import Capture
 from trilens.models.rwkv7.conversion import MANIFEST_NAME as CONVERSION_NAME
@@ -142,6 +143,5 @@ def _head(format: str, *, hash_checked: bool | None, extra: Iterable[str] = ()) 
 def _extra_sentence(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         return ()
-    shown = ", ".join(map(repr, names[:5])) + (" …" if len(names) > 5 else "")
     count = "1 file is" if len(names) == 1 else f"{len(names)} files are"
-    return (f"{count} not of this output, and not checked: {shown}.",)
+    return (f"{count} not of this output, and not checked: {listed(map(repr, names))}.",)
