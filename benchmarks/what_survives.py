@@ -49,7 +49,6 @@ from trilens.text.token_blocks import sample_blocks
 BROKEN = MatrixPlan("absmean", per="tensor")
 """The rule whose damage is looked at part by part."""
 
-EVERY_RULE = (*RULES, *CALIBRATED_RULES)
 SCALES: dict[str, dict[str, Any]] = {
     "tensor": {"per": "tensor"},
     "row": {"per": "row"},
@@ -271,10 +270,10 @@ def gates(found: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def rules(bench: Bench, names: Iterable[str] = EVERY_RULE) -> dict[str, Any]:
-    """Rules of the two registries, with every scale each is tried at."""
+def rules(bench: Bench, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Rules of the two registries, all where none are named, with every scale each is tried at."""
     found: dict[str, Any] = {}
-    for rule in names:
+    for rule in names or (*RULES, *CALIBRATED_RULES):
         for name in CALIBRATED_SCALES if rule in CALIBRATED_RULES else SCALES:
             start = time.process_time()
             plan = TernaryPlan(rule=rule, **SCALES[name], **STORED)  # type: ignore[arg-type]
@@ -369,7 +368,9 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only rewrite the page's tables")
     parser.add_argument("--models", nargs="*", choices=DEMO_MODELS, default=DEMO_MODELS)
     parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=tuple(PARTS))
-    parser.add_argument("--rules", nargs="*", choices=EVERY_RULE, help="of the part of that name")
+    parser.add_argument(
+        "--rules", nargs="*", choices=(*RULES, *CALIBRATED_RULES), help="of the part of that name"
+    )
     given = parser.parse_args()
     file = RESULTS / "what_survives.json"
     found = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}

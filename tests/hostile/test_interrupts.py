@@ -96,6 +96,7 @@ FORKS = """
 import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
+from trilens.cli.interrupts import _end
 from trilens.cli.main import main
 times, folder, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 import trilens.cli.run.inspect, trilens.cli.run.compare
@@ -107,6 +108,7 @@ def run(delay):
         errors = os.open(folder + "/errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(errors, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signal.signal(signal.SIGINT, _end)  # as when the command itself is started
         install = signal.signal
         def told(*given):
             before = install(*given)

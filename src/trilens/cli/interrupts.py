@@ -24,6 +24,7 @@ INTERRUPTED = 130
 """The exit code of a command that SIGINT ended, as shells count it."""
 
 
+_SOON_S = 0.005
 _REQUESTS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -94,7 +95,10 @@ def _interruptible() -> Iterator[None]:
 def _raise_again(shown: Callable[[Any], None], lost: Any) -> None:
     """Raise an interrupt again that fell into a finalizer, where Python would only print it."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        _thread.interrupt_main()
+        # Not from here: it would be raised inside this hook, and be lost again.
+        later = threading.Timer(_SOON_S, _thread.interrupt_main)
+        later.daemon = True
+        later.start()
     else:
         shown(lost)
 
