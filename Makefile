@@ -41,8 +41,11 @@ BASELINE += ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPAT
 	NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=+f16c
 endif
 
+# What torch's compiler writes needs vector types that this capability has not.
+UNCOMPILED := --deselect tests/lens/test_wrapped.py::test_flex_attention_gives_all_but_its_patterns
+
 test-numerics: $(VENV)/.ready
-	$(BASELINE) $(PY) -m pytest -n auto --dist worksteal $(NUMERICS)
+	$(BASELINE) $(PY) -m pytest -n auto --dist worksteal $(UNCOMPILED) $(NUMERICS)
 
 # llama.cpp is built from its source package: a C++ compiler, and about four minutes of one core.
 $(VENV)/.engines: $(VENV)/.ready

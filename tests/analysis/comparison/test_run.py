@@ -201,7 +201,9 @@ def test_vocabularies_that_end_differently_are_compared_where_they_agree(side: s
     large = Lens(padded(build("llama", seed=1), len(words) + 8), Words(more))
     pair = (large, small) if side == "before" else (small, large)
     found = compare(*pair, prompts("llama", 12, 20), options=CompareOptions(lens="all"))
-    assert {row.delta for row in found.rows if not math.isnan(row.delta)} == {0.0}
+    # A product with more columns may be added up in another order.
+    for row in found.rows:
+        assert row.after == pytest.approx(row.before, rel=1e-5, abs=1e-5, nan_ok=True), row
     assert any(f"over the {len(words)} token ids that both" in note for note in found.notes)
     assert any("rows, those of shared tokens count" in note for note in found.notes)
     with pytest.raises(IncomparableError, match=f"prompt 1 holds the token id {len(words) + 1}"):
