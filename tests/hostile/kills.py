@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostile.outputs import OUTPUTS, check, clear, content, prepare
+from hostile.outputs import OUTPUTS, both_versions, check, clear, content, prepare
 from hostile.processes import REFUSED, RIGHT, child, counted, wait
 from trilens.errors import TrilensError
 from trilens.io.temporary import is_leftover
@@ -32,11 +32,7 @@ def kill_everywhere(root: Path, name: str, n_kills: int, seed: int = 0) -> dict[
     root.mkdir(exist_ok=True)
     sources, place, counts = root / "sources", root / "work" / output.name, root / "count"
     assert wait(child(lambda: prepare(sources, {name}))) == RIGHT
-    wanted = []
-    for which in (0, 1):
-        clear(place.parent)
-        assert wait(child(lambda which=which: output.write(sources, which, place))) == RIGHT
-        wanted.append(content(place))
+    wanted = both_versions(output, sources, place)
     assert wanted[0] != wanted[1]
     old = wanted[0] if output.replaces else {}
     kept = root / "old"

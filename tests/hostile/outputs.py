@@ -11,13 +11,14 @@ import torch
 
 from checkpoint_cases import saved
 from gguf_cases import saved_with_tokenizer
+from hostile.processes import RIGHT, child, wait
 from rwkv7_published import published_tensors
 from tinymodels import build, prompt_ids
 from trilens import Capture, Comparison, Lens, TernaryPlan, compare, ternarize
 from trilens.cli.run.validate import check
 from trilens.models.rwkv7.convert import convert_rwkv7
 
-__all__ = ["OUTPUTS", "Output", "check", "content", "prepare"]
+__all__ = ["OUTPUTS", "Output", "both_versions", "check", "content", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,13 @@ def clear(folder: Path) -> None:
     """An empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def both_versions(output: Output, sources: Path, place: Path) -> list[dict[str, bytes]]:
+    """What each version is when it is written in peace, by a process of its own."""
+    found = []
+    for which in (0, 1):
+        clear(place.parent)
+        assert wait(child(lambda which=which: output.write(sources, which, place))) == RIGHT
+        found.append(content(place))
+    return found

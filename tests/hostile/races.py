@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hostile.outputs import OUTPUTS, check, clear, content, prepare
+from hostile.outputs import OUTPUTS, both_versions, check, clear, content, prepare
 from hostile.processes import REFUSED, RIGHT, child, wait
 
 __all__ = ["race"]
@@ -28,11 +28,7 @@ def race(root: Path, name: str, n_rounds: int) -> dict[str, Any]:
     root.mkdir(exist_ok=True)
     sources, place = root / "sources", root / "work" / output.name
     assert wait(child(lambda: prepare(sources, {name}))) == RIGHT
-    wanted = []
-    for which in (0, 1):
-        clear(place.parent)
-        assert wait(child(lambda which=which: output.write(sources, which, place))) == RIGHT
-        wanted.append(content(place))
+    wanted = both_versions(output, sources, place)
     ends: Counter[str] = Counter()
     wrong = []
     for turn in range(n_rounds):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilens.checkpoint.arriving import two_bit_codes
 from trilens.checkpoint.auxiliary_files import origin_of, weight_index
 from trilens.checkpoint.coding import Entry, planned
 from trilens.checkpoint.format.model_card import dense_card
@@ -26,7 +27,6 @@ from trilens.io.json import json_bytes
 from trilens.io.listed_folder import check_listed, write_list
 from trilens.io.safetensors_header import TensorHeader
 from trilens.progress import Progress, Step
-from trilens.ternary.codecs.rows import expand_rows, pack_rows
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.rotation import rotate_back
 
@@ -134,12 +134,13 @@ def _unpacked(job: Job, choice: Choice, header: TensorHeader) -> Tensor:
     assert job.packed is not None
     parts = {part: job.source.tensor(name) for part, name in job.packed[choice.name].items()}
     cols = header.shape[-2 if choice.transposed else -1]
-    if own.storage == "compact":
-        for part in [part for part in parts if part.endswith("codes")]:
-            parts[part] = pack_rows(expand_rows(parts[part], cols))
-    scales = {part: t.float() for part, t in parts.items() if not part.endswith("codes")}
-    codes = {part: t for part, t in parts.items() if part.endswith("codes")}
-    dense = Packed(**codes, **scales, cols=cols, group_size=own.group_size).dense()
+    two_bit = {
+        part: two_bit_codes(tensor, cols, choice.name, own.storage)
+        if part.endswith("codes")
+        else tensor.float()
+        for part, tensor in parts.items()
+    }
+    dense = Packed(**two_bit, cols=cols, group_size=own.group_size).dense()
     if own.rotate or job.plan.rotate:
         dense = rotate_back(dense)
     return dense.transpose(-1, -2) if choice.transposed else dense
