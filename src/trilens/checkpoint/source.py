@@ -29,7 +29,7 @@ from trilens.io.guarded import OpenFile, Stamp, read_bytes
 from trilens.io.hub import local_folder
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.side_files import is_tokenizer_file, side_files
-from trilens.io.weight_files import read_weights, weight_files
+from trilens.io.weight_files import list_weights, listed_headers
 from trilens.models.build import read_config, read_settings
 from trilens.models.loading import check_fits, load_tokenizer
 from trilens.models.rwkv7 import model as rwkv7
@@ -113,9 +113,10 @@ class Checkpoint:
                 f"{name} is quantized already ({method!r}): give the checkpoint with plain "
                 f"weights{also}"
             )
-        stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *weight_files(folder))}
+        listing = list_weights(folder)
+        stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *listing.files)}
         config, _ = read_config(folder, settings, trusted=False)
-        files, headers = read_weights(folder)
+        headers = listed_headers(folder, listing)
         bitnet = None
         if foreign is not None:
             # Without it the skeleton is that of plain weights, and is checked as such.
@@ -125,7 +126,9 @@ class Checkpoint:
             headers = bitnet.plain_headers(headers)
         check_fits(folder, config, headers)
         given = {} if tokenizer is None else tokenizer_files(tokenizer)
-        return cls(folder, name, settings, config, files, headers, stamps, bitnet, tokenizer, given)
+        return cls(
+            folder, name, settings, config, listing.files, headers, stamps, bitnet, tokenizer, given
+        )
 
     @property
     def is_ternary(self) -> bool:

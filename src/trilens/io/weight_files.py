@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trilens.errors import ConfigError, CorruptFileError, LoadError, UnsafeFormatError
 from trilens.io.guarded import check_link
@@ -17,8 +17,11 @@ __all__ = [
     "GUARD_NAME",
     "INDEX_NAME",
     "SINGLE_NAME",
+    "WeightListing",
     "explicit_name",
     "gguf_way",
+    "list_weights",
+    "listed_headers",
     "read_headers",
     "read_weights",
     "refusal",
@@ -89,11 +92,23 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             link that leads out of the checkpoint.
         LoadError: there are no weights, or only ones that trilens does not read.
     """
-    return _listed(folder)[0]
+    return list_weights(folder).files
 
 
-def _listed(folder: Path) -> tuple[tuple[Path, ...], Path, Mapping[str, str]]:
-    """The weight files, what names them, and the tensors that an index lists."""
+class WeightListing(NamedTuple):
+    """The weight files of a checkpoint, what names them, and the tensors that an index lists."""
+
+    files: tuple[Path, ...]
+    source: Path
+    named: Mapping[str, str]
+
+
+def list_weights(folder: Path) -> WeightListing:
+    """The weight files, before any is opened.
+
+    Raises:
+        LoadError: as `weight_files`.
+    """
     names = _names_in(folder)
     sharded = [name for name in names if _DISTRIBUTED_SHARD.fullmatch(name)]
     if sharded:
@@ -104,14 +119,15 @@ def _listed(folder: Path) -> tuple[tuple[Path, ...], Path, Mapping[str, str]]:
     explicit = explicit_name(folder)
     if explicit is not None and explicit.endswith(".safetensors"):
         config = folder / "config.json"
-        return _existing(folder, [explicit], config), config, {}
+        return WeightListing(_existing(folder, [explicit], config), config, {})
     if explicit is None and (folder / SINGLE_NAME).is_file():
         single = folder / SINGLE_NAME
-        return _existing(folder, [SINGLE_NAME], single), single, {}
+        return WeightListing(_existing(folder, [SINGLE_NAME], single), single, {})
     index = folder / (explicit or INDEX_NAME)
     if index.is_file():
         named = _weight_map(index)
-        return _existing(folder, list(dict.fromkeys(named.values())), index), index, named
+        files = _existing(folder, list(dict.fromkeys(named.values())), index)
+        return WeightListing(files, index, named)
     if explicit is not None:
         raise CorruptFileError(f"{index} is missing: config.json names it as the weights")
     raise refusal(str(folder), names)
@@ -204,7 +220,17 @@ def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader
         LoadError: as `weight_files` and `read_header`; also when an index names a tensor that no
             shard holds.
     """
-    files, source, named = _listed(folder)
+    listing = list_weights(folder)
+    return listing.files, listed_headers(folder, listing)
+
+
+def listed_headers(folder: Path, listing: WeightListing) -> dict[str, TensorHeader]:
+    """Read the headers of weight files that were listed.
+
+    Raises:
+        LoadError: as `read_weights`.
+    """
+    files, source, named = listing
     found: dict[str, TensorHeader] = {}
     for file in files:
         tensors = read_header(file)
@@ -220,4 +246,4 @@ def read_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorHeader
         raise CorruptFileError(
             f"{source} names {len(lost)} tensors that no shard holds: {listed(lost)}"
         )
-    return files, found
+    return found
