@@ -23,10 +23,6 @@ test: $(VENV)/.ready
 test-hostile: $(VENV)/.ready
 	TRILENS_HOSTILE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/hostile
 
-# Damaged inputs, kills, races, interrupts and growth, all of them: `make test` runs a part.
-test-hostile: $(VENV)/.ready
-	TRILENS_HOSTILE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/hostile
-
 # What depends on who adds up, once more, as a processor without AVX does it, on two threads: torch,
 # oneDNN, MKL, OpenBLAS, NumPy and numba each have a switch of their own. numba is left the
 # conversions of half precision (F16C), which its loops cannot do without.

@@ -44,6 +44,7 @@ FLOORS = {
     "models.rwkv7": 8,
     "models": 9,
     "models.gates": 10,
+    "models.sites": 11,
     "taps": 11,
     "lens": 12,
     "evaluation": 13,

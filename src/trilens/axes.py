@@ -10,14 +10,14 @@ Shapes
     layers  the model's own block numbers, from 0
 
 Sites
-    resid_post   residual stream after a block, before the final norm
-    pattern      attention pattern of a layer
-    the gates    named below
+    named places of the forward pass, and gates: the tables below
 """
 
 from __future__ import annotations
 
-__all__ = ["GATE_SITES"]
+from dataclasses import dataclass
+
+__all__ = ["GATE_SITES", "SITES", "SiteSpec"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -39,3 +39,175 @@ GATE_SITES: dict[str, str] = {
     "mixer.input": "gate on what enters a recurrence",
     "mixer.recurrence": "gate on a recurrence's decay",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """One named place of the forward pass.
+
+    Attributes:
+        axes: of its value, for one prompt.
+        where: what it is, in words.
+        proof: the identity that proves it on the probe.
+        per_layer: whether each layer has its own.
+        aliases: other tools' names for it.
+    """
+
+    axes: str
+    where: str
+    proof: str
+    per_layer: bool = True
+    aliases: tuple[str, ...] = ()
+
+
+SITES: dict[str, SiteSpec] = {
+    "embed": SiteSpec(
+        "[seq, d_model]",
+        "output of the token embedding",
+        "the embedding's rows of these tokens, up to one measured factor",
+        per_layer=False,
+        aliases=("hook_embed", "token_embeddings"),
+    ),
+    "resid_pre": SiteSpec(
+        "[seq, d_model]",
+        "residual stream before a block",
+        "the output of the block before, bit for bit",
+        aliases=("hook_resid_pre", "layers_input"),
+    ),
+    "attn.q": SiteSpec(
+        "[seq, heads, d_head]",
+        "queries before the rotary step",
+        "equal to attn.q_rot where nothing rotates, else of the same length per head",
+        aliases=("attn.hook_q",),
+    ),
+    "attn.k": SiteSpec(
+        "[seq, kv_heads, d_head]",
+        "keys before the rotary step",
+        "equal to attn.k_rot where nothing rotates, else of the same length per head",
+        aliases=("attn.hook_k",),
+    ),
+    "attn.q_rot": SiteSpec(
+        "[seq, heads, d_head]",
+        "queries as attention reads them",
+        "pattern · attn.v = attn.z",
+        aliases=("attn.hook_rot_q",),
+    ),
+    "attn.k_rot": SiteSpec(
+        "[seq, kv_heads, d_head]",
+        "keys as attention reads them",
+        "pattern · attn.v = attn.z",
+        aliases=("attn.hook_rot_k",),
+    ),
+    "attn.v": SiteSpec(
+        "[seq, kv_heads, d_head]",
+        "values",
+        "pattern · attn.v = attn.z",
+        aliases=("attn.hook_v",),
+    ),
+    "attn.scores": SiteSpec(
+        "[heads, seq_q, seq_k]",
+        "attention scores before the softmax",
+        "their softmax is attn.pattern",
+        aliases=("attn.hook_attn_scores",),
+    ),
+    "attn.pattern": SiteSpec(
+        "[heads, seq_q, seq_k]",
+        "attention weights",
+        "pattern · attn.v = attn.z",
+        aliases=("attn.hook_pattern", "attention_probabilities"),
+    ),
+    "attn.z": SiteSpec(
+        "[seq, heads, d_head]",
+        "each head's weighted sum of values",
+        "pattern · attn.v = attn.z",
+        aliases=("attn.hook_z",),
+    ),
+    "attn.head_out": SiteSpec(
+        "[seq, heads, d_model]",
+        "each head's part of attn.out, through the output projection without its bias",
+        "the heads and the bias sum to attn.out",
+        aliases=("attn.hook_result",),
+    ),
+    "attn.out": SiteSpec(
+        "[seq, d_model]",
+        "output of attention's output projection",
+        "the heads and the bias sum to attn.out",
+        aliases=("hook_attn_out", "attentions_output"),
+    ),
+    "attn.add": SiteSpec(
+        "[seq, d_model]",
+        "what attention adds to the residual stream, after norms and factors",
+        "resid_mid − resid_pre in a sequential block; the parts sum to resid_post",
+    ),
+    "resid_mid": SiteSpec(
+        "[seq, d_model]",
+        "residual stream after a block's first part, before its MLP",
+        "resid_pre plus what the first part adds, bit for bit",
+        aliases=("hook_resid_mid",),
+    ),
+    "mlp.in": SiteSpec(
+        "[seq, d_model]",
+        "what a block's MLP reads",
+        "input of the module whose output is mlp.out",
+        aliases=("hook_mlp_in", "mlps_input"),
+    ),
+    "mlp.gate": SiteSpec(
+        "[seq, units]",
+        "a GLU's gate before its activation",
+        "act(mlp.gate) · mlp.up = mlp.post",
+        aliases=("mlp.hook_pre_gate", "mlp.hook_pre"),
+    ),
+    "mlp.up": SiteSpec(
+        "[seq, units]",
+        "what a GLU's gate multiplies",
+        "act(mlp.gate) · mlp.up = mlp.post",
+        aliases=("mlp.hook_pre_linear",),
+    ),
+    "mlp.post": SiteSpec(
+        "[seq, units]",
+        "hidden units of an MLP after its activation: what its last projection reads",
+        "down(mlp.post) = mlp.out",
+        aliases=("mlp.hook_post",),
+    ),
+    "mlp.out": SiteSpec(
+        "[seq, d_model]",
+        "output of a block's MLP",
+        "down(mlp.post) = mlp.out, or the module's own output",
+        aliases=("hook_mlp_out", "mlps_output"),
+    ),
+    "mlp.add": SiteSpec(
+        "[seq, d_model]",
+        "what a block's MLP adds to the residual stream, after norms and factors",
+        "the parts sum to resid_post",
+    ),
+    "router": SiteSpec(
+        "[seq, experts]",
+        "logits of a router",
+        "the router's probabilities are made of them",
+    ),
+    "mixer.in": SiteSpec(
+        "[seq, d_model]", "what a recurrent mixer reads", "input of the module that runs it"
+    ),
+    "mixer.out": SiteSpec(
+        "[seq, d_model]", "output of a recurrent mixer", "output of the module that runs it"
+    ),
+    "mixer.add": SiteSpec(
+        "[seq, d_model]",
+        "what a recurrent mixer adds to the residual stream, after norms and factors",
+        "the parts sum to resid_post",
+    ),
+    "resid_post": SiteSpec(
+        "[seq, d_model]",
+        "residual stream after a block, before the final norm",
+        "the next block's input, bit for bit",
+        aliases=("hook_resid_post", "layers_output"),
+    ),
+    "final_norm": SiteSpec(
+        "[seq, d_model]",
+        "output of the final norm",
+        "the unembedding of it is the logits",
+        per_layer=False,
+        aliases=("ln_final.hook_normalized", "ln_final"),
+    ),
+}
+"""Every named place of the forward pass, in the order in which a block passes them."""

@@ -1,0 +1,70 @@
+"""Where a named place of the forward pass is read and written in a running model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from trilens.models.gates.site import Layout
+
+__all__ = ["Site", "SiteKey", "Tap"]
+
+SiteKey = tuple[str, int | None]
+"""Name of a site and its layer; None for the sites that the model has once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """One tensor that passes by while the model runs.
+
+    Attributes:
+        event: a module's input or output, an attention call's, or a sum of two tensors.
+        module: the module; of an attention call the one that calls; of a sum the block.
+        index: which tensor of the module's arguments or outputs, in the order of `tensors_in`.
+        order: which of the block's calls of that module, or which of its sums of streams.
+        part: of an attention call: "query", "key", "value", "output", "scores" or "pattern".
+    """
+
+    event: Literal["input", "output", "attention", "sum"]
+    module: nn.Module
+    index: int = 0
+    order: int = 0
+    part: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One proven site.
+
+    Its value is [batch, seq, *shape]; of attn.scores and attn.pattern
+    [batch, heads, seq_q, seq_k].
+
+    Attributes:
+        name: a key of `axes.SITES`.
+        layer: the model's layer, or None.
+        tap: where it is read.
+        layout: how the tensor's axes become [batch, seq, units].
+        shape: the axes of one token.
+        write: where a new value is put in, where that is another tap than the one it is read at.
+        projection: of attn.head_out: the output projection, whose input `tap` reads.
+    """
+
+    name: str
+    layer: int | None
+    tap: Tap
+    layout: Layout
+    shape: tuple[int, ...]
+    write: Tap | None = None
+    projection: nn.Module | None = None
+
+    @property
+    def key(self) -> SiteKey:
+        """Name and layer."""
+        return self.name, self.layer
+
+    @property
+    def write_tap(self) -> Tap:
+        """Where a new value is put in."""
+        return self.tap if self.write is None else self.write
