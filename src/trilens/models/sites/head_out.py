@@ -19,16 +19,12 @@ def projection_weight(projection: nn.Module, width: int) -> Tensor:
         projection: the linear map.
         width: d_in.
     """
-    if type(projection) is nn.Linear:
-        return projection.weight.T
-    if type(projection) is Conv1D:
-        return projection.weight
-    parameter = next(iter((*projection.parameters(), *projection.buffers())))
-    width = getattr(projection, "in_features", None) or getattr(
-        projection, "nx", parameter.shape[-1]
-    )
-    floating = parameter.dtype if parameter.is_floating_point() else torch.float32
-    unit = torch.eye(int(width), dtype=floating, device=parameter.device)
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, Tensor) and type(projection) in (nn.Linear, Conv1D):
+        return weight.T if isinstance(projection, nn.Linear) else weight
+    like = next(iter((*projection.parameters(), *projection.buffers())))
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    unit = torch.eye(width, dtype=dtype, device=like.device)
     made: Tensor = projection(unit[None])[0] - projection(torch.zeros_like(unit[None, :1]))[0]
     return made
 
