@@ -39,7 +39,7 @@ from trilens.progress import Progress, Step
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
 from trilens.taps.passes import run_pass
-from trilens.taps.session import CaptureRequest
+from trilens.taps.recording import CaptureRequest
 
 __all__ = ["Lens"]
 

@@ -19,7 +19,7 @@ from trilens.models.gates.recurrent_states import LayerState, join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
-from trilens.taps.session import CaptureRequest, Recording
+from trilens.taps.recording import CaptureRequest, Recording
 
 __all__ = ["split"]
 
