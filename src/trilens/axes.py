@@ -15,9 +15,14 @@ Sites
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-__all__ = ["GATE_SITES", "SITES", "SiteSpec"]
+from trilens.errors import UnknownSiteError, UsageError
+from trilens.printable import bounded, escaped
+
+__all__ = ["GATE_SITES", "SITES", "SiteSpec", "site_key", "site_name"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -211,3 +216,53 @@ SITES: dict[str, SiteSpec] = {
     ),
 }
 """Every named place of the forward pass, in the order in which a block passes them."""
+
+_ALIASES = {alias: name for name, spec in SITES.items() for alias in spec.aliases}
+_OF_LAYER = re.compile(r"blocks\.(\d+)\.(.+)|([^\[\]]+)\[(\d+)\]", re.ASCII)
+
+
+def site_name(text: str) -> str:
+    """The site that a name means: its own, or an alias of TransformerLens or nnterp.
+
+    Raises:
+        UnknownSiteError: there is none; offers the nearest names.
+        UsageError: the name says a layer too, which `site_key` reads.
+    """
+    name, layer = site_key(text)
+    if layer is not None:
+        raise UsageError(
+            f"site {text!r} names layer {layer} too: give {name!r}, and the layer for itself"
+        )
+    return name
+
+
+def site_key(text: str) -> tuple[str, int | None]:
+    """The site and layer that a name means; layer None where it says none.
+
+    `blocks.5.hook_resid_post` and `layers_output[5]` are ("resid_post", 5).
+
+    Raises:
+        UnknownSiteError: no site has this name; offers the nearest.
+    """
+    if not isinstance(text, str):
+        raise UnknownSiteError(
+            f"site {bounded(escaped(repr(text)), 80)} is no name: give a string, such as "
+            "'resid_post'"
+        )
+    if text in SITES:
+        return text, None
+    found = _OF_LAYER.fullmatch(text)
+    bare = text if found is None else found[2] or found[3]
+    name = _ALIASES.get(bare, bare)
+    known = name in SITES and (found is None or SITES[name].per_layer)
+    if known and (found is None or len(found[1] or found[4]) < 10):
+        return name, None if found is None else int(found[1] or found[4])
+    near = [
+        _ALIASES.get(each, each)
+        for each in get_close_matches(bare[:80], [*SITES, *_ALIASES], n=6, cutoff=0.5)
+    ]
+    near = list(dict.fromkeys(near))[:3] or list(SITES)
+    raise UnknownSiteError(
+        f"site {bounded(escaped(repr(text)), 80)} is unknown: "
+        f"{'the nearest are' if len(near) <= 3 else 'the sites are'} {', '.join(near)}"
+    )
