@@ -19,10 +19,10 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from trilens.errors import UnknownSiteError, UsageError
+from trilens.errors import UnknownSiteError
 from trilens.printable import bounded, escaped
 
-__all__ = ["GATE_SITES", "SITES", "SiteSpec", "site_key", "site_name"]
+__all__ = ["GATE_SITES", "SITES", "SiteSpec", "site_name"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -217,52 +217,44 @@ SITES: dict[str, SiteSpec] = {
 }
 """Every named place of the forward pass, in the order in which a block passes them."""
 
-_ALIASES = {alias: name for name, spec in SITES.items() for alias in spec.aliases}
-_OF_LAYER = re.compile(r"blocks\.(\d+)\.(.+)|([^\[\]]+)\[(\d+)\]", re.ASCII)
+_NAMES = {
+    **{name: name for name in (*GATE_SITES, *SITES)},
+    **{alias: name for name, spec in SITES.items() for alias in spec.aliases},
+}
+_BLOCK = re.compile(r"blocks\.([0-9]{1,9})\.(.+)")
+_INDEX = re.compile(r"(.+)\[([0-9]{1,9})\]")
 
 
-def site_name(text: str) -> str:
-    """The site that a name means: its own, or an alias of TransformerLens or nnterp.
+def site_name(text: object) -> tuple[str, int | None]:
+    """The site or gate that a text names, and the layer where it names one too.
 
-    Raises:
-        UnknownSiteError: there is none; offers the nearest names.
-        UsageError: the name says a layer too, which `site_key` reads.
-    """
-    name, layer = site_key(text)
-    if layer is not None:
-        raise UsageError(
-            f"site {text!r} names layer {layer} too: give {name!r}, and the layer for itself"
-        )
-    return name
-
-
-def site_key(text: str) -> tuple[str, int | None]:
-    """The site and layer that a name means; layer None where it says none.
-
-    `blocks.5.hook_resid_post` and `layers_output[5]` are ("resid_post", 5).
+    Args:
+        text: a name of the tables, or TransformerLens' ("blocks.5.hook_resid_post",
+            "attn.hook_z") or nnterp's ("layers_output", "layers_output[5]").
 
     Raises:
-        UnknownSiteError: no site has this name; offers the nearest.
+        UnknownSiteError: no site; the nearest names are offered.
     """
     if not isinstance(text, str):
+        raise UnknownSiteError(f"site {_shown(text)} is no name: give one such as 'resid_post'")
+    name, layer = text, None
+    if match := _BLOCK.fullmatch(text):
+        layer, name = int(match[1]), match[2]
+    elif match := _INDEX.fullmatch(text):
+        name, layer = match[1], int(match[2])
+    found = _NAMES.get(name)
+    if found is not None and (layer is None or found not in SITES or SITES[found].per_layer):
+        return found, layer
+    if found is not None:
         raise UnknownSiteError(
-            f"site {bounded(escaped(repr(text)), 80)} is no name: give a string, such as "
-            "'resid_post'"
+            f"site {_shown(text)} names layer {layer}: the model has {found} once"
         )
-    if text in SITES:
-        return text, None
-    found = _OF_LAYER.fullmatch(text)
-    bare = text if found is None else found[2] or found[3]
-    name = _ALIASES.get(bare, bare)
-    known = name in SITES and (found is None or SITES[name].per_layer)
-    if known and (found is None or len(found[1] or found[4]) < 10):
-        return name, None if found is None else int(found[1] or found[4])
-    near = [
-        _ALIASES.get(each, each)
-        for each in get_close_matches(bare[:80], [*SITES, *_ALIASES], n=6, cutoff=0.5)
-    ]
-    near = list(dict.fromkeys(near))[:3] or list(SITES)
-    raise UnknownSiteError(
-        f"site {bounded(escaped(repr(text)), 80)} is unknown: "
-        f"{'the nearest are' if len(near) <= 3 else 'the sites are'} {', '.join(near)}"
-    )
+    # Names that look alike, and those whose last word is the same: "z" is "attn.z".
+    near = get_close_matches(name[:80], _NAMES, n=4, cutoff=0.6)
+    near += [each for each in _NAMES if each.rpartition(".")[2] == name]
+    offered = list(dict.fromkeys(_NAMES[each] for each in near)) or list(SITES)
+    raise UnknownSiteError(f"site {_shown(text)} is unknown: did you mean {', '.join(offered)}?")
+
+
+def _shown(text: object) -> str:
+    return bounded(escaped(repr(text)), 80)

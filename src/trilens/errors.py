@@ -12,6 +12,10 @@
     │   ├── TextNotFoundError    a text that does not occur in a prompt
     │   ├── UnknownSiteError     a name that no place of the forward pass has
     │   ├── IncomparableError    two models that cannot be compared
+    │   ├── EditError            an edit that cannot be made
+    │   │   ├── EditRangeError   of a layer, head, unit or position that is not there
+    │   │   ├── EditConflictError  one that another edit would overwrite
+    │   │   └── UntouchedEditError  one that touched nothing
     │   └── TooLargeError        the answer would need more memory than allowed without saying so
     ├── PromptError              a prompt that this model cannot read
     │   ├── EmptyPromptError
@@ -62,6 +66,9 @@ __all__ = [
     "DamageError",
     "DoubledBosWarning",
     "DtypeError",
+    "EditConflictError",
+    "EditError",
+    "EditRangeError",
     "EmptyPromptError",
     "IncomparableError",
     "LoadError",
@@ -91,6 +98,7 @@ __all__ = [
     "UnclaimedGateError",
     "UnknownSiteError",
     "UnsafeFormatError",
+    "UntouchedEditError",
     "UsageError",
     "ValueRangeError",
     "WriteError",
@@ -150,6 +158,22 @@ class UnknownSiteError(UsageError, LookupError):
 
 class IncomparableError(UsageError):
     """Two models, or parts of them, that cannot be compared."""
+
+
+class EditError(UsageError):
+    """An edit that cannot be made."""
+
+
+class EditRangeError(EditError, OutOfRangeError):
+    """An edit of a layer, head, unit or position that is not there."""
+
+
+class EditConflictError(EditError):
+    """An edit whose values another edit of the same run would overwrite."""
+
+
+class UntouchedEditError(EditError):
+    """An edit that touched nothing while the model ran."""
 
 
 class TooLargeError(UsageError):

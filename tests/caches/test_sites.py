@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tolerances import sum_error
-from trilens.axes import SITES, site_key, site_name
+from trilens.axes import SITES, site_name
 from trilens.caches.derived import HeadOut, PatternValue
 from trilens.caches.patterns.protocol import DensePattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
@@ -82,12 +82,13 @@ def test_a_mapping_from_names_and_layers(cache: SiteCache) -> None:
         (("resid_post", 2), AbsentLayerError, r"layers=\[…, 2\].*layers 1, 4"),
         (("attn.z", 0), AbsentLayerError, "the layer is recurrent"),
         (("mlp.out", 0), NotStoredError, r"capture with sites=\['mlp.out'\]"),
-        (("resid_pots", 1), UnknownSiteError, "nearest are resid_post"),
+        (("resid_pots", 1), UnknownSiteError, "did you mean resid_post"),
         ("resid_post", UsageError, "needs a layer"),
         (("embed", 0), UsageError, "has no layers"),
         (("resid_post", 1.5), OutOfRangeError, "whole number"),
         (("blocks.1.hook_resid_post", 1), UsageError, "names layer 1 too"),
         (5, UsageError, "names no site"),
+        (("mixer.decay", 1), UsageError, "is a gate"),
     ],
 )
 def test_what_is_not_there(cache: SiteCache, key: Any, error: type, words: str) -> None:
@@ -182,17 +183,17 @@ def test_bytes_and_devices(cache: SiteCache) -> None:
 def test_every_alias_is_one_site() -> None:
     seen: set[str] = set(SITES)
     for name, spec in SITES.items():
-        assert site_name(name) == name
+        assert site_name(name) == (name, None)
         for alias in spec.aliases:
             assert alias not in seen
             seen.add(alias)
-            assert site_name(alias) == name
+            assert site_name(alias) == (name, None)
             if spec.per_layer:
-                assert site_key(f"blocks.12.{alias}") == (name, 12)
-                assert site_key(f"{alias}[0]") == (name, 0)
+                assert site_name(f"blocks.12.{alias}") == (name, 12)
+                assert site_name(f"{alias}[0]") == (name, 0)
             else:
                 with pytest.raises(UnknownSiteError):
-                    site_key(f"blocks.12.{alias}")
+                    site_name(f"blocks.12.{alias}")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from trilens.axes import SITES, site_key, site_name
+from trilens.axes import SITES, site_name
 from trilens.caches.derived import Derived, rebuild_derived
 from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import AbsentLayerError, NotStoredError, UsageError
@@ -53,8 +53,8 @@ class SiteCache:
         """
         cache, order = cls(), list(SITES)
         for name, layer in values:
-            if name not in SITES:
-                site_name(name)
+            if _plain(name) != name:
+                raise UsageError(f"site {name!r} is another tool's name for {_plain(name)!r}")
             if SITES[name].per_layer != (layer is not None):
                 raise UsageError(
                     f"site {name!r} has {'one value per layer' if layer is None else 'no layers'}: "
@@ -97,7 +97,7 @@ class SiteCache:
             UnknownSiteError: no site has this name.
             NotStoredError: the site was not captured.
         """
-        known = self._name(site_name(name))
+        known = self._name(_plain(name))
         return tuple(layer for held, layer in self._keys if held == known and layer is not None)
 
     def axes(self, name: str) -> str:
@@ -106,7 +106,7 @@ class SiteCache:
         Raises:
             UnknownSiteError: no site has this name.
         """
-        return SITES[site_name(name)].axes
+        return SITES[_plain(name)].axes
 
     def __getitem__(self, key: str | tuple[str, SupportsIndex | None]) -> Tensor:
         """The value of a site, of one prompt.
@@ -194,8 +194,8 @@ class SiteCache:
             number, _, part = title.partition(".")
             parts.setdefault(number, {})[part] = tensor
         values: dict[_Key, Tensor | Derived] = {}
-        for number, (name, layer, derived) in enumerate(params["sites"]):
-            own = parts[str(number)]
+        for index, (name, layer, derived) in enumerate(params["sites"]):
+            own = parts[str(index)]
             key = (str(name), None if layer is None else int(layer))
             values[key] = own[""] if derived is None else rebuild_derived(own, derived)
         reasons = {
@@ -214,11 +214,12 @@ class SiteCache:
         return name
 
     def _key(self, key: str | tuple[str, SupportsIndex | None]) -> _Key:
+        layer: SupportsIndex | None
         if isinstance(key, tuple) and len(key) == 2:
-            text, layer = key
-            name = site_name(text)
+            name, layer = _plain(key[0]), key[1]
         elif isinstance(key, str):
-            name, layer = site_key(key)
+            name, layer = site_name(key)
+            name = _plain(name)
         else:
             raise UsageError(f"{key!r} names no site: ask cache['attn.z', 4], or cache['embed']")
         name = self._name(name)
@@ -242,3 +243,15 @@ class SiteCache:
         if why is None:
             why = f"capture with sites=[{name!r}], layers=[…, {layer}]"
         return absent_layer(layer, self, layers, why=why, of=f"site {name!r} of ")
+
+
+def _plain(text: object) -> str:
+    """A site's own name; one that says a layer too, or names a gate, is refused."""
+    name, layer = site_name(text)
+    if layer is not None:
+        raise UsageError(
+            f"site {text!r} names layer {layer} too: give {name!r}, and the layer for itself"
+        )
+    if name not in SITES:
+        raise UsageError(f"{name!r} is a gate: capture with gates=True and ask cap.gates")
+    return name
