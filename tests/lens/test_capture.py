@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tinymodels import build, prompt_ids
 from tolerances import sum_error
+from trilens.caches.derived import PatternValue
 from trilens.caches.patterns.protocol import Pattern
+from trilens.caches.sites import SiteCache
 from trilens.demo import demo_path
 from trilens.errors import CorruptFileError, NotStoredError, TextNotFoundError, UsageError
 from trilens.lens.capture import Capture
@@ -133,7 +136,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
     cap = Lens(build("llama")).capture(prompt_ids("llama"), residual=None, logits="last")
     assert cap.has("logits") and cap.parts.names == ("logits",)
-    for part in ("residual", "attention", "effective", "gates", "states"):
+    for part in ("residual", "attention", "effective", "gates", "states", "sites"):
         assert not cap.has(part)
         with pytest.raises(NotStoredError, match=rf"{part} was not captured: .*logits; .*{part}="):
             getattr(cap, part)
@@ -141,6 +144,25 @@ def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
         UsageError, match="part 'residuals' is unknown: the parts are logits, resid"
     ):
         cap.has("residuals")
+
+
+def test_sites_are_saved_with_a_capture(tmp_path: Path) -> None:
+    cap = Lens(build("llama")).capture(prompt_ids("llama"), residual="all", attention=True)
+    sites = SiteCache.from_values(
+        {
+            ("resid_post", 1): cap.residual[1],
+            ("attn.pattern", 0): PatternValue(cap.attention.pattern(0)),
+        },
+        {("attn.z", 0): "it was not asked"},
+    )
+    held = replace(cap, parts=replace(cap.parts, sites=sites))
+    assert held.has("sites")
+    assert held.nbytes == cap.nbytes
+    back = Capture.load(held.save(tmp_path / "a.tlc"))
+    assert back.sites.reasons == sites.reasons
+    for key in sites:
+        assert torch.allclose(back.sites[key], sites[key], rtol=1e-5)
+    assert held.to("meta").sites["resid_post", 1].device.type == "meta"
 
 
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -14,6 +14,7 @@ from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.indices import check_index
+from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
 from trilens.caches.storage import distinct_bytes
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
@@ -36,6 +37,7 @@ _HOW = {
     "effective": "effective=True",
     "gates": "gates=True",
     "states": "states=True",
+    "sites": "sites=['resid_mid', …]",
 }
 
 
@@ -43,8 +45,8 @@ _HOW = {
 class Capture:
     """One prompt, one forward pass, no padding anywhere.
 
-    `residual`, `attention`, `effective`, `gates` and `states` raise where they were not captured;
-    `has("attention")` asks.
+    `residual`, `attention`, `effective`, `gates`, `states` and `sites` raise where they were not
+    captured; `has("attention")` asks.
 
     Attributes:
         tokens: the tokens as text.
@@ -119,6 +121,12 @@ class Capture:
         """Recurrent states after chosen tokens; `NotStoredError` where they were not captured."""
         part = self.parts.states
         return part if part is not None else self._refuse("states")
+
+    @property
+    def sites(self) -> SiteCache:
+        """Values of named places, by name and layer; `NotStoredError` where none was captured."""
+        part = self.parts.sites
+        return part if part is not None else self._refuse("sites")
 
     def _refuse(self, name: str) -> NoReturn:
         held = ", ".join(self.parts.names) or "nothing"
