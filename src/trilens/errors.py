@@ -9,6 +9,8 @@
     │   ├── NonFiniteError       NaN or Inf where numbers are needed
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
     │   │   └── AbsentLayerError  a layer that a cache does not hold; an OutOfRangeError too
+    │   ├── TextNotFoundError    a text that does not occur in a prompt
+    │   ├── UnknownSiteError     a name that no place of the forward pass has
     │   ├── IncomparableError    two models that cannot be compared
     │   ├── EditError            an edit that cannot be made
     │   │   ├── EditRangeError   of a layer, head, unit or position that is not there
@@ -90,11 +92,13 @@ __all__ = [
     "SilentSiteError",
     "SiteError",
     "TextError",
+    "TextNotFoundError",
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
     "TrilensWarning",
     "UnclaimedGateError",
+    "UnknownSiteError",
     "UnsafeFormatError",
     "UntouchedEditError",
     "UsageError",
@@ -144,6 +148,14 @@ class NotStoredError(UsageError, LookupError):
 
 class AbsentLayerError(NotStoredError, OutOfRangeError):
     """A layer that this cache does not hold."""
+
+
+class TextNotFoundError(UsageError, LookupError):
+    """A text that does not occur in a prompt, or that no token of it covers."""
+
+
+class UnknownSiteError(UsageError, LookupError):
+    """A name that no place of the forward pass has."""
 
 
 class IncomparableError(UsageError):
