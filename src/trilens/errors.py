@@ -39,6 +39,7 @@
     ├── RestoreError             weights that were replaced for a while did not come back
     └── CaptureError             a forward pass that did not give what was asked
         ├── SilentSiteError      a requested site that did not fire
+        ├── SiteError            a site that is not proven in a layer
         ├── AttentionPathError   attention that goes through no supported path
         ├── ModifiedInPlaceError a captured tensor was overwritten by the model
         ├── RecurrentStateError  a recurrent state that is not there or not proven
@@ -89,6 +90,7 @@ __all__ = [
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
+    "SiteError",
     "TextError",
     "TextNotFoundError",
     "TokenIdError",
@@ -281,6 +283,10 @@ class CaptureError(TrilensError):
 
 class SilentSiteError(CaptureError):
     """A requested site did not fire."""
+
+
+class SiteError(CaptureError):
+    """A site that a layer has not, or that is not proven there."""
 
 
 class AttentionPathError(CaptureError):
