@@ -57,7 +57,7 @@ def test_stack_is_what_captures_hold(
 
 
 def test_a_stack_is_a_copy_in_the_models_dtype(lens: Lens) -> None:
-    found = stack(lens, [[1, 2], [3, 4, 5]], position="mean")
+    found = lens.stack([[1, 2], [3, 4, 5]], position="mean")
     assert found.shape == (2, lens.n_layers, lens.d_model)
     assert found.dtype == lens.model.dtype
     assert found.untyped_storage().nbytes() == found.nbytes
