@@ -247,7 +247,7 @@ def site_name(text: object) -> tuple[str, int | None]:
     if found is not None:
         raise UsageError(f"site {text!r} names layer {layer}: the model has {found} once")
     # Names that look alike, and those whose last word is the same: "z" is "attn.z".
-    near = get_close_matches(name, _NAMES, n=4, cutoff=0.6)
+    near = get_close_matches(name[:80], _NAMES, n=4, cutoff=0.6)
     near += [each for each in _NAMES if each.rpartition(".")[2] == name]
     offered = list(dict.fromkeys(_NAMES[each] for each in near)) or list(SITES)
     raise UsageError(f"site {text!r} is unknown: did you mean {', '.join(offered)}?")
