@@ -15,7 +15,8 @@ from trilens.errors import SilentSiteError
 from trilens.lens.lens import Lens
 from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.taps.kernels import KERNELS, kernel_calls, kernel_places
-from trilens.taps.session import CaptureRequest, recording_of
+from trilens.taps.recording import CaptureRequest
+from trilens.taps.session import recording_of
 
 NAMES = (*KERNEL_GATES, *DECODE_KERNELS.values())
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
-from trilens.lens.capture import Capture, ModelInfo
+from trilens.lens.capture import Capture
+from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split
@@ -38,7 +39,7 @@ from trilens.progress import Progress, Step
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
 from trilens.taps.passes import run_pass
-from trilens.taps.session import CaptureRequest
+from trilens.taps.recording import CaptureRequest
 
 __all__ = ["Lens"]
 

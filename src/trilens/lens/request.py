@@ -11,7 +11,7 @@ from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.absent import attention_reasons
 from trilens.models.gates.claims import GateClaims
-from trilens.taps.session import StateRequest
+from trilens.taps.recording import StateRequest
 
 __all__ = ["read_attention", "read_layers", "read_states"]
 

@@ -27,13 +27,12 @@ __all__ = ["Hooks", "hooked"]
 class _Hook:
     """A hook of a set, which does nothing once the set is closed."""
 
-    def __init__(self, hooks: Hooks, call: Callable[..., None]) -> None:
+    def __init__(self, hooks: Hooks, call: Callable[..., Any]) -> None:
         self.hooks = hooks
         self.call = call
 
-    def __call__(self, *arguments: Any) -> None:
-        if not self.hooks.closed:
-            self.call(*arguments)
+    def __call__(self, *arguments: Any) -> Any:
+        return None if self.hooks.closed else self.call(*arguments)
 
 
 class Hooks:
@@ -57,16 +56,22 @@ class Hooks:
         self._entered: list[_GeneratorContextManager[Any]] = []
 
     def before(
-        self, module: nn.Module, call: Callable[..., None], *, with_kwargs: bool = False
+        self, module: nn.Module, call: Callable[..., Any], *, with_kwargs: bool = False
     ) -> None:
-        """Have `call` called before a module's forward, as torch calls its hooks."""
+        """Have `call` called before a module's forward, as torch calls its hooks.
+
+        What it returns, if it is not None, is what the module gets instead.
+        """
         self._placing = module
         hook = _Hook(self, call)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
         self._placing = None
 
-    def after(self, module: nn.Module, call: Callable[..., None]) -> None:
-        """Have `call` called after a module's forward, as torch calls its hooks."""
+    def after(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        """Have `call` called after a module's forward, as torch calls its hooks.
+
+        What it returns, if it is not None, is what the module gives instead.
+        """
         self._placing = module
         self._handles.append(module.register_forward_hook(_Hook(self, call)))
         self._placing = None

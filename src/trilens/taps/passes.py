@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +11,31 @@ from torch import Tensor, nn
 
 from trilens.models.anatomy import Anatomy
 from trilens.taps.mode import evaluating
-from trilens.taps.session import CaptureRequest, Recording, recording_of
+from trilens.taps.recording import CaptureRequest, Recording
+from trilens.taps.session import recording_of
+from trilens.taps.site_taps import SiteAction
 
 __all__ = ["run_pass"]
 
 
 def run_pass(
-    model: nn.Module, anatomy: Anatomy, wanted: CaptureRequest, arguments: Mapping[str, Any]
+    model: nn.Module,
+    anatomy: Anatomy,
+    wanted: CaptureRequest,
+    arguments: Mapping[str, Any],
+    actions: Sequence[SiteAction] = (),
 ) -> Recording:
     """Run a model once and give what the pass left behind.
 
     A model that writes into tensors it has handed on is run again, and what it hands on is copied:
     `request.copy` of the recording says so.
+
+    Args:
+        model: the model.
+        anatomy: its parts.
+        wanted: what the pass is to leave behind.
+        arguments: of the model's forward.
+        actions: edits, in their order.
 
     Raises:
         SilentSiteError, CaptureError: as `recording_of`.
@@ -30,12 +43,12 @@ def run_pass(
     with (
         evaluating(model),
         torch.inference_mode(False),
-        torch.no_grad(),
-        recording_of(model, anatomy, wanted) as recording,
+        torch.set_grad_enabled(wanted.gradients),
+        recording_of(model, anatomy, wanted, actions) as recording,
     ):
         output = model(**arguments)
     if recording.overwritten:
-        return run_pass(model, anatomy, replace(wanted, copy=True), arguments)
+        return run_pass(model, anatomy, replace(wanted, copy=True), arguments, actions)
     logits = getattr(output, "logits", None)
     recording.logits = logits if isinstance(logits, Tensor) else None
     return recording

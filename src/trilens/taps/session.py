@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,104 +27,59 @@ from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.kernels import KERNEL_GATES, KernelRecord
 from trilens.models.gates.mixers import Boundary, Edge
-from trilens.models.gates.recurrent_states import LayerState, states_of
+from trilens.models.gates.recurrent_states import states_of
 from trilens.models.gates.site import GateSite, GateSource
+from trilens.models.sites.site import SiteKey, title_of
 from trilens.models.trace import same, tensors_in
 from trilens.taps.gate_check import watch_gates
 from trilens.taps.hooks import Hooks, hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
+from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
+from trilens.taps.site_taps import SiteAction, SiteTaps, spots_of
 
-__all__ = ["CaptureRequest", "Recording", "StateRequest", "recording_of"]
+__all__ = ["recording_of"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
 Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
 
 
-@dataclass(frozen=True, slots=True)
-class StateRequest:
-    """Which recurrent states one pass is to leave behind.
-
-    Attributes:
-        layers: layers whose state is requested.
-        positions: after which tokens, per row of the batch: from 0, ascending, distinct.
-        reasons: why the model's other layers have no state in this capture.
-    """
-
-    layers: tuple[int, ...] = ()
-    positions: tuple[tuple[int, ...], ...] = ()
-    reasons: Mapping[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureRequest:
-    """What one pass is to leave behind.
-
-    Attributes:
-        layers: layer numbers, ascending.
-        residual: "last", "all" or None.
-        lengths: real tokens of each row of the batch, on the CPU.
-        attention: layers whose attention is requested.
-        gates: requested gate sites, by (name, layer).
-        kernels: layers whose recurrence is requested, with all its arguments.
-        states: requested recurrent states.
-        boundaries: the recurrences that no kernel function carries, with where they begin and end.
-        absent: why other layers have no attention pattern in this capture.
-        absent_effective: why other layers have no effective attention in it.
-        copy: copy what is recorded, for a model that overwrites its own tensors.
-    """
-
-    layers: tuple[int, ...]
-    residual: str | None
-    lengths: tuple[int, ...]
-    attention: tuple[int, ...]
-    gates: Mapping[tuple[str, int], GateSite]
-    copy: bool = False
-    kernels: tuple[int, ...] = ()
-    boundaries: Mapping[int, Boundary] = field(default_factory=dict)
-    states: StateRequest = field(default_factory=StateRequest)
-    absent: Mapping[int, str] = field(default_factory=dict)
-    absent_effective: Mapping[int, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Recording:
-    """What a pass left behind, still batched and padded.
-
-    Attributes:
-        request: what was asked of the pass.
-        overwritten: the model wrote into a tensor that is kept: the recording is no good.
-
-    Shapes
-        logits [batch, seq, vocab], or None where the model gave none;
-        residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
-        gates one tensor per call, with the axes of their source;
-        states per call of a kernel one entry per prompt, without padding.
-    """
-
-    request: CaptureRequest
-    logits: Tensor | None = None
-    residual: dict[int, Tensor] = field(default_factory=dict)
-    attention: dict[int, AttentionCall] = field(default_factory=dict)
-    gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
-    states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
-    overwritten: bool = False
-
-
 class _Session:
-    def __init__(self, hooks: Hooks, anatomy: Anatomy, request: CaptureRequest) -> None:
+    def __init__(
+        self,
+        hooks: Hooks,
+        anatomy: Anatomy,
+        request: CaptureRequest,
+        actions: Sequence[SiteAction],
+    ) -> None:
         self.hooks = hooks
         self.anatomy = anatomy
+        self.gradients = request.gradients
+        self.taps = _by_tap(request.gates)
+        self.sites = SiteTaps(self, spots_of(request.sites.values(), actions))
+        self.begin(request, 0)
+
+    def begin(self, request: CaptureRequest, start: int) -> None:
+        """Begin a pass over the tokens of a text from `start` on.
+
+        Args:
+            request: as the session's own, of this pass's tokens.
+            start: tokens that earlier passes read.
+        """
         self.request = request
         self.recording = Recording(request)
+        self.span = request.span(start)
         self.layer: int | None = None
         self.done = 0
         self.references: list[tuple[Tensor, int]] = []
-        self.taps = _by_tap(request.gates)
         self.counts: dict[tuple[int, TapKey], int] = {}
         self.entry: dict[str, Any] | None = None
+        self.sites.begin()
+
+    def keep_site(self, key: SiteKey, value: Tensor) -> None:
+        """Note a site's value, by reference."""
+        self.recording.sites[key] = value if self.gradients else self.keep(value)
 
     def mine(self) -> bool:
         return not self.hooks.closed and threading.get_ident() == self.hooks.thread
@@ -315,6 +270,7 @@ class _Session:
         silent += [f"{name} of layer {i}" for name, i in asked.gates if (name, i) not in got.gates]
         silent += [f"recurrence of layer {i}" for i in asked.kernels if i not in got.kernels]
         silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]
+        silent += [title_of(key) for key in asked.sites if key not in got.sites]
         if silent:
             raise SilentSiteError(
                 f"{len(silent)} requested sites did not fire in this pass: {listed(silent)}"
@@ -325,9 +281,18 @@ class _Session:
 
 @contextmanager
 def recording_of(
-    model: nn.Module, anatomy: Anatomy, request: CaptureRequest
+    model: nn.Module,
+    anatomy: Anatomy,
+    request: CaptureRequest,
+    actions: Sequence[SiteAction] = (),
 ) -> Iterator[Recording]:
     """Record one forward pass that runs inside the block.
+
+    Args:
+        model: the model.
+        anatomy: its parts.
+        request: what the pass is to leave behind.
+        actions: edits, in their order; what is kept is what they gave.
 
     Yields:
         The recording, complete when the block ends.
@@ -339,9 +304,13 @@ def recording_of(
         UnclaimedGateError: a gate is not what it was on the probe.
     """
     with hooked(model) as hooks:
-        session = _Session(hooks, anatomy, request)
-        for module in {id(block.module): block.module for block in anatomy.blocks}.values():
+        session = _Session(hooks, anatomy, request, actions)
+        blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
+        for module in blocks:
             hooks.before(module, session.enter_block)
+        session.sites.place_inputs(hooks)
+        session.sites.place_outputs(hooks)
+        for module in blocks:
             hooks.after(module, session.leave_block)
         check_gates = watch_gates(hooks, request.gates)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}

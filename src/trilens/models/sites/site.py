@@ -68,3 +68,9 @@ class Site:
     def write_tap(self) -> Tap:
         """Where a new value is put in."""
         return self.tap if self.write is None else self.write
+
+
+def title_of(key: SiteKey) -> str:
+    """A site in words: "attn.z of layer 3"."""
+    name, layer = key
+    return name if layer is None else f"{name} of layer {layer}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trilens.models.gates.site import rows_of
-from trilens.models.sites.site import Site
+from trilens.models.sites.site import Site, title_of
 
 __all__ = ["read_value", "replace_tensor", "write_value"]
 
@@ -22,14 +22,18 @@ _BY_HEAD = ("query", "key", "value")
 def read_value(tensor: Tensor, site: Site, batch: int, seq: int) -> Tensor:
     """The value of a site, [batch, seq, *shape], by reference where the axes allow it.
 
+    Of attn.head_out it is what the projection is given, [batch, seq, heads, d_head]; `by_head`
+    makes the value of it.
+
     Raises:
         SilentSiteError: the tensor's axes are not those of the batch.
     """
     if site.tap.event == "attention":
         # Heads stand before the tokens, but for the output.
         return tensor.transpose(1, 2) if site.tap.part in _BY_HEAD else tensor
-    title = site.name if site.layer is None else f"{site.name} of layer {site.layer}"
-    rows = rows_of(tensor, site.layout, batch, seq, title)
+    rows = rows_of(tensor, site.layout, batch, seq, title_of(site.key))
+    if site.projection is not None:
+        return rows.reshape(batch, seq, site.shape[0], -1)
     return rows.reshape(batch, seq, *site.shape)
 
 

@@ -1,0 +1,103 @@
+"""What a forward pass is asked for, and what it left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trilens.models.gates.kernels import KernelRecord
+from trilens.models.gates.mixers import Boundary
+from trilens.models.gates.recurrent_states import LayerState
+from trilens.models.gates.site import GateSite
+from trilens.models.sites.site import Site, SiteKey
+from trilens.taps.registry import AttentionCall
+from trilens.taps.span import Span
+
+__all__ = ["CaptureRequest", "Recording", "StateRequest"]
+
+
+@dataclass(frozen=True, slots=True)
+class StateRequest:
+    """Which recurrent states one pass is to leave behind.
+
+    Attributes:
+        layers: layers whose state is requested.
+        positions: after which tokens, per row of the batch: from 0, ascending, distinct.
+        reasons: why the model's other layers have no state in this capture.
+    """
+
+    layers: tuple[int, ...] = ()
+    positions: tuple[tuple[int, ...], ...] = ()
+    reasons: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """What one pass is to leave behind.
+
+    Attributes:
+        layers: layer numbers, ascending.
+        residual: "last", "all" or None.
+        lengths: real tokens of each row of the batch, on the CPU.
+        attention: layers whose attention is requested.
+        gates: requested gate sites, by (name, layer).
+        kernels: layers whose recurrence is requested, with all its arguments.
+        states: requested recurrent states.
+        boundaries: the recurrences that no kernel function carries, with where they begin and end.
+        absent: why other layers have no attention pattern in this capture.
+        absent_effective: why other layers have no effective attention in it.
+        copy: copy what is recorded, for a model that overwrites its own tensors.
+        sites: requested sites, by name and layer.
+        gradients: keep sites as they are in the graph, so that gradients reach them.
+        prompts: tokens of each row's prompt, where the pass does not hold just those.
+    """
+
+    layers: tuple[int, ...]
+    residual: str | None
+    lengths: tuple[int, ...]
+    attention: tuple[int, ...]
+    gates: Mapping[tuple[str, int], GateSite]
+    copy: bool = False
+    kernels: tuple[int, ...] = ()
+    boundaries: Mapping[int, Boundary] = field(default_factory=dict)
+    states: StateRequest = field(default_factory=StateRequest)
+    absent: Mapping[int, str] = field(default_factory=dict)
+    absent_effective: Mapping[int, str] = field(default_factory=dict)
+    sites: Mapping[SiteKey, Site] = field(default_factory=dict)
+    gradients: bool = False
+    prompts: tuple[int, ...] = ()
+
+    def span(self, start: int) -> Span:
+        """The tokens of a pass that begins at a position of the text."""
+        seq = max(self.lengths)
+        return Span(start, seq, self.lengths, self.prompts or self.lengths)
+
+
+@dataclass(slots=True)
+class Recording:
+    """What a pass left behind, still batched and padded.
+
+    Attributes:
+        request: what was asked of the pass.
+        overwritten: the model wrote into a tensor that is kept: the recording is no good.
+
+    Shapes
+        logits [batch, seq, vocab], or None where the model gave none;
+        residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
+        gates one tensor per call, with the axes of their source;
+        states per call of a kernel one entry per prompt, without padding;
+        sites [batch, seq, *shape] of the site; of attn.head_out the projection's input; of
+        attn.scores and attn.pattern the attention call.
+    """
+
+    request: CaptureRequest
+    logits: Tensor | None = None
+    residual: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionCall] = field(default_factory=dict)
+    gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
+    states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
+    sites: dict[SiteKey, Tensor | AttentionCall] = field(default_factory=dict)
+    overwritten: bool = False

@@ -1,0 +1,201 @@
+"""What a pass does at its sites: edits first, in their order, then what is kept.
+
+An edit gives a new tensor, which goes on in the place of the model's own; no tensor of the model
+is written into. A site whose edits all leave it as it is hands on the very tensor it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from trilens.axes import SITES
+from trilens.models.sites.head_out import by_head
+from trilens.models.sites.site import Site, SiteKey, Tap
+from trilens.models.sites.values import read_value, replace_tensor, write_value
+from trilens.models.trace import tensors_in
+from trilens.taps.hooks import Hooks
+from trilens.taps.span import Span
+
+__all__ = ["SiteAction", "SiteTaps", "Spot", "spots_of"]
+
+_ORDER = {name: number for number, name in enumerate(SITES)}
+
+
+class SiteAction(Protocol):
+    """An edit at one site, ready to run."""
+
+    @property
+    def site(self) -> Site:
+        """Where."""
+
+    def apply(self, value: Tensor, span: Span) -> Tensor | None:
+        """The new value [batch, seq, *shape]; None, or the value itself, where nothing changes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spot:
+    """What is done at one tap.
+
+    Attributes:
+        tap: where.
+        site: whose value passes there.
+        actions: edits, in their order.
+        record: whether the value is kept.
+    """
+
+    tap: Tap
+    site: Site
+    actions: tuple[SiteAction, ...]
+    record: bool
+
+
+def spots_of(sites: Iterable[Site], actions: Sequence[SiteAction]) -> list[Spot]:
+    """One spot per site, or two where a site is written at another tap than it is read at.
+
+    They come in the order in which a block passes its sites, so that of two sites that are one
+    tensor the earlier one is done first.
+    """
+    edits: dict[SiteKey, list[SiteAction]] = {}
+    places: dict[SiteKey, Site] = {site.key: site for site in sites}
+    recorded = set(places)
+    for action in actions:
+        edits.setdefault(action.site.key, []).append(action)
+        places.setdefault(action.site.key, action.site)
+    found = []
+    for key, site in places.items():
+        mine, record = tuple(edits.get(key, ())), key in recorded
+        if site.write_tap == site.tap:
+            found.append(Spot(site.tap, site, mine, record))
+            continue
+        if mine:
+            found.append(Spot(site.write_tap, site, mine, record=False))
+        if record:
+            found.append(Spot(site.tap, site, (), record=True))
+    return sorted(found, key=lambda spot: _ORDER.get(spot.site.name, len(_ORDER)))
+
+
+class Pass(Protocol):
+    """What the taps need to know of the running pass."""
+
+    layer: int | None
+    span: Span
+    gradients: bool
+
+    def mine(self) -> bool:
+        """Whether this thread's pass is running."""
+
+    def keep_site(self, key: SiteKey, value: Tensor) -> None:
+        """Note a site's value."""
+
+
+class SiteTaps:
+    """The hooks of a pass at the inputs and outputs of modules that sites name."""
+
+    def __init__(self, run: Pass, spots: Sequence[Spot]) -> None:
+        self.run = run
+        self.spots = spots
+        self.counts: dict[tuple[str, int | None, nn.Module], int] = {}
+
+    def place_inputs(self, hooks: Hooks) -> None:
+        """Hook what goes into modules; to be called after the hooks that begin a block."""
+        for module, spots in self._by_module("input").items():
+            hooks.before(module, self._before(module, spots), with_kwargs=True)
+
+    def place_outputs(self, hooks: Hooks) -> None:
+        """Hook what modules give; to be called before the hooks that end a block."""
+        for module, spots in self._by_module("output").items():
+            hooks.after(module, self._after(module, spots))
+
+    def begin(self) -> None:
+        """Forget what was counted: another pass begins."""
+        self.counts.clear()
+
+    def at(self, spot: Spot, tensor: Tensor) -> Tensor:
+        """Edit and keep one site's value; the tensor that the model goes on with."""
+        run, site = self.run, spot.site
+        rows, columns = len(run.span.lengths), run.span.seq
+        changed = edited(spot, read_value(tensor, site, rows, columns), run.span)
+        if run.gradients and spot.record and not tensor.requires_grad:
+            # Where the graph begins: parameters are frozen.
+            tensor = tensor.detach().requires_grad_()
+        if changed is not None:
+            tensor = write_value(tensor, site, changed)
+        if spot.record:
+            run.keep_site(site.key, read_value(tensor, site, rows, columns))
+        return tensor
+
+    def _by_module(self, event: str) -> dict[nn.Module, list[Spot]]:
+        found: dict[nn.Module, list[Spot]] = {}
+        for spot in self.spots:
+            split = spot.site.projection is not None and spot.actions
+            where = "output" if split else spot.tap.event
+            if where == event:
+                found.setdefault(spot.tap.module, []).append(spot)
+        return found
+
+    def _live(self, event: str, module: nn.Module, spots: list[Spot]) -> list[Spot]:
+        """The spots of the layer that runs now, at this call of the module."""
+        layer = self.run.layer
+        place = event, layer, module
+        number = self.counts.get(place, 0)
+        self.counts[place] = number + 1
+        return [s for s in spots if s.site.layer == layer and s.tap.order == number]
+
+    def _before(self, module: nn.Module, spots: list[Spot]) -> Callable[..., Any]:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if not self.run.mine():
+                return None
+            given, split = (args, kwargs), len(list(tensors_in(args)))
+            for spot in self._live("input", module, spots):
+                index = spot.tap.index
+                within, place = (0, index) if index < split else (1, index - split)
+                tensor = list(tensors_in(given[within]))[place]
+                new = self.at(spot, tensor)
+                if new is not tensor:
+                    made = replace_tensor(given[within], place, new)
+                    given = (made, given[1]) if within == 0 else (given[0], made)
+            return None if given[0] is args and given[1] is kwargs else given
+
+        return before
+
+    def _after(self, module: nn.Module, spots: list[Spot]) -> Callable[..., Any]:
+        def after(_module: nn.Module, args: Any, output: Any) -> Any:
+            if not self.run.mine():
+                return None
+            given = output
+            for spot in self._live("output", module, spots):
+                if spot.site.projection is not None:
+                    given = self._heads(spot, spot.site.projection, next(tensors_in(args)), given)
+                    continue
+                tensor = list(tensors_in(given))[spot.tap.index]
+                new = self.at(spot, tensor)
+                if new is not tensor:
+                    given = replace_tensor(given, spot.tap.index, new)
+            return None if given is output else given
+
+        return after
+
+    def _heads(self, spot: Spot, projection: nn.Module, merged: Tensor, output: Tensor) -> Tensor:
+        """An edit of what single heads add: the output changes by as much as their sum does."""
+        run = self.run
+        rows = read_value(merged, spot.site, len(run.span.lengths), run.span.seq)
+        parts = by_head(rows, projection)
+        changed = edited(spot, parts, run.span)
+        if changed is not None:
+            output = output + (changed - parts).sum(-2).to(output.dtype).reshape(output.shape)
+        if spot.record:
+            run.keep_site(spot.site.key, rows)
+        return output
+
+
+def edited(spot: Spot, value: Tensor, span: Span) -> Tensor | None:
+    """What the edits of a spot make of a value; None where they leave it as it is."""
+    first = value
+    for action in spot.actions:
+        new = action.apply(value, span)
+        value = value if new is None else new
+    return None if value is first else value
