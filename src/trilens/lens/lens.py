@@ -16,6 +16,7 @@ from trilens.lens.capture import Capture
 from trilens.lens.request import Asked, Which
 from trilens.lens.runner import Runner
 from trilens.lens.sites import layers_of, why_no_site
+from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
 from trilens.models.anatomy import Anatomy
 from trilens.models.loading import load
@@ -248,6 +249,41 @@ class Lens:
             sites=sites,
         ).once()
         return self._runner.batches(prompts, size, asked, edits, add_special_tokens, progress)
+
+    def stack(
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        site: str = "resid_post",
+        layers: Iterable[SupportsIndex] | None = None,
+        position: Where = -1,
+        batch_size: SupportsIndex = 8,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One site of many prompts as one tensor [prompt, layer, …], such as a probe is fitted on.
+
+        Args:
+            prompts: as `capture_many` takes them.
+            site: a name of `axes.SITES` or an alias; its first axis must be the tokens.
+            layers: in the result ascending; all that have the site where not given.
+            position: of one token, negative from each prompt's own end; "last"; or "mean".
+            batch_size: prompts per forward pass.
+            progress: called after each pass.
+
+        Raises:
+            UsageError: no prompts, a site whose first axis is not the tokens, or no such position.
+            OutOfRangeError: a layer, or a position that a prompt is too short for.
+            ShapeError: layers whose values differ in shape.
+        """
+        return stack(
+            self,
+            prompts,
+            site=site,
+            layers=layers,
+            position=position,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     def batches_safely(self, tokens: int) -> bool:
         """Whether padded rows equal single prompts on this model, up to so many tokens: measured.
