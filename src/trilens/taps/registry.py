@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,9 +35,8 @@ class AttentionCall:
 
     Shapes
         query [batch, heads, seq_q, d], key [batch, kv_heads, seq_k, d], after rotation;
-        weights [batch, heads, seq_q, seq_k] where the function returned them, and with them what
-        they were applied to and gave: value [batch, kv_heads, seq_k, d_v] and
-        output [batch, seq_q, heads, d_v].
+        value [batch, kv_heads, seq_k, d_v]; output [batch, seq_q, heads, d_v];
+        weights [batch, heads, seq_q, seq_k] where the function returned them.
     """
 
     module: nn.Module
@@ -107,12 +106,21 @@ class AttentionRegistry:
             result = function(module, query, key, value, attention_mask, *args, **kwargs)
             watcher = watchers.get(id(module))
             if watcher is not None:
-                output, weights = (*result, None)[:2] if isinstance(result, tuple) else (None, None)
-                call = AttentionCall(
-                    module, name, function, query, key, attention_mask, kwargs, weights
+                output, weights = (
+                    (*result, None)[:2] if isinstance(result, tuple) else (result, None)
                 )
-                if weights is not None:
-                    call = replace(call, value=value, output=output)
+                call = AttentionCall(
+                    module,
+                    name,
+                    function,
+                    query,
+                    key,
+                    attention_mask,
+                    kwargs,
+                    weights,
+                    value,
+                    output,
+                )
                 watcher(call)
             return result
 
