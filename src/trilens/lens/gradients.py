@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from trilens.caches.derived import Derived, HeadOut
 from trilens.caches.sites import SiteCache
 from trilens.errors import MetricError, SiteError
+from trilens.models.sites.claims import SiteClaims
 from trilens.models.sites.head_out import projection_weight
 from trilens.models.sites.site import Site, SiteKey, title_of
 from trilens.models.tokens import Prompt
@@ -71,6 +72,7 @@ def gradients_of(
     run: Callable[[CaptureRequest], Recording],
     prompt: Prompt,
     wanted: CaptureRequest,
+    claims: SiteClaims,
     metric: Metric,
 ) -> Gradients:
     """Run a pass forward and back.
@@ -79,6 +81,7 @@ def gradients_of(
         run: a pass that keeps what it is asked for, in the graph.
         prompt: its one prompt.
         wanted: its request, with the sites.
+        claims: the model's sites.
         metric: of the logits.
 
     Raises:
@@ -91,28 +94,39 @@ def gradients_of(
                 f"{title_of((name, layer))} has no gradient: attention kernels do not hand it on; "
                 "ask for attn.q_rot, attn.k_rot, attn.v or attn.z"
             )
-    recording = run(wanted)
+    recording = run(replace(wanted, sites={**wanted.sites, **_outputs(wanted, claims)}))
     if recording.logits is None:
         raise MetricError("the model gives no logits: a metric of them has no value")
-    keys = list(wanted.sites)
-    held = [recording.sites[key] for key in keys]
-    tensors = [each for each in held if isinstance(each, Tensor)]
+    held = {key: each for key, each in recording.sites.items() if isinstance(each, Tensor)}
     value = scalar_of(metric, recording.logits[0].float())
-    found = torch.autograd.grad(value, tensors, allow_unused=True)
+    found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
     gradients = {
-        key: torch.zeros_like(tensor) if grad is None else grad
-        for key, tensor, grad in zip(keys, tensors, found, strict=True)
+        key: (torch.zeros_like(held[key]) if grad is None else grad)[0]
+        for key, grad in zip(held, found, strict=True)
     }
-    values = {key: tensor.detach()[0] for key, tensor in zip(keys, tensors, strict=True)}
+    values = {key: _value(held[key].detach()[0], site) for key, site in wanted.sites.items()}
     return Gradients(
         tokens=list(prompt.strings),
         token_ids=prompt.ids,
-        metric=float(value),
-        values=SiteCache.from_values(
-            {key: _value(each, wanted.sites[key]) for key, each in values.items()}
+        metric=float(value.detach()),
+        values=SiteCache.from_values(values),
+        gradients=SiteCache.from_values(
+            {key: _gradient(key, site, gradients) for key, site in wanted.sites.items()}
         ),
-        gradients=SiteCache.from_values({key: each[0] for key, each in gradients.items()}),
     )
+
+
+def _outputs(wanted: CaptureRequest, claims: SiteClaims) -> dict[SiteKey, Site]:
+    """attn.out of the layers whose attn.head_out is asked: each head's gradient is its sum's."""
+    keys = [("attn.out", site.layer) for site in wanted.sites.values() if site.projection]
+    return {key: claims.sites[key] for key in keys}
+
+
+def _gradient(key: SiteKey, site: Site, gradients: dict[SiteKey, Tensor]) -> Tensor:
+    if site.projection is None:
+        return gradients[key]
+    whole = gradients["attn.out", site.layer]
+    return whole[:, None].expand(-1, site.shape[0], -1)
 
 
 def _value(value: Tensor, site: Site) -> Tensor | Derived:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trilens.axes import site_name
 from trilens.edits import Edit
 from trilens.lens.capture import Capture
+from trilens.lens.gradients import Gradients, Metric
 from trilens.lens.request import Asked, Which
 from trilens.lens.runner import Runner
 from trilens.lens.sites import layers_of, why_no_site
@@ -284,6 +285,40 @@ class Lens:
             batch_size=batch_size,
             progress=progress,
         )
+
+    def gradients(
+        self,
+        prompt: PromptLike,
+        metric: Metric,
+        *,
+        sites: Iterable[str] = ("resid_post",),
+        layers: Iterable[SupportsIndex] | None = None,
+        edits: Iterable[Edit] | Edit = (),
+        add_special_tokens: bool = True,
+    ) -> Gradients:
+        """A metric's gradients at sites, and the sites' values: one pass forward and one back.
+
+        The model runs in eval mode and its own dtype, the metric in float32; its parameters are
+        frozen for the run and get no gradient.
+
+        Args:
+            prompt: as `capture` takes it.
+            metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
+                `trilens.metrics` can be given.
+            sites: as `capture` takes them; not attn.scores and attn.pattern.
+            layers: layer numbers; all where not given.
+            edits: as `capture` takes them.
+            add_special_tokens: as `capture` takes it.
+
+        Raises:
+            MetricError: the metric gives no finite scalar, or does not depend on the logits.
+            SiteError: a site that is not proven in the layers asked, or has no gradient.
+
+        Memory
+            Every activation of the pass: what training of one batch of this prompt keeps.
+        """
+        asked = Asked(residual=None, layers=layers, sites=sites).once()
+        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens)
 
     def batches_safely(self, tokens: int) -> bool:
         """Whether padded rows equal single prompts on this model, up to so many tokens: measured.

@@ -10,7 +10,6 @@ step they are edited again, at their own positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import EditError
-from trilens.models.sites.site import Site
 from trilens.taps.attention import pattern_of
 from trilens.taps.edit_knockouts import EdgeCut
 from trilens.taps.edits import Compiled
 from trilens.taps.registry import AttentionArguments, AttentionCall
-from trilens.taps.site_taps import Pass, SiteTaps, Spot, spots_of
+from trilens.taps.site_taps import Pass, SiteTaps, Spot
 from trilens.taps.span import Span
 
 __all__ = ["AttentionTaps"]
@@ -37,11 +35,11 @@ _OVER_PAIRS = ("scores", "pattern")
 class AttentionTaps:
     """The edits and records of a pass in its attention calls."""
 
-    def __init__(self, run: Pass, sites: Iterable[Site], edits: Compiled, taps: SiteTaps) -> None:
+    def __init__(self, run: Pass, edits: Compiled, taps: SiteTaps) -> None:
         self.run = run
         self.edits = edits
         self.taps = taps
-        self.spots = [s for s in spots_of(sites, edits) if s.tap.event == "attention"]
+        self.spots = [s for s in taps.spots if s.tap.event == "attention"]
 
     def modules(self, callers: dict[int, nn.Module]) -> set[nn.Module]:
         """The modules whose calls matter here.

@@ -28,16 +28,15 @@ def writes_into(name: str, args: tuple[Any, ...]) -> Tensor | None:
 class FunctionCalls(TorchFunctionMode):
     """Shows every call of a torch function: before it runs, and after it with its result.
 
-    Attributes:
-        before: called with name, arguments and options.
-        after: called with name, arguments, options and result; what it returns is the call's
-            result.
+    Args:
+        before: given name, arguments and options; what it returns are the arguments of the call.
+        after: given name, arguments, options and result; what it returns is the call's result.
     """
 
     def __init__(
         self,
-        before: Callable[[str, tuple[Any, ...]], None],
-        after: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None],
+        before: Callable[[str, tuple[Any, ...], dict[str, Any]], tuple[Any, ...]],
+        after: Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any],
     ) -> None:
         super().__init__()
         self._before = before
@@ -55,10 +54,8 @@ class FunctionCalls(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **options)
         name = getattr(func, "__name__", "")
-        self._before(name, args)
-        result = func(*args, **options)
-        self._after(name, args, options, result)
-        return result
+        args = self._before(name, args, options)
+        return self._after(name, args, options, func(*args, **options))
 
     @contextmanager
     def watching(self) -> Iterator[None]:

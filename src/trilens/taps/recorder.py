@@ -147,7 +147,9 @@ class _Recorder:
         )
         self.attention.append(site)
 
-    def before_function(self, name: str, args: tuple[Any, ...]) -> None:
+    def before_function(
+        self, name: str, args: tuple[Any, ...], _options: dict[str, Any]
+    ) -> tuple[Any, ...]:
         """Keeps what a recorded tensor holds before it is written into."""
         target = writes_into(name, args)
         self.written = None
@@ -155,6 +157,14 @@ class _Recorder:
             if name in SUMS or name in _SCALES:
                 self.written = self.overwritten.see(target)
             self.overwritten.before_write(target)
+        return args
+
+    def after_function(
+        self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any
+    ) -> Any:
+        """Notes a call; what it gave goes on as it is."""
+        self.function(name, args, options, result)
+        return result
 
     def function(
         self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any
@@ -324,7 +334,7 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         places = kernel_places(model, (*KERNEL_GATES, *CONVOLUTIONS))
         watcher = KernelWatcher(recorder.enter_kernel, recorder.leave_kernel)
         hooks.enter(KERNELS.watch(places, watcher))
-        functions = FunctionCalls(recorder.before_function, recorder.function)
+        functions = FunctionCalls(recorder.before_function, recorder.after_function)
         hooks.enter(functions.watching())
         with torch.no_grad():
             output = run()

@@ -40,6 +40,7 @@ from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 from trilens.taps.site_taps import SiteTaps
+from trilens.taps.sum_taps import SumTaps
 
 __all__ = ["recording_of"]
 
@@ -61,7 +62,8 @@ class _Session:
         self.gradients = request.gradients
         self.taps = _by_tap(request.gates)
         self.sites = SiteTaps(self, request.sites.values(), edits)
-        self.calls = AttentionTaps(self, request.sites.values(), edits, self.sites)
+        self.calls = AttentionTaps(self, edits, self.sites)
+        self.sums = SumTaps(self, self.sites, anatomy.d_model)
         self.begin(request, 0)
 
     def begin(self, request: CaptureRequest, start: int) -> None:
@@ -80,6 +82,7 @@ class _Session:
         self.counts: dict[tuple[int, TapKey], int] = {}
         self.entry: dict[str, Any] | None = None
         self.sites.begin()
+        self.sums.begin()
 
     def keep_site(self, key: SiteKey, value: Tensor) -> None:
         """Note a site's value, by reference."""
@@ -323,6 +326,7 @@ def recording_of(
         for module in blocks:
             hooks.before(module, session.enter_block)
         session.sites.place_inputs(hooks)
+        session.sums.place(hooks)
         session.sites.place_outputs(hooks)
         for module in blocks:
             hooks.after(module, session.leave_block)

@@ -44,8 +44,11 @@ class Spot:
     record: bool
 
 
-def spots_of(sites: Iterable[Site], edits: Compiled) -> list[Spot]:
+def spots_of(sites: Iterable[Site], edits: Compiled, *, gradients: bool = False) -> list[Spot]:
     """One spot per site, or two where a site is written at another tap than it is read at.
+
+    Where gradients are asked, a site is read where it is written: not all that the model makes of
+    a residual stream goes through the norm that it can be read at.
 
     They come in the order in which a block passes its sites, so that of two sites that are one
     tensor the earlier one is done first.
@@ -57,8 +60,8 @@ def spots_of(sites: Iterable[Site], edits: Compiled) -> list[Spot]:
     found = []
     for key, site in places.items():
         edit, record = key in edits.actions, key in recorded
-        if site.write_tap == site.tap:
-            found.append(Spot(site.tap, site, edit, record))
+        if gradients or site.write_tap == site.tap:
+            found.append(Spot(site.write_tap, site, edit, record))
             continue
         if edit:
             found.append(Spot(site.write_tap, site, edit=True, record=False))
@@ -90,7 +93,7 @@ class SiteTaps:
     def __init__(self, run: Pass, sites: Iterable[Site], edits: Compiled) -> None:
         self.run = run
         self.edits = edits
-        self.spots = spots_of(sites, edits)
+        self.spots = spots_of(sites, edits, gradients=run.gradients)
         self.counts: dict[tuple[str, int | None, nn.Module], int] = {}
 
     def place_inputs(self, hooks: Hooks) -> None:
@@ -124,7 +127,8 @@ class SiteTaps:
             return tensor
         value = read_value(tensor, site, rows, columns)
         if not run.gradients:
-            run.keep_site(site.key, value)
+            # What the model is known to write into later is copied.
+            run.keep_site(site.key, value.clone() if site.overwritten else value)
             return tensor
         # Parameters are frozen: the graph begins at the first site. The model goes on with a copy,
         # since it may write into what it holds.
