@@ -74,6 +74,7 @@ __all__ = [
     "IncomparableError",
     "LoadError",
     "MemoryShortError",
+    "MetricError",
     "ModelNotFoundError",
     "ModifiedInPlaceError",
     "NoChatTemplateError",
@@ -283,6 +284,10 @@ class CaptureError(TrilensError):
 
 class SilentSiteError(CaptureError):
     """A requested site did not fire."""
+
+
+class MetricError(UsageError):
+    """A metric that gives no number, or one that is not finite."""
 
 
 class SiteError(CaptureError):

@@ -64,12 +64,12 @@ class TensorFile:
 
     def __post_init__(self) -> None:
         path = as_path(self.path)
-        if path.suffix not in SUFFIXES:
+        if not path.name.endswith(SUFFIXES):
             raise EditError(
                 f"file {clip(str(path))} holds no tensor that an edit reads: give a .safetensors "
                 "or .npy file"
             )
-        if path.suffix == ".npy" and self.name is not None:
+        if path.name.endswith(".npy") and self.name is not None:
             raise EditError(f"file {clip(str(path))} holds one array, which has no name")
         object.__setattr__(self, "path", path)
 

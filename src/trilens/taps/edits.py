@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trilens.edits.edit import Edit, Knockout, SiteEdit
-from trilens.errors import EditError, SilentSiteError, UntouchedEditError, UsageError
+from trilens.errors import EditError, LoadError, SilentSiteError, UntouchedEditError, UsageError
 from trilens.io.messages import clip, listed
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.sites.site import Site, SiteKey
@@ -129,6 +129,7 @@ def compile_edits(
     Raises:
         EditError: an edit that cannot be made; names it.
         EditConflictError: one that another would overwrite.
+        LoadError: a file of an edit that cannot be read.
     """
     given = (edits,) if isinstance(edits, Edit) else tuple(edits)
     texts, touched = Texts(tuple(prompts), new_tokens), Touched()
@@ -148,9 +149,9 @@ def compile_edits(
                     cuts.setdefault(cut.layer, []).append(cut)
             else:
                 raise EditError("it is no edit: use Steer, Ablate … of trilens.edits")
-        except UsageError as error:
+        except (UsageError, LoadError) as error:
             title = str(edit) if isinstance(edit, Edit) else clip(edit)
-            kind = type(error) if isinstance(error, EditError) else EditError
+            kind = type(error) if isinstance(error, EditError | LoadError) else EditError
             raise kind(f"edit {number} ({title}): {error}") from error
     check_conflicts(given, targets)
     return Compiled(

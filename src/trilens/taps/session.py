@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.storage import address_of
 from trilens.errors import (
     AttentionPathError,
@@ -31,6 +32,7 @@ from trilens.models.gates.recurrent_states import states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.sites.site import SiteKey, title_of
 from trilens.models.trace import same, tensors_in
+from trilens.taps.attention_taps import AttentionTaps
 from trilens.taps.edits import Compiled
 from trilens.taps.gate_check import watch_gates
 from trilens.taps.hooks import Hooks, hooked
@@ -59,6 +61,7 @@ class _Session:
         self.gradients = request.gradients
         self.taps = _by_tap(request.gates)
         self.sites = SiteTaps(self, request.sites.values(), edits)
+        self.calls = AttentionTaps(self, request.sites.values(), edits, self.sites)
         self.begin(request, 0)
 
     def begin(self, request: CaptureRequest, start: int) -> None:
@@ -81,6 +84,10 @@ class _Session:
     def keep_site(self, key: SiteKey, value: Tensor) -> None:
         """Note a site's value, by reference."""
         self.recording.sites[key] = value if self.gradients else self.keep(value)
+
+    def keep_pattern(self, key: SiteKey, pattern: Pattern) -> None:
+        """Note a layer's attention pattern as a site's value."""
+        self.recording.sites[key] = pattern
 
     def mine(self) -> bool:
         return not self.hooks.closed and threading.get_ident() == self.hooks.thread
@@ -129,8 +136,14 @@ class _Session:
                 f"layer {layer} calls attention twice with different queries or keys: it has no "
                 "single attention pattern"
             )
+        # Values are as large as keys: they are kept where weights have to be proven by them.
+        proof = call.weights is not None
         self.recording.attention[layer] = replace(
-            call, query=self.keep(call.query), key=self.keep(call.key)
+            call,
+            query=self.keep(call.query),
+            key=self.keep(call.key),
+            value=call.value if proof else None,
+            output=call.output if proof else None,
         )
 
     def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
@@ -332,11 +345,13 @@ def recording_of(
         if kernels:
             watcher = KernelWatcher(_nothing, session.leave_kernel)
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
-        if request.attention:
-            paths = {anatomy.attention[layer] for layer in request.attention}
-            attending = [model.get_submodule(path) for path in paths]
+        callers = {i: model.get_submodule(path) for i, path in anatomy.attention.items()}
+        edited = session.calls.modules(callers)
+        attending = {callers[layer] for layer in request.attention} | edited
+        if attending:
             keys = attention_keys(model, attending)
-            hooks.enter(REGISTRY.watch(keys, session.attend))
+            editor = session.calls if edited else None
+            hooks.enter(REGISTRY.watch(keys, session.attend, editor))
         yield session.recording
     session.finish()
     check_gates()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from trilens.axes import SITES
+from trilens.caches.patterns.protocol import Pattern
 from trilens.models.sites.head_out import by_head
 from trilens.models.sites.site import Site, SiteKey, Tap
 from trilens.models.sites.values import read_value, replace_tensor, write_value
@@ -79,6 +80,9 @@ class Pass(Protocol):
     def keep_site(self, key: SiteKey, value: Tensor) -> None:
         """Note a site's value."""
 
+    def keep_pattern(self, key: SiteKey, pattern: Pattern) -> None:
+        """Note a layer's attention pattern as a site's value."""
+
 
 class SiteTaps:
     """The hooks of a pass at the inputs and outputs of modules that sites name."""
@@ -103,11 +107,17 @@ class SiteTaps:
         """Forget what was counted: another pass begins."""
         self.counts.clear()
 
-    def at(self, spot: Spot, tensor: Tensor) -> Tensor:
-        """Edit and keep one site's value; the tensor that the model goes on with."""
-        run, site = self.run, spot.site
-        rows, columns = len(run.span.lengths), run.span.seq
-        changed = self._edited(spot, read_value(tensor, site, rows, columns))
+    def at(self, spot: Spot, tensor: Tensor, span: Span | None = None) -> Tensor:
+        """Edit and keep one site's value; the tensor that the model goes on with.
+
+        Args:
+            spot: the site, and what is done there.
+            tensor: what passes by.
+            span: the tokens of the tensor, where they are not the pass's.
+        """
+        run, site, span = self.run, spot.site, span or self.run.span
+        rows, columns = len(span.lengths), span.seq
+        changed = self._edited(spot, read_value(tensor, site, rows, columns), span)
         if changed is not None:
             tensor = write_value(tensor, site, changed)
         if not spot.record:
@@ -178,13 +188,13 @@ class SiteTaps:
         run = self.run
         rows = read_value(merged, spot.site, len(run.span.lengths), run.span.seq)
         parts = by_head(rows, projection)
-        changed = self._edited(spot, parts)
+        changed = self._edited(spot, parts, run.span)
         if changed is not None:
             output = output + (changed - parts).sum(-2).to(output.dtype).reshape(output.shape)
         if spot.record:
             run.keep_site(spot.site.key, rows)
         return output
 
-    def _edited(self, spot: Spot, value: Tensor) -> Tensor | None:
+    def _edited(self, spot: Spot, value: Tensor, span: Span) -> Tensor | None:
         """What the edits of a spot make of a value; None where they leave it as it is."""
-        return self.edits.apply(spot.site.key, value, self.run.span) if spot.edit else None
+        return self.edits.apply(spot.site.key, value, span) if spot.edit else None
