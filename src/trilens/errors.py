@@ -10,6 +10,7 @@
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
     │   │   └── AbsentLayerError  a layer that a cache does not hold; an OutOfRangeError too
     │   ├── TextNotFoundError    a text that does not occur in a prompt
+    │   ├── MetricError          a metric that gives no number, or one that is not finite
     │   ├── UnknownSiteError     a name that no place of the forward pass has
     │   ├── IncomparableError    two models that cannot be compared
     │   ├── EditError            an edit that cannot be made

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tolerances import sum_error
+from trilens.axes import SITES
 from trilens.caches.sites import SiteCache
 from trilens.demo import demo_path
 from trilens.errors import OutOfRangeError, ShapeError, UnknownSiteError, UsageError
@@ -118,3 +120,29 @@ def test_bad_input(lens: Lens, options: dict[str, Any], error: type, words: str)
 def test_layers_of_several_shapes(lens: Lens) -> None:
     with pytest.raises(ShapeError, match="layers of one shape"):
         stack(WithSites(lens, (8, 4)), PROMPTS, site="attn.z")
+
+
+def test_sites_of_a_model(lens: Lens) -> None:
+    """Every site with a value per token: what captures of single prompts hold of it."""
+    names = [name for name in lens.site_layers if SITES[name].axes.startswith("[seq, ")]
+    assert {"embed", "attn.z", "attn.head_out", "mlp.post"} <= set(names)
+    captures = [lens.capture(prompt, sites=names, logits=None) for prompt in PROMPTS]
+    for name in names:
+        found = stack(lens, PROMPTS, site=name, position=-1, batch_size=4)
+        layers = lens.site_layers[name] or (None,)
+        assert found.shape[:2] == (4, len(layers))
+        for row, cap in zip(found, captures, strict=True):
+            for value, layer in zip(row, layers, strict=True):
+                whole = cap.sites[name, layer]
+                close = sum_error(8 * lens.d_model, whole.abs().max() * 8, torch.float32)
+                assert float((value - whole[-1]).abs().max()) <= float(close)
+
+
+def test_sites_of_a_model_saved(lens: Lens, tmp_path: Path) -> None:
+    cap = lens.capture("def area(r):", sites=list(lens.site_layers), logits=None)
+    back = Capture.load(cap.save(tmp_path / "a.tlc"))
+    assert list(back.sites) == list(cap.sites)
+    for key in cap.sites:
+        seen = cap.sites[key]
+        close = sum_error(8 * lens.d_model, seen[seen.isfinite()].abs().max() * 8, torch.float32)
+        torch.testing.assert_close(back.sites[key], seen, rtol=0, atol=float(close))

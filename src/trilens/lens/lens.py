@@ -52,9 +52,17 @@ class Lens:
         if tokenizer is None and is_pipeline(model):
             tokenizer = getattr(model, "tokenizer", None)
         self.model = model = unwrapped(model)
-        self.tokenizer = usable_tokenizer(tokenizer)
         self.unused_weights: tuple[str, ...] = ()
-        self._runner = Runner(self.model, self.tokenizer)
+        self._runner = Runner(self.model, usable_tokenizer(tokenizer))
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reads text prompts, None for none; another one can be set."""
+        return self._runner.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._runner.tokenizer = usable_tokenizer(tokenizer)
 
     @classmethod
     def from_pretrained(
