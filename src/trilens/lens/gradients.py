@@ -13,7 +13,7 @@ from trilens.caches.sites import SiteCache
 from trilens.errors import MetricError, SiteError
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.sites.head_out import projection_weight
-from trilens.models.sites.site import Site, title_of
+from trilens.models.sites.site import Site, SiteKey, title_of
 from trilens.models.tokens import Prompt
 from trilens.taps.recording import CaptureRequest, Recording
 

@@ -21,6 +21,7 @@ from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
 from trilens.models.anatomy import Anatomy
 from trilens.models.loading import load
+from trilens.models.sites.claims import SiteClaims
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.tokens import PromptLike
 from trilens.models.unwrap import is_pipeline, unwrapped
@@ -138,7 +139,12 @@ class Lens:
     @property
     def site_layers(self) -> dict[str, tuple[int, ...]]:
         """Per site name, the layers where it is proven; none where the model has it once."""
-        return layers_of(self._runner.proof.sites)
+        return layers_of(self.sites)
+
+    @property
+    def sites(self) -> SiteClaims:
+        """The proven sites, where they are read and written, and why others are not there."""
+        return self._runner.proof.sites
 
     def why_no_site(self, name: str, layer: SupportsIndex | None = None) -> str:
         """Why a layer has not a site, in a sentence; "" where it is proven.
@@ -148,7 +154,7 @@ class Lens:
         """
         site, own = site_name(name)
         at = own if layer is None else int(layer)
-        return why_no_site(self._runner.proof.sites, site, at)
+        return why_no_site(self.sites, site, at)
 
     def __repr__(self) -> str:
         name = type(self.model).__name__
