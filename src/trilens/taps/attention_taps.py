@@ -124,11 +124,14 @@ class AttentionTaps:
         """Edit scores or weights of a call, and keep the call."""
         pattern = pattern_of(call)
         if spot.edit:
-            value = _scores(pattern) if spot.tap.part == "scores" else pattern.dense()
+            scores = spot.tap.part == "scores"
+            value = _scores(pattern) if scores else pattern.dense()
             new = self.edits.apply(spot.site.key, value, self.run.span)
             if new is not None:
-                weights = _softmaxed(new, pattern) if spot.tap.part == "scores" else new
-                call = _with_weights(call, weights)
+                before, weights = value, new
+                if scores:
+                    before, weights = _softmaxed(value, pattern), _softmaxed(new, pattern)
+                call = _with_weights(call, before, weights)
                 pattern = DensePattern(weights.detach())
         if spot.record:
             self.run.keep_pattern(spot.site.key, pattern)
@@ -175,12 +178,16 @@ def _softmaxed(scores: Tensor, pattern: Pattern) -> Tensor:
     return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
-def _with_weights(call: AttentionCall, weights: Tensor) -> AttentionCall:
-    """The call with weights · value as its output."""
+def _with_weights(call: AttentionCall, before: Tensor, weights: Tensor) -> AttentionCall:
+    """The call with the output that other weights give.
+
+    What changes is added to what the kernel gave, so that rows whose weights stay keep their bits.
+    """
     output, value = call.output, call.value
     if output is None or value is None:
         raise EditError("attention gave no output and values that could be computed anew")
     groups = weights.shape[1] // value.shape[1]
     values = value[..., : weights.shape[-1], :].repeat_interleave(groups, dim=1)
-    new = weights.to(torch.promote_types(value.dtype, torch.float32)) @ values.to(weights.dtype)
-    return replace(call, output=new.transpose(1, 2).to(output.dtype).contiguous(), weights=weights)
+    change = (weights - before) @ values.to(weights.dtype)
+    new = output + change.transpose(1, 2).to(output.dtype)
+    return replace(call, output=new, weights=weights)
