@@ -98,7 +98,9 @@ def gradients_of(
     if recording.logits is None:
         raise MetricError("the model gives no logits: a metric of them has no value")
     held = {key: each for key, each in recording.sites.items() if isinstance(each, Tensor)}
-    value = scalar_of(metric, recording.logits[0].float())
+    logits = recording.logits[0]
+    # PROMOTE: a difference of half-precision logits has three digits.
+    value = scalar_of(metric, logits.to(torch.promote_types(logits.dtype, torch.float32)))
     found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
     gradients = {
         key: (torch.zeros_like(held[key]) if grad is None else grad)[0]
