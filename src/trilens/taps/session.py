@@ -25,7 +25,8 @@ from trilens.errors import (
 )
 from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.kernels import KERNEL_GATES, KernelRecord
+from trilens.models.gates.decoding import as_prefill
+from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES, KernelRecord
 from trilens.models.gates.mixers import Boundary, Edge
 from trilens.models.gates.recurrent_states import states_of
 from trilens.models.gates.site import GateSite, GateSource
@@ -38,14 +39,16 @@ from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 from trilens.taps.site_taps import SiteAction, SiteTaps, spots_of
 
-__all__ = ["recording_of"]
+__all__ = ["Session", "recording_of", "session_of"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
 Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
 
 
-class _Session:
+class Session:
+    """What the hooks on a model do in each of its passes."""
+
     def __init__(
         self,
         hooks: Hooks,
@@ -56,6 +59,7 @@ class _Session:
         self.hooks = hooks
         self.anatomy = anatomy
         self.gradients = request.gradients
+        self.check_gates: Callable[[], None] = _nothing
         self.taps = _by_tap(request.gates)
         self.sites = SiteTaps(self, spots_of(request.sites.values(), actions))
         self.begin(request, 0)
@@ -168,6 +172,7 @@ class _Session:
         return before if key[0] == "input" else after
 
     def leave_kernel(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        name, arguments, result = as_prefill(name, arguments, result)
         if self.layer is not None and self.layer in self.request.kernels:
             held = {k: self.keep(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             calls = self.recording.kernels.setdefault(self.layer, [])
@@ -277,6 +282,7 @@ class _Session:
                 f"; the model ran {self.done} of "
                 f"{self.anatomy.n_layers} layers"
             )
+        self.check_gates()
 
 
 @contextmanager
@@ -299,12 +305,38 @@ def recording_of(
 
     Raises:
         SilentSiteError: a requested site did not fire.
-        CaptureError: the blocks did not run in the proven order, or this is a capture inside
-            another of the same model.
+        CaptureError: as `session_of`.
         UnclaimedGateError: a gate is not what it was on the probe.
     """
+    with session_of(model, anatomy, request, actions) as session:
+        yield session.recording
+    session.finish()
+
+
+@contextmanager
+def session_of(
+    model: nn.Module,
+    anatomy: Anatomy,
+    request: CaptureRequest,
+    actions: Sequence[SiteAction] = (),
+) -> Iterator[Session]:
+    """Hooks for the passes that run inside the block, one after the other.
+
+    Args:
+        model: the model.
+        anatomy: its parts.
+        request: what the first pass is to leave behind.
+        actions: edits, in their order.
+
+    Yields:
+        The session: `begin` is called before each pass but the first, `finish` after each.
+
+    Raises:
+        CaptureError: the blocks did not run in the proven order, or this is a capture inside
+            another of the same model.
+    """
     with hooked(model) as hooks:
-        session = _Session(hooks, anatomy, request, actions)
+        session = Session(hooks, anatomy, request, actions)
         blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
         for module in blocks:
             hooks.before(module, session.enter_block)
@@ -312,7 +344,7 @@ def recording_of(
         session.sites.place_outputs(hooks)
         for module in blocks:
             hooks.after(module, session.leave_block)
-        check_gates = watch_gates(hooks, request.gates)
+        session.check_gates = watch_gates(hooks, request.gates)
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
         observed = {*request.kernels, *request.states.layers}
         kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()
@@ -330,15 +362,14 @@ def recording_of(
                 hooks.after(tapped, hook)
         if kernels:
             watcher = KernelWatcher(_nothing, session.leave_kernel)
+            kernels |= {DECODE_KERNELS[name] for name in kernels & DECODE_KERNELS.keys()}
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         if request.attention:
             paths = {anatomy.attention[layer] for layer in request.attention}
             attending = [model.get_submodule(path) for path in paths]
             keys = attention_keys(model, attending)
             hooks.enter(REGISTRY.watch(keys, session.attend))
-        yield session.recording
-    session.finish()
-    check_gates()
+        yield session
 
 
 def _key(source: GateSource) -> TapKey:
@@ -352,7 +383,7 @@ def _by_tap(gates: Mapping[tuple[str, int], GateSite]) -> Taps:
     return grouped
 
 
-def _nothing(_name: str) -> None:
+def _nothing(*_: Any) -> None:
     """Before a kernel there is nothing to do."""
 
 
