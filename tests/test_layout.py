@@ -27,6 +27,7 @@ FLOORS = {
     "io": 1,
     "text": 2,
     "statistics": 2,
+    "edits": 3,
     "caches.indices": 2,
     "caches.storage": 2,
     "caches.gate_functions": 2,

@@ -1,6 +1,7 @@
 from . import analysis as analysis
 from . import caches as caches
 from . import checkpoint as checkpoint
+from . import edits as edits
 from . import errors as errors
 from . import planning as planning
 from . import ternary as ternary

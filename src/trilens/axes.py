@@ -15,9 +15,13 @@ Sites
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-__all__ = ["GATE_SITES", "SITES", "SiteSpec"]
+from trilens.errors import UsageError
+
+__all__ = ["GATE_SITES", "SITES", "SiteSpec", "site_name"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -211,3 +215,39 @@ SITES: dict[str, SiteSpec] = {
     ),
 }
 """Every named place of the forward pass, in the order in which a block passes them."""
+
+_NAMES = {
+    **{name: name for name in (*GATE_SITES, *SITES)},
+    **{alias: name for name, spec in SITES.items() for alias in spec.aliases},
+}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_INDEX = re.compile(r"(.+)\[(\d+)\]")
+
+
+def site_name(text: object) -> tuple[str, int | None]:
+    """The site or gate that a text names, and the layer where it names one too.
+
+    Args:
+        text: a name of the tables, or TransformerLens' ("blocks.5.hook_resid_post",
+            "attn.hook_z") or nnterp's ("layers_output", "layers_output[5]").
+
+    Raises:
+        UsageError: no site; the nearest names are offered.
+    """
+    if not isinstance(text, str):
+        raise UsageError(f"site {text!r} is no name: give one such as 'resid_post'")
+    name, layer = text, None
+    if match := _BLOCK.fullmatch(text):
+        layer, name = int(match[1]), match[2]
+    elif match := _INDEX.fullmatch(text):
+        name, layer = match[1], int(match[2])
+    found = _NAMES.get(name)
+    if found is not None and (layer is None or found not in SITES or SITES[found].per_layer):
+        return found, layer
+    if found is not None:
+        raise UsageError(f"site {text!r} names layer {layer}: the model has {found} once")
+    # Names that look alike, and those whose last word is the same: "z" is "attn.z".
+    near = get_close_matches(name, _NAMES, n=4, cutoff=0.6)
+    near += [each for each in _NAMES if each.rpartition(".")[2] == name]
+    offered = list(dict.fromkeys(_NAMES[each] for each in near)) or list(SITES)
+    raise UsageError(f"site {text!r} is unknown: did you mean {', '.join(offered)}?")

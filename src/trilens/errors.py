@@ -10,6 +10,10 @@
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
     │   │   └── AbsentLayerError  a layer that a cache does not hold; an OutOfRangeError too
     │   ├── IncomparableError    two models that cannot be compared
+    │   ├── EditError            an edit that cannot be made
+    │   │   ├── EditRangeError   of a layer, head, unit or position that is not there
+    │   │   ├── EditConflictError  one that another edit would overwrite
+    │   │   └── UntouchedEditError  one that touched nothing
     │   └── TooLargeError        the answer would need more memory than allowed without saying so
     ├── PromptError              a prompt that this model cannot read
     │   ├── EmptyPromptError
@@ -61,6 +65,9 @@ __all__ = [
     "DamageError",
     "DoubledBosWarning",
     "DtypeError",
+    "EditConflictError",
+    "EditError",
+    "EditRangeError",
     "EmptyPromptError",
     "GenerationError",
     "IncomparableError",
@@ -89,6 +96,7 @@ __all__ = [
     "TrilensWarning",
     "UnclaimedGateError",
     "UnsafeFormatError",
+    "UntouchedEditError",
     "UsageError",
     "ValueRangeError",
     "WriteError",
@@ -140,6 +148,22 @@ class AbsentLayerError(NotStoredError, OutOfRangeError):
 
 class IncomparableError(UsageError):
     """Two models, or parts of them, that cannot be compared."""
+
+
+class EditError(UsageError):
+    """An edit that cannot be made."""
+
+
+class EditRangeError(EditError, OutOfRangeError):
+    """An edit of a layer, head, unit or position that is not there."""
+
+
+class EditConflictError(EditError):
+    """An edit whose values another edit of the same run would overwrite."""
+
+
+class UntouchedEditError(EditError):
+    """An edit that touched nothing while the model ran."""
 
 
 class TooLargeError(UsageError):

@@ -20,13 +20,13 @@ from trilens.io.safetensors_header import header_of
 from trilens.io.safetensors_layout import layout
 from trilens.io.sealed import NO_HASH, unsealed
 
-__all__ = ["read_tensors", "write_safetensors", "write_tensors"]
+__all__ = ["DTYPES", "read_tensors", "write_safetensors", "write_tensors"]
 
 _KEY = "trilens"
 _HASH = "trilens.sha256"
 _HASHED = "hashed"
 _BEFORE_HASH = f'"{_HASH}":"'.encode()
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -44,7 +44,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
@@ -135,10 +135,10 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         claim = header.metadata.get(_HASH, "")
         digest.update(unsealed(header.head, _BEFORE_HASH, claim) or b"")
         for name, entry in header.tensors.items():
-            if entry.dtype not in _DTYPES:
+            if entry.dtype not in DTYPES:
                 raise CorruptFileError(f"{path} has tensor {name} of dtype {entry.dtype}")
             try:
-                values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+                values = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
             except (RuntimeError, MemoryError) as cause:
                 raise MemoryShortError(
                     f"{path} has tensor {name} of {entry.size_bytes} bytes, more than there is "

@@ -11,63 +11,21 @@ import torch
 from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
-from trilens.caches.attention import AttentionCache, rebuild_pattern
-from trilens.caches.gate_spec import GateSpec
+from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.indices import check_index
 from trilens.caches.states import StateCache
-from trilens.caches.storage import distinct_bytes, moved
+from trilens.caches.storage import distinct_bytes
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.io.paths import as_path
 from trilens.io.tensors import read_tensors, write_tensors
 from trilens.io.typed import typed
+from trilens.lens.parts import ModelInfo, Parts
+from trilens.lens.saved_capture import FORMAT, VERSION, described, rebuilt
 from trilens.numbers import at_least
 from trilens.statistics.probabilities import probabilities
 
-__all__ = ["Capture", "ModelInfo", "Parts"]
-
-_FORMAT = "trilens.capture"
-_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """Which model a capture came from."""
-
-    name: str
-    model_class: str
-    model_type: str
-    n_layers: int
-    d_model: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Parts:
-    """What a capture holds of what can be asked for; None where it was not.
-
-    Attributes:
-        logits: [seq, vocab], or [1, vocab] for the last position alone.
-        residual: residual stream after each block.
-        attention: per-layer attention patterns, lazy. A recurrent layer's effective attention is
-            here too, where it was asked and the layer has no softmax attention that was asked as
-            well.
-        effective: effective attention of every recurrent layer.
-        gates: per-layer gates.
-        states: recurrent states of layers after chosen tokens.
-    """
-
-    logits: Tensor | None = None
-    residual: ActivationCache | FullActivationCache | None = None
-    attention: AttentionCache | None = None
-    effective: AttentionCache | None = None
-    gates: GateCache | None = None
-    states: StateCache | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What is there."""
-        return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+__all__ = ["Capture"]
 
 
 _HOW = {
@@ -192,84 +150,15 @@ class Capture:
 
     def to(self, device: str | torch.device) -> Capture:
         """The same capture on another device."""
-        parts = self.parts
-        attention, effective = self._moved(device)
-        return replace(
-            self,
-            parts=Parts(
-                logits=None if parts.logits is None else moved(parts.logits, device),
-                residual=None if parts.residual is None else parts.residual.to(device),
-                attention=attention,
-                effective=effective,
-                gates=None if parts.gates is None else parts.gates.to(device),
-                states=None if parts.states is None else parts.states.to(device),
-            ),
-        )
-
-    def _moved(
-        self, device: str | torch.device
-    ) -> tuple[AttentionCache | None, AttentionCache | None]:
-        """Both attention caches elsewhere; patterns that stand in both are moved once."""
-        attention, effective = self.parts.attention, self.parts.effective
-        there = None if attention is None else attention.to(device)
-        if effective is None:
-            return there, None
-        if there is None:
-            return None, effective.to(device)
-        shared, memo = self._shared_layers(), dict[tuple[object, ...], Tensor]()
-        return there, AttentionCache.from_layers(
-            {
-                i: there.pattern(i) if i in shared else effective.pattern(i).to(device, memo)
-                for i in effective.layers
-            },
-            n_model_layers=self.model.n_layers,
-            reasons=effective.reasons,
-        )
+        return replace(self, parts=self.parts.to(device, self.model.n_layers))
 
     def shares_pattern(self, layer: int) -> bool:
         """Whether `attention` answers for a layer with its effective attention."""
-        return layer in self._shared_layers()
-
-    def _shared_layers(self) -> tuple[int, ...]:
-        """Layers whose pattern stands in both attention caches."""
-        held, attention = self.parts.effective, self.parts.attention
-        if held is None or attention is None:
-            return ()
-        both = [layer for layer in held.layers if layer in attention.layers]
-        return tuple(i for i in both if held.pattern(i) is attention.pattern(i))
+        return layer in self.parts.shared_layers
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        parts = self.parts
         yield "token_ids", self.token_ids
-        if parts.logits is not None:
-            yield "logits", parts.logits
-        if parts.residual is not None:
-            for layer in parts.residual.layers:
-                yield f"residual.{layer}", parts.residual[layer]
-        yield from self._pattern_tensors()
-        if parts.gates is not None:
-            for name in parts.gates.names:
-                for layer in parts.gates.layers(name):
-                    yield f"gates.{layer}.{name}", parts.gates.pre(name, layer)
-        if parts.states is not None:
-            for layer, part, tensor in parts.states.tensors():
-                yield f"states.{layer}.{part}", tensor
-
-    def _attention_caches(self) -> Iterator[tuple[str, AttentionCache]]:
-        for name, cache in (
-            ("attention", self.parts.attention),
-            ("effective", self.parts.effective),
-        ):
-            if cache is not None:
-                yield name, cache
-
-    def _pattern_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        shared = self._shared_layers()
-        for kind, cache in self._attention_caches():
-            for layer in cache.layers:
-                if not (kind == "effective" and layer in shared):
-                    for name, tensor in cache.pattern(layer).tensors().items():
-                        yield f"{kind}.{layer}.{name}", tensor
+        yield from self.parts.tensors()
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the tensors, and the rest as JSON in its header.
@@ -280,39 +169,14 @@ class Capture:
         Returns:
             The path.
         """
-        manifest: dict[str, Any] = {
-            "format": _FORMAT,
-            "version": _VERSION,
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
             "tokens": self.tokens,
             "model": asdict(self.model),
-            "residual": self._residual_kind(),
-            "attention": None,
-            "gates": None,
-            "effective": None,
-            "reasons": {},
-            "states": None if self.parts.states is None else self.parts.states.params(),
+            **described(self.parts),
         }
-        shared = self._shared_layers()
-        for name, cache in self._attention_caches():
-            # What the other cache holds too is written once: null here.
-            manifest[name] = {
-                str(i): None if name == "effective" and i in shared else cache.pattern(i).params()
-                for i in cache.layers
-            }
-            manifest["reasons"][name] = {str(i): why for i, why in cache.reasons.items()}
-        gates = self.parts.gates
-        if gates is not None:
-            manifest["gates"] = [
-                [name, layer, gates.spec(name, layer).to_dict()]
-                for name in gates.names
-                for layer in gates.layers(name)
-            ]
         return write_tensors(as_path(path), dict(self._tensors()), manifest)
-
-    def _residual_kind(self) -> str | None:
-        if self.parts.residual is None:
-            return None
-        return "all" if isinstance(self.parts.residual, FullActivationCache) else "last"
 
     @classmethod
     def load(cls, path: str | Path) -> Capture:
@@ -322,7 +186,7 @@ class Capture:
             CorruptFileError: not a capture, of another version, or damaged.
             ModelNotFoundError: no such file.
         """
-        tensors, manifest = read_tensors(as_path(path), _FORMAT, _VERSION)
+        tensors, manifest = read_tensors(as_path(path), FORMAT, VERSION)
         try:
             return cls._rebuild(tensors, manifest)
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
@@ -332,69 +196,13 @@ class Capture:
 
     @classmethod
     def _rebuild(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Capture:
-        parts: dict[str, dict[int, dict[str, Tensor]]] = {
-            "attention": {},
-            "effective": {},
-            "gates": {},
-            "states": {},
-        }
-        residual: dict[int, Tensor] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "residual":
-                residual[int(rest)] = tensor
-            elif kind in parts:
-                layer, _, part = rest.partition(".")
-                parts[kind].setdefault(int(layer), {})[part] = tensor
         if len(manifest["tokens"]) != len(tensors["token_ids"]):
             raise ValueError("tokens and token ids differ in number")
         model = typed(ModelInfo, manifest["model"])
-
-        def cache(name: str, other: AttentionCache | None) -> AttentionCache | None:
-            # Files from before there was an effective cache, or reasons, lack these entries.
-            held = manifest.get(name)
-            if held is None:
-                return None
-            patterns = {
-                int(layer): rebuild_pattern(parts[name][int(layer)], params)
-                if params is not None or other is None
-                else other.pattern(int(layer))
-                for layer, params in held.items()
-            }
-            reasons = manifest.get("reasons", {}).get(name, {})
-            return AttentionCache.from_layers(
-                patterns,
-                n_model_layers=model.n_layers,
-                reasons={int(layer): str(why) for layer, why in reasons.items()},
-            )
-
-        attention = cache("attention", None)
-        gates = None
-        if manifest["gates"] is not None:
-            specs = {
-                (name, layer): GateSpec.from_dict(spec) for name, layer, spec in manifest["gates"]
-            }
-            records = {(name, layer): parts["gates"][layer][name] for name, layer in specs}
-            gates = GateCache.from_records(records, specs)
-        # Files from before states could be captured do not speak of them.
-        held = manifest.get("states")
-        states = None if held is None else StateCache.rebuild(parts["states"], held)
-        kinds: dict[str, type[ActivationCache] | type[FullActivationCache]] = {
-            "last": ActivationCache,
-            "all": FullActivationCache,
-        }
-        kind = manifest["residual"]
         return cls(
             tokens=[str(token) for token in manifest["tokens"]],
             token_ids=tensors["token_ids"],
             model=model,
             hash_checked=manifest["hashed"] is True,
-            parts=Parts(
-                logits=tensors.get("logits"),
-                residual=None if kind is None else kinds[kind].from_layers(residual),
-                attention=attention,
-                effective=cache("effective", attention),
-                gates=gates,
-                states=states,
-            ),
+            parts=rebuilt(tensors, manifest, model.n_layers),
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
-from trilens.lens.capture import Capture, ModelInfo
+from trilens.lens.capture import Capture
 from trilens.lens.decoding import Stream, read_decoding
 from trilens.lens.generation import (
     Generation,
@@ -22,6 +22,7 @@ from trilens.lens.generation import (
     logits_by_steps,
     read_kept,
 )
+from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split

@@ -13,7 +13,8 @@ from trilens.caches.gates import GateCache
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.states import StateCache
-from trilens.lens.capture import Capture, ModelInfo, Parts
+from trilens.lens.capture import Capture
+from trilens.lens.parts import ModelInfo, Parts
 from trilens.models.gates.recurrent_states import LayerState, join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.tokens import Prompt

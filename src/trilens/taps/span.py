@@ -17,9 +17,17 @@ class Span:
         lengths: per row, real columns of this pass.
         prompts: per row, tokens of its prompt: position prompts − 1 is "last", those from
             prompts on are "generated".
+        numbers: per row, the number of its prompt among all that the run was prepared for; empty
+            where the rows are all of them, in order.
     """
 
     start: int
     seq: int
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def prompt_numbers(self) -> tuple[int, ...]:
+        """Per row, the number of its prompt."""
+        return self.numbers or tuple(range(len(self.lengths)))

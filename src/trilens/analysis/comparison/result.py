@@ -18,7 +18,7 @@ from trilens.errors import CorruptFileError, NotStoredError, UsageError
 from trilens.io.messages import clip
 from trilens.io.paths import as_path
 from trilens.io.typed import checked, typed
-from trilens.lens.capture import ModelInfo
+from trilens.lens.parts import ModelInfo
 from trilens.results import Tabular
 
 __all__ = ["Comparison", "NamedArray"]

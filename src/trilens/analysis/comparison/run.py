@@ -34,8 +34,9 @@ from trilens.errors import (
     ValueRangeError,
 )
 from trilens.evaluation.output import OutputAccumulator, OutputResult
-from trilens.lens.capture import Capture, ModelInfo
+from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+from trilens.lens.parts import ModelInfo
 from trilens.models.encoded import each_prompt, is_messages
 from trilens.models.positions import max_positions_of
 from trilens.models.tokens import PromptLike, read_prompt, vocab_size_of

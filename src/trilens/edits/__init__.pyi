@@ -1,0 +1,12 @@
+from .edit import Ablate as Ablate
+from .edit import Custom as Custom
+from .edit import Edit as Edit
+from .edit import Knockout as Knockout
+from .edit import Patch as Patch
+from .edit import Project as Project
+from .edit import Replace as Replace
+from .edit import Scale as Scale
+from .edit import SiteEdit as SiteEdit
+from .edit import Steer as Steer
+from .positions import PerPrompt as PerPrompt
+from .values import TensorFile as TensorFile

@@ -1,0 +1,128 @@
+"""`Parts`: what one forward pass left behind, tensor by tensor; and which model it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from trilens.caches.activation import ActivationCache, FullActivationCache
+from trilens.caches.attention import AttentionCache
+from trilens.caches.gates import GateCache
+from trilens.caches.states import StateCache
+from trilens.caches.storage import moved
+
+__all__ = ["ModelInfo", "Parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model a capture came from."""
+
+    name: str
+    model_class: str
+    model_type: str
+    n_layers: int
+    d_model: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Parts:
+    """What a capture holds of what can be asked for; None where it was not.
+
+    Attributes:
+        logits: [seq, vocab], or [1, vocab] for the last position alone.
+        residual: residual stream after each block.
+        attention: per-layer attention patterns, lazy. A recurrent layer's effective attention is
+            here too, where it was asked and the layer has no softmax attention that was asked as
+            well.
+        effective: effective attention of every recurrent layer.
+        gates: per-layer gates.
+        states: recurrent states of layers after chosen tokens.
+    """
+
+    logits: Tensor | None = None
+    residual: ActivationCache | FullActivationCache | None = None
+    attention: AttentionCache | None = None
+    effective: AttentionCache | None = None
+    gates: GateCache | None = None
+    states: StateCache | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is there."""
+        return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+
+    @property
+    def shared_layers(self) -> tuple[int, ...]:
+        """Layers whose pattern stands in both attention caches."""
+        held, attention = self.effective, self.attention
+        if held is None or attention is None:
+            return ()
+        both = [layer for layer in held.layers if layer in attention.layers]
+        return tuple(i for i in both if held.pattern(i) is attention.pattern(i))
+
+    def attention_caches(self) -> Iterator[tuple[str, AttentionCache]]:
+        """The attention caches that are there, by name."""
+        for name, cache in (("attention", self.attention), ("effective", self.effective)):
+            if cache is not None:
+                yield name, cache
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor once, under the name that a saved capture gives it."""
+        if self.logits is not None:
+            yield "logits", self.logits
+        if self.residual is not None:
+            for layer in self.residual.layers:
+                yield f"residual.{layer}", self.residual[layer]
+        yield from self._pattern_tensors()
+        if self.gates is not None:
+            for name in self.gates.names:
+                for layer in self.gates.layers(name):
+                    yield f"gates.{layer}.{name}", self.gates.pre(name, layer)
+        if self.states is not None:
+            for layer, part, tensor in self.states.tensors():
+                yield f"states.{layer}.{part}", tensor
+
+    def _pattern_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        shared = self.shared_layers
+        for kind, cache in self.attention_caches():
+            for layer in cache.layers:
+                if not (kind == "effective" and layer in shared):
+                    for name, tensor in cache.pattern(layer).tensors().items():
+                        yield f"{kind}.{layer}.{name}", tensor
+
+    def to(self, device: str | torch.device, n_model_layers: int) -> Parts:
+        """The same parts on another device."""
+        attention, effective = self._moved(device, n_model_layers)
+        return Parts(
+            logits=None if self.logits is None else moved(self.logits, device),
+            residual=None if self.residual is None else self.residual.to(device),
+            attention=attention,
+            effective=effective,
+            gates=None if self.gates is None else self.gates.to(device),
+            states=None if self.states is None else self.states.to(device),
+        )
+
+    def _moved(
+        self, device: str | torch.device, n_model_layers: int
+    ) -> tuple[AttentionCache | None, AttentionCache | None]:
+        """Both attention caches elsewhere; patterns that stand in both are moved once."""
+        attention, effective = self.attention, self.effective
+        there = None if attention is None else attention.to(device)
+        if effective is None:
+            return there, None
+        if there is None:
+            return None, effective.to(device)
+        shared, memo = self.shared_layers, dict[tuple[object, ...], Tensor]()
+        return there, AttentionCache.from_layers(
+            {
+                i: there.pattern(i) if i in shared else effective.pattern(i).to(device, memo)
+                for i in effective.layers
+            },
+            n_model_layers=n_model_layers,
+            reasons=effective.reasons,
+        )
