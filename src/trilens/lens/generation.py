@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.errors import GenerationError, ModifiedInPlaceError, NoTokenizerError, UsageError
+from trilens.edits import Edit
+from trilens.errors import (
+    GenerationError,
+    ModifiedInPlaceError,
+    NoTokenizerError,
+    UsageError,
+)
 from trilens.lens.capture import Capture
 from trilens.lens.decoding import (
     Decoding,
@@ -21,16 +27,16 @@ from trilens.lens.decoding import (
     new_text,
     run_generate,
 )
-from trilens.lens.stepping import StepSafety
-from trilens.models.anatomy import Anatomy
+from trilens.lens.request import Asked
+from trilens.lens.runner import Runner
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.token_strings import token_strings
-from trilens.models.tokens import Prompt
-from trilens.taps.generating import LogitsKept, generating
-from trilens.taps.recording import CaptureRequest, Recording
-from trilens.taps.site_taps import SiteAction
+from trilens.models.tokens import Prompt, PromptLike
+from trilens.taps.edits import Compiled
+from trilens.taps.generating import Passes, generating
+from trilens.taps.recording import CaptureRequest
 
-__all__ = ["KEPT", "Generation", "Kept", "Opened", "generate_text", "logits_by_steps", "read_kept"]
+__all__ = ["KEPT", "Generation", "generate", "read_kept"]
 
 KEPT = ("residual", "attention", "gates", "effective", "layers", "logits", "states", "sites")
 """Options of `Lens.capture` that a generation takes for its capture."""
@@ -66,132 +72,113 @@ class Generation:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What a generation needs of a lens."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    anatomy: Anatomy
-    vocab: int
-    max_positions: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What a capture of the whole text is to hold.
-
-    Attributes:
-        request: what is recorded of a text of so many tokens.
-        logits: of which positions.
-        captured: the capture of a text, from its recording.
-    """
-
-    request: Callable[[int], CaptureRequest]
-    logits: LogitsKept
-    captured: Callable[[Prompt, Recording], Capture]
-
-
-def generate_text(
-    lens: Opened,
-    prompt: Prompt,
+def generate(
+    runner: Runner,
+    prompt: PromptLike,
     decoding: Decoding,
-    safety: StepSafety,
     *,
-    kept: Kept | None = None,
-    actions: Sequence[SiteAction] = (),
+    edits: Iterable[Edit] | Edit = (),
+    capture: Mapping[str, Any] | None = None,
     stream: Stream | None = None,
+    special: bool = True,
 ) -> Generation:
-    """Go on from a prompt.
-
-    Args:
-        lens: the model and its parts.
-        prompt: the prompt.
-        decoding: how tokens are chosen, and what ends the text.
-        safety: whether the model's steps can be trusted.
-        kept: what is captured.
-        actions: edits of every pass.
-        stream: called with each piece of text and its token id.
-
-    Raises:
-        GenerationError: the text would be longer than the model's positions.
-        NoTokenizerError: a text is to end it, and there is no tokenizer.
-    """
-    start, ids = len(prompt.ids), prompt.ids.tolist()
-    check_generates(lens.model)
-    _check_length(start, decoding.max_new_tokens, lens.max_positions)
-    if decoding.stop_texts and lens.tokenizer is None:
+    """Go on from a prompt; as `Lens.generate`, its options read."""
+    asked = read_kept(capture)
+    runner.refresh()
+    model = runner.model
+    _check_generates(model)
+    read = runner.read(prompt, special)
+    start, most = len(read.ids), decoding.max_new_tokens
+    _check_length(start, most, runner.max_positions)
+    if decoding.stop_texts and runner.tokenizer is None:
         raise NoTokenizerError(
             f"stop {decoding.stop_texts[0]!r} is a text, and this model has no tokenizer: give "
             "token ids, or pass a tokenizer"
         )
-    wanted = None if kept is None else kept.request(start + decoding.max_new_tokens)
-    total = start + decoding.max_new_tokens
-    most = configured_positions(lens.model)
-    safety.check(total, lens.model, lens.vocab, lens.max_positions or most)
-    shown = 0
-
-    def show(piece: str, token: int) -> None:
-        # A run that is done again, because the model overwrote what was kept, repeats itself.
-        nonlocal shown
-        if stream is not None and len(tokens.new) > shown:
-            shown = len(tokens.new)
-            stream(piece, token)
-
-    for copy in (False, True):
-        with (
-            beyond_positions(lens.model, total),
-            generating(
-                lens.model,
-                lens.anatomy,
-                None if wanted is None else replace(wanted, copy=copy or wanted.copy),
-                actions,
-                prompt=start,
-                logits=None if kept is None else kept.logits,
-            ) as passes,
-        ):
-            tokens = NewTokens(
-                ids,
-                decoding,
-                end_ids_of(lens.model, lens.tokenizer),
-                lens.tokenizer,
-                None if stream is None else show,
-                passes.grew,
-                extra=kept is not None,
-            )
-            run_generate(lens.model, prompt.ids, decoding, tokens)
-        if kept is None:
-            return _result(lens, prompt, tokens, None)
-        if not passes.overwritten():
-            break
-    text = [*ids, *tokens.new]
-    whole = Prompt(torch.tensor(text), token_strings(text, lens.tokenizer))
-    recording = passes.joined(replace(kept.request(len(text)), copy=copy))
-    if passes.overwritten():
-        raise ModifiedInPlaceError(
-            f"{type(lens.model).__name__} writes into what was captured while it generates: "
-            "capture the text afterwards, with lens.capture"
+    given = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    compiled = runner.compiled(given, [start], most) if given else None
+    wanted = None if asked is None else runner.request([_longest(start + most)], asked)
+    with runner.lock(), beyond_positions(model, start + most):
+        limit = runner.max_positions or configured_positions(model)
+        runner.stepping.check(
+            start + most,
+            model,
+            runner.vocab,
+            limit,
+            by_steps=lambda ids, n: _logits_by_steps(runner, ids, n),
+            at_once=lambda ids: _logits_at_once(runner, ids),
         )
-    return _result(lens, prompt, tokens, kept.captured(whole, recording))
-
-
-def _result(lens: Opened, prompt: Prompt, tokens: NewTokens, capture: Capture | None) -> Generation:
+        tokens, passes = _run(runner, read, decoding, compiled, wanted, asked, stream)
+        if asked is not None and passes.overwritten():
+            # The same tokens again, of which those that were shown are not shown twice.
+            copied = None if wanted is None else replace(wanted, copy=True)
+            tokens, passes = _run(runner, read, decoding, compiled, copied, asked, None)
+        if asked is not None and passes.overwritten():
+            raise ModifiedInPlaceError(
+                f"{type(model).__name__} writes into what was captured while it generates: "
+                "capture the text afterwards, with lens.capture"
+            )
+    if compiled is not None:
+        compiled.check_touched()
+    kept = None
+    if asked is not None:
+        ids = [*read.ids.tolist(), *tokens.new]
+        whole = Prompt(torch.tensor(ids), token_strings(ids, runner.tokenizer))
+        recording = passes.joined(runner.request([whole], asked))
+        kept = runner.captures([whole], recording, asked)[0]
     return Generation(
         token_ids=torch.tensor(tokens.new, dtype=torch.long),
-        tokens=token_strings(tokens.new, lens.tokenizer),
-        text=new_text(prompt.ids.tolist(), tokens.new, lens.tokenizer),
-        prompt_tokens=len(prompt.ids),
+        tokens=token_strings(tokens.new, runner.tokenizer),
+        text=new_text(read.ids.tolist(), tokens.new, runner.tokenizer),
+        prompt_tokens=start,
         stopped_by="length" if tokens.stopped_by is None else tokens.stopped_by,
-        capture=capture,
+        capture=kept,
     )
 
 
-def read_kept(capture: object) -> None:
-    """Refuse what are no options of a capture.
+def _run(
+    runner: Runner,
+    prompt: Prompt,
+    decoding: Decoding,
+    compiled: Compiled | None,
+    wanted: CaptureRequest | None,
+    asked: Asked | None,
+    stream: Stream | None,
+) -> tuple[NewTokens, Passes]:
+    with generating(
+        runner.model,
+        runner.proof.anatomy,
+        wanted,
+        compiled,
+        prompt=len(prompt.ids),
+        logits=None if asked is None else asked.logits,
+    ) as passes:
+        tokens = NewTokens(
+            prompt.ids.tolist(),
+            decoding,
+            end_ids_of(runner.model, runner.tokenizer),
+            runner.tokenizer,
+            stream,
+            passes.grew,
+            extra=asked is not None,
+        )
+        run_generate(runner.model, prompt.ids, decoding, tokens)
+    return tokens, passes
+
+
+def _longest(n: int) -> Prompt:
+    """A text of so many tokens, for what is checked before it is there."""
+    return Prompt(torch.zeros(n, dtype=torch.long), ())
+
+
+def read_kept(capture: object) -> Asked | None:
+    """What the capture of a generation is to hold.
 
     Raises:
-        UsageError: naming the first that is none.
+        UsageError: no options of a capture; names the first that is none.
     """
+    if capture is None:
+        return None
     if not isinstance(capture, Mapping):
         raise UsageError(
             f"capture {capture!r} is not an option: give options of lens.capture, for example "
@@ -203,12 +190,10 @@ def read_kept(capture: object) -> None:
                 f"capture has no option {name!r}: it takes {', '.join(KEPT)}; edits, prompt and "
                 "add_special_tokens are options of generate itself"
             )
-    for name in ("residual", "logits"):
-        if capture.get(name) not in ("last", "all", None):
-            raise UsageError(f"{name} {capture[name]!r} is not an option: 'last', 'all' or None")
+    return Asked(**capture).once()
 
 
-def check_generates(model: PreTrainedModel) -> None:
+def _check_generates(model: PreTrainedModel) -> None:
     """Refuse a model that predicts no next token.
 
     Raises:
@@ -232,19 +217,27 @@ def _check_length(prompt: int, new: int, most: int | None) -> None:
         )
 
 
-def logits_by_steps(lens: Opened, request: CaptureRequest, ids: Tensor, prompt: int) -> Recording:
-    """Every position's logits, and what else is asked, of a text that is read in steps.
-
-    Args:
-        lens: the model.
-        request: what is kept, as of one pass over the whole text.
-        ids: the text [seq].
-        prompt: how many of its tokens the first pass reads.
-    """
-    check_generates(lens.model)
+def _logits_by_steps(runner: Runner, ids: Tensor, prompt: int) -> Tensor:
+    """Every position's logits [seq, vocab] of a text whose first `prompt` tokens are read at once,
+    the rest in steps."""
     text = ids.tolist()
     forced = Decoding(len(text) - prompt, 0.0, None, None, 0, (), ())
-    with generating(lens.model, lens.anatomy, request, (), prompt=prompt, logits="all") as passes:
+    request = runner.request([Prompt(ids, ())], Asked(residual="all"))
+    with generating(
+        runner.model, runner.proof.anatomy, request, None, prompt=prompt, logits="all"
+    ) as passes:
         tokens = NewTokens(text[:prompt], forced, (), None, None, passes.grew, extra=True)
-        run_generate(lens.model, ids[:prompt], forced, tokens, [Forced(text)])
-    return passes.joined(request)
+        run_generate(runner.model, ids[:prompt], forced, tokens, [Forced(text)])
+    return _scores(passes.joined(request).logits)
+
+
+def _logits_at_once(runner: Runner, ids: Tensor) -> Tensor:
+    asked = Asked(residual=None)
+    prompt = Prompt(ids, ())
+    return _scores(runner.record([prompt], runner.request([prompt], asked)).logits)
+
+
+def _scores(logits: Tensor | None) -> Tensor:
+    if logits is None:
+        raise GenerationError("the model gave no logits")
+    return logits[0]

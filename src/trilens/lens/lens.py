@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -13,20 +13,10 @@ from transformers import PreTrainedModel
 from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture
-from trilens.lens.decoding import Stream, read_decoding
-from trilens.lens.generation import (
-    Generation,
-    Kept,
-    Opened,
-    generate_text,
-    logits_by_steps,
-    read_kept,
-)
 from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import read_attention, read_layers, read_states
 from trilens.lens.split import split
-from trilens.lens.stepping import StepSafety
 from trilens.lens.unembedding import unembedded
 from trilens.models.anatomy import Anatomy
 from trilens.models.encoded import each_prompt
@@ -49,7 +39,7 @@ from trilens.progress import Progress, Step
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
 from trilens.taps.passes import run_pass
-from trilens.taps.recording import CaptureRequest, Recording
+from trilens.taps.recording import CaptureRequest
 
 __all__ = ["Lens"]
 
@@ -91,7 +81,6 @@ class Lens:
         self._max_positions = max_positions_of(self.model)
         self._copies = False
         self._effective_proven: set[int] = set()
-        self._stepping = StepSafety(self._by_steps, self._at_once)
         self._safety = BatchSafety(
             lambda prompts: self._run(
                 prompts, self._wanted(prompts, "all", False, False, False, None), "all"
@@ -286,59 +275,6 @@ class Lens:
 
         return batches()
 
-    def generate(
-        self,
-        prompt: PromptLike,
-        *,
-        max_new_tokens: int = 40,
-        edits: Iterable[Any] = (),
-        capture: Mapping[str, Any] | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        stop: str | SupportsIndex | Iterable[str | SupportsIndex] = (),
-        stream: Stream | None = None,
-        add_special_tokens: bool = True,
-    ) -> Generation:
-        """Go on from a prompt, with the model's cache, and keep what was asked of every pass.
-
-        Args:
-            prompt: as in `capture`; chat messages end with the start of an answer.
-            max_new_tokens: the most tokens to add.
-            edits: applied in every pass; their positions count in the whole text.
-            capture: options of `capture`, {} for its defaults: one capture of the whole text, the
-                last token included.
-            temperature: 0 takes the likeliest token, above it one is drawn.
-            top_k: draw among so many likeliest tokens.
-            top_p: draw among the likeliest tokens that make up this probability.
-            seed: of the draws; torch's own random state stays as it is.
-            stop: texts or token ids that end the text, besides the model's own end.
-            stream: called with each new piece of text and its token id.
-            add_special_tokens: for a text prompt, as the tokenizer does.
-
-        Raises:
-            GenerationError: no causal model, its steps do not give what one pass over the text
-                gives (measured on a probe), or the text would not fit its positions.
-            ValueRangeError: a number outside its range.
-            TrilensError: as `capture`.
-        """
-        self._refresh()
-        decoding = read_decoding(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            vocab=self._vocab,
-        )
-        read, kept = self._read(prompt, add_special_tokens), self._kept(capture)
-        with _LOCK.take(self.model.config):
-            return generate_text(
-                self._opened(), read, decoding, self._stepping, kept=kept, stream=stream
-            )
-
     def batches_safely(self, tokens: int) -> bool:
         """Whether padded rows equal single prompts on this model, up to so many tokens: measured.
 
@@ -433,45 +369,6 @@ class Lens:
         self._copies |= recording.request.copy
         effective = effective_patterns(recording.kernels, wanted.lengths, self._effective_proven)
         return split(prompts, recording, effective, logits=logits, info=self._info())
-
-    def _opened(self) -> Opened:
-        return Opened(self.model, self.tokenizer, self.anatomy, self._vocab, self._max_positions)
-
-    def _kept(self, capture: Mapping[str, Any] | None) -> Kept | None:
-        if capture is None:
-            return None
-        read_kept(capture)
-        asked = {
-            "residual": "last",
-            "attention": False,
-            "gates": False,
-            "effective": False,
-            "layers": None,
-            "logits": "all",
-            "states": False,
-            **capture,
-        }
-        logits = asked.pop("logits")
-
-        def request(n: int) -> CaptureRequest:
-            return self._wanted([Prompt(torch.zeros(n), ())], **asked)
-
-        def captured(prompt: Prompt, recording: Recording) -> Capture:
-            effective = effective_patterns(
-                recording.kernels, recording.request.lengths, self._effective_proven
-            )
-            return split([prompt], recording, effective, logits=logits, info=self._info())[0]
-
-        return Kept(request, logits, captured)
-
-    def _by_steps(self, ids: Tensor, prompt: int) -> Tensor:
-        request = self._wanted([Prompt(ids, ())], "all", False, False, False, None)
-        return logits_by_steps(self._opened(), request, ids, prompt).logits[0]
-
-    def _at_once(self, ids: Tensor, _prompt: int) -> Tensor:
-        read = Prompt(ids, tuple(map(str, ids.tolist())))
-        wanted = self._wanted([read], None, False, False, False, None)
-        return self._run([read], wanted, "all")[0].logits
 
     def _info(self) -> ModelInfo:
         config = self.model.config

@@ -21,8 +21,10 @@ _ALLOWED = 1e-4
 _ROUNDINGS = 16
 """Roundings of a narrower dtype by which the logits of a step may differ."""
 
-Logits = Callable[[Tensor, int], Tensor]
+BySteps = Callable[[Tensor, int], Tensor]
 """From ids [seq] and the tokens of their prompt to the logits [seq, vocab]."""
+AtOnce = Callable[[Tensor], Tensor]
+"""From ids [seq] to the logits [seq, vocab] of one pass."""
 
 
 @dataclass(slots=True)
@@ -32,18 +34,33 @@ class StepSafety:
     It is measured once for each doubling of the length: sparse attention and windows begin to
     matter only when a text is longer than they are.
 
-    Args:
-        by_steps: logits of the prompt's pass, then of one step for each token after it.
-        at_once: logits of one pass.
+    Attributes:
+        checked: tokens up to which it was measured.
+        refusal: why the model can't be generated from, "" where nothing speaks against it.
     """
 
-    by_steps: Logits
-    at_once: Logits
     checked: int = 0
     refusal: str = ""
 
-    def check(self, tokens: int, model: PreTrainedModel, vocab: int, most: int | None) -> None:
+    def check(
+        self,
+        tokens: int,
+        model: PreTrainedModel,
+        vocab: int,
+        most: int | None,
+        *,
+        by_steps: BySteps,
+        at_once: AtOnce,
+    ) -> None:
         """Measure for a text of so many tokens, of a model that takes `most` at most.
+
+        Args:
+            tokens: prompt and new ones.
+            model: the model.
+            vocab: ids that it reads.
+            most: the most tokens that it takes, None for any number.
+            by_steps: logits of the prompt's pass, then of one step for each token after it.
+            at_once: logits of one pass.
 
         Raises:
             GenerationError: the model fails in a step, or what it gives there differs.
@@ -53,35 +70,36 @@ class StepSafety:
             length = max(min(length, most or length), 2)
             # Few kinds of tokens: a sparse attention that breaks ties by place shows only there.
             ids = probe_ids(model, vocab, length, seed=length, kinds=_PROBE_KINDS)[0].cpu()
-            self.refusal = self._measure(ids, model)
+            self.refusal = _measure(ids, model, by_steps, at_once)
             self.checked = length
         if self.refusal:
             raise GenerationError(self.refusal)
 
-    def _measure(self, ids: Tensor, model: PreTrainedModel) -> str:
-        """Why the model can't be generated from, "" where it can."""
-        name, prompt = type(model).__name__, max(1, len(ids) - _STEPS)
-        try:
-            steps = self.by_steps(ids, prompt)
-        except TrilensError as error:
-            return str(error)
-        # The model's own code, on plain tokens: whatever it raises, it does not generate.
-        except Exception as error:  # noqa: BLE001
-            return (
-                f"{name} does not generate: a plain prompt of {prompt} tokens fails "
-                f"({reason(error)}); capture texts with lens.capture"
-            )
-        whole = self.at_once(ids, prompt)
-        off, allowed = deviation(steps[prompt:], whole[prompt:]), _tolerance(model.dtype)
-        # Not off > allowed: a NaN proves nothing.
-        if off <= allowed:
-            return ""
+
+def _measure(ids: Tensor, model: PreTrainedModel, by_steps: BySteps, at_once: AtOnce) -> str:
+    """Why the model can't be generated from, "" where it can."""
+    name, prompt = type(model).__name__, max(1, len(ids) - _STEPS)
+    try:
+        steps = by_steps(ids, prompt)
+    except TrilensError as error:
+        return str(error)
+    # The model's own code, on plain tokens: whatever it raises, it does not generate.
+    except Exception as error:  # noqa: BLE001
         return (
-            f"the decoding steps of {name} do not give what it gives for the whole text: the "
-            f"logits of a probe of {len(ids)} tokens differ by {off:.2g} ({allowed:.0e} is "
-            "allowed), so that what a step shows is not what a capture shows; generate with "
-            "model.generate, and capture the text with lens.capture"
+            f"{name} does not generate: a plain prompt of {prompt} tokens fails "
+            f"({reason(error)}); capture texts with lens.capture"
         )
+    whole = at_once(ids)
+    off, allowed = deviation(steps[prompt:], whole[prompt:]), _tolerance(model.dtype)
+    # Not off > allowed: a NaN proves nothing.
+    if off <= allowed:
+        return ""
+    return (
+        f"the decoding steps of {name} do not give what it gives for the whole text: the "
+        f"logits of a probe of {len(ids)} tokens differ by {off:.2g} ({allowed:.0e} is "
+        "allowed), so that what a step shows is not what a capture shows; generate with "
+        "model.generate, and capture the text with lens.capture"
+    )
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,32 @@ from trilens.models.forward_call import takes
 from trilens.taps.joined import PassRecord, attention_of_pass, join_recordings
 from trilens.taps.mode import evaluating
 from trilens.taps.recording import CaptureRequest, Recording, StateRequest
-from trilens.taps.session import Session, session_of
-from trilens.taps.site_taps import SiteAction
+from trilens.taps.edits import Compiled
+from trilens.taps.hooks import Hooks
+from trilens.taps.session import session_of
+from trilens.taps.span import Span
 
-__all__ = ["LogitsKept", "Passes", "generating"]
+__all__ = ["LogitsKept", "Passes", "Session", "generating"]
 
 LogitsKept = Literal["all", "last"] | None
+
+
+class Session(Protocol):
+    """What the passes need to know of the hooks on the model."""
+
+    hooks: Hooks
+    request: CaptureRequest
+    recording: Recording
+    span: Span
+
+    def mine(self) -> bool:
+        """Whether this thread's pass is running."""
+
+    def begin(self, request: CaptureRequest, start: int) -> None:
+        """Begin a pass over the tokens of a text from `start` on."""
+
+    def finish(self) -> None:
+        """Raise if a requested site did not fire."""
 
 
 class Passes:
@@ -132,7 +152,7 @@ def generating(
     model: nn.Module,
     anatomy: Anatomy,
     wanted: CaptureRequest | None,
-    actions: Sequence[SiteAction],
+    edits: Compiled | None,
     *,
     prompt: int,
     logits: LogitsKept = None,
@@ -143,7 +163,7 @@ def generating(
         model: the model.
         anatomy: its parts.
         wanted: what is kept, as of one pass; None to keep nothing.
-        actions: edits, in their order.
+        edits: made ready for this prompt.
         prompt: tokens of the prompt.
         logits: of which positions logits are kept.
 
@@ -155,11 +175,11 @@ def generating(
     """
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         passes = Passes(wanted, prompt, logits, indexed=takes(model, "logits_to_keep"))
-        if wanted is None and not actions:
+        if wanted is None and edits is None:
             yield passes
             return
         request = wanted or CaptureRequest((), None, (prompt,), (), {})
-        with session_of(model, anatomy, request, actions) as session:
+        with session_of(model, anatomy, request, edits) as session:
             session.hooks.before(model, partial(passes.begin, session), with_kwargs=True)
             session.hooks.after(model, partial(passes.end, session))
             yield passes

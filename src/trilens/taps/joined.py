@@ -163,7 +163,7 @@ def join_recordings(passes: Sequence[PassRecord], request: CaptureRequest) -> Re
             joined.residual[layer] = _end_to_end(parts, 1, f"resid_post of layer {layer}")
     for key in first.gates:
         values = [each.recording.gates[key] for each in passes]
-        joined.gates[key] = join_gates(values, request.gates[key], key)
+        joined.gates[key] = _join_gates(values, request.gates[key], key)
     for place in first.sites:
         joined.sites[place] = _end_to_end(
             [_tensor(each.recording.sites[place], place) for each in passes], 1, str(place)
@@ -195,7 +195,7 @@ def _states(call: KernelRecord, request: CaptureRequest, layer: int) -> list[Lay
         raise RecurrentStateError(f"layer {layer}: {error}") from error
 
 
-def join_gates(
+def _join_gates(
     calls: Sequence[Sequence[Tensor]], site: GateSite, key: tuple[str, int]
 ) -> list[Tensor]:
     """The values of a gate, per call of a pass, along the axis of the tokens."""

@@ -39,16 +39,14 @@ from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 from trilens.taps.site_taps import SiteAction, SiteTaps, spots_of
 
-__all__ = ["Session", "recording_of", "session_of"]
+__all__ = ["recording_of", "session_of"]
 
 TapKey = tuple[str, nn.Module | None, str]
 """Event, module, kernel function: what one hook stands for."""
 Taps = dict[TapKey, dict[int, list[tuple[str, GateSite]]]]
 
 
-class Session:
-    """What the hooks on a model do in each of its passes."""
-
+class _Session:
     def __init__(
         self,
         hooks: Hooks,
@@ -319,7 +317,7 @@ def session_of(
     anatomy: Anatomy,
     request: CaptureRequest,
     actions: Sequence[SiteAction] = (),
-) -> Iterator[Session]:
+) -> Iterator[_Session]:
     """Hooks for the passes that run inside the block, one after the other.
 
     Args:
@@ -336,7 +334,7 @@ def session_of(
             another of the same model.
     """
     with hooked(model) as hooks:
-        session = Session(hooks, anatomy, request, actions)
+        session = _Session(hooks, anatomy, request, actions)
         blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
         for module in blocks:
             hooks.before(module, session.enter_block)
