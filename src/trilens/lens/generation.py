@@ -63,6 +63,16 @@ class Generation:
     stopped_by: str | int
     capture: Capture | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """All but the capture, as JSON can hold it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "token_ids": self.token_ids.tolist(),
+            "stopped_by": self.stopped_by,
+        }
+
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else f"{self.text[:57]}…"
         kept = "" if self.capture is None else f", {self.capture!r}"
