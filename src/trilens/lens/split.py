@@ -86,6 +86,7 @@ def split(
             token_ids=prompt.ids,
             model=info,
             parts=parts(row, len(prompt.ids)),
+            prompt_text=prompt.text,
         )
         for row, prompt in enumerate(prompts)
     ]

@@ -53,6 +53,7 @@ class CaptureRequest:
         sites: requested sites, by name and layer.
         gradients: keep sites as they are in the graph, so that gradients reach them.
         prompts: tokens of each row's prompt, where the pass does not hold just those.
+        numbers: of the rows' prompts among those that edits were made ready for.
     """
 
     layers: tuple[int, ...]
@@ -69,11 +70,12 @@ class CaptureRequest:
     sites: Mapping[SiteKey, Site] = field(default_factory=dict)
     gradients: bool = False
     prompts: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def span(self, start: int) -> Span:
         """The tokens of a pass that begins at a position of the text."""
         seq = max(self.lengths)
-        return Span(start, seq, self.lengths, self.prompts or self.lengths)
+        return Span(start, seq, self.lengths, self.prompts or self.lengths, self.numbers)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,12 +32,13 @@ from trilens.models.gates.recurrent_states import states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.sites.site import SiteKey, title_of
 from trilens.models.trace import same, tensors_in
+from trilens.taps.edits import Compiled
 from trilens.taps.gate_check import watch_gates
 from trilens.taps.hooks import Hooks, hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
-from trilens.taps.site_taps import SiteAction, SiteTaps, spots_of
+from trilens.taps.site_taps import SiteTaps
 
 __all__ = ["recording_of", "session_of"]
 
@@ -52,14 +53,14 @@ class _Session:
         hooks: Hooks,
         anatomy: Anatomy,
         request: CaptureRequest,
-        actions: Sequence[SiteAction],
+        edits: Compiled,
     ) -> None:
         self.hooks = hooks
         self.anatomy = anatomy
         self.gradients = request.gradients
         self.check_gates: Callable[[], None] = _nothing
         self.taps = _by_tap(request.gates)
-        self.sites = SiteTaps(self, spots_of(request.sites.values(), actions))
+        self.sites = SiteTaps(self, request.sites.values(), edits)
         self.begin(request, 0)
 
     def begin(self, request: CaptureRequest, start: int) -> None:
@@ -288,7 +289,7 @@ def recording_of(
     model: nn.Module,
     anatomy: Anatomy,
     request: CaptureRequest,
-    actions: Sequence[SiteAction] = (),
+    edits: Compiled | None = None,
 ) -> Iterator[Recording]:
     """Record one forward pass that runs inside the block.
 
@@ -296,7 +297,7 @@ def recording_of(
         model: the model.
         anatomy: its parts.
         request: what the pass is to leave behind.
-        actions: edits, in their order; what is kept is what they gave.
+        edits: made ready for these prompts; what is kept is what they gave.
 
     Yields:
         The recording, complete when the block ends.
@@ -334,7 +335,7 @@ def session_of(
             another of the same model.
     """
     with hooked(model) as hooks:
-        session = _Session(hooks, anatomy, request, actions)
+        session = _Session(hooks, anatomy, request, edits or Compiled())
         blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
         for module in blocks:
             hooks.before(module, session.enter_block)

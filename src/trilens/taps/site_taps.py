@@ -6,7 +6,7 @@ is written into. A site whose edits all leave it as it is hands on the very tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,23 +17,13 @@ from trilens.models.sites.head_out import by_head
 from trilens.models.sites.site import Site, SiteKey, Tap
 from trilens.models.sites.values import read_value, replace_tensor, write_value
 from trilens.models.trace import tensors_in
+from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
 from trilens.taps.span import Span
 
-__all__ = ["SiteAction", "SiteTaps", "Spot", "spots_of"]
+__all__ = ["Pass", "SiteTaps", "Spot", "spots_of"]
 
 _ORDER = {name: number for number, name in enumerate(SITES)}
-
-
-class SiteAction(Protocol):
-    """An edit at one site, ready to run."""
-
-    @property
-    def site(self) -> Site:
-        """Where."""
-
-    def apply(self, value: Tensor, span: Span) -> Tensor | None:
-        """The new value [batch, seq, *shape]; None, or the value itself, where nothing changes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,38 +33,36 @@ class Spot:
     Attributes:
         tap: where.
         site: whose value passes there.
-        actions: edits, in their order.
+        edit: whether edits of the site are applied here.
         record: whether the value is kept.
     """
 
     tap: Tap
     site: Site
-    actions: tuple[SiteAction, ...]
+    edit: bool
     record: bool
 
 
-def spots_of(sites: Iterable[Site], actions: Sequence[SiteAction]) -> list[Spot]:
+def spots_of(sites: Iterable[Site], edits: Compiled) -> list[Spot]:
     """One spot per site, or two where a site is written at another tap than it is read at.
 
     They come in the order in which a block passes its sites, so that of two sites that are one
     tensor the earlier one is done first.
     """
-    edits: dict[SiteKey, list[SiteAction]] = {}
     places: dict[SiteKey, Site] = {site.key: site for site in sites}
     recorded = set(places)
-    for action in actions:
-        edits.setdefault(action.site.key, []).append(action)
-        places.setdefault(action.site.key, action.site)
+    for key, actions in edits.actions.items():
+        places.setdefault(key, actions[0].site)
     found = []
     for key, site in places.items():
-        mine, record = tuple(edits.get(key, ())), key in recorded
+        edit, record = key in edits.actions, key in recorded
         if site.write_tap == site.tap:
-            found.append(Spot(site.tap, site, mine, record))
+            found.append(Spot(site.tap, site, edit, record))
             continue
-        if mine:
-            found.append(Spot(site.write_tap, site, mine, record=False))
+        if edit:
+            found.append(Spot(site.write_tap, site, edit=True, record=False))
         if record:
-            found.append(Spot(site.tap, site, (), record=True))
+            found.append(Spot(site.tap, site, edit=False, record=True))
     return sorted(found, key=lambda spot: _ORDER.get(spot.site.name, len(_ORDER)))
 
 
@@ -95,9 +83,10 @@ class Pass(Protocol):
 class SiteTaps:
     """The hooks of a pass at the inputs and outputs of modules that sites name."""
 
-    def __init__(self, run: Pass, spots: Sequence[Spot]) -> None:
+    def __init__(self, run: Pass, sites: Iterable[Site], edits: Compiled) -> None:
         self.run = run
-        self.spots = spots
+        self.edits = edits
+        self.spots = spots_of(sites, edits)
         self.counts: dict[tuple[str, int | None, nn.Module], int] = {}
 
     def place_inputs(self, hooks: Hooks) -> None:
@@ -118,20 +107,25 @@ class SiteTaps:
         """Edit and keep one site's value; the tensor that the model goes on with."""
         run, site = self.run, spot.site
         rows, columns = len(run.span.lengths), run.span.seq
-        changed = edited(spot, read_value(tensor, site, rows, columns), run.span)
-        if run.gradients and spot.record and not tensor.requires_grad:
-            # Where the graph begins: parameters are frozen.
-            tensor = tensor.detach().requires_grad_()
+        changed = self._edited(spot, read_value(tensor, site, rows, columns))
         if changed is not None:
             tensor = write_value(tensor, site, changed)
-        if spot.record:
-            run.keep_site(site.key, read_value(tensor, site, rows, columns))
-        return tensor
+        if not spot.record:
+            return tensor
+        value = read_value(tensor, site, rows, columns)
+        if not run.gradients:
+            run.keep_site(site.key, value)
+            return tensor
+        # Parameters are frozen: the graph begins at the first site. The model goes on with a copy,
+        # since it may write into what it holds.
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        run.keep_site(site.key, value)
+        return write_value(tensor, site, value.clone())
 
     def _by_module(self, event: str) -> dict[nn.Module, list[Spot]]:
         found: dict[nn.Module, list[Spot]] = {}
         for spot in self.spots:
-            split = spot.site.projection is not None and spot.actions
+            split = spot.site.projection is not None and spot.edit
             where = "output" if split else spot.tap.event
             if where == event:
                 found.setdefault(spot.tap.module, []).append(spot)
@@ -184,18 +178,13 @@ class SiteTaps:
         run = self.run
         rows = read_value(merged, spot.site, len(run.span.lengths), run.span.seq)
         parts = by_head(rows, projection)
-        changed = edited(spot, parts, run.span)
+        changed = self._edited(spot, parts)
         if changed is not None:
             output = output + (changed - parts).sum(-2).to(output.dtype).reshape(output.shape)
         if spot.record:
             run.keep_site(spot.site.key, rows)
         return output
 
-
-def edited(spot: Spot, value: Tensor, span: Span) -> Tensor | None:
-    """What the edits of a spot make of a value; None where they leave it as it is."""
-    first = value
-    for action in spot.actions:
-        new = action.apply(value, span)
-        value = value if new is None else new
-    return None if value is first else value
+    def _edited(self, spot: Spot, value: Tensor) -> Tensor | None:
+        """What the edits of a spot make of a value; None where they leave it as it is."""
+        return self.edits.apply(spot.site.key, value, self.run.span) if spot.edit else None

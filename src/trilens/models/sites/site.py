@@ -9,7 +9,7 @@ from torch import nn
 
 from trilens.models.gates.site import Layout
 
-__all__ = ["Site", "SiteKey", "Tap"]
+__all__ = ["Site", "SiteKey", "Tap", "title_of"]
 
 SiteKey = tuple[str, int | None]
 """Name of a site and its layer; None for the sites that the model has once."""
