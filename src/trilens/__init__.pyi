@@ -17,6 +17,7 @@ from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache
 from .caches.gate_spec import GateSpec as GateSpec
 from .caches.gates import GateCache as GateCache
+from .caches.sites import SiteCache as SiteCache
 from .caches.states import StateCache as StateCache
 from .caches.states import StateSpec as StateSpec
 from .checkpoint.calibration.options import Calibration as Calibration
@@ -57,6 +58,7 @@ from .statistics.gating import GatingAccumulator as GatingAccumulator
 from .statistics.gating import GatingAnalysis as GatingAnalysis
 from .ternary.packed.linear import TernaryLinear as TernaryLinear
 from .ternary.quantize import PerLayerQuant as PerLayerQuant
+from .text.alignment import Alignment as Alignment
 from .text.documents import read_documents as read_documents
 from .text.token_blocks import token_blocks as token_blocks
 from .version import __version__ as __version__

@@ -19,7 +19,8 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from trilens.errors import UsageError
+from trilens.errors import UnknownSiteError
+from trilens.printable import bounded, escaped
 
 __all__ = ["GATE_SITES", "SITES", "SiteSpec", "site_name"]
 
@@ -220,8 +221,8 @@ _NAMES = {
     **{name: name for name in (*GATE_SITES, *SITES)},
     **{alias: name for name, spec in SITES.items() for alias in spec.aliases},
 }
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_INDEX = re.compile(r"(.+)\[(\d+)\]")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,9})\.(.+)")
+_INDEX = re.compile(r"(.+)\[([0-9]{1,9})\]")
 
 
 def site_name(text: object) -> tuple[str, int | None]:
@@ -232,10 +233,10 @@ def site_name(text: object) -> tuple[str, int | None]:
             "attn.hook_z") or nnterp's ("layers_output", "layers_output[5]").
 
     Raises:
-        UsageError: no site; the nearest names are offered.
+        UnknownSiteError: no site; the nearest names are offered.
     """
     if not isinstance(text, str):
-        raise UsageError(f"site {text!r} is no name: give one such as 'resid_post'")
+        raise UnknownSiteError(f"site {_shown(text)} is no name: give one such as 'resid_post'")
     name, layer = text, None
     if match := _BLOCK.fullmatch(text):
         layer, name = int(match[1]), match[2]
@@ -245,9 +246,15 @@ def site_name(text: object) -> tuple[str, int | None]:
     if found is not None and (layer is None or found not in SITES or SITES[found].per_layer):
         return found, layer
     if found is not None:
-        raise UsageError(f"site {text!r} names layer {layer}: the model has {found} once")
+        raise UnknownSiteError(
+            f"site {_shown(text)} names layer {layer}: the model has {found} once"
+        )
     # Names that look alike, and those whose last word is the same: "z" is "attn.z".
     near = get_close_matches(name[:80], _NAMES, n=4, cutoff=0.6)
     near += [each for each in _NAMES if each.rpartition(".")[2] == name]
     offered = list(dict.fromkeys(_NAMES[each] for each in near)) or list(SITES)
-    raise UsageError(f"site {text!r} is unknown: did you mean {', '.join(offered)}?")
+    raise UnknownSiteError(f"site {_shown(text)} is unknown: did you mean {', '.join(offered)}?")
+
+
+def _shown(text: object) -> str:
+    return bounded(escaped(repr(text)), 80)

@@ -9,6 +9,9 @@
     │   ├── NonFiniteError       NaN or Inf where numbers are needed
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
     │   │   └── AbsentLayerError  a layer that a cache does not hold; an OutOfRangeError too
+    │   ├── TextNotFoundError    a text that does not occur in a prompt
+    │   ├── MetricError          a metric that gives no number, or one that is not finite
+    │   ├── UnknownSiteError     a name that no place of the forward pass has
     │   ├── IncomparableError    two models that cannot be compared
     │   ├── EditError            an edit that cannot be made
     │   │   ├── EditRangeError   of a layer, head, unit or position that is not there
@@ -37,6 +40,7 @@
     ├── RestoreError             weights that were replaced for a while did not come back
     └── CaptureError             a forward pass that did not give what was asked
         ├── SilentSiteError      a requested site that did not fire
+        ├── SiteError            a site that is not proven in a layer
         ├── AttentionPathError   attention that goes through no supported path
         ├── ModifiedInPlaceError a captured tensor was overwritten by the model
         ├── RecurrentStateError  a recurrent state that is not there or not proven
@@ -71,6 +75,7 @@ __all__ = [
     "IncomparableError",
     "LoadError",
     "MemoryShortError",
+    "MetricError",
     "ModelNotFoundError",
     "ModifiedInPlaceError",
     "NoChatTemplateError",
@@ -87,12 +92,15 @@ __all__ = [
     "SeveralStreamsError",
     "ShapeError",
     "SilentSiteError",
+    "SiteError",
     "TextError",
+    "TextNotFoundError",
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
     "TrilensWarning",
     "UnclaimedGateError",
+    "UnknownSiteError",
     "UnsafeFormatError",
     "UntouchedEditError",
     "UsageError",
@@ -142,6 +150,14 @@ class NotStoredError(UsageError, LookupError):
 
 class AbsentLayerError(NotStoredError, OutOfRangeError):
     """A layer that this cache does not hold."""
+
+
+class TextNotFoundError(UsageError, LookupError):
+    """A text that does not occur in a prompt, or that no token of it covers."""
+
+
+class UnknownSiteError(UsageError, LookupError):
+    """A name that no place of the forward pass has."""
 
 
 class IncomparableError(UsageError):
@@ -269,6 +285,14 @@ class CaptureError(TrilensError):
 
 class SilentSiteError(CaptureError):
     """A requested site did not fire."""
+
+
+class MetricError(UsageError):
+    """A metric that gives no number, or one that is not finite."""
+
+
+class SiteError(CaptureError):
+    """A site that a layer has not, or that is not proven there."""
 
 
 class AttentionPathError(CaptureError):

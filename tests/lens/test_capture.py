@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tinymodels import build, prompt_ids
 from tolerances import sum_error
+from trilens.caches.derived import PatternValue
 from trilens.caches.patterns.protocol import Pattern
-from trilens.errors import CorruptFileError, NotStoredError, UsageError
+from trilens.caches.sites import SiteCache
+from trilens.demo import demo_path
+from trilens.errors import CorruptFileError, NotStoredError, TextNotFoundError, UsageError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 
@@ -129,7 +136,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
     cap = Lens(build("llama")).capture(prompt_ids("llama"), residual=None, logits="last")
     assert cap.has("logits") and cap.parts.names == ("logits",)
-    for part in ("residual", "attention", "effective", "gates", "states"):
+    for part in ("residual", "attention", "effective", "gates", "states", "sites"):
         assert not cap.has(part)
         with pytest.raises(NotStoredError, match=rf"{part} was not captured: .*logits; .*{part}="):
             getattr(cap, part)
@@ -137,3 +144,90 @@ def test_a_part_that_was_not_captured_says_what_to_pass() -> None:
         UsageError, match="part 'residuals' is unknown: the parts are logits, resid"
     ):
         cap.has("residuals")
+
+
+def test_sites_are_saved_with_a_capture(tmp_path: Path) -> None:
+    cap = Lens(build("llama")).capture(prompt_ids("llama"), residual="all", attention=True)
+    sites = SiteCache.from_values(
+        {
+            ("resid_post", 1): cap.residual[1],
+            ("attn.pattern", 0): PatternValue(cap.attention.pattern(0)),
+        },
+        {("attn.z", 0): "it was not asked"},
+    )
+    held = replace(cap, parts=replace(cap.parts, sites=sites))
+    assert held.has("sites")
+    assert held.nbytes == cap.nbytes
+    back = Capture.load(held.save(tmp_path / "a.tlc"))
+    assert back.sites.reasons == sites.reasons
+    for key in sites:
+        assert torch.allclose(back.sites[key], sites[key], rtol=1e-5)
+    assert held.to("meta").sites["resid_post", 1].device.type == "meta"
+
+
+def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A file with another manifest, without a hash, as files were before there were any."""
+    with safe_open(path, "pt") as file:
+        manifest = json.loads(file.metadata()["trilens"])
+    manifest.pop("hashed")
+    change(manifest)
+    save_file(load_file(path), path, metadata={"trilens": json.dumps(manifest)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def demo() -> Lens:
+    return Lens.from_pretrained(demo_path("transformer"))
+
+
+def test_find_in_a_capture_that_was_saved(demo: Lens, tmp_path: Path) -> None:
+    cap = demo.capture("def é😀 area(r): return area", logits=None)
+    back = Capture.load(cap.save(tmp_path / "a.tlc"))
+    assert back.text == cap.text == "def é😀 area(r): return area"
+    assert back.spans == cap.spans
+    for text in ("area", "é", "😀", "re", "): ret"):
+        for occurrence in (None, 0, -1):
+            found = back.find(text, occurrence)
+            assert found == cap.find(text, occurrence)
+            start, stop = cap.spans[found[0]][0], cap.spans[found[-1]][1]
+            assert text in cap.text[start:stop]
+    with pytest.raises(TextNotFoundError, match="nearest is"):
+        back.find("Area")
+    assert [c.find("a")[0] for c in demo.capture_many(["a b", "b a"])] == [0, 1]
+
+
+def test_the_text_of_a_prompt_that_is_not_known(demo: Lens, tmp_path: Path) -> None:
+    without = Lens(demo.model).capture([1, 2, 3], logits=None)
+    with pytest.raises(NotStoredError, match="without a tokenizer"):
+        without.find("a")
+    path = demo.capture("def f", logits=None).save(tmp_path / "a.tlc")
+    older = change_manifest(path, lambda manifest: manifest.pop("text"))
+    with pytest.raises(NotStoredError, match="from before texts were kept"):
+        Capture.load(older).spans
+    odd = demo.capture("def f", logits=None).save(tmp_path / "b.tlc")
+    with pytest.raises(CorruptFileError, match="outside the text"):
+        Capture.load(change_manifest(odd, lambda held: held["text"].update(text="")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [5, {}, {"text": "a"}, {"text": "ab", "spans": [[0, 1]]}, {"text": "ab", "spans": 3}]
+    + [{"text": "ab", "spans": [[0, 1], odd]} for odd in ([], [0], [1, 0], [math.inf, 2], "ab")],
+)
+def test_a_damaged_text(demo: Lens, text: Any, tmp_path: Path) -> None:
+    path = demo.capture([1, 2], logits=None).save(tmp_path / "a.tlc")
+    with pytest.raises(CorruptFileError, match="not a whole capture"):
+        Capture.load(change_manifest(path, lambda held: held.update(text=text)))
+
+
+def test_align_two_captures(demo: Lens) -> None:
+    clean = demo.capture("def area(r): return r", logits=None)
+    same = clean.align(clean)
+    assert same.is_equal_length
+    assert same.replaced == ()
+    longer = demo.capture("def area(r, height): return r", logits=None)
+    found = clean.align(longer)
+    assert found.map(-1) == len(longer.tokens) - 1
+    assert all(clean.tokens[i] == longer.tokens[j] for i, j in found.equal)
+    other = Lens(build("llama")).capture([1, 2], logits=None)
+    assert clean.align(other).equal == ()

@@ -14,6 +14,7 @@ from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.indices import check_index
+from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
 from trilens.caches.storage import distinct_bytes
 from trilens.errors import CorruptFileError, NotStoredError, UsageError
@@ -24,6 +25,8 @@ from trilens.lens.parts import ModelInfo, Parts
 from trilens.lens.saved_capture import FORMAT, VERSION, described, rebuilt
 from trilens.numbers import at_least
 from trilens.statistics.probabilities import probabilities
+from trilens.text.alignment import Alignment, align
+from trilens.text.prompt_text import PromptText
 
 __all__ = ["Capture"]
 
@@ -34,6 +37,7 @@ _HOW = {
     "effective": "effective=True",
     "gates": "gates=True",
     "states": "states=True",
+    "sites": "sites=['resid_mid', …]",
 }
 
 
@@ -41,14 +45,16 @@ _HOW = {
 class Capture:
     """One prompt, one forward pass, no padding anywhere.
 
-    `residual`, `attention`, `effective`, `gates` and `states` raise where they were not captured;
-    `has("attention")` asks.
+    `residual`, `attention`, `effective`, `gates`, `states` and `sites` raise where they were not
+    captured; `has("attention")` asks.
 
     Attributes:
         tokens: the tokens as text.
         token_ids: [seq], on the CPU.
         model: which model it was.
         parts: what is held, with None for what is not.
+        prompt_text: the prompt's text and the characters that each token covers; None where the
+            lens had no tokenizer, and in files from before it was kept.
         hash_checked: of a capture that was loaded: its file named a hash of its content, and fits
             it; False for files from before there were hashes. None for one that was not loaded.
 
@@ -62,6 +68,7 @@ class Capture:
     model: ModelInfo
     parts: Parts
     hash_checked: bool | None = None
+    prompt_text: PromptText | None = None
 
     def __repr__(self) -> str:
         return (
@@ -115,10 +122,68 @@ class Capture:
         part = self.parts.states
         return part if part is not None else self._refuse("states")
 
+    @property
+    def sites(self) -> SiteCache:
+        """Values of named places, by name and layer; `NotStoredError` where none was captured."""
+        part = self.parts.sites
+        return part if part is not None else self._refuse("sites")
+
     def _refuse(self, name: str) -> NoReturn:
         held = ", ".join(self.parts.names) or "nothing"
         raise NotStoredError(
             f"{name} was not captured: this capture holds {held}; capture with {_HOW[name]}"
+        )
+
+    @property
+    def text(self) -> str:
+        """The prompt's text, without special tokens; `NotStoredError` where it is not known."""
+        return self._written().text
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Per token, the (start, stop) characters of `text` that it covers.
+
+        Empty, start = stop, for a special token; a token that holds a part of a character's bytes
+        covers the whole character. `NotStoredError` where the text is not known.
+        """
+        return self._written().spans
+
+    def find(self, text: str, occurrence: SupportsIndex | None = None) -> tuple[int, ...]:
+        """Positions of the tokens that cover a text, ascending; a token covered in part counts.
+
+        Args:
+            text: looked for in `text` as it is written: case and spaces count.
+            occurrence: which one, from 0, negative from the end; all of them where not given.
+
+        Raises:
+            TextNotFoundError: it does not occur; names what is nearest.
+            OutOfRangeError: it occurs less often.
+            ValueRangeError: an empty text.
+            NotStoredError: this prompt's text is not known.
+        """
+        return self._written().find(text, self.tokens, occurrence)
+
+    def align(self, other: Capture) -> Alignment:
+        """This prompt's tokens beside another's, such as a corrupted one's.
+
+        Token ids are compared, or the tokens as text where the captures are of different models.
+        """
+        if self.model == other.model:
+            keys = self.token_ids.tolist(), other.token_ids.tolist()
+            return align(self.tokens, other.tokens, keys)
+        return align(self.tokens, other.tokens, (self.tokens, other.tokens))
+
+    def _written(self) -> PromptText:
+        if self.prompt_text is not None:
+            return self.prompt_text
+        ids = self.token_ids.tolist()
+        raise NotStoredError(
+            "the text of this prompt is not known: "
+            + (
+                "it was captured by a lens without a tokenizer; give Lens(model, tokenizer) one"
+                if self.tokens == [f"<{i}>" for i in ids]
+                else "its file is from before texts were kept; capture again"
+            )
         )
 
     @property
@@ -174,6 +239,7 @@ class Capture:
             "version": VERSION,
             "tokens": self.tokens,
             "model": asdict(self.model),
+            "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
             **described(self.parts),
         }
         return write_tensors(as_path(path), dict(self._tensors()), manifest)
@@ -189,7 +255,14 @@ class Capture:
         tensors, manifest = read_tensors(as_path(path), FORMAT, VERSION)
         try:
             return cls._rebuild(tensors, manifest)
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            UsageError,
+        ) as error:
             raise CorruptFileError(
                 f"{path} is not a whole capture: {type(error).__name__}: {error}; capture again"
             ) from error
@@ -198,6 +271,11 @@ class Capture:
     def _rebuild(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Capture:
         if len(manifest["tokens"]) != len(tensors["token_ids"]):
             raise ValueError("tokens and token ids differ in number")
+        # Files from before texts were kept do not speak of them.
+        text = manifest.get("text")
+        written = None if text is None else PromptText.from_dict(text)
+        if written is not None and len(written.spans) != len(tensors["token_ids"]):
+            raise ValueError("spans and token ids differ in number")
         model = typed(ModelInfo, manifest["model"])
         return cls(
             tokens=[str(token) for token in manifest["tokens"]],
@@ -205,4 +283,5 @@ class Capture:
             model=model,
             hash_checked=manifest["hashed"] is True,
             parts=rebuilt(tensors, manifest, model.n_layers),
+            prompt_text=written,
         )

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import Any, Literal, SupportsIndex
+from collections.abc import Iterable, Iterator
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.errors import UsageError
-from trilens.lens.batching import BatchSafety
+from trilens.axes import site_name
+from trilens.edits import Edit
 from trilens.lens.capture import Capture
-from trilens.lens.parts import ModelInfo
-from trilens.lens.proof import Proof, prove
-from trilens.lens.request import read_attention, read_layers, read_states
-from trilens.lens.split import split
+from trilens.lens.gradients import Gradients, Metric
+from trilens.lens.request import Asked, Which
+from trilens.lens.runner import Runner
+from trilens.lens.sites import layers_of, why_no_site
+from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
 from trilens.models.anatomy import Anatomy
-from trilens.models.encoded import each_prompt
-from trilens.models.forward_call import batch_arguments, text_config
-from trilens.models.gates.absent import attention_reasons, effective_reasons
-from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.loading import load
-from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
+from trilens.models.sites.claims import SiteClaims
 from trilens.models.tokenizers import usable_tokenizer
-from trilens.models.tokens import (
-    Prompt,
-    PromptLike,
-    pad_id_for,
-    read_prompt,
-    vocab_size_of,
-)
+from trilens.models.tokens import PromptLike
 from trilens.models.unwrap import is_pipeline, unwrapped
 from trilens.numbers import at_least
-from trilens.progress import Progress, Step
-from trilens.taps.lock import CaptureLock
+from trilens.progress import Progress
 from trilens.taps.mode import evaluating
-from trilens.taps.passes import run_pass
-from trilens.taps.recording import CaptureRequest
 
 __all__ = ["Lens"]
-
-_LOCK = CaptureLock()
-
-Which = Literal["last", "all"]
 
 
 class Lens:
@@ -69,23 +53,17 @@ class Lens:
         if tokenizer is None and is_pipeline(model):
             tokenizer = getattr(model, "tokenizer", None)
         self.model = model = unwrapped(model)
-        self.tokenizer = usable_tokenizer(tokenizer)
         self.unused_weights: tuple[str, ...] = ()
-        self._prove()
+        self._runner = Runner(self.model, usable_tokenizer(tokenizer))
 
-    def _prove(self) -> None:
-        """Prove the model as it is now: its modules may be replaced while a lens holds it."""
-        self._vocab = vocab_size_of(self.model)
-        with _LOCK.take(self.model.config):
-            self._proof: Proof = prove(self.model, self._vocab)
-        self._max_positions = max_positions_of(self.model)
-        self._copies = False
-        self._effective_proven: set[int] = set()
-        self._safety = BatchSafety(
-            lambda prompts: self._run(
-                prompts, self._wanted(prompts, "all", False, False, False, None), "all"
-            )
-        )
+    @property
+    def tokenizer(self) -> Any:
+        """What reads text prompts, None for none; another one can be set."""
+        return self._runner.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._runner.tokenizer = usable_tokenizer(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -123,7 +101,7 @@ class Lens:
     @property
     def anatomy(self) -> Anatomy:
         """Blocks, final norm, unembedding and attention sites, with the facts that prove them."""
-        return self._proof.anatomy
+        return self._runner.proof.anatomy
 
     @property
     def n_layers(self) -> int:
@@ -143,20 +121,40 @@ class Lens:
     @property
     def effective_layers(self) -> tuple[int, ...]:
         """Recurrent layers whose effective attention can be captured."""
-        return self._proof.gates.effective_layers
+        return self._runner.proof.gates.effective_layers
 
     @property
     def state_layers(self) -> tuple[int, ...]:
         """Layers whose recurrent state can be captured."""
-        return self._proof.gates.state_layers
+        return self._runner.proof.gates.state_layers
 
     @property
     def gate_layers(self) -> dict[str, tuple[int, ...]]:
         """Per gate name, the layers where it is proven."""
         found: dict[str, list[int]] = {}
-        for name, layer in self._proof.gates.gates:
+        for name, layer in self._runner.proof.gates.gates:
             found.setdefault(name, []).append(layer)
         return {name: tuple(layers) for name, layers in found.items()}
+
+    @property
+    def site_layers(self) -> dict[str, tuple[int, ...]]:
+        """Per site name, the layers where it is proven; none where the model has it once."""
+        return layers_of(self.sites)
+
+    @property
+    def sites(self) -> SiteClaims:
+        """The proven sites, where they are read and written, and why others are not there."""
+        return self._runner.proof.sites
+
+    def why_no_site(self, name: str, layer: SupportsIndex | None = None) -> str:
+        """Why a layer has not a site, in a sentence; "" where it is proven.
+
+        Raises:
+            UsageError: a name that is unknown.
+        """
+        site, own = site_name(name)
+        at = own if layer is None else int(layer)
+        return why_no_site(self.sites, site, at)
 
     def __repr__(self) -> str:
         name = type(self.model).__name__
@@ -174,6 +172,8 @@ class Lens:
         logits: Which | None = "all",
         add_special_tokens: bool = True,
         states: bool | Iterable[SupportsIndex] = False,
+        sites: Iterable[str] = (),
+        edits: Iterable[Edit] | Edit = (),
     ) -> Capture:
         """Run one prompt once and keep what was asked.
 
@@ -190,6 +190,9 @@ class Lens:
             add_special_tokens: for a text prompt, as the tokenizer does.
             states: keep the recurrent state of recurrent layers: True after the last token, or
                 positions, −1 for the last; proven in the pass that gives it.
+            sites: names of `axes.SITES`, or TransformerLens' and nnterp's; kept in `sites`, of the
+                layers that have them.
+            edits: of `trilens.edits`, applied in their order before anything is kept.
 
         Returns:
             A frozen capture, detached, in the model's dtype and on its device. Queries, keys and
@@ -201,13 +204,22 @@ class Lens:
             AttentionPathError: attention was asked of a layer that has none to give.
             CaptureError: an effective attention that the kernel's output does not prove.
             RecurrentStateError: a state that is not proven, or no layer asked has one.
+            SiteError: a site that is unknown, or not proven in the layers asked.
+            EditError: an edit that does not fit this model or prompt, or touched nothing.
             SilentSiteError: a site did not fire, or gates were asked where none is proven.
             UnclaimedGateError: gates were asked of a layer that also gates in an unknown way.
         """
-        self._refresh()
-        read = self._read(prompt, add_special_tokens)
-        wanted = self._wanted([read], residual, attention, gates, effective, layers, states)
-        return self._run([read], wanted, logits)[0]
+        asked = Asked(
+            residual=residual,
+            attention=attention,
+            gates=gates,
+            effective=effective,
+            layers=layers,
+            logits=logits,
+            states=states,
+            sites=sites,
+        ).once()
+        return self._runner.capture(prompt, asked, edits, add_special_tokens)
 
     def capture_many(
         self,
@@ -222,6 +234,8 @@ class Lens:
         logits: Which | None = "all",
         add_special_tokens: bool = True,
         states: bool | Iterable[SupportsIndex] = False,
+        sites: Iterable[str] = (),
+        edits: Iterable[Edit] | Edit = (),
         progress: Progress | None = None,
     ) -> Iterator[Capture]:
         """One capture per prompt, in order, unpadded, holding one batch at a time.
@@ -239,41 +253,86 @@ class Lens:
             ValueRangeError: a batch size below 1.
         """
         size = at_least(1, batch_size, "batch_size")
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise UsageError(
-                f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
-            )
-        prompts = each_prompt(prompts)
-        chosen = None if layers is None else tuple(layers)
-        # Read again for every batch: an iterator would be empty by then.
-        after = tuple(states) if isinstance(states, Iterator) else states
+        asked = Asked(
+            residual=residual,
+            attention=attention,
+            gates=gates,
+            effective=effective,
+            layers=layers,
+            logits=logits,
+            states=states,
+            sites=sites,
+        ).once()
+        return self._runner.batches(prompts, size, asked, edits, add_special_tokens, progress)
 
-        def batches() -> Iterator[Capture]:
-            pending: list[Prompt] = []
-            self._refresh()
-            for number, prompt in enumerate(prompts):
-                pending.append(self._read(prompt, add_special_tokens, number))
-                if len(pending) == size:
-                    yield from run(pending)
-                    pending = []
-            if pending:
-                yield from run(pending)
+    def stack(
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        site: str = "resid_post",
+        layers: Iterable[SupportsIndex] | None = None,
+        position: Where = -1,
+        batch_size: SupportsIndex = 8,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One site of many prompts as one tensor [prompt, layer, …], such as a probe is fitted on.
 
-        done, total = 0, len(prompts) if isinstance(prompts, Sized) else 0
+        Args:
+            prompts: as `capture_many` takes them.
+            site: a name of `axes.SITES` or an alias; its first axis must be the tokens.
+            layers: in the result ascending; all that have the site where not given.
+            position: of one token, negative from each prompt's own end; "last"; or "mean".
+            batch_size: prompts per forward pass.
+            progress: called after each pass.
 
-        def run(group: list[Prompt]) -> Iterator[Capture]:
-            nonlocal done
-            lengths = {len(prompt.ids) for prompt in group}
-            together = len(lengths) == 1 or self.batches_safely(max(lengths))
-            for part in [group] if together else [[prompt] for prompt in group]:
-                wanted = self._wanted(part, residual, attention, gates, effective, chosen, after)
-                captures = self._run(part, wanted, logits)
-                done += len(part)
-                if progress is not None:
-                    progress(Step(done, total or done, "prompts"))
-                yield from captures
+        Raises:
+            UsageError: no prompts, a site whose first axis is not the tokens, or no such position.
+            OutOfRangeError: a layer, or a position that a prompt is too short for.
+            ShapeError: layers whose values differ in shape.
+        """
+        return stack(
+            self,
+            prompts,
+            site=site,
+            layers=layers,
+            position=position,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
-        return batches()
+    def gradients(
+        self,
+        prompt: PromptLike,
+        metric: Metric,
+        *,
+        sites: Iterable[str] = ("resid_post",),
+        layers: Iterable[SupportsIndex] | None = None,
+        edits: Iterable[Edit] | Edit = (),
+        add_special_tokens: bool = True,
+    ) -> Gradients:
+        """A metric's gradients at sites, and the sites' values: one pass forward and one back.
+
+        The model runs in eval mode and its own dtype, the metric in float32; its parameters are
+        frozen for the run and get no gradient.
+
+        Args:
+            prompt: as `capture` takes it.
+            metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
+                `trilens.metrics` can be given.
+            sites: as `capture` takes them; not attn.scores and attn.pattern.
+            layers: layer numbers; all where not given.
+            edits: as `capture` takes them.
+            add_special_tokens: as `capture` takes it.
+
+        Raises:
+            MetricError: the metric gives no finite scalar, or does not depend on the logits.
+            SiteError: a site that is not proven in the layers asked, or has no gradient.
+
+        Memory
+            Every activation of the pass: what training of one batch of this prompt keeps.
+        """
+        asked = Asked(residual=None, layers=layers, sites=sites).once()
+        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens)
 
     def batches_safely(self, tokens: int) -> bool:
         """Whether padded rows equal single prompts on this model, up to so many tokens: measured.
@@ -283,7 +342,7 @@ class Lens:
         measured once for each doubling of the length: sparse attention and windows begin to matter
         only when a prompt is longer than they are.
         """
-        return self._safety.up_to(tokens, self.model, self._vocab, configured_positions(self.model))
+        return self._runner.batches_safely(tokens)
 
     @torch.no_grad()
     def unembed(self, residual: Tensor) -> Tensor:
@@ -299,84 +358,5 @@ class Lens:
             UsageError: the model has no unembedding (a bare encoder).
             ShapeError: the last axis is not d_model.
         """
-        with _LOCK.take(self.model.config), evaluating(self.model):
+        with self._runner.lock(), evaluating(self.model):
             return unembedded(self.model, self.anatomy, residual)
-
-    def _refresh(self) -> None:
-        if self._proof.is_outdated(self.model, vocab_size_of(self.model)):
-            self._prove()
-
-    def _read(
-        self, prompt: PromptLike, add_special_tokens: bool, number: int | None = None
-    ) -> Prompt:
-        return read_prompt(
-            prompt,
-            tokenizer=self.tokenizer,
-            vocab_size=self._vocab,
-            max_positions=self._max_positions,
-            add_special_tokens=add_special_tokens,
-            number=number,
-        )
-
-    def _wanted(
-        self,
-        prompts: Sequence[Prompt],
-        residual: Which | None,
-        attention: bool,
-        gates: bool,
-        effective: bool,
-        layers: Iterable[SupportsIndex] | None,
-        states: bool | Iterable[SupportsIndex] = False,
-    ) -> CaptureRequest:
-        if residual not in ("last", "all", None):
-            raise UsageError(f"residual {residual!r} is not an option: 'last', 'all' or None")
-        chosen = read_layers(layers, self.n_layers)
-        claims, name = self._proof.gates, type(self.model).__name__
-        softmax: tuple[int, ...] = ()
-        if attention:
-            which = "this model" if layers is None else f"layers {', '.join(map(str, chosen))}"
-            softmax = read_attention(chosen, which, self.anatomy, claims, name)
-        recurrent = claims.effective_within(chosen, name) if effective else ()
-        lengths = tuple(len(prompt.ids) for prompt in prompts)
-        remembered = read_states(states, lengths, chosen, claims, name, self.n_layers)
-        held = {*softmax, *recurrent}
-        return CaptureRequest(
-            layers=chosen,
-            residual=residual,
-            lengths=lengths,
-            attention=softmax,
-            gates=claims.within(chosen, name) if gates else {},
-            copy=self._copies,
-            kernels=recurrent,
-            boundaries=claims.boundaries((*recurrent, *remembered.layers)),
-            states=remembered,
-            absent=attention_reasons(self.anatomy, claims.recurrences, chosen, held),
-            absent_effective=effective_reasons(self.anatomy, claims.recurrences, chosen),
-        )
-
-    def _run(
-        self, prompts: Sequence[Prompt], wanted: CaptureRequest, logits: Which | None
-    ) -> list[Capture]:
-        """One forward pass over a padded batch, taken apart into one capture per prompt."""
-        if logits not in ("last", "all", None):
-            raise UsageError(f"logits {logits!r} is not an option: 'all', 'last' or None")
-        pad = pad_id_for(self.tokenizer, text_config(self.model), self._vocab)
-        arguments = batch_arguments(self.model, prompts, pad, logits=logits is not None)
-        longest = max(wanted.lengths)
-        with _LOCK.take(self.model.config), beyond_positions(self.model, longest):
-            recording = run_pass(self.model, self.anatomy, wanted, arguments)
-        # A model that writes into tensors it has handed on: from now on keep copies.
-        self._copies |= recording.request.copy
-        effective = effective_patterns(recording.kernels, wanted.lengths, self._effective_proven)
-        return split(prompts, recording, effective, logits=logits, info=self._info())
-
-    def _info(self) -> ModelInfo:
-        config = self.model.config
-        return ModelInfo(
-            name=str(getattr(config, "_name_or_path", "") or ""),
-            model_class=type(self.model).__name__,
-            model_type=str(getattr(config, "model_type", "")),
-            n_layers=self.n_layers,
-            d_model=self.d_model,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-        )

@@ -11,6 +11,7 @@ from torch import Tensor
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.gates import GateCache
+from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
 from trilens.caches.storage import moved
 
@@ -42,6 +43,7 @@ class Parts:
         effective: effective attention of every recurrent layer.
         gates: per-layer gates.
         states: recurrent states of layers after chosen tokens.
+        sites: values of named places of the forward pass.
     """
 
     logits: Tensor | None = None
@@ -50,6 +52,7 @@ class Parts:
     effective: AttentionCache | None = None
     gates: GateCache | None = None
     states: StateCache | None = None
+    sites: SiteCache | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +89,9 @@ class Parts:
         if self.states is not None:
             for layer, part, tensor in self.states.tensors():
                 yield f"states.{layer}.{part}", tensor
+        if self.sites is not None:
+            for name, tensor in self.sites.tensors():
+                yield f"sites.{name}", tensor
 
     def _pattern_tensors(self) -> Iterator[tuple[str, Tensor]]:
         shared = self.shared_layers
@@ -105,6 +111,7 @@ class Parts:
             effective=effective,
             gates=None if self.gates is None else self.gates.to(device),
             states=None if self.states is None else self.states.to(device),
+            sites=None if self.sites is None else self.sites.to(device),
         )
 
     def _moved(

@@ -25,6 +25,7 @@ from trilens.models.forward_call import (
 )
 from trilens.models.gates.claims import GateClaims, find_gates
 from trilens.models.offload import unfilled
+from trilens.models.sites.claims import SiteClaims, find_sites
 from trilens.models.trace import Trace
 from trilens.taps.mode import evaluating, unchanged
 from trilens.taps.recorder import record
@@ -46,6 +47,7 @@ class Proof:
 
     anatomy: Anatomy
     gates: GateClaims
+    sites: SiteClaims
     vocab: int
     modules: tuple[nn.Module, ...]
 
@@ -97,7 +99,8 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
     with torch.no_grad():
         gates = find_gates(trace, events, anatomy)
-    return Proof(anatomy, gates, vocab, tuple(model.modules()))
+        sites = find_sites(trace, events, anatomy, gates)
+    return Proof(anatomy, gates, sites, vocab, tuple(model.modules()))
 
 
 def _check_in_memory(model: nn.Module) -> None:

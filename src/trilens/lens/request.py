@@ -2,18 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self, SupportsIndex
 
 from trilens.caches.indices import check_index
 from trilens.errors import AttentionPathError, UsageError
 from trilens.io.messages import listed
+from trilens.lens.proof import Proof
+from trilens.lens.sites import read_sites
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.absent import attention_reasons
+from trilens.models.gates.absent import attention_reasons, effective_reasons
 from trilens.models.gates.claims import GateClaims
-from trilens.taps.recording import StateRequest
+from trilens.taps.recording import CaptureRequest, StateRequest
 
-__all__ = ["read_attention", "read_layers", "read_states"]
+__all__ = ["Asked", "Which", "read_attention", "read_layers", "read_states", "request_of"]
+
+Which = Literal["last", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a caller asks of a capture, as `Lens.capture` takes it."""
+
+    residual: Which | None = "last"
+    attention: bool = False
+    gates: bool = False
+    effective: bool = False
+    layers: Iterable[SupportsIndex] | None = None
+    logits: Which | None = "all"
+    states: bool | Iterable[SupportsIndex] = False
+    sites: Iterable[str] = ()
+
+    def once(self) -> Self:
+        """The same, to be read several times: an iterator would be empty by then.
+
+        Raises:
+            UsageError: an option that is none.
+        """
+        if self.residual not in ("last", "all", None):
+            raise UsageError(f"residual {self.residual!r} is not an option: 'last', 'all' or None")
+        if self.logits not in ("last", "all", None):
+            raise UsageError(f"logits {self.logits!r} is not an option: 'all', 'last' or None")
+        again = {
+            name: tuple(value)
+            for name in ("layers", "states", "sites")
+            if isinstance(value := getattr(self, name), Iterator)
+        }
+        return replace(self, **again)  # type: ignore[arg-type]
+
+
+def request_of(
+    asked: Asked, lengths: Sequence[int], proof: Proof, model: str, *, copy: bool
+) -> CaptureRequest:
+    """What a pass over prompts of these lengths is to leave behind.
+
+    Args:
+        asked: what the caller asks.
+        lengths: tokens of each prompt.
+        proof: what is proven of the model.
+        model: its class, for messages.
+        copy: copy what is recorded.
+
+    Raises:
+        TrilensError: as `Lens.capture`.
+    """
+    anatomy, claims = proof.anatomy, proof.gates
+    chosen = read_layers(asked.layers, anatomy.n_layers)
+    softmax: tuple[int, ...] = ()
+    if asked.attention:
+        which = "this model" if asked.layers is None else f"layers {', '.join(map(str, chosen))}"
+        softmax = read_attention(chosen, which, anatomy, claims, model)
+    recurrent = claims.effective_within(chosen, model) if asked.effective else ()
+    remembered = read_states(asked.states, lengths, chosen, claims, model, anatomy.n_layers)
+    held = {*softmax, *recurrent}
+    return CaptureRequest(
+        layers=chosen,
+        residual=asked.residual,
+        lengths=tuple(lengths),
+        attention=softmax,
+        gates=claims.within(chosen, model) if asked.gates else {},
+        copy=copy,
+        kernels=recurrent,
+        boundaries=claims.boundaries((*recurrent, *remembered.layers)),
+        states=remembered,
+        absent=attention_reasons(anatomy, claims.recurrences, chosen, held),
+        absent_effective=effective_reasons(anatomy, claims.recurrences, chosen),
+        sites=read_sites(
+            asked.sites,
+            chosen,
+            proof.sites,
+            model,
+            chosen=asked.layers is not None,
+            n_layers=anatomy.n_layers,
+        ),
+    )
 
 
 def read_layers(layers: Iterable[SupportsIndex] | None, n_layers: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
 from trilens.caches.gate_spec import GateSpec
 from trilens.caches.gates import GateCache
+from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
 from trilens.lens.parts import Parts
 
@@ -30,6 +31,7 @@ def described(parts: Parts) -> dict[str, Any]:
         "effective": None,
         "reasons": {},
         "states": None if parts.states is None else parts.states.params(),
+        "sites": None if parts.sites is None else parts.sites.params(),
     }
     shared = parts.shared_layers
     for name, cache in parts.attention_caches():
@@ -63,16 +65,19 @@ def rebuilt(tensors: dict[str, Tensor], manifest: dict[str, Any], n_model_layers
     """
     held: dict[str, _Layers] = {"attention": {}, "effective": {}, "gates": {}, "states": {}}
     residual: dict[int, Tensor] = {}
+    at_sites: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "residual":
             residual[int(rest)] = tensor
+        elif kind == "sites":
+            at_sites[rest] = tensor
         elif kind in held:
             layer, _, part = rest.partition(".")
             held[kind].setdefault(int(layer), {})[part] = tensor
     attention = _attention("attention", held, manifest, n_model_layers, None)
-    # Files from before states could be captured do not speak of them.
-    states = manifest.get("states")
+    # Files from before states and sites could be captured do not speak of them.
+    states, sites = manifest.get("states"), manifest.get("sites")
     kinds: dict[str, type[ActivationCache] | type[FullActivationCache]] = {
         "last": ActivationCache,
         "all": FullActivationCache,
@@ -85,6 +90,7 @@ def rebuilt(tensors: dict[str, Tensor], manifest: dict[str, Any], n_model_layers
         effective=_attention("effective", held, manifest, n_model_layers, attention),
         gates=_gates(held["gates"], manifest["gates"]),
         states=None if states is None else StateCache.rebuild(held["states"], states),
+        sites=None if sites is None else SiteCache.rebuild(at_sites, sites),
     )
 
 

@@ -8,10 +8,11 @@ only when decoding removes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BYTE_OF", "token_strings"]
+__all__ = ["BYTE_OF", "Piece", "token_pieces", "token_strings"]
 
 _METASPACE = "▁"
 _WORD_END = "</w>"
@@ -31,6 +32,22 @@ BYTE_OF = _byte_alphabet()
 """The byte behind each character of a byte-level vocabulary."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token id stands for.
+
+    Attributes:
+        string: as a person reads it.
+        raw: its bytes of text; None for special and unknown tokens, which stand for none.
+        is_text: whether the tokenizer keeps it as text, not in an alphabet of bytes or spaces, so
+            that what stands between it and its neighbours is the decoder's affair.
+    """
+
+    string: str
+    raw: bytes | None = None
+    is_text: bool = False
+
+
 def token_strings(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
     """One readable string per id.
 
@@ -43,31 +60,39 @@ def token_strings(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
         ids: token ids.
         tokenizer: the tokenizer, or None.
     """
+    pieces = token_pieces(ids, tokenizer)
+    return tuple(pieces[token_id].string for token_id in ids)
+
+
+def token_pieces(ids: Sequence[int], tokenizer: Any) -> Mapping[int, Piece]:
+    """What each distinct id stands for; see `token_strings`."""
     if tokenizer is None:
-        return tuple(f"<{token_id}>" for token_id in ids)
-    special = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
-    added = frozenset(getattr(tokenizer, "added_tokens_decoder", None) or ())
-    known = {i: _string_of(i, tokenizer, special=special, added=added) for i in set(ids)}
-    return tuple(known[token_id] for token_id in ids)
+        return {token_id: Piece(f"<{token_id}>") for token_id in ids}
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    # Chat markers are often special without being the first, last or padding token.
+    marked = (i for i, token in dict(added).items() if getattr(token, "special", False))
+    special = frozenset((*(getattr(tokenizer, "all_special_ids", None) or ()), *marked))
+    return {i: _piece_of(i, tokenizer, special=special, added=frozenset(added)) for i in set(ids)}
 
 
-def _string_of(
+def _piece_of(
     token_id: int, tokenizer: Any, *, special: frozenset[int], added: frozenset[int]
-) -> str:
+) -> Piece:
     try:
         piece = tokenizer.convert_ids_to_tokens([token_id])[0]
     except (IndexError, KeyError, ValueError, OverflowError):
         piece = None
     if piece is None:
-        return f"<{token_id}>"
+        return Piece(f"<{token_id}>")
     if isinstance(piece, bytes):
-        return _show_bytes(piece)
+        return Piece(_show_bytes(piece), piece)
     piece = str(piece)
     if token_id in special:
-        return piece
+        return Piece(piece)
     byte = _BYTE_PIECE.fullmatch(piece)
     if byte is not None:
-        return _show_bytes(bytes([int(byte.group(1), 16)]))
+        raw = bytes([int(byte.group(1), 16)])
+        return Piece(_show_bytes(raw), raw)
     decoded = str(
         tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
@@ -75,12 +100,13 @@ def _string_of(
     if token_id not in added and all(char in BYTE_OF for char in piece):
         raw = bytes(BYTE_OF[char] for char in piece)
         if _agrees(raw, decoded):
-            return _show_bytes(raw)
+            return Piece(_show_bytes(raw), raw, is_text=piece == decoded)
+    is_text = piece == decoded
     if _METASPACE in piece and _METASPACE not in decoded:
         piece = piece.replace(_METASPACE, " ")
     if piece.endswith(_WORD_END) and _WORD_END not in decoded:
         piece = piece.removesuffix(_WORD_END) + " "
-    return piece
+    return Piece(piece, piece.encode("utf-8", errors="replace"), is_text)
 
 
 def _agrees(raw: bytes, decoded: str) -> bool:

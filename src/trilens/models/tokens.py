@@ -30,8 +30,9 @@ from trilens.models.encoded import (
     warn_doubled_bos,
 )
 from trilens.models.positions import text_settings
-from trilens.models.token_strings import token_strings
+from trilens.models.prompt_text import spelled
 from trilens.models.tokenizers import usable_tokenizer
+from trilens.text.prompt_text import PromptText
 
 __all__ = [
     "Prompt",
@@ -63,10 +64,12 @@ class Prompt:
     Shapes:
         ids: [seq] int64, on the CPU
         strings: seq of them
+        text: which characters each token covers; None without a tokenizer
     """
 
     ids: torch.Tensor
     strings: tuple[str, ...]
+    text: PromptText | None = None
 
 
 def read_prompt(
@@ -124,6 +127,7 @@ def _read(
 ) -> Prompt:
     encoded = isinstance(prompt, Mapping | Encoding)
     from_text = isinstance(prompt, str) or is_messages(prompt)
+    written = prompt if isinstance(prompt, str) else None
     if isinstance(prompt, Mapping | Encoding):
         prompt = ids_of_encoding(prompt)
     if isinstance(prompt, str):
@@ -149,7 +153,8 @@ def _read(
             f"prompt has {len(ids)} tokens, this model has {max_positions} positions: "
             f"shorten it to at most {max_positions} tokens"
         )
-    return Prompt(torch.tensor(ids, dtype=torch.int64), token_strings(ids, tokenizer))
+    strings, text = spelled(ids, tokenizer, written, add_special_tokens)
+    return Prompt(torch.tensor(ids, dtype=torch.int64), strings, text)
 
 
 def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from trilens.taps.undo import undone
 
-__all__ = ["evaluating", "unchanged"]
+__all__ = ["evaluating", "frozen", "unchanged"]
 
 
 @contextmanager
@@ -29,6 +29,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with undone(put_back), stance:
         if training:
             model.eval()
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a model's parameters without reaching them.
+
+    Each parameter gets its own `requires_grad` back afterwards; no gradient is accumulated.
+    """
+    trainable = [each for each in model.parameters() if each.requires_grad]
+
+    def put_back() -> None:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    with undone(put_back):
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         yield
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trilens.models.anatomy import Anatomy
-from trilens.taps.mode import evaluating
+from trilens.taps.edits import Compiled
+from trilens.taps.mode import evaluating, frozen
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.session import recording_of
-from trilens.taps.site_taps import SiteAction
 
 __all__ = ["run_pass"]
 
@@ -23,7 +24,7 @@ def run_pass(
     anatomy: Anatomy,
     wanted: CaptureRequest,
     arguments: Mapping[str, Any],
-    actions: Sequence[SiteAction] = (),
+    edits: Compiled | None = None,
 ) -> Recording:
     """Run a model once and give what the pass left behind.
 
@@ -35,20 +36,21 @@ def run_pass(
         anatomy: its parts.
         wanted: what the pass is to leave behind.
         arguments: of the model's forward.
-        actions: edits, in their order.
+        edits: made ready for these prompts.
 
     Raises:
         SilentSiteError, CaptureError: as `recording_of`.
     """
     with (
         evaluating(model),
+        frozen(model) if wanted.gradients else nullcontext(),
         torch.inference_mode(False),
         torch.set_grad_enabled(wanted.gradients),
-        recording_of(model, anatomy, wanted, actions) as recording,
+        recording_of(model, anatomy, wanted, edits) as recording,
     ):
         output = model(**arguments)
     if recording.overwritten:
-        return run_pass(model, anatomy, replace(wanted, copy=True), arguments, actions)
+        return run_pass(model, anatomy, replace(wanted, copy=True), arguments, edits)
     logits = getattr(output, "logits", None)
     recording.logits = logits if isinstance(logits, Tensor) else None
     return recording

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from trilens.caches.patterns.protocol import Pattern
 from trilens.models.gates.kernels import KernelRecord
 from trilens.models.gates.mixers import Boundary
 from trilens.models.gates.recurrent_states import LayerState
@@ -52,6 +53,7 @@ class CaptureRequest:
         sites: requested sites, by name and layer.
         gradients: keep sites as they are in the graph, so that gradients reach them.
         prompts: tokens of each row's prompt, where the pass does not hold just those.
+        numbers: of the rows' prompts among those that edits were made ready for.
     """
 
     layers: tuple[int, ...]
@@ -68,11 +70,12 @@ class CaptureRequest:
     sites: Mapping[SiteKey, Site] = field(default_factory=dict)
     gradients: bool = False
     prompts: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def span(self, start: int) -> Span:
         """The tokens of a pass that begins at a position of the text."""
         seq = max(self.lengths)
-        return Span(start, seq, self.lengths, self.prompts or self.lengths)
+        return Span(start, seq, self.lengths, self.prompts or self.lengths, self.numbers)
 
 
 @dataclass(slots=True)
@@ -89,7 +92,7 @@ class Recording:
         gates one tensor per call, with the axes of their source;
         states per call of a kernel one entry per prompt, without padding;
         sites [batch, seq, *shape] of the site; of attn.head_out the projection's input; of
-        attn.scores and attn.pattern the attention call.
+        attn.scores and attn.pattern the layer's pattern.
     """
 
     request: CaptureRequest
@@ -99,5 +102,5 @@ class Recording:
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
     states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
-    sites: dict[SiteKey, Tensor | AttentionCall] = field(default_factory=dict)
+    sites: dict[SiteKey, Tensor | Pattern] = field(default_factory=dict)
     overwritten: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.storage import address_of
 from trilens.errors import (
     AttentionPathError,
@@ -31,12 +32,15 @@ from trilens.models.gates.recurrent_states import states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.sites.site import SiteKey, title_of
 from trilens.models.trace import same, tensors_in
+from trilens.taps.attention_taps import AttentionTaps
+from trilens.taps.edits import Compiled
 from trilens.taps.gate_check import watch_gates
 from trilens.taps.hooks import Hooks, hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
-from trilens.taps.site_taps import SiteAction, SiteTaps, spots_of
+from trilens.taps.site_taps import SiteTaps
+from trilens.taps.sum_taps import SumTaps
 
 __all__ = ["recording_of"]
 
@@ -51,13 +55,15 @@ class _Session:
         hooks: Hooks,
         anatomy: Anatomy,
         request: CaptureRequest,
-        actions: Sequence[SiteAction],
+        edits: Compiled,
     ) -> None:
         self.hooks = hooks
         self.anatomy = anatomy
         self.gradients = request.gradients
         self.taps = _by_tap(request.gates)
-        self.sites = SiteTaps(self, spots_of(request.sites.values(), actions))
+        self.sites = SiteTaps(self, request.sites.values(), edits)
+        self.calls = AttentionTaps(self, edits, self.sites)
+        self.sums = SumTaps(self, self.sites, anatomy.d_model)
         self.begin(request, 0)
 
     def begin(self, request: CaptureRequest, start: int) -> None:
@@ -76,10 +82,15 @@ class _Session:
         self.counts: dict[tuple[int, TapKey], int] = {}
         self.entry: dict[str, Any] | None = None
         self.sites.begin()
+        self.sums.begin()
 
     def keep_site(self, key: SiteKey, value: Tensor) -> None:
         """Note a site's value, by reference."""
         self.recording.sites[key] = value if self.gradients else self.keep(value)
+
+    def keep_pattern(self, key: SiteKey, pattern: Pattern) -> None:
+        """Note a layer's attention pattern as a site's value."""
+        self.recording.sites[key] = pattern
 
     def mine(self) -> bool:
         return not self.hooks.closed and threading.get_ident() == self.hooks.thread
@@ -128,8 +139,14 @@ class _Session:
                 f"layer {layer} calls attention twice with different queries or keys: it has no "
                 "single attention pattern"
             )
+        # Values are as large as keys: they are kept where weights have to be proven by them.
+        proof = call.weights is not None
         self.recording.attention[layer] = replace(
-            call, query=self.keep(call.query), key=self.keep(call.key)
+            call,
+            query=self.keep(call.query),
+            key=self.keep(call.key),
+            value=call.value if proof else None,
+            output=call.output if proof else None,
         )
 
     def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
@@ -284,7 +301,7 @@ def recording_of(
     model: nn.Module,
     anatomy: Anatomy,
     request: CaptureRequest,
-    actions: Sequence[SiteAction] = (),
+    edits: Compiled | None = None,
 ) -> Iterator[Recording]:
     """Record one forward pass that runs inside the block.
 
@@ -292,7 +309,7 @@ def recording_of(
         model: the model.
         anatomy: its parts.
         request: what the pass is to leave behind.
-        actions: edits, in their order; what is kept is what they gave.
+        edits: made ready for these prompts; what is kept is what they gave.
 
     Yields:
         The recording, complete when the block ends.
@@ -304,11 +321,12 @@ def recording_of(
         UnclaimedGateError: a gate is not what it was on the probe.
     """
     with hooked(model) as hooks:
-        session = _Session(hooks, anatomy, request, actions)
+        session = _Session(hooks, anatomy, request, edits or Compiled())
         blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
         for module in blocks:
             hooks.before(module, session.enter_block)
         session.sites.place_inputs(hooks)
+        session.sums.place(hooks)
         session.sites.place_outputs(hooks)
         for module in blocks:
             hooks.after(module, session.leave_block)
@@ -331,11 +349,13 @@ def recording_of(
         if kernels:
             watcher = KernelWatcher(_nothing, session.leave_kernel)
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
-        if request.attention:
-            paths = {anatomy.attention[layer] for layer in request.attention}
-            attending = [model.get_submodule(path) for path in paths]
+        callers = {i: model.get_submodule(path) for i, path in anatomy.attention.items()}
+        edited = session.calls.modules(callers)
+        attending = {callers[layer] for layer in request.attention} | edited
+        if attending:
             keys = attention_keys(model, attending)
-            hooks.enter(REGISTRY.watch(keys, session.attend))
+            editor = session.calls if edited else None
+            hooks.enter(REGISTRY.watch(keys, session.attend, editor))
         yield session.recording
     session.finish()
     check_gates()

@@ -6,34 +6,25 @@ is written into. A site whose edits all leave it as it is hands on the very tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from trilens.axes import SITES
+from trilens.caches.patterns.protocol import Pattern
 from trilens.models.sites.head_out import by_head
 from trilens.models.sites.site import Site, SiteKey, Tap
 from trilens.models.sites.values import read_value, replace_tensor, write_value
 from trilens.models.trace import tensors_in
+from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
 from trilens.taps.span import Span
 
-__all__ = ["SiteAction", "SiteTaps", "Spot", "spots_of"]
+__all__ = ["Pass", "SiteTaps", "Spot", "spots_of"]
 
 _ORDER = {name: number for number, name in enumerate(SITES)}
-
-
-class SiteAction(Protocol):
-    """An edit at one site, ready to run."""
-
-    @property
-    def site(self) -> Site:
-        """Where."""
-
-    def apply(self, value: Tensor, span: Span) -> Tensor | None:
-        """The new value [batch, seq, *shape]; None, or the value itself, where nothing changes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,38 +34,39 @@ class Spot:
     Attributes:
         tap: where.
         site: whose value passes there.
-        actions: edits, in their order.
+        edit: whether edits of the site are applied here.
         record: whether the value is kept.
     """
 
     tap: Tap
     site: Site
-    actions: tuple[SiteAction, ...]
+    edit: bool
     record: bool
 
 
-def spots_of(sites: Iterable[Site], actions: Sequence[SiteAction]) -> list[Spot]:
+def spots_of(sites: Iterable[Site], edits: Compiled, *, gradients: bool = False) -> list[Spot]:
     """One spot per site, or two where a site is written at another tap than it is read at.
+
+    Where gradients are asked, a site is read where it is written: not all that the model makes of
+    a residual stream goes through the norm that it can be read at.
 
     They come in the order in which a block passes its sites, so that of two sites that are one
     tensor the earlier one is done first.
     """
-    edits: dict[SiteKey, list[SiteAction]] = {}
     places: dict[SiteKey, Site] = {site.key: site for site in sites}
     recorded = set(places)
-    for action in actions:
-        edits.setdefault(action.site.key, []).append(action)
-        places.setdefault(action.site.key, action.site)
+    for key, actions in edits.actions.items():
+        places.setdefault(key, actions[0].site)
     found = []
     for key, site in places.items():
-        mine, record = tuple(edits.get(key, ())), key in recorded
-        if site.write_tap == site.tap:
-            found.append(Spot(site.tap, site, mine, record))
+        edit, record = key in edits.actions, key in recorded
+        if gradients or site.write_tap == site.tap:
+            found.append(Spot(site.write_tap, site, edit, record))
             continue
-        if mine:
-            found.append(Spot(site.write_tap, site, mine, record=False))
+        if edit:
+            found.append(Spot(site.write_tap, site, edit=True, record=False))
         if record:
-            found.append(Spot(site.tap, site, (), record=True))
+            found.append(Spot(site.tap, site, edit=False, record=True))
     return sorted(found, key=lambda spot: _ORDER.get(spot.site.name, len(_ORDER)))
 
 
@@ -91,13 +83,17 @@ class Pass(Protocol):
     def keep_site(self, key: SiteKey, value: Tensor) -> None:
         """Note a site's value."""
 
+    def keep_pattern(self, key: SiteKey, pattern: Pattern) -> None:
+        """Note a layer's attention pattern as a site's value."""
+
 
 class SiteTaps:
     """The hooks of a pass at the inputs and outputs of modules that sites name."""
 
-    def __init__(self, run: Pass, spots: Sequence[Spot]) -> None:
+    def __init__(self, run: Pass, sites: Iterable[Site], edits: Compiled) -> None:
         self.run = run
-        self.spots = spots
+        self.edits = edits
+        self.spots = spots_of(sites, edits, gradients=run.gradients)
         self.counts: dict[tuple[str, int | None, nn.Module], int] = {}
 
     def place_inputs(self, hooks: Hooks) -> None:
@@ -114,24 +110,36 @@ class SiteTaps:
         """Forget what was counted: another pass begins."""
         self.counts.clear()
 
-    def at(self, spot: Spot, tensor: Tensor) -> Tensor:
-        """Edit and keep one site's value; the tensor that the model goes on with."""
-        run, site = self.run, spot.site
-        rows, columns = len(run.span.lengths), run.span.seq
-        changed = edited(spot, read_value(tensor, site, rows, columns), run.span)
-        if run.gradients and spot.record and not tensor.requires_grad:
-            # Where the graph begins: parameters are frozen.
-            tensor = tensor.detach().requires_grad_()
+    def at(self, spot: Spot, tensor: Tensor, span: Span | None = None) -> Tensor:
+        """Edit and keep one site's value; the tensor that the model goes on with.
+
+        Args:
+            spot: the site, and what is done there.
+            tensor: what passes by.
+            span: the tokens of the tensor, where they are not the pass's.
+        """
+        run, site, span = self.run, spot.site, span or self.run.span
+        rows, columns = len(span.lengths), span.seq
+        changed = self._edited(spot, read_value(tensor, site, rows, columns), span)
         if changed is not None:
             tensor = write_value(tensor, site, changed)
-        if spot.record:
-            run.keep_site(site.key, read_value(tensor, site, rows, columns))
-        return tensor
+        if not spot.record:
+            return tensor
+        value = read_value(tensor, site, rows, columns)
+        if not run.gradients:
+            # What the model is known to write into later is copied.
+            run.keep_site(site.key, value.clone() if site.overwritten else value)
+            return tensor
+        # Parameters are frozen: the graph begins at the first site. The model goes on with a copy,
+        # since it may write into what it holds.
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        run.keep_site(site.key, value)
+        return write_value(tensor, site, value.clone())
 
     def _by_module(self, event: str) -> dict[nn.Module, list[Spot]]:
         found: dict[nn.Module, list[Spot]] = {}
         for spot in self.spots:
-            split = spot.site.projection is not None and spot.actions
+            split = spot.site.projection is not None and spot.edit
             where = "output" if split else spot.tap.event
             if where == event:
                 found.setdefault(spot.tap.module, []).append(spot)
@@ -184,18 +192,13 @@ class SiteTaps:
         run = self.run
         rows = read_value(merged, spot.site, len(run.span.lengths), run.span.seq)
         parts = by_head(rows, projection)
-        changed = edited(spot, parts, run.span)
+        changed = self._edited(spot, parts, run.span)
         if changed is not None:
             output = output + (changed - parts).sum(-2).to(output.dtype).reshape(output.shape)
         if spot.record:
             run.keep_site(spot.site.key, rows)
         return output
 
-
-def edited(spot: Spot, value: Tensor, span: Span) -> Tensor | None:
-    """What the edits of a spot make of a value; None where they leave it as it is."""
-    first = value
-    for action in spot.actions:
-        new = action.apply(value, span)
-        value = value if new is None else new
-    return None if value is first else value
+    def _edited(self, spot: Spot, value: Tensor, span: Span) -> Tensor | None:
+        """What the edits of a spot make of a value; None where they leave it as it is."""
+        return self.edits.apply(spot.site.key, value, span) if spot.edit else None

@@ -97,7 +97,7 @@ def test_an_activation_that_multiplies_nothing_is_no_gate(mlp: type[nn.Module]) 
 def test_experts_are_left_out(model_type: str) -> None:
     """Their rows are sorted by expert: no site may read them."""
     lens = Lens(build(model_type))
-    for site in lens._proof.gates.gates.values():
+    for site in lens._runner.proof.gates.gates.values():
         assert "experts" not in site.spec.where
         assert "block_sparse_moe.activation" not in site.spec.where
 

@@ -28,6 +28,7 @@ __all__ = [
     "moments",
     "row_blocks",
     "row_weights",
+    "scores_of",
     "shift",
     "spans",
     "summarise_block",
@@ -210,7 +211,7 @@ def row_weights(group: HeadGroup, rows: Index) -> Tensor:
         [heads, n, seq_k]; masked weights are exactly 0, a row that may see nothing is all 0.
     """
     inputs = group.inputs
-    scores = _scores(inputs, group.keys, rows, slice(0, inputs.seq_k))
+    scores = scores_of(inputs, group.keys, rows, slice(0, inputs.seq_k))
     top = _finite(scores.amax(-1, keepdim=True))
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -236,7 +237,7 @@ def column_weights(inputs: SoftmaxInputs, lse: Tensor, positions: Tensor) -> Ten
         if part.centre is not None:
             keys = keys - part.centre[:, None]
         own = lse[head : head + 1]
-        weights = _scores(part, keys, slice(0, part.seq_q), positions)
+        weights = scores_of(part, keys, slice(0, part.seq_q), positions)
         weights.sub_(_finite(own)[..., None]).exp_().clamp_(max=1)
         if part.sinks is not None:
             weights.mul_(_kept(own + shift(part), part.sinks)[..., None])
@@ -250,7 +251,7 @@ def summarise_block(group: HeadGroup, rows: slice, columns: slice) -> Summary:
     if columns.stop <= columns.start:
         empty = inputs.q.new_zeros((inputs.heads, rows.stop - rows.start), dtype=inputs.dtype)
         return Summary(torch.full_like(empty, -torch.inf), empty)
-    scores = _scores(inputs, group.keys[:, columns], rows, columns)
+    scores = scores_of(inputs, group.keys[:, columns], rows, columns)
     top = _finite(scores.amax(-1, keepdim=True))
     weights = scores.sub_(top).exp()
     total = weights.sum(-1)
@@ -286,7 +287,7 @@ def moments(inputs: SoftmaxInputs, lse: Tensor) -> tuple[Tensor, Tensor]:
         for rows, columns in walk:
             if columns.stop <= columns.start:
                 continue
-            weights = _scores(group.inputs, group.keys[:, columns], rows, columns)
+            weights = scores_of(group.inputs, group.keys[:, columns], rows, columns)
             weights.sub_(_finite(lse[own, rows])[..., None]).exp_()
             received[own, columns] += torch.bmm(kept[own, None, rows], weights)[:, 0]
             queries = _positions(rows, device) + inputs.query_offset
@@ -332,7 +333,7 @@ def _seen_by(inputs: SoftmaxInputs) -> Tensor:
     return counts
 
 
-def _scores(inputs: SoftmaxInputs, keys: Tensor, rows: Index, columns: Index) -> Tensor:
+def scores_of(inputs: SoftmaxInputs, keys: Tensor, rows: Index, columns: Index) -> Tensor:
     """Scores before the softmax, −inf where masked: [heads, n queries, n keys].
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trilens.caches.patterns.softmax.blocks import (
     moments,
     row_blocks,
     row_weights,
+    scores_of,
     shift,
     without_idle_mask,
 )
@@ -192,6 +194,23 @@ class SoftmaxPattern(KeptPattern):
             inputs = self._inputs(batch)
             for group, start, stop in _row_walk(inputs, self.seq_q):
                 out[batch, group.heads, start:stop] = row_weights(group, slice(start, stop))
+        return out
+
+    def scores(self) -> Tensor:
+        """What the softmax was given: [batch, heads, seq_q, seq_k], −inf where masked.
+
+        Scaled, with soft cap, bias and mask; memory as `dense`.
+        """
+        shape = (self.batch, self.heads, self.seq_q, self.seq_k)
+        out = self._q.new_empty(shape, dtype=self._inputs(0).dtype)
+        for batch in range(self.batch):
+            # Centring moves all scores of a row, which only their softmax does not see.
+            inputs = replace(self._inputs(batch), centre=None)
+            for group, start, stop in _row_walk(inputs, self.seq_q):
+                rows, keys = slice(start, stop), slice(0, self.seq_k)
+                out[batch, group.heads, start:stop] = scores_of(
+                    group.inputs, group.keys, rows, keys
+                )
         return out
 
     def unpad(self, row: int, n: int, shared: SharedMasks | None = None) -> SoftmaxPattern:

@@ -1,0 +1,249 @@
+"""Runs a model's forward passes: proves the model, reads prompts, batches, records, takes apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trilens.edits import Edit
+from trilens.errors import UsageError
+from trilens.lens.batching import BatchSafety
+from trilens.lens.capture import Capture
+from trilens.lens.gradients import Gradients, Metric, gradients_of
+from trilens.lens.parts import ModelInfo
+from trilens.lens.proof import Proof, prove
+from trilens.lens.request import Asked, request_of
+from trilens.lens.split import split
+from trilens.models.encoded import each_prompt
+from trilens.models.forward_call import batch_arguments, text_config
+from trilens.models.gates.effective_proof import effective_patterns
+from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
+from trilens.models.tokens import Prompt, PromptLike, pad_id_for, read_prompt, vocab_size_of
+from trilens.progress import Progress, Step
+from trilens.taps.edits import Compiled, compile_edits
+from trilens.taps.lock import CaptureLock
+from trilens.taps.passes import run_pass
+from trilens.taps.recording import CaptureRequest, Recording
+
+__all__ = ["Runner"]
+
+_LOCK = CaptureLock()
+
+
+class Runner:
+    """One model, what is proven of it, and its passes.
+
+    Attributes:
+        model: of transformers.
+        tokenizer: its tokenizer, or None.
+        proof: of the model as it is now.
+        vocab: token ids that it reads.
+        info: what captures say of it.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._prove()
+
+    def _prove(self) -> None:
+        """Prove the model as it is now: its modules may be replaced while a lens holds it."""
+        self.vocab = vocab_size_of(self.model)
+        with self.lock():
+            self.proof: Proof = prove(self.model, self.vocab)
+        self.max_positions = max_positions_of(self.model)
+        self._copies = False
+        self._effective_proven: set[int] = set()
+        self._safety = BatchSafety(lambda prompts: self.run(prompts, Asked(residual="all")))
+
+    def refresh(self) -> None:
+        """Prove the model again where its modules are others by now."""
+        if self.proof.is_outdated(self.model, vocab_size_of(self.model)):
+            self._prove()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the model: passes of one model take turns."""
+        with _LOCK.take(self.model.config):
+            yield
+
+    @property
+    def info(self) -> ModelInfo:
+        """What captures say of the model."""
+        config, anatomy = self.model.config, self.proof.anatomy
+        return ModelInfo(
+            name=str(getattr(config, "_name_or_path", "") or ""),
+            model_class=type(self.model).__name__,
+            model_type=str(getattr(config, "model_type", "")),
+            n_layers=anatomy.n_layers,
+            d_model=anatomy.d_model,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+        )
+
+    def read(
+        self, prompt: PromptLike, add_special_tokens: bool, number: int | None = None
+    ) -> Prompt:
+        """One prompt as the model reads it; `PromptError` as `read_prompt` says."""
+        return read_prompt(
+            prompt,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab,
+            max_positions=self.max_positions,
+            add_special_tokens=add_special_tokens,
+            number=number,
+        )
+
+    def compiled(
+        self, edits: Iterable[Edit] | Edit, lengths: Sequence[int], new_tokens: int = 0
+    ) -> Compiled:
+        """Edits, checked against the model and prompts of these lengths.
+
+        Raises:
+            EditError: an edit that cannot be made.
+        """
+        claims = self.proof.gates
+        return compile_edits(
+            (edits,) if isinstance(edits, Edit) else tuple(edits),
+            self.proof.sites,
+            model=self.info,
+            prompts=lengths,
+            new_tokens=new_tokens,
+            attention=tuple(self.proof.anatomy.attention),
+            recurrent=claims.state_layers,
+        )
+
+    def request(self, prompts: Sequence[Prompt], asked: Asked) -> CaptureRequest:
+        """What a pass over these prompts is to leave behind."""
+        lengths = [len(prompt.ids) for prompt in prompts]
+        name = type(self.model).__name__
+        return request_of(asked, lengths, self.proof, name, copy=self._copies)
+
+    def record(
+        self,
+        prompts: Sequence[Prompt],
+        wanted: CaptureRequest,
+        edits: Compiled | None = None,
+        *,
+        logits: bool = True,
+    ) -> Recording:
+        """One forward pass over a padded batch, as it was recorded."""
+        pad = pad_id_for(self.tokenizer, text_config(self.model), self.vocab)
+        arguments = batch_arguments(self.model, prompts, pad, logits=logits)
+        with self.lock(), beyond_positions(self.model, max(wanted.lengths)):
+            recording = run_pass(self.model, self.proof.anatomy, wanted, arguments, edits)
+        # A model that writes into tensors it has handed on: from now on keep copies.
+        self._copies |= recording.request.copy
+        return recording
+
+    def run(
+        self, prompts: Sequence[Prompt], asked: Asked, edits: Compiled | None = None, first: int = 0
+    ) -> list[Capture]:
+        """One forward pass over a padded batch, taken apart into one capture per prompt.
+
+        Args:
+            prompts: of the batch.
+            asked: what to keep.
+            edits: made ready for these prompts, or for more.
+            first: the number of the first of these prompts among those.
+        """
+        numbers = tuple(range(first, first + len(prompts)))
+        wanted = replace(self.request(prompts, asked), numbers=numbers)
+        recording = self.record(prompts, wanted, edits, logits=asked.logits is not None)
+        effective = effective_patterns(recording.kernels, wanted.lengths, self._effective_proven)
+        return split(prompts, recording, effective, logits=asked.logits, info=self.info)
+
+    def capture(
+        self, prompt: PromptLike, asked: Asked, edits: Iterable[Edit] | Edit, special: bool
+    ) -> Capture:
+        """One prompt; as `Lens.capture`."""
+        self.refresh()
+        read = self.read(prompt, special)
+        compiled = self.compiled(edits, [len(read.ids)])
+        found = self.run([read], asked, compiled)[0]
+        compiled.check_touched()
+        return found
+
+    def gradients(
+        self,
+        prompt: PromptLike,
+        metric: Metric,
+        asked: Asked,
+        edits: Iterable[Edit] | Edit,
+        special: bool,
+    ) -> Gradients:
+        """As `Lens.gradients`."""
+        self.refresh()
+        read = self.read(prompt, special)
+        compiled = self.compiled(edits, [len(read.ids)])
+        wanted = replace(self.request([read], asked), gradients=True)
+        found = gradients_of(
+            lambda request: self.record([read], request, compiled),
+            read,
+            wanted,
+            self.proof.sites,
+            metric,
+        )
+        compiled.check_touched()
+        return found
+
+    def batches(
+        self,
+        prompts: Iterable[PromptLike],
+        size: int,
+        asked: Asked,
+        edits: Iterable[Edit] | Edit,
+        special: bool,
+        progress: Progress | None,
+    ) -> Iterator[Capture]:
+        """One capture per prompt, in order; as `Lens.capture_many`."""
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UsageError(
+                f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
+            )
+        prompts = each_prompt(prompts)
+        given = (edits,) if isinstance(edits, Edit) else tuple(edits)
+
+        def read() -> Iterator[Prompt]:
+            return (self.read(each, special, number) for number, each in enumerate(prompts))
+
+        def captures() -> Iterator[Capture]:
+            self.refresh()
+            compiled, source = None, read()
+            if given:
+                # Edits are checked before anything runs, so that all prompts are read first.
+                every = list(source)
+                compiled = self.compiled(given, [len(each.ids) for each in every])
+                source = iter(every)
+            done, total = 0, len(prompts) if isinstance(prompts, Sized) else 0
+            for group in _grouped(source, size):
+                lengths = {len(prompt.ids) for prompt in group}
+                together = len(lengths) == 1 or self.batches_safely(max(lengths))
+                for part in [group] if together else [[prompt] for prompt in group]:
+                    found = self.run(part, asked, compiled, done)
+                    done += len(part)
+                    if progress is not None:
+                        progress(Step(done, total or done, "prompts"))
+                    yield from found
+            if compiled is not None:
+                compiled.check_touched()
+
+        return captures()
+
+    def batches_safely(self, tokens: int) -> bool:
+        """As `Lens.batches_safely`."""
+        return self._safety.up_to(tokens, self.model, self.vocab, configured_positions(self.model))
+
+
+def _grouped(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
+    group: list[Prompt] = []
+    for prompt in prompts:
+        group.append(prompt)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
