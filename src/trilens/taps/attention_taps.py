@@ -190,4 +190,4 @@ def _with_weights(call: AttentionCall, before: Tensor, weights: Tensor) -> Atten
     values = value[..., : weights.shape[-1], :].repeat_interleave(groups, dim=1)
     change = (weights - before) @ values.to(weights.dtype)
     new = output + change.transpose(1, 2).to(output.dtype)
-    return replace(call, output=new, weights=weights)
+    return replace(call, output=new, weights=weights, edited=True)
