@@ -64,8 +64,8 @@ check-pythons:
 	.ci/pythons
 
 check: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check src tests benchmarks training
-	$(VENV)/bin/ruff check src tests benchmarks training
+	$(VENV)/bin/ruff format --check src tests benchmarks training examples
+	$(VENV)/bin/ruff check src tests benchmarks training examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pyright --pythonpath $(PY)
 

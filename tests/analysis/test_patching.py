@@ -134,7 +134,7 @@ def test_estimates_by_gradients(two: Any) -> None:
 
 
 def test_an_estimate_is_difference_times_gradient(two: Any) -> None:
-    """To first order the effect is the difference of the runs times the gradient, token by token."""
+    """To first order the effect is the difference of the runs times the gradient, by token."""
     lens = Lens(build("llama"))
     last = lens.n_layers - 1
     estimate = attribution_patch(lens, *two, metric, site="resid_post", layers=[last])
