@@ -67,7 +67,7 @@ def knocked(lens: Lens, edits: Compiled, span: Span) -> Iterator[tuple[Run, Call
     run, calls, names = Run(span), Calls(), WRITING_KERNELS
     numbers = {id(block.module): i for i, block in enumerate(lens.anatomy.blocks)}
     boundaries = lens._runner.proof.gates.boundaries(lens.state_layers)
-    taps = RecurrentTaps(run, edits, boundaries)
+    taps = RecurrentTaps(run, edits)
 
     def note(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         calls.setdefault(run.layer, []).append((name, dict(arguments)))
@@ -108,6 +108,7 @@ def compiled(lens: Lens, knockout: Knockout, tokens: int, new_tokens: int = 0) -
         new_tokens=new_tokens,
         attention=tuple(lens.anatomy.attention),
         recurrent=lens.state_layers,
+        boundaries=proof.gates.boundaries(lens.state_layers),
     )
 
 

@@ -37,15 +37,14 @@ class RecurrentTaps:
     Args:
         run: the running pass.
         edits: made ready for it.
-        boundaries: by layer, the recurrences that no kernel function carries.
     """
 
-    def __init__(self, run: Pass, edits: Compiled, boundaries: Mapping[int, Boundary]) -> None:
+    def __init__(self, run: Pass, edits: Compiled) -> None:
         self.run = run
         self.edits = edits
         cut = [layer for layer, cuts in edits.cuts.items() if any(c.of_tokens for c in cuts)]
         self.layers = frozenset(cut)
-        self.boundaries = {i: each for i, each in boundaries.items() if i in self.layers}
+        self.boundaries = {i: each for i, each in edits.boundaries.items() if i in self.layers}
 
     def edit(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a kernel function is called with; the same object where nothing changes."""
