@@ -117,6 +117,7 @@ class Runner:
             new_tokens=new_tokens,
             attention=tuple(self.proof.anatomy.attention),
             recurrent=claims.state_layers,
+            boundaries=claims.boundaries(claims.state_layers),
         )
 
     def request(self, prompts: Sequence[Prompt], asked: Asked) -> CaptureRequest:
