@@ -12,6 +12,8 @@ from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
+from .analysis.lenses.logit_lens import LogitLens as LogitLens
+from .analysis.lenses.logit_lens import logit_lens as logit_lens
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache
