@@ -14,13 +14,10 @@ from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
-<<<<<<< HEAD
-from .analysis.patching import PatchSweep as PatchSweep
-from .analysis.patching import patch_sweep as patch_sweep
-=======
 from .analysis.lenses.logit_lens import LogitLens as LogitLens
 from .analysis.lenses.logit_lens import logit_lens as logit_lens
->>>>>>> wt-L
+from .analysis.patching import PatchSweep as PatchSweep
+from .analysis.patching import patch_sweep as patch_sweep
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache
