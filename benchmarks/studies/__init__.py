@@ -1,0 +1,1 @@
+"""The same six studies written with three tools."""
