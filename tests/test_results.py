@@ -22,6 +22,7 @@ RESULTS = [
     trilens.Planned,
     trilens.Sensitivity,
     trilens.TernaryReport,
+    trilens.TunedLens,
 ]
 
 

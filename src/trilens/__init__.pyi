@@ -14,6 +14,8 @@ from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
 from .analysis.lenses.logit_lens import LogitLens as LogitLens
 from .analysis.lenses.logit_lens import logit_lens as logit_lens
+from .analysis.lenses.tuned_lens import TunedLens as TunedLens
+from .analysis.lenses.tuned_lens import tuned_lens as tuned_lens
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache

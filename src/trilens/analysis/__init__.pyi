@@ -9,6 +9,8 @@ from .inspection import Inspection as Inspection
 from .inspection import inspect_capture as inspect_capture
 from .lenses.logit_lens import LogitLens as LogitLens
 from .lenses.logit_lens import logit_lens as logit_lens
+from .lenses.tuned_lens import TunedLens as TunedLens
+from .lenses.tuned_lens import tuned_lens as tuned_lens
 from .metrics import kl as kl
 from .metrics import logit_diff as logit_diff
 from .metrics import loss as loss
