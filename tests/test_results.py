@@ -16,6 +16,7 @@ RESULTS = [
     trilens.FamilyTable,
     trilens.GatingAnalysis,
     trilens.GgufReport,
+    trilens.HeadScores,
     trilens.Inspection,
     trilens.LogitLens,
     trilens.Perplexity,

@@ -5,6 +5,10 @@ from .comparison.run import CompareOptions as CompareOptions
 from .comparison.run import compare as compare
 from .comparison.series import ComparisonSeries as ComparisonSeries
 from .comparison.series import compare_series as compare_series
+from .heads import HeadScore as HeadScore
+from .heads import HeadScores as HeadScores
+from .heads import head_scores as head_scores
+from .heads import repeated_tokens as repeated_tokens
 from .inspection import Inspection as Inspection
 from .inspection import inspect_capture as inspect_capture
 from .lenses.logit_lens import LogitLens as LogitLens
