@@ -38,6 +38,7 @@
     ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
     ├── RestoreError             weights that were replaced for a while did not come back
+    ├── GenerationError          a model, or a text, that can't be generated from as asked
     └── CaptureError             a forward pass that did not give what was asked
         ├── SilentSiteError      a requested site that did not fire
         ├── SiteError            a site that is not proven in a layer
@@ -72,6 +73,7 @@ __all__ = [
     "EditError",
     "EditRangeError",
     "EmptyPromptError",
+    "GenerationError",
     "IncomparableError",
     "LoadError",
     "MemoryShortError",
@@ -277,6 +279,10 @@ class WriteError(TrilensError):
 
 class RestoreError(TrilensError):
     """Weights that were replaced for a while did not come back as they were."""
+
+
+class GenerationError(TrilensError):
+    """A model that does not generate, or not as it reads a whole text, or no further."""
 
 
 class CaptureError(TrilensError):

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MESSAGE_LIMIT", "as_unicode", "bounded", "escaped", "escaped_json", "one_line"]
+__all__ = [
+    "MESSAGE_LIMIT",
+    "as_unicode",
+    "bounded",
+    "escaped",
+    "escaped_json",
+    "escaped_text",
+    "one_line",
+]
 
 MESSAGE_LIMIT = 1500
 """Characters of a message, and of a line of text, that anybody reads."""
@@ -29,6 +37,11 @@ _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 def escaped(text: str) -> str:
     r"""Text with each character that a terminal obeys as Python writes it: ``\x1b``."""
     return _UNSAFE.sub(_escape, text)
+
+
+def escaped_text(text: str) -> str:
+    """Text of several lines: as `escaped`, with its own line breaks and tabs."""
+    return re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text)
 
 
 def escaped_json(text: str) -> str:

@@ -12,6 +12,7 @@ from trilens.cli.commands.compare import compare
 from trilens.cli.commands.convert import convert
 from trilens.cli.commands.demo import demo
 from trilens.cli.commands.families import families
+from trilens.cli.commands.generate import generate
 from trilens.cli.commands.inspect import inspect
 from trilens.cli.commands.plan import plan
 from trilens.cli.commands.sensitivity import sensitivity
@@ -50,7 +51,8 @@ def _root(
 
 
 for _command in (
-    demo, inspect, capture, compare, ternarize, validate, sensitivity, plan, families, convert,
+    demo, inspect, capture, generate, compare, ternarize, validate, sensitivity, plan, families,
+    convert,
 ):  # fmt: skip
     app.command()(flattened(_command))
 

@@ -34,6 +34,7 @@ __all__ = [
     "Layers",
     "LogitLens",
     "Logits",
+    "MaxNewTokens",
     "MaxPerplexityRatio",
     "MaxTokens",
     "Model",
@@ -55,10 +56,13 @@ __all__ = [
     "Seed",
     "SeqLength",
     "States",
+    "Stop",
     "Storage",
+    "Temperature",
     "To",
     "TokenizerFiles",
     "TopK",
+    "TopP",
     "TrustRemoteCode",
     "TypeName",
 ]
@@ -153,6 +157,27 @@ Residual = Annotated[
 ]
 Logits = Annotated[
     _Which, typer.Option("--logits", help="Logits of the last token, of all, or none.")
+]
+
+# Generating
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="Maximum number of new tokens.", min=1)
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", metavar="T", help="0: the likeliest token; above: drawn.", min=0.0
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", metavar="P", help="Draw among the likeliest tokens of this probability."
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="Text that ends the new text; repeatable."),
 ]
 
 # Comparing

@@ -181,7 +181,10 @@ def selected(places: Places, prompt: int, start: int, stop: int) -> NDArray[np.b
         inner = at < min(prompt, len(places.tokens))
         found[inner] = np.asarray(places.tokens, bool)[at[inner]]
         return found
-    return np.isin(at, [each + prompt if each < 0 else each for each in places])
+    named = np.array([each + prompt if each < 0 else each for each in places], np.int64) - start
+    found = np.zeros(len(at), bool)
+    found[named[(named >= 0) & (named < len(at))]] = True
+    return found
 
 
 def positions_of(places: Places, prompt: int, total: int) -> list[int]:

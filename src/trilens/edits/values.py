@@ -39,8 +39,13 @@ Numbers: TypeAlias = "SupportsIndex | Iterable[SupportsIndex] | None"
 class SiteSource(Protocol):
     """What a `Capture` gives to an edit: values of sites, and where they come from."""
 
-    tokens: list[str]
-    model: Any
+    @property
+    def tokens(self) -> list[str]:
+        """Its tokens as text."""
+
+    @property
+    def model(self) -> Any:
+        """Which model it is of."""
 
     @property
     def sites(self) -> Any:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from trilens.axes import site_name
 from trilens.edits import Edit
 from trilens.lens.capture import Capture
+from trilens.lens.decoding import Stream, read_decoding
+from trilens.lens.generation import Generation, generate
 from trilens.lens.gradients import Gradients, Metric
+from trilens.lens.opened import Opened
 from trilens.lens.request import Asked, Which
-from trilens.lens.runner import Runner
-from trilens.lens.sites import layers_of, why_no_site
 from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
-from trilens.models.anatomy import Anatomy
-from trilens.models.loading import load
-from trilens.models.sites.claims import SiteClaims
-from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.tokens import PromptLike
-from trilens.models.unwrap import is_pipeline, unwrapped
 from trilens.numbers import at_least
 from trilens.progress import Progress
 from trilens.taps.mode import evaluating
@@ -32,7 +25,7 @@ from trilens.taps.mode import evaluating
 __all__ = ["Lens"]
 
 
-class Lens:
+class Lens(Opened):
     """Opens one transformers language model.
 
     The model is never rewritten and its config never touched: captures hook it for the length of
@@ -48,117 +41,6 @@ class Lens:
         RecorderError: the model runs, but not while it is recorded.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        if tokenizer is None and is_pipeline(model):
-            tokenizer = getattr(model, "tokenizer", None)
-        self.model = model = unwrapped(model)
-        self.unused_weights: tuple[str, ...] = ()
-        self._runner = Runner(self.model, usable_tokenizer(tokenizer))
-
-    @property
-    def tokenizer(self) -> Any:
-        """What reads text prompts, None for none; another one can be set."""
-        return self._runner.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._runner.tokenizer = usable_tokenizer(tokenizer)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | os.PathLike[str],
-        *,
-        dtype: str | torch.dtype = "auto",
-        device_map: Any = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        attn_implementation: str | None = None,
-    ) -> Lens:
-        """Load a checkpoint directory or hub id and open it.
-
-        Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
-        where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
-        transformers where not given.
-
-        Raises:
-            LoadError: and its subclasses, see `trilens.errors`.
-            AnatomyError: the model's parts could not be proven.
-        """
-        loaded = load(
-            path_or_hub_id,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
-        lens = cls(loaded.model, loaded.tokenizer)
-        lens.unused_weights = tuple(loaded.unused)
-        return lens
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Blocks, final norm, unembedding and attention sites, with the facts that prove them."""
-        return self._runner.proof.anatomy
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return self.anatomy.n_layers
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.anatomy.d_model
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers whose softmax attention can be captured."""
-        return tuple(self.anatomy.attention)
-
-    @property
-    def effective_layers(self) -> tuple[int, ...]:
-        """Recurrent layers whose effective attention can be captured."""
-        return self._runner.proof.gates.effective_layers
-
-    @property
-    def state_layers(self) -> tuple[int, ...]:
-        """Layers whose recurrent state can be captured."""
-        return self._runner.proof.gates.state_layers
-
-    @property
-    def gate_layers(self) -> dict[str, tuple[int, ...]]:
-        """Per gate name, the layers where it is proven."""
-        found: dict[str, list[int]] = {}
-        for name, layer in self._runner.proof.gates.gates:
-            found.setdefault(name, []).append(layer)
-        return {name: tuple(layers) for name, layers in found.items()}
-
-    @property
-    def site_layers(self) -> dict[str, tuple[int, ...]]:
-        """Per site name, the layers where it is proven; none where the model has it once."""
-        return layers_of(self.sites)
-
-    @property
-    def sites(self) -> SiteClaims:
-        """The proven sites, where they are read and written, and why others are not there."""
-        return self._runner.proof.sites
-
-    def why_no_site(self, name: str, layer: SupportsIndex | None = None) -> str:
-        """Why a layer has not a site, in a sentence; "" where it is proven.
-
-        Raises:
-            UsageError: a name that is unknown.
-        """
-        site, own = site_name(name)
-        at = own if layer is None else int(layer)
-        return why_no_site(self.sites, site, at)
-
-    def __repr__(self) -> str:
-        name = type(self.model).__name__
-        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model})"
 
     def capture(
         self,
@@ -333,6 +215,62 @@ class Lens:
         """
         asked = Asked(residual=None, layers=layers, sites=sites).once()
         return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens)
+
+    def generate(
+        self,
+        prompt: PromptLike,
+        *,
+        max_new_tokens: SupportsIndex = 40,
+        edits: Iterable[Edit] | Edit = (),
+        capture: Mapping[str, Any] | None = None,
+        temperature: float = 0.0,
+        top_k: SupportsIndex | None = None,
+        top_p: float | None = None,
+        seed: SupportsIndex = 0,
+        stop: str | SupportsIndex | Iterable[str | SupportsIndex] = (),
+        stream: Stream | None = None,
+        add_special_tokens: bool = True,
+    ) -> Generation:
+        """Go on from a prompt, with the model's cache, and keep what was asked of every pass.
+
+        Args:
+            prompt: as in `capture`; chat messages end with the start of an answer.
+            max_new_tokens: the most tokens to add.
+            edits: applied in every pass; their positions count in the whole text.
+            capture: options of `capture`, {} for its defaults: one capture of the whole text, the
+                last token included.
+            temperature: 0 takes the likeliest token, above it one is drawn.
+            top_k: draw among so many likeliest tokens.
+            top_p: draw among the likeliest tokens that make up this probability.
+            seed: of the draws; torch's own random state stays as it is.
+            stop: texts or token ids that end the text, besides the model's own end.
+            stream: called with each new piece of text and its token id.
+            add_special_tokens: for a text prompt, as the tokenizer does.
+
+        Raises:
+            GenerationError: no causal model, its steps do not give what one pass over the text
+                gives (measured on a probe), or the text would not fit its positions.
+            ValueRangeError: a number outside its range.
+            TrilensError: as `capture`.
+        """
+        decoding = read_decoding(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            vocab=self._runner.vocab,
+        )
+        return generate(
+            self._runner,
+            prompt,
+            decoding,
+            edits=edits,
+            capture=capture,
+            stream=stream,
+            special=add_special_tokens,
+        )
 
     def batches_safely(self, tokens: int) -> bool:
         """Whether padded rows equal single prompts on this model, up to so many tokens: measured.

@@ -45,7 +45,8 @@ def split(
         logits: "all", "last" or None.
         info: what a capture says of its model.
     """
-    softmax = {layer: pattern_of(call) for layer, call in recording.attention.items()}
+    softmax: dict[int, Pattern] = {**recording.patterns}
+    softmax |= {layer: pattern_of(call) for layer, call in recording.attention.items()}
     shared, asked = SharedMasks(), recording.request
 
     def parts(row: int, length: int) -> Parts:

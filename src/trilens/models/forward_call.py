@@ -19,6 +19,7 @@ __all__ = [
     "device_of",
     "forward_arguments",
     "probe_ids",
+    "takes",
     "text_config",
 ]
 
@@ -37,6 +38,11 @@ def device_of(model: PreTrainedModel) -> torch.device:
         return weight.device
     paths = (path for path, module in model.named_modules() if module is embedding)
     return execution_device(model, next(paths, ""))
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward has a parameter of this name."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def forward_arguments(

@@ -55,7 +55,9 @@ def watch_gates(hooks: Hooks, gates: Mapping[tuple[str, int], GateSite]) -> Call
 
     def check() -> None:
         # One look at the end: each look at a device's tensor waits for the device.
-        for outcome, site, layer in outcomes:
+        seen = outcomes[:]
+        outcomes.clear()
+        for outcome, site, layer in seen:
             if not bool(outcome):
                 raise UnclaimedGateError(
                     f"layer {layer}: {site.spec.where} gives {site.spec.formula}, but that times "

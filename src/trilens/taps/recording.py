@@ -84,6 +84,7 @@ class Recording:
 
     Attributes:
         request: what was asked of the pass.
+        patterns: of attention that several passes computed, in the place of their calls.
         overwritten: the model wrote into a tensor that is kept: the recording is no good.
 
     Shapes
@@ -99,6 +100,7 @@ class Recording:
     logits: Tensor | None = None
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
+    patterns: dict[int, Pattern] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
     states: dict[int, list[list[LayerState]]] = field(default_factory=dict)

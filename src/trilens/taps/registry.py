@@ -45,6 +45,9 @@ class AttentionCall:
         query [batch, heads, seq_q, d], key [batch, kv_heads, seq_k, d], after rotation;
         value [batch, kv_heads, seq_k, d_v]; output [batch, seq_q, heads, d_v];
         weights [batch, heads, seq_q, seq_k] where the function returned them.
+
+    Attributes:
+        edited: the weights are what an edit made of the function's.
     """
 
     module: nn.Module
@@ -57,6 +60,7 @@ class AttentionCall:
     weights: Tensor | None
     value: Tensor | None = None
     output: Tensor | None = None
+    edited: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -326,10 +326,10 @@ def test_every_metric_is_explained() -> None:
 
 
 def test_head_scores_come_with_their_spread_over_sequences() -> None:
-    from_sequences = RoleAccumulator(4)
+    from_sequences, ids = RoleAccumulator(), torch.tensor([0, 1, 2, 3, 4, 1, 2, 3, 4])
     for seed in range(4):
         weights = torch.rand(1, 2, 9, 9, generator=torch.Generator().manual_seed(seed))
-        from_sequences.add(0, "attention", DensePattern(weights), DensePattern(weights / 2))
+        from_sequences.add(0, "attention", ids, DensePattern(weights), DensePattern(weights / 2))
     rows = from_sequences.rows()
     for row in rows:
         if row.metric.endswith("_sd"):

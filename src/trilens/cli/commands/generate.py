@@ -1,0 +1,30 @@
+"""Declaration of `trilens generate`."""
+
+from __future__ import annotations
+
+from trilens.cli import options as o
+from trilens.cli.groups import Loading
+from trilens.cli.lazy import run
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: o.Model,
+    prompt: o.RequiredPrompt,
+    chat: o.Chat = False,
+    max_new_tokens: o.MaxNewTokens = 40,
+    temperature: o.Temperature = 0.0,
+    top_p: o.TopP = None,
+    seed: o.Seed = 0,
+    stop: o.Stop = None,
+    output: o.Output = None,
+    format: o.Format = "table",
+    loading: Loading = Loading(),
+    debug: o.Debug = False,
+) -> None:
+    """Go on from a prompt: the text, as it is written.
+
+    As JSON: the text, its tokens and what ended it.
+    """
+    run("generate", locals())

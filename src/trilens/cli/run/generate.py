@@ -1,0 +1,59 @@
+"""`trilens generate`: the text that a model goes on with, token by token."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import typer
+
+from trilens.cli.console import check_file, show_json, status, timed
+from trilens.cli.groups import Loading
+from trilens.cli.run.prompts import open_lens, prompt_of
+from trilens.errors import NoTokenizerError
+from trilens.io.atomic import write_bytes
+from trilens.printable import escaped_text
+
+__all__ = ["run"]
+
+
+def run(
+    *,
+    model: str,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    output: Path | None,
+    format: str,
+    loading: Loading,
+) -> None:
+    """Generate, and print as it goes or at the end."""
+    check_file(output)
+    with timed(output):
+        lens = open_lens(model, loading)
+        if lens.tokenizer is None:
+            raise NoTokenizerError(f"model {model} has no tokenizer: name one with --tokenizer")
+        shown = format == "table" and output is None
+        # Text that is shown as it comes says enough.
+        with nullcontext() if shown else status("generating"):
+            found = lens.generate(
+                prompt_of(prompt, chat=chat),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed or 0,
+                stop=stop or (),
+                stream=(lambda piece, _: typer.echo(escaped_text(piece), nl=False))
+                if shown
+                else None,
+            )
+        if shown:
+            typer.echo()
+        elif format == "json":
+            show_json({"model": model, **found.to_dict()}, file=output)
+        elif output is not None:
+            write_bytes(output, f"{found.text}\n".encode())
