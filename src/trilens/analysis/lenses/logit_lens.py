@@ -169,7 +169,7 @@ def logit_lens(
         NonFiniteError: logits that are no distribution, naming layer and position.
 
     Memory
-        About 50 MB besides the residuals, and what is returned: logits are read in blocks of
+        About 130 MB besides the residuals, and what is returned: logits are read in blocks of
         8 MB, so that 4,096 positions × 256,000 tokens are never there at once. Where the
         unembedding is no plain matrix, the logits of one position in all layers.
 

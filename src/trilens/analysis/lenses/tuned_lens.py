@@ -184,8 +184,7 @@ def tuned_lens(
 
     Per layer it solves least squares for what the later blocks add, y − x, from centred x: with
     covariances C, change = (Cxx + ridge · mean(diag Cxx) · I)⁻¹ Cx(y−x), in float64. The ridge
-    pulls towards the logit lens, a change of 0. Squared distances become small, which says little
-    of the KL divergence where few directions decide it.
+    pulls towards the logit lens, a change of 0. Squared distances become small, not the KL itself.
 
     Args:
         captures: with residual="all", such as `lens.capture_many(prompts, residual="all",
