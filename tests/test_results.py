@@ -16,12 +16,14 @@ RESULTS = [
     trilens.FamilyTable,
     trilens.GatingAnalysis,
     trilens.GgufReport,
+    trilens.HeadScores,
     trilens.Inspection,
     trilens.LogitLens,
     trilens.Perplexity,
     trilens.Planned,
     trilens.Sensitivity,
     trilens.TernaryReport,
+    trilens.TunedLens,
 ]
 
 

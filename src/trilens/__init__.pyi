@@ -12,10 +12,15 @@ from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
 from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
+from .analysis.heads import HeadScores as HeadScores
+from .analysis.heads import head_scores as head_scores
+from .analysis.heads import repeated_tokens as repeated_tokens
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
 from .analysis.lenses.logit_lens import LogitLens as LogitLens
 from .analysis.lenses.logit_lens import logit_lens as logit_lens
+from .analysis.lenses.tuned_lens import TunedLens as TunedLens
+from .analysis.lenses.tuned_lens import tuned_lens as tuned_lens
 from .analysis.patching import PatchSweep as PatchSweep
 from .analysis.patching import patch_sweep as patch_sweep
 from .caches.activation import ActivationCache as ActivationCache

@@ -5,10 +5,16 @@ from .comparison.run import CompareOptions as CompareOptions
 from .comparison.run import compare as compare
 from .comparison.series import ComparisonSeries as ComparisonSeries
 from .comparison.series import compare_series as compare_series
+from .heads import HeadScore as HeadScore
+from .heads import HeadScores as HeadScores
+from .heads import head_scores as head_scores
+from .heads import repeated_tokens as repeated_tokens
 from .inspection import Inspection as Inspection
 from .inspection import inspect_capture as inspect_capture
 from .lenses.logit_lens import LogitLens as LogitLens
 from .lenses.logit_lens import logit_lens as logit_lens
+from .lenses.tuned_lens import TunedLens as TunedLens
+from .lenses.tuned_lens import tuned_lens as tuned_lens
 from .metrics import kl as kl
 from .metrics import logit_diff as logit_diff
 from .metrics import loss as loss

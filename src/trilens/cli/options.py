@@ -58,6 +58,7 @@ __all__ = [
     "States",
     "Stop",
     "Storage",
+    "Target",
     "Temperature",
     "To",
     "TokenizerFiles",
@@ -146,7 +147,15 @@ Layers = Annotated[
 ]
 TopK = Annotated[
     int,
-    typer.Option("--top-k", metavar="K", help="Attended tokens per layer, and next tokens.", min=1),
+    typer.Option("--top-k", metavar="K", help="Attended tokens, and next tokens, shown.", min=1),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="TOKEN",
+        help="Token that is followed: its text, with its space, or #ID.",
+    ),
 ]
 Effective = Annotated[
     bool, typer.Option("--effective", help="Effective attention of recurrent layers, with signs.")

@@ -54,7 +54,8 @@ def unembedded(
     else:
         values = _through(last, values)[..., : anatomy.vocab]
         values = values if tokens is None else values[..., tokens]
-    values = values * anatomy.logit_scale
+    if anatomy.logit_scale != 1.0:
+        values = values * anatomy.logit_scale
     cap = anatomy.logit_softcap
     if cap is not None:
         values = cap * torch.tanh(values / cap)

@@ -181,8 +181,8 @@ def test_of_a_recurrence_some_queries_count_the_last_among_them() -> None:
 
 
 def test_head_scores_read_the_three_diagonals() -> None:
-    probes, half = repeated_probe(build("llama"))
-    n = len(probes[0])
+    probes = repeated_probe(build("llama"))
+    n, half = len(probes[0]), (len(probes[0]) - 1) // 2
     assert torch.equal(probes[0][n - 2 * half : n - half], probes[0][n - half :])
     assert len({tuple(p.tolist()) for p in probes}) == len(probes)
     heads = torch.zeros(1, 3, n, n)
@@ -191,8 +191,8 @@ def test_head_scores_read_the_three_diagonals() -> None:
     for t in range(n - half, n):
         heads[0, 1, t, t - half] = 1
         heads[0, 2, t, t - half + 1] = 1
-    tally = RoleAccumulator(half)
-    tally.add(5, SOFTMAX, DensePattern(heads), DensePattern(heads.flip(1)))
+    tally = RoleAccumulator()
+    tally.add(5, SOFTMAX, probes[0], DensePattern(heads), DensePattern(heads.flip(1)))
     rows = tally.rows()
     assert value(rows, "previous_token_score", 0).before == 1
     assert value(rows, "duplicate_token_score", 1).before == 1
@@ -326,10 +326,10 @@ def test_every_metric_is_explained() -> None:
 
 
 def test_head_scores_come_with_their_spread_over_sequences() -> None:
-    from_sequences = RoleAccumulator(4)
+    from_sequences, ids = RoleAccumulator(), torch.tensor([0, 1, 2, 3, 4, 1, 2, 3, 4])
     for seed in range(4):
         weights = torch.rand(1, 2, 9, 9, generator=torch.Generator().manual_seed(seed))
-        from_sequences.add(0, "attention", DensePattern(weights), DensePattern(weights / 2))
+        from_sequences.add(0, "attention", ids, DensePattern(weights), DensePattern(weights / 2))
     rows = from_sequences.rows()
     for row in rows:
         if row.metric.endswith("_sd"):

@@ -17,7 +17,7 @@ from trilens.cli.main import app
 from trilens.demo import demo_path
 
 DEMO = demo_path("transformer")
-COMMANDS = ("plan", "inspect", "compare", "capture", "convert", "ternarize", "gguf")
+COMMANDS = ("plan", "inspect", "lens", "compare", "capture", "convert", "ternarize", "gguf")
 
 
 def run(*arguments: object):
@@ -35,6 +35,7 @@ def words(command: str, source: Path) -> list[object]:
     return {
         "plan": ["plan", DEMO, "--data", "demo", "--budget-bits", 3],
         "inspect": ["inspect", DEMO, "-p", "x = 1"],
+        "lens": ["lens", DEMO, "-p", "x = 1"],
         "compare": ["compare", DEMO, DEMO, "--data", "demo", "--max-tokens", 256],
         "capture": ["capture", DEMO, "-p", "x = 1"],
         "convert": ["convert", source],

@@ -16,18 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.analysis.comparison.rows import Place, Row
+from trilens.analysis.heads import ROLES as SCORES
+from trilens.analysis.heads import repeated_ids, role_scores
 from trilens.caches.patterns.protocol import Pattern
-from trilens.models.forward_call import probe_ids, text_config
+from trilens.models.forward_call import probe_ids
 from trilens.models.positions import configured_positions
 from trilens.models.tokens import vocab_size_of
 
 __all__ = ["ROLES", "RoleAccumulator", "RoleChange", "repeated_probe"]
 
-ROLES = ("previous_token", "duplicate_token", "induction")
+ROLES = SCORES[:3]
 _HALF = 32
 _SEQUENCES = 4
 _FEWEST = 4
-_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +57,35 @@ class RoleChange:
         return self.before > self.after
 
 
-def repeated_probe(model: PreTrainedModel) -> tuple[list[Tensor], int]:
+def repeated_probe(model: PreTrainedModel) -> list[Tensor]:
     """Sequences of ordinary random tokens that come twice, after the model's first token if any.
 
     Returns:
-        The sequences [seq], equally long, and the length of one half; no sequences where a model
-        has no room for 4 different tokens twice.
+        The sequences [seq], equally long; none where a model has no room for 4 different tokens
+        twice.
     """
-    start = getattr(text_config(model), "bos_token_id", None)
-    vocab = vocab_size_of(model)
-    lead = [start] if isinstance(start, int) and 0 <= start < vocab else []
     longest = configured_positions(model)
-    half = _HALF if longest is None else min(_HALF, (longest - len(lead)) // 2)
-    found = []
-    for seed in range(_SEQUENCES):
-        piece = probe_ids(model, vocab, max(half, 1), seed=seed)[0].tolist()
-        half = min(half, len(set(piece)))
-        found.append(torch.tensor([*lead, *piece[:half], *piece[:half]]))
-    return (found, half) if half >= _FEWEST else ([], 0)
+    half = _HALF if longest is None else min(_HALF, (longest - 1) // 2)
+    plain = probe_ids(model, vocab_size_of(model), max(half, 1))[0].tolist()
+    half = min(half, len(set(plain)))
+    if half < _FEWEST:
+        return []
+    found = (repeated_ids(model, half, seed=seed, repeats=2) for seed in range(_SEQUENCES))
+    return [torch.tensor(ids) for ids in found if ids is not None]
 
 
 class RoleAccumulator:
-    """Takes both patterns of the probe's sequences.
+    """Takes both patterns of the probe's sequences."""
 
-    Args:
-        half: length of the part that comes twice.
-    """
+    __slots__ = ("_modules", "_scores")
 
-    __slots__ = ("_half", "_modules", "_scores")
-
-    def __init__(self, half: int) -> None:
-        self._half = half
+    def __init__(self) -> None:
         self._scores: dict[int, list[Tensor]] = {}
         self._modules: dict[int, str] = {}
 
-    def add(self, layer: int, module: str, before: Pattern, after: Pattern) -> None:
-        """One sequence's patterns of one layer."""
-        both = torch.stack([_scores(pattern, self._half) for pattern in (before, after)])
+    def add(self, layer: int, module: str, ids: Tensor, before: Pattern, after: Pattern) -> None:
+        """One sequence's patterns of one layer; ids [seq] are its tokens."""
+        both = torch.stack([role_scores(each, ids)[: len(ROLES)] for each in (before, after)])
         self._scores.setdefault(layer, []).append(both)
         self._modules[layer] = module
 
@@ -128,20 +121,3 @@ class RoleAccumulator:
             if row.metric == f"{role}_score"
             and (row.before >= threshold) != (row.after >= threshold)
         ]
-
-
-def _scores(pattern: Pattern, half: int) -> Tensor:
-    """Float64 [3, heads], in the order of `ROLES`."""
-    n = pattern.seq_q
-    scores = torch.empty(len(ROLES), pattern.heads, dtype=torch.float64)
-    # The probe is short, so that mostly all heads fit a block.
-    whole = 4 * pattern.heads * n * n <= _BLOCK_BYTES
-    for head in [None] if whole else range(pattern.heads):
-        weights = pattern.rows(range(n), head).cpu()
-        own = slice(None) if head is None else slice(head, head + 1)
-        previous = weights.diagonal(-1, 1, 2)
-        duplicate = weights.diagonal(-half, 1, 2)[:, -half:]
-        induction = weights.diagonal(1 - half, 1, 2)[:, -half:]
-        for i, line in enumerate((previous, duplicate, induction)):
-            scores[i, own] = line.mean(-1, dtype=torch.float64)
-    return scores

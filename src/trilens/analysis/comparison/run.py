@@ -275,10 +275,10 @@ class _Run:
         """What heads do, on a probe of repeated tokens that both models read."""
         layers = self._modules()
         smaller = min(self.lenses, key=lambda lens: vocab_size_of(lens.model))
-        probes, half = repeated_probe(smaller.model)
+        probes = repeated_probe(smaller.model)
         if not layers or not probes:
             return None
-        roles = RoleAccumulator(half)
+        roles = RoleAccumulator()
         request: dict[str, Any] = {
             "residual": None,
             # Asked for no logits, some models run their last layers for the last token alone.
@@ -289,7 +289,8 @@ class _Run:
         runs = (lens.capture_many(probes, batch_size=2, **request) for lens in self.lenses)
         for before, after in zip(*runs, strict=True):
             for layer, module in layers.items():
-                roles.add(layer, module, _unsigned(before, layer), _unsigned(after, layer))
+                patterns = _unsigned(before, layer), _unsigned(after, layer)
+                roles.add(layer, module, before.token_ids, *patterns)
         return roles
 
     def _arrays(self, output: OutputResult | None) -> dict[str, NamedArray]:

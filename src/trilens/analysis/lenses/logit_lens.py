@@ -18,6 +18,7 @@ from trilens.caches.indices import check_positions
 from trilens.errors import IncomparableError, NonFiniteError, NotStoredError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+from trilens.lens.parts import ModelInfo
 from trilens.models.token_strings import token_strings
 from trilens.numbers import at_least, whole_number
 from trilens.results import Tabular
@@ -168,13 +169,13 @@ def logit_lens(
         NonFiniteError: logits that are no distribution, naming layer and position.
 
     Memory
-        About 50 MB besides the residuals, and what is returned: logits are read in blocks of
+        About 130 MB besides the residuals, and what is returned: logits are read in blocks of
         8 MB, so that 4,096 positions × 256,000 tokens are never there at once. Where the
         unembedding is no plain matrix, the logits of one position in all layers.
 
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
     """
-    same_model(cap, lens)
+    same_model(cap.model, lens, "capture")
     wanted = at_least(1, k, "k")
     held = cap.residual
     chosen = held.layers if layers is None else tuple(whole_number(i, "layer") for i in layers)
@@ -221,18 +222,18 @@ def logit_lens(
     )
 
 
-def same_model(cap: Capture, lens: Lens) -> None:
-    """Refuse a capture of another model.
+def same_model(info: ModelInfo, lens: Lens, what: str) -> None:
+    """Refuse what was made with another model.
 
     Raises:
         IncomparableError: the model's class, its layers or its width differ.
     """
     ours = (type(lens.model).__name__, lens.n_layers, lens.d_model)
-    theirs = (cap.model.model_class, cap.model.n_layers, cap.model.d_model)
+    theirs = (info.model_class, info.n_layers, info.d_model)
     if ours != theirs:
         raise IncomparableError(
-            f"capture is of {theirs[0]} ({theirs[1]} layers, d_model {theirs[2]}), the lens of "
-            f"{ours[0]} ({ours[1]} layers, d_model {ours[2]}): give the lens that made it"
+            f"{what} is of {theirs[0]} ({theirs[1]} layers, d_model {theirs[2]}), the lens of "
+            f"{ours[0]} ({ours[1]} layers, d_model {ours[2]}): give one of the same model"
         )
 
 

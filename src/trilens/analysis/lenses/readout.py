@@ -12,7 +12,7 @@ from trilens.lens.lens import Lens
 from trilens.lens.unembedding import reads_in_parts
 from trilens.numbers import at_least
 
-__all__ = ["LogitBlock", "logit_blocks"]
+__all__ = ["LogitBlock", "logit_blocks", "logits_of_tokens"]
 
 _ELEMENTS = 1 << 21  # 8 MB of float32
 _CHUNK = 8192  # tokens: a matrix product large enough to be fast, whatever the vocabulary
@@ -87,6 +87,26 @@ def logit_blocks(
             yield LogitBlock(
                 rows, start, found.to(wide), begins=start == order[0], ends=start == order[-1]
             )
+
+
+def logits_of_tokens(lens: Lens, residual: Tensor, tokens: Tensor) -> Tensor:
+    """Some tokens' logits of every position, float32 or wider, on the CPU.
+
+    Shapes:
+        residual [positions, d_model]; tokens int64 [n]; returns [positions, n].
+
+    Memory:
+        8 MB of logits at once where the unembedding is read in parts or whole.
+    """
+    parts = reads_in_parts(lens.model, lens.anatomy)
+    step = max(1, _ELEMENTS // (len(tokens) if parts else lens.anatomy.vocab or 1))
+    device = _device(lens.model, residual)
+    own = tokens.to(device)
+    found = []
+    for start in range(0, len(residual), step):
+        logits = lens.unembed(residual[start : start + step].to(device), tokens=own)
+        found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu())
+    return torch.cat(found)
 
 
 def _device(model: nn.Module, residual: Tensor) -> torch.device:

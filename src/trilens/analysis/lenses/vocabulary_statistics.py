@@ -72,6 +72,7 @@ class RunningVocabulary:
         shifted = logits - largest[..., None]
         shares = shifted.exp()
         self._weighted = decay * (self._weighted + self._sum * fall) + _products(shares, shifted)
+        del shifted
         self._sum = decay * self._sum + shares.sum(-1)
         if self._reference is not None:
             i = self._reference
@@ -110,5 +111,8 @@ class RunningVocabulary:
 
 
 def _products(shares: Tensor, values: Tensor) -> Tensor:
-    """Σ shares · values; a token that has no share counts nothing, whatever its value."""
-    return (shares * values).masked_fill_(shares == 0.0, 0.0).sum(-1)
+    """Σ shares · values; a token that has no share counts nothing, whatever its value.
+
+    The values are overwritten.
+    """
+    return values.mul_(shares).masked_fill_(shares == 0.0, 0.0).sum(-1)

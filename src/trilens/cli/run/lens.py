@@ -1,0 +1,52 @@
+"""`trilens lens`: what each layer would predict after a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trilens.analysis.lenses.logit_lens import logit_lens
+from trilens.analysis.tokens import token_id
+from trilens.cli.console import check_file, show_result, status, timed
+from trilens.cli.groups import Loading
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
+from trilens.report.text.logit_lens import print_logit_lens
+
+__all__ = ["run"]
+
+
+def run(
+    *,
+    model: str,
+    prompt: str,
+    chat: bool,
+    target: str | None,
+    layers: str | None,
+    top_k: int,
+    output: Path | None,
+    format: str,
+    loading: Loading,
+) -> None:
+    """Capture the last token's residual stream and print the lens, or write it to a file."""
+    check_file(output)
+    with timed(output):
+        lens = open_lens(model, loading)
+        chosen = chosen_layers(layers, lens.n_layers)
+        # Read first: a wrong target should not cost the time of a pass.
+        number = None if target is None else token_id(lens, _token(target))
+        # The last layer is what the others are compared with.
+        captured = None if chosen is None else sorted({*chosen, lens.n_layers - 1})
+        with status(f"capturing {model}"):
+            cap = lens.capture(prompt_of(prompt, chat=chat), layers=captured, logits=None)
+            found = logit_lens(cap, lens, k=top_k, target=number, layers=chosen)
+        show_result(
+            found,
+            print_logit_lens,
+            format=format,
+            head={"model": model, "prompt_tokens": cap.tokens},
+            file=output,
+        )
+
+
+def _token(text: str) -> int | str:
+    """`#17` → 17, a token id; anything else is a token's text."""
+    return int(text[1:]) if text[:1] == "#" and text[1:].isdecimal() else text
