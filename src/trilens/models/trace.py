@@ -178,7 +178,9 @@ class SumCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledCall:
-    """One product of a tensor with a row per token and factors that are the same for every token.
+    """A tensor with a row per token, times factors that are the same for every token.
+
+    Or with summands that are weights of the model, the same for every token, added to it.
 
     Attributes:
         x: what went in, and the result, as they were at that moment.

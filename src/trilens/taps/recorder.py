@@ -22,13 +22,10 @@ from trilens.models.gates.events import (
     WeightedCall,
 )
 from trilens.models.gates.kernels import CONVOLUTIONS, KERNEL_GATES
-from trilens.models.sites.sums import SUMS, is_rowwise
 from trilens.models.trace import (
     AttentionSite,
     ModuleCall,
-    ScaledCall,
     SoftmaxSite,
-    SumCall,
     Trace,
     same,
     tensors_in,
@@ -37,10 +34,11 @@ from trilens.models.trace import (
 )
 from trilens.taps.attention import is_readable, pattern_of
 from trilens.taps.attention_evidence import value_error
-from trilens.taps.functions import FunctionCalls, writes_into
+from trilens.taps.functions import FunctionCalls
 from trilens.taps.hooks import hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.overwritten import Overwritten, Seen
+from trilens.taps.recorded_sums import RecordedSums
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
 
 __all__ = ["record"]
@@ -48,8 +46,7 @@ __all__ = ["record"]
 _SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 _IN_PLACE = {"mul_", "__imul__"}
-_WEIGHTED_SUMS = SUMS - {"add_", "__iadd__"}
-_SCALES = _PRODUCTS | {"div", "div_", "__truediv__", "__itruediv__", "true_divide"}
+_SUMS = {"add", "__add__", "__radd__"}
 _COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone",
            "reshape", "flatten", "_to_copy"}  # fmt: skip
 """Functions that may give the same values in a new storage."""
@@ -76,10 +73,7 @@ class _Recorder:
         self.calls: list[ModuleCall] = []
         self.seen: list[tuple[list[Seen], list[Seen]]] = []
         self.overwritten = Overwritten()
-        self.sums: list[tuple[SumCall, list[Seen]]] = []
-        self.scaled: list[tuple[ScaledCall, list[Seen]]] = []
-        # The left operand of a call that is running, where it will be written into.
-        self.written: Seen | None = None
+        self.sums = RecordedSums(seq, self.weights, self.overwritten)
         self.attention: list[AttentionSite] = []
         self.softmax: list[SoftmaxSite] = []
         self.events = GateEvents()
@@ -151,12 +145,7 @@ class _Recorder:
         self, name: str, args: tuple[Any, ...], _options: dict[str, Any]
     ) -> tuple[Any, ...]:
         """Keeps what a recorded tensor holds before it is written into."""
-        target = writes_into(name, args)
-        self.written = None
-        if target is not None:
-            if name in SUMS or name in _SCALES:
-                self.written = self.overwritten.see(target)
-            self.overwritten.before_write(target)
+        self.sums.before(name, args)
         return args
 
     def after_function(
@@ -175,16 +164,13 @@ class _Recorder:
         if not self.open or not args:
             return
         x = args[0]
-        if name in _SCALES and len(args) > 1:
-            self._scaled(x, args[1], result)
+        self.sums.after(name, args, options, result, self._path(), self.clock())
         if name in GATING_FUNCTIONS:
             self._gating(GATING_FUNCTIONS[name], x, options, result)
         elif name in _PRODUCTS and len(args) > 1:
             self._multiplied(x, args[1], result, in_place=name in _IN_PLACE)
-        elif name in SUMS and len(args) > 1:
-            weighted = name in _WEIGHTED_SUMS and self._weighted(torch.add, x, args[1], result)
-            if not weighted and "alpha" not in options:
-                self._summed(x, args[1], result)
+        elif name in _SUMS and len(args) > 1:
+            self._weighted(torch.add, x, args[1], result)
         elif name in _COPIES and isinstance(x, Tensor) and isinstance(result, Tensor):
             number = self._number(x)
             if address_of(result) == address_of(x):
@@ -196,50 +182,6 @@ class _Recorder:
                 self.kept += (x, result)
         elif name == "topk" and isinstance(x, Tensor):
             self.events.topk.append(TopkCall(self._path(), self.clock(), x, result[0]))
-
-    def _summed(self, a: Any, b: Any, result: Any) -> None:
-        if (
-            not is_rowwise(result, self.seq)
-            or not isinstance(a, Tensor)
-            or not isinstance(b, Tensor)
-        ):
-            return
-        if a.shape != b.shape or address_of(a) in self.weights or address_of(b) in self.weights:
-            return
-        see = self.overwritten.see
-        seen = [self.written or see(a), see(b), see(result)]
-        call = SumCall(self._path(), self.clock(), a, b, result, self.written is not None)
-        self.sums.append((call, seen))
-
-    def _scaled(self, a: Any, b: Any, result: Any) -> None:
-        if not is_rowwise(result, self.seq):
-            return
-        x, factor = (a, b) if isinstance(a, Tensor) and a.shape == result.shape else (b, a)
-        if not isinstance(x, Tensor) or x.shape != result.shape:
-            return
-        if isinstance(factor, Tensor) and factor.numel() > 1:
-            own = address_of(factor) in self.weights
-            if not own or factor.numel() != factor.shape[-1]:
-                return
-        see = self.overwritten.see
-        seen = [self.written or see(x), see(result)]
-        self.scaled.append((ScaledCall(self._path(), self.clock(), x, result), seen))
-
-    def finished_sums(self) -> tuple[SumCall, ...]:
-        """The sums, with what their operands held."""
-        return tuple(
-            replace(call, left=left, right=right, result=result)
-            for call, seen in self.sums
-            for left, right, result in [map(self.overwritten.as_seen, seen)]
-        )
-
-    def finished_scaled(self) -> tuple[ScaledCall, ...]:
-        """The scalings, with what went in and came out."""
-        return tuple(
-            replace(call, x=x, result=result)
-            for call, seen in self.scaled
-            for x, result in [map(self.overwritten.as_seen, seen)]
-        )
 
     def _softmaxed(self, name: str, args: tuple[Any, ...]) -> None:
         first = args[0] if args else None
@@ -350,8 +292,8 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         logits=logits if isinstance(logits, Tensor) else None,
         last_hidden=hidden,
         responses=responses,
-        sums=recorder.finished_sums(),
-        scaled=recorder.finished_scaled(),
+        sums=recorder.sums.sums(),
+        scaled=recorder.sums.scaled(),
     )
     return trace, recorder.events
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.site import Layout, find_columns, layout_of
 from trilens.models.sites.found import Found
-from trilens.models.sites.heads import head_parts, is_projection, projection_bias
+from trilens.models.sites.head_out import by_head, is_projection, projection_bias
 from trilens.models.sites.site import Tap
 from trilens.models.sites.streams import BlockStreams, is_norm_like
-from trilens.models.trace import AttentionSite, ModuleCall
+from trilens.models.trace import AttentionSite, ModuleCall, same
 
-__all__ = ["INSIDE", "find_attention_sites", "find_projection", "is_attention_of"]
+__all__ = ["INSIDE", "find_attention_sites", "find_projection", "is_attention_of", "is_behind"]
 
 INSIDE = ("attn.q", "attn.k", "attn.q_rot", "attn.k_rot", "attn.v", "attn.scores", "attn.pattern",
           "attn.z", "attn.head_out", "attn.out")  # fmt: skip
@@ -42,8 +42,7 @@ def find_attention_sites(
         return
     _claim_values(view, site, call, found)
     _claim_projection(view, streams, site, projection, found)
-    by_head = (("attn.q", query), ("attn.k", keys))
-    for name, rotated in by_head:
+    for name, rotated in (("attn.q", query), ("attn.k", keys)):
         if rotated.shape[2] == view.seq:
             _claim_before_rotation(name, rotated, view, site, found)
         else:
@@ -111,7 +110,37 @@ def find_projection(
     # this width is projected to the stream.
     inside = [c for c in later if c.path.startswith(f"{site.path}.")]
     inside = [c for c in inside if c.read[0].numel() == joined.numel()]
+    inside = [c for c in inside if not _was_there(c.read[0], site.tick, view)]
     return inside[0] if len(inside) == 1 else None
+
+
+def _was_there(tensor: Tensor, tick: int, view: BlockView) -> bool:
+    """Whether a module was given these bits before a tick: they come from no attention then."""
+    return any(call.start < tick and any(same(tensor, x) for x in call.read) for call in view.calls)
+
+
+def is_behind(call: ModuleCall, tick: int, path: str, view: BlockView) -> bool:
+    """Whether a module runs an attention, is in the module that does, or projects what it gives.
+
+    Args:
+        call: the module's call.
+        tick: when attention was computed.
+        path: the module in which it was.
+        view: the block.
+    """
+    if _spans(call, tick) or (path != view.block.path and call.path.startswith(f"{path}.")):
+        return True
+    if not is_projection(call.module) or not call.read:
+        return False
+    around = (c for c in view.calls if _spans(c, tick) and c is not view.block)
+    x = call.read[0]
+    return any(_same_numbers(x, y) for c in around for y in c.made)
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    if a.numel() != b.numel() or a.shape[-1] != b.shape[-1] or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1), b.reshape(-1))
 
 
 def _claim_projection(
@@ -136,7 +165,7 @@ def _claim_projection(
         found.claim("attn.out", tap, layout, (streams.d_model,), overwritten=written)
     heads = z.shape[2]
     # PROMOTE: the identity is one of numbers; the model's rounding is what is allowed for.
-    parts = head_parts(projection.module, x.reshape(1, view.seq, -1), heads)
+    parts = by_head(x.reshape(1, view.seq, heads, -1), projection.module)
     bias = projection_bias(projection.module, x)
     whole = parts.double().sum(-2) + bias.double()
     terms = parts.double().abs().sum(-2) + bias.double().abs()

@@ -18,7 +18,9 @@ from trilens.models.trace import ModuleCall
 
 __all__ = ["Kind", "Part", "Parts", "find_parts", "find_stream_sites"]
 
-Kind = Literal["attn", "mixer", "mlp"]
+Kind = Literal["attn", "mixer", "mlp", "extra"]
+"""What a part is; "extra" is what no rule takes for one of the others, as per-layer embeddings."""
+
 KindOf = Callable[[ModuleCall], Kind]
 
 
@@ -80,7 +82,7 @@ def find_stream_sites(
         kinds: the kinds that the block has, attention and mixers among them.
         found: where claims go.
     """
-    for kind in kinds:
+    for kind in (kind for kind in kinds if kind != "extra"):
         _claim_add(kind, streams, parts, found)
     _claim_mid(streams, parts, found)
 
@@ -129,7 +131,7 @@ def _layout(tensor: Tensor, streams: BlockStreams) -> Layout:
 def _claim_mid(streams: BlockStreams, parts: Parts, found: Found) -> None:
     """The stream before the MLP's sum, where the MLP ran after all else had been added."""
     last = [part for part in parts.parts if "mlp" in part.kinds]
-    first = [part for part in parts.parts if part not in last]
+    first = [p for p in parts.parts if p not in last and {"attn", "mixer"} & set(p.kinds)]
     if not first or not last:
         what = "MLP" if first else "attention and no mixer"
         found.refuse(

@@ -12,7 +12,7 @@ from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.claims import GateClaims
 from trilens.models.gates.events import GateEvents
-from trilens.models.gates.site import layout_of
+from trilens.models.gates.site import GateSite, layout_of
 from trilens.models.logit_relation import relate
 from trilens.models.sites import attention, mlp
 from trilens.models.sites.block import Kind, Parts, find_parts, find_stream_sites
@@ -25,7 +25,7 @@ from trilens.models.trace import AttentionSite, ModuleCall, Trace
 __all__ = ["SiteClaims", "find_sites"]
 
 _STREAM = ("resid_mid", "attn.add", "mlp.add", "mixer.add", "mlp.in", "mlp.out", "mixer.in",
-           "mixer.out", "mlp.post")  # fmt: skip
+           "mixer.out", "mlp.gate", "mlp.up", "mlp.post")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class _Layer:
         absent: dict[Kind, tuple[str, bool]] = {
             "attn": (self._why_no_attention(calls), self._has_none(calls)),
             "mixer": ("the layer has no recurrent mixer", not self.view.kernels),
-            "mlp": ("the block adds no MLP of its own to the stream", True),
+            "mlp": ("the block adds no MLP of its own to the stream", "extra" not in kinds),
         }
         for kind, (why, is_absent) in absent.items():
             if kind not in kinds:
@@ -134,7 +134,7 @@ class _Layer:
             mlp.find_ends("mixer", streams, parts, found)
         if "mlp" in kinds:
             module = mlp.find_ends("mlp", streams, parts, found)
-            gate = self.gates.gates.get(("mlp.gate", self.layer))
+            gate = self._glu()
             without = self.gates.without.get(self.layer, "")
             mlp.find_mlp_sites(self.view, streams, module, gate, without, found)
 
@@ -146,12 +146,21 @@ class _Layer:
     ) -> Kind:
         if any(attention.is_attention_of(call, site, projection) for site in sites):
             return "attn"
-        strays = [s.tick for s in self.trace.softmax if call.start < s.tick < call.end]
-        if strays and self.layer in self.anatomy.other_attention:
+        strays = [s for s in self.trace.softmax if self._mine(s.tick)]
+        other = strays if self.layer in self.anatomy.other_attention else []
+        places = [*((s.tick, s.path) for s in other), *((s.tick, s.path) for s in sites)]
+        if any(attention.is_behind(call, tick, path, self.view) for tick, path in places):
             return "attn"
         if any(call.start < kernel.start < call.end for kernel in self.view.kernels):
             return "mixer"
-        return "mlp" if self.view.mixer_of(call.path) is None else "mixer"
+        if self.view.mixer_of(call.path) is not None:
+            return "mixer"
+        gate = self._glu()
+        glu = gate is not None and gate.check is not None and gate.check.down is call.module
+        return "mlp" if glu or mlp.is_whole(call, self.streams) else "extra"
+
+    def _glu(self) -> GateSite | None:
+        return self.gates.gates.get(("mlp.gate", self.layer))
 
     def _base(self, views: Sequence[BlockView]) -> int | None:
         """Which of the block's inputs is the residual stream: the output of the block before."""

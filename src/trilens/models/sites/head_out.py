@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["by_head", "projection_weight"]
+__all__ = ["by_head", "is_projection", "projection_bias", "projection_weight"]
 
 
 @torch.no_grad()
@@ -20,13 +20,38 @@ def projection_weight(projection: nn.Module, width: int) -> Tensor:
         width: d_in.
     """
     weight = getattr(projection, "weight", None)
-    if isinstance(weight, Tensor) and type(projection) in (nn.Linear, Conv1D):
+    plain = isinstance(weight, Tensor) and type(projection) in (nn.Linear, Conv1D)
+    if isinstance(weight, Tensor) and plain and not weight.is_meta:
         return weight.T if isinstance(projection, nn.Linear) else weight
     like = next(iter((*projection.parameters(), *projection.buffers())))
     dtype = like.dtype if like.is_floating_point() else torch.float32
-    unit = torch.eye(width, dtype=dtype, device=like.device)
-    made: Tensor = projection(unit[None])[0] - projection(torch.zeros_like(unit[None, :1]))[0]
+    # What brings offloaded weights into memory for a call brings its input to them.
+    unit = torch.eye(width, dtype=dtype, device="cpu" if like.is_meta else like.device)
+    made: Tensor = projection(unit[None])[0] - projection_bias(projection, unit)
     return made
+
+
+@torch.no_grad()
+def projection_bias(projection: nn.Module, value: Tensor) -> Tensor:
+    """What a linear map with a bias gives for zeros: [d_out].
+
+    Args:
+        projection: the linear map.
+        value: an input of it, for dtype, device and width.
+    """
+    made: Tensor = projection(value.new_zeros((1, 1, value.shape[-1])))
+    return made.reshape(-1)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module without children has one weight matrix: a linear layer, however stored."""
+    if any(True for _ in module.children()) or isinstance(module, nn.Embedding):
+        return False
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.dim() == 2
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.dim() == 2 for tensor in tensors)
 
 
 def by_head(parts: Tensor, projection: nn.Module) -> Tensor:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trilens.io.messages import listed
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.site import GateSite, Layout, UpSource, is_numbered, layout_of
 from trilens.models.sites.block import Kind, Parts
 from trilens.models.sites.found import Found
-from trilens.models.sites.heads import is_projection
+from trilens.models.sites.head_out import is_projection
 from trilens.models.sites.site import Tap
 from trilens.models.sites.streams import BlockStreams
+from trilens.models.sites.way import cores_of
 from trilens.models.trace import ModuleCall
 
-__all__ = ["INSIDE", "find_ends", "find_mlp_sites"]
+__all__ = ["INSIDE", "find_ends", "find_mlp_sites", "is_whole"]
+
+Cores = list[tuple[ModuleCall, int]]
 
 INSIDE = ("mlp.in", "mlp.gate", "mlp.up", "mlp.post", "mlp.out")
 _HIDDEN = ("mlp.gate", "mlp.up", "mlp.post")
@@ -29,7 +33,14 @@ def find_ends(kind: Kind, streams: BlockStreams, parts: Parts, found: Found) -> 
     cores = parts.cores(kind)
     names = (f"{kind}.in", f"{kind}.out")
     if len(cores) != 1:
-        where = ", ".join(call.path for call, _ in cores)
+        where = listed(call.path for call, _ in cores)
+        joined = [s for s in streams.sums if cores and _are(cores_of(streams, s), cores)]
+        if joined:
+            tap, written = streams.sum_tap(joined[0])
+            layout = layout_of(joined[0].result, streams.seq)
+            assert layout is not None
+            found.claim(names[1], tap, layout, (streams.d_model,), overwritten=written)
+            found.refuse(names[:1], f"several modules read the stream, each for itself: {where}")
         found.refuse(
             names,
             f"the block adds what {len(cores)} modules give: {where}"
@@ -53,6 +64,15 @@ def find_ends(kind: Kind, streams: BlockStreams, parts: Parts, found: Found) -> 
     else:
         found.refuse(names[:1], f"{reader.path} reads no stream of the model's width")
     return call
+
+
+def is_whole(call: ModuleCall, streams: BlockStreams) -> bool:
+    """Whether a module may be an MLP: it has parts, or another projection stands before it."""
+    return not is_projection(call.module) or _first_of(call, streams) is not None
+
+
+def _are(some: Cores, others: Cores) -> bool:
+    return {(id(call), i) for call, i in some} == {(id(call), i) for call, i in others}
 
 
 def _claim_output(
@@ -107,7 +127,7 @@ def find_mlp_sites(
     else:
         found.refuse(("mlp.gate", "mlp.up"), without or "the MLP has no GLU gate")
     if mlp is None:
-        found.refuse(("mlp.post",), "the MLP is not one module")
+        found.refuse(("mlp.post",), "what the block adds here comes from several modules")
         return
     down = _down(view, mlp)
     if down is None:

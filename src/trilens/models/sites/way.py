@@ -15,7 +15,7 @@ from torch import Tensor
 from trilens.models.sites.streams import BlockStreams, is_norm_like
 from trilens.models.trace import ModuleCall, ScaledCall, SumCall
 
-__all__ = ["Piece", "Step", "pieces_of", "way_of"]
+__all__ = ["Piece", "Step", "cores_of", "pieces_of", "way_of"]
 
 _DEEP = 12
 
@@ -117,6 +117,13 @@ def _pieces(
 
 def _sums(streams: BlockStreams, tensor: Tensor, before: int) -> list[SumCall]:
     return [m.call for m in streams.makers(tensor, before) if isinstance(m.call, SumCall)]
+
+
+def cores_of(streams: BlockStreams, add: SumCall) -> list[tuple[ModuleCall, int]]:
+    """The modules that gave both operands of a sum, before norms and factors."""
+    left = _cores(streams, add.left, add.tick, _DEEP)
+    right = _cores(streams, add.right, add.tick, _DEEP)
+    return [*left, *right] if left and right else []
 
 
 def _cores(
