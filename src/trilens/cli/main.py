@@ -51,7 +51,8 @@ def _root(
 
 
 for _command in (
-    demo, inspect, capture, generate, compare, ternarize, validate, sensitivity, plan, families, convert,
+    demo, inspect, capture, generate, compare, ternarize, validate, sensitivity, plan, families,
+    convert,
 ):  # fmt: skip
     app.command()(flattened(_command))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import torch
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from trilens.axes import site_name
 from trilens.edits import Edit
 from trilens.lens.capture import Capture
+from trilens.lens.decoding import Stream, read_decoding
+from trilens.lens.generation import Generation, generate
 from trilens.lens.request import Asked, Which
 from trilens.lens.runner import Runner
 from trilens.lens.sites import layers_of, why_no_site
@@ -248,6 +250,62 @@ class Lens:
             sites=sites,
         ).once()
         return self._runner.batches(prompts, size, asked, edits, add_special_tokens, progress)
+
+    def generate(
+        self,
+        prompt: PromptLike,
+        *,
+        max_new_tokens: SupportsIndex = 40,
+        edits: Iterable[Edit] | Edit = (),
+        capture: Mapping[str, Any] | None = None,
+        temperature: float = 0.0,
+        top_k: SupportsIndex | None = None,
+        top_p: float | None = None,
+        seed: SupportsIndex = 0,
+        stop: str | SupportsIndex | Iterable[str | SupportsIndex] = (),
+        stream: Stream | None = None,
+        add_special_tokens: bool = True,
+    ) -> Generation:
+        """Go on from a prompt, with the model's cache, and keep what was asked of every pass.
+
+        Args:
+            prompt: as in `capture`; chat messages end with the start of an answer.
+            max_new_tokens: the most tokens to add.
+            edits: applied in every pass; their positions count in the whole text.
+            capture: options of `capture`, {} for its defaults: one capture of the whole text, the
+                last token included.
+            temperature: 0 takes the likeliest token, above it one is drawn.
+            top_k: draw among so many likeliest tokens.
+            top_p: draw among the likeliest tokens that make up this probability.
+            seed: of the draws; torch's own random state stays as it is.
+            stop: texts or token ids that end the text, besides the model's own end.
+            stream: called with each new piece of text and its token id.
+            add_special_tokens: for a text prompt, as the tokenizer does.
+
+        Raises:
+            GenerationError: no causal model, its steps do not give what one pass over the text
+                gives (measured on a probe), or the text would not fit its positions.
+            ValueRangeError: a number outside its range.
+            TrilensError: as `capture`.
+        """
+        decoding = read_decoding(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            vocab=self._runner.vocab,
+        )
+        return generate(
+            self._runner,
+            prompt,
+            decoding,
+            edits=edits,
+            capture=capture,
+            stream=stream,
+            special=add_special_tokens,
+        )
 
     def batches_safely(self, tokens: int) -> bool:
         """Whether padded rows equal single prompts on this model, up to so many tokens: measured.

@@ -17,6 +17,7 @@ from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import Asked, request_of
 from trilens.lens.split import split
+from trilens.lens.stepping import StepSafety
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
 from trilens.models.gates.effective_proof import effective_patterns
@@ -41,6 +42,7 @@ class Runner:
         tokenizer: its tokenizer, or None.
         proof: of the model as it is now.
         vocab: token ids that it reads.
+        stepping: whether decoding steps equal one pass.
         info: what captures say of it.
     """
 
@@ -55,6 +57,7 @@ class Runner:
         with self.lock():
             self.proof: Proof = prove(self.model, self.vocab)
         self.max_positions = max_positions_of(self.model)
+        self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
         self._safety = BatchSafety(lambda prompts: self.run(prompts, Asked(residual="all")))
@@ -152,7 +155,14 @@ class Runner:
         numbers = tuple(range(first, first + len(prompts)))
         wanted = replace(self.request(prompts, asked), numbers=numbers)
         recording = self.record(prompts, wanted, edits, logits=asked.logits is not None)
-        effective = effective_patterns(recording.kernels, wanted.lengths, self._effective_proven)
+        return self.captures(prompts, recording, asked)
+
+    def captures(
+        self, prompts: Sequence[Prompt], recording: Recording, asked: Asked
+    ) -> list[Capture]:
+        """One capture per prompt of what was recorded."""
+        lengths = recording.request.lengths
+        effective = effective_patterns(recording.kernels, lengths, self._effective_proven)
         return split(prompts, recording, effective, logits=asked.logits, info=self.info)
 
     def capture(

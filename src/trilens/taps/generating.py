@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from trilens.errors import GenerationError
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import takes
+from trilens.taps.edits import Compiled
+from trilens.taps.hooks import Hooks
 from trilens.taps.joined import PassRecord, attention_of_pass, join_recordings
 from trilens.taps.mode import evaluating
 from trilens.taps.recording import CaptureRequest, Recording, StateRequest
-from trilens.taps.edits import Compiled
-from trilens.taps.hooks import Hooks
 from trilens.taps.session import session_of
 from trilens.taps.span import Span
 
@@ -140,6 +140,7 @@ class Passes:
             wanted,
             lengths=(seq,),
             prompts=(self.prompt,),
+            numbers=(0,),
             residual=None if last_only else wanted.residual,
             # A state is computed from all that its layer was given: when the text is whole.
             kernels=tuple(sorted({*wanted.kernels, *wanted.states.layers})),

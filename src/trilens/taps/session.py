@@ -307,7 +307,7 @@ def recording_of(
         CaptureError: as `session_of`.
         UnclaimedGateError: a gate is not what it was on the probe.
     """
-    with session_of(model, anatomy, request, actions) as session:
+    with session_of(model, anatomy, request, edits) as session:
         yield session.recording
     session.finish()
 
@@ -317,7 +317,7 @@ def session_of(
     model: nn.Module,
     anatomy: Anatomy,
     request: CaptureRequest,
-    actions: Sequence[SiteAction] = (),
+    edits: Compiled | None = None,
 ) -> Iterator[_Session]:
     """Hooks for the passes that run inside the block, one after the other.
 
@@ -325,7 +325,7 @@ def session_of(
         model: the model.
         anatomy: its parts.
         request: what the first pass is to leave behind.
-        actions: edits, in their order.
+        edits: made ready for these prompts.
 
     Yields:
         The session: `begin` is called before each pass but the first, `finish` after each.
