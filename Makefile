@@ -64,14 +64,14 @@ check-pythons:
 	.ci/pythons
 
 check: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check src tests benchmarks training
-	$(VENV)/bin/ruff check src tests benchmarks training
+	$(VENV)/bin/ruff format --check src tests benchmarks training examples
+	$(VENV)/bin/ruff check src tests benchmarks training examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready
-	$(VENV)/bin/ruff format src tests benchmarks training
-	$(VENV)/bin/ruff check --fix src tests benchmarks training
+	$(VENV)/bin/ruff format src tests benchmarks training examples
+	$(VENV)/bin/ruff check --fix src tests benchmarks training examples
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks

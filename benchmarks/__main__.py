@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "startup",
     "overhead",
+    "sites",
     "gate_overhead",
     "long_attention",
     "attention_questions --json",

@@ -41,7 +41,9 @@ def test_trilens_loads_nothing_but_its_hooks() -> None:
     assert run("import trilens; print(len(dir(trilens)) > 50)") == "True\n"
 
 
-@pytest.mark.parametrize("package", ["analysis", "caches", "checkpoint", "planning", "ternary"])
+@pytest.mark.parametrize(
+    "package", ["analysis", "caches", "checkpoint", "edits", "planning", "ternary"]
+)
 def test_a_package_loads_when_its_names_are_used(package: str) -> None:
     assert "torch" not in loaded(f"import trilens.{package}")
 

@@ -5,6 +5,8 @@ from . import edits as edits
 from . import errors as errors
 from . import planning as planning
 from . import ternary as ternary
+from .analysis.attribution_patching import attribution_patch as attribution_patch
+from .analysis.attribution_patching import integrated_gradients as integrated_gradients
 from .analysis.comparison.result import Comparison as Comparison
 from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
@@ -12,11 +14,16 @@ from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
+from .analysis.lenses.logit_lens import LogitLens as LogitLens
+from .analysis.lenses.logit_lens import logit_lens as logit_lens
+from .analysis.patching import PatchSweep as PatchSweep
+from .analysis.patching import patch_sweep as patch_sweep
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache
 from .caches.gate_spec import GateSpec as GateSpec
 from .caches.gates import GateCache as GateCache
+from .caches.sites import SiteCache as SiteCache
 from .caches.states import StateCache as StateCache
 from .caches.states import StateSpec as StateSpec
 from .checkpoint.calibration.options import Calibration as Calibration
@@ -41,6 +48,7 @@ from .errors import UsageError as UsageError
 from .evaluation.loop import Perplexity as Perplexity
 from .evaluation.perplexity import measure_perplexity as measure_perplexity
 from .lens.capture import Capture as Capture
+from .lens.gradients import Gradients as Gradients
 from .lens.lens import Lens as Lens
 from .models.families import FamilyTable as FamilyTable
 from .models.families import load_families as load_families
@@ -55,8 +63,10 @@ from .progress import Progress as Progress
 from .progress import Step as Step
 from .statistics.gating import GatingAccumulator as GatingAccumulator
 from .statistics.gating import GatingAnalysis as GatingAnalysis
+from .statistics.ranks import rank_correlation as rank_correlation
 from .ternary.packed.linear import TernaryLinear as TernaryLinear
 from .ternary.quantize import PerLayerQuant as PerLayerQuant
+from .text.alignment import Alignment as Alignment
 from .text.documents import read_documents as read_documents
 from .text.token_blocks import token_blocks as token_blocks
 from .version import __version__ as __version__

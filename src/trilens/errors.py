@@ -10,6 +10,7 @@
     │   ├── NotStoredError       asked for something that this capture or cache does not hold
     │   │   └── AbsentLayerError  a layer that a cache does not hold; an OutOfRangeError too
     │   ├── TextNotFoundError    a text that does not occur in a prompt
+    │   ├── MetricError          a metric that gives no number, or one that is not finite
     │   ├── UnknownSiteError     a name that no place of the forward pass has
     │   ├── IncomparableError    two models that cannot be compared
     │   ├── EditError            an edit that cannot be made
@@ -76,6 +77,7 @@ __all__ = [
     "IncomparableError",
     "LoadError",
     "MemoryShortError",
+    "MetricError",
     "ModelNotFoundError",
     "ModifiedInPlaceError",
     "NoChatTemplateError",
@@ -289,6 +291,10 @@ class CaptureError(TrilensError):
 
 class SilentSiteError(CaptureError):
     """A requested site did not fire."""
+
+
+class MetricError(UsageError):
+    """A metric that gives no number, or one that is not finite."""
 
 
 class SiteError(CaptureError):

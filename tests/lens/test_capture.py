@@ -209,6 +209,17 @@ def test_the_text_of_a_prompt_that_is_not_known(demo: Lens, tmp_path: Path) -> N
         Capture.load(change_manifest(odd, lambda held: held["text"].update(text="")))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [5, {}, {"text": "a"}, {"text": "ab", "spans": [[0, 1]]}, {"text": "ab", "spans": 3}]
+    + [{"text": "ab", "spans": [[0, 1], odd]} for odd in ([], [0], [1, 0], [math.inf, 2], "ab")],
+)
+def test_a_damaged_text(demo: Lens, text: Any, tmp_path: Path) -> None:
+    path = demo.capture([1, 2], logits=None).save(tmp_path / "a.tlc")
+    with pytest.raises(CorruptFileError, match="not a whole capture"):
+        Capture.load(change_manifest(path, lambda held: held.update(text=text)))
+
+
 def test_align_two_captures(demo: Lens) -> None:
     clean = demo.capture("def area(r): return r", logits=None)
     same = clean.align(clean)

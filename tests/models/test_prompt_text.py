@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from trilens.errors import TextNotFoundError
 from trilens.models.tokens import read_prompt
 
 CORPUS = ["the cat sat on the mat in Paris\n", "a naïve café — running, jumping\n"] * 20
@@ -147,6 +156,23 @@ def test_special_tokens_stand_for_no_text(kind: str) -> None:
         assert all(found.text.spans[i][0] == found.text.spans[i][1] for i in special)
         cat = found.text.find("cat", found.strings)
         assert max(cat) < special[1] < min(found.text.find("sat", found.strings))
+
+
+def test_chat_markers_stand_for_no_text() -> None:
+    """Markers that are special, but neither first, last nor padding token."""
+    tokenizer = byte_level(trims=False)
+    tokenizer._tokenizer.add_special_tokens([AddedToken("<|user|>", special=True)])
+    tokenizer._tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "<think>the café"}, {"role": "user", "content": "cat"}]
+    found = read(chat, tokenizer)
+    assert found.text.text == "<think>the cafécat"
+    markers = [i for i, string in enumerate(found.strings) if string == "<|user|>"]
+    assert len(markers) == 2
+    assert max(found.text.find("café", found.strings)) < markers[1]
+    assert found.text.find("<think>", found.strings) == (1,)
+    with pytest.raises(TextNotFoundError, match=f"special token at position 0, {markers[1]}"):
+        found.text.find("<|user|>", found.strings)
 
 
 def test_special_tokens_in_a_text_that_is_changed_first() -> None:

@@ -11,7 +11,8 @@ from sensitivity_cases import blocks, opened
 from trilens.errors import ShapeError
 from trilens.evaluation.reference import ReferenceLogits
 from trilens.planning.matrices import find_matrices
-from trilens.planning.predictor import gain, inputs_of, output_error, rank_correlation
+from trilens.planning.predictor import gain, inputs_of, output_error
+from trilens.statistics.ranks import rank_correlation
 from trilens.taps.parameters import checksum
 
 

@@ -12,6 +12,7 @@ from .patterns.protocol import Pattern as Pattern
 from .patterns.recurrent.pattern import RecurrentPattern as RecurrentPattern
 from .patterns.relu_l1 import ReluL1Pattern as ReluL1Pattern
 from .patterns.softmax.pattern import SoftmaxPattern as SoftmaxPattern
+from .sites import SiteCache as SiteCache
 from .states import StateCache as StateCache
 from .states import StatePart as StatePart
 from .states import StateSpec as StateSpec

@@ -15,7 +15,7 @@ from trilens.errors import AbsentLayerError, NotStoredError, UsageError
 from trilens.io.messages import listed
 from trilens.numbers import whole_number
 
-__all__ = ["SiteCache"]
+__all__ = ["SiteCache", "plain_name"]
 
 _Key = tuple[str, int | None]
 
@@ -53,8 +53,8 @@ class SiteCache:
         """
         cache, order = cls(), list(SITES)
         for name, layer in values:
-            if _plain(name) != name:
-                raise UsageError(f"site {name!r} is another tool's name for {_plain(name)!r}")
+            if plain_name(name) != name:
+                raise UsageError(f"site {name!r} is another tool's name for {plain_name(name)!r}")
             if SITES[name].per_layer != (layer is not None):
                 raise UsageError(
                     f"site {name!r} has {'one value per layer' if layer is None else 'no layers'}: "
@@ -97,7 +97,7 @@ class SiteCache:
             UnknownSiteError: no site has this name.
             NotStoredError: the site was not captured.
         """
-        known = self._name(_plain(name))
+        known = self._name(plain_name(name))
         return tuple(layer for held, layer in self._keys if held == known and layer is not None)
 
     def axes(self, name: str) -> str:
@@ -106,7 +106,7 @@ class SiteCache:
         Raises:
             UnknownSiteError: no site has this name.
         """
-        return SITES[_plain(name)].axes
+        return SITES[plain_name(name)].axes
 
     def __getitem__(self, key: str | tuple[str, SupportsIndex | None]) -> Tensor:
         """The value of a site, of one prompt.
@@ -216,10 +216,10 @@ class SiteCache:
     def _key(self, key: str | tuple[str, SupportsIndex | None]) -> _Key:
         layer: SupportsIndex | None
         if isinstance(key, tuple) and len(key) == 2:
-            name, layer = _plain(key[0]), key[1]
+            name, layer = plain_name(key[0]), key[1]
         elif isinstance(key, str):
             name, layer = site_name(key)
-            name = _plain(name)
+            name = plain_name(name)
         else:
             raise UsageError(f"{key!r} names no site: ask cache['attn.z', 4], or cache['embed']")
         name = self._name(name)
@@ -245,8 +245,13 @@ class SiteCache:
         return absent_layer(layer, self, layers, why=why, of=f"site {name!r} of ")
 
 
-def _plain(text: object) -> str:
-    """A site's own name; one that says a layer too, or names a gate, is refused."""
+def plain_name(text: object) -> str:
+    """The own name of a site that a text names.
+
+    Raises:
+        UnknownSiteError: there is none; the nearest names are offered.
+        UsageError: it names a layer too, or a gate.
+    """
     name, layer = site_name(text)
     if layer is not None:
         raise UsageError(

@@ -9,4 +9,5 @@ from .edit import Scale as Scale
 from .edit import SiteEdit as SiteEdit
 from .edit import Steer as Steer
 from .positions import PerPrompt as PerPrompt
+from .text import parse_edit as parse_edit
 from .values import TensorFile as TensorFile

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _WORDS = ("last", "prompt", "generated")
+_FAR = 1 << 60
 _HOW = (
     "give an index, a slice, a sequence of indices, a bool mask of the prompt's tokens, 'last', "
     "'prompt', 'generated', or PerPrompt([…])"
@@ -148,7 +149,9 @@ def _bounds(places: slice, prompt: int) -> tuple[int, int | None, int]:
         each + prompt if each is not None and each < 0 else each
         for each in (places.start, places.stop)
     )
-    return max(start or 0, 0), None if stop is None else max(stop, 0), places.step or 1
+    # NumPy's integers end somewhere, and no text is as long.
+    first, step = min(max(start or 0, 0), _FAR), min(places.step or 1, _FAR)
+    return first, None if stop is None else min(max(stop, 0), _FAR), step
 
 
 def selected(places: Places, prompt: int, start: int, stop: int) -> NDArray[np.bool_]:
@@ -178,7 +181,10 @@ def selected(places: Places, prompt: int, start: int, stop: int) -> NDArray[np.b
         inner = at < min(prompt, len(places.tokens))
         found[inner] = np.asarray(places.tokens, bool)[at[inner]]
         return found
-    return np.isin(at, [each + prompt if each < 0 else each for each in places])
+    named = np.array([each + prompt if each < 0 else each for each in places], np.int64) - start
+    found = np.zeros(len(at), bool)
+    found[named[(named >= 0) & (named < len(at))]] = True
+    return found
 
 
 def positions_of(places: Places, prompt: int, total: int) -> list[int]:

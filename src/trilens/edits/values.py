@@ -39,8 +39,13 @@ Numbers: TypeAlias = "SupportsIndex | Iterable[SupportsIndex] | None"
 class SiteSource(Protocol):
     """What a `Capture` gives to an edit: values of sites, and where they come from."""
 
-    tokens: list[str]
-    model: Any
+    @property
+    def tokens(self) -> list[str]:
+        """Its tokens as text."""
+
+    @property
+    def model(self) -> Any:
+        """Which model it is of."""
 
     @property
     def sites(self) -> Any:
@@ -64,12 +69,12 @@ class TensorFile:
 
     def __post_init__(self) -> None:
         path = as_path(self.path)
-        if path.suffix not in SUFFIXES:
+        if not path.name.endswith(SUFFIXES):
             raise EditError(
                 f"file {clip(str(path))} holds no tensor that an edit reads: give a .safetensors "
                 "or .npy file"
             )
-        if path.suffix == ".npy" and self.name is not None:
+        if path.name.endswith(".npy") and self.name is not None:
             raise EditError(f"file {clip(str(path))} holds one array, which has no name")
         object.__setattr__(self, "path", path)
 

@@ -35,7 +35,7 @@ def read_tensor(path: Path, name: str | None = None) -> Tensor:
     """
     if not path.exists():
         raise ModelNotFoundError(f"file {clip(str(path))} does not exist")
-    return _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path, name)
+    return _read_npy(path) if path.name.endswith(".npy") else _read_safetensors(path, name)
 
 
 def _read_safetensors(path: Path, name: str | None) -> Tensor:

@@ -255,7 +255,14 @@ class Capture:
         tensors, manifest = read_tensors(as_path(path), FORMAT, VERSION)
         try:
             return cls._rebuild(tensors, manifest)
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            UsageError,
+        ) as error:
             raise CorruptFileError(
                 f"{path} is not a whole capture: {type(error).__name__}: {error}; capture again"
             ) from error

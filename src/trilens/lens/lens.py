@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from trilens.axes import site_name
 from trilens.edits import Edit
 from trilens.lens.capture import Capture
 from trilens.lens.decoding import Stream, read_decoding
 from trilens.lens.generation import Generation, generate
+from trilens.lens.gradients import Gradients, Metric
+from trilens.lens.opened import Opened
 from trilens.lens.request import Asked, Which
-from trilens.lens.runner import Runner
-from trilens.lens.sites import layers_of, why_no_site
+from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
-from trilens.models.anatomy import Anatomy
-from trilens.models.loading import load
-from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.tokens import PromptLike
-from trilens.models.unwrap import is_pipeline, unwrapped
 from trilens.numbers import at_least
 from trilens.progress import Progress
 from trilens.taps.mode import evaluating
@@ -31,7 +25,7 @@ from trilens.taps.mode import evaluating
 __all__ = ["Lens"]
 
 
-class Lens:
+class Lens(Opened):
     """Opens one transformers language model.
 
     The model is never rewritten and its config never touched: captures hook it for the length of
@@ -47,104 +41,6 @@ class Lens:
         RecorderError: the model runs, but not while it is recorded.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        if tokenizer is None and is_pipeline(model):
-            tokenizer = getattr(model, "tokenizer", None)
-        self.model = model = unwrapped(model)
-        self.tokenizer = usable_tokenizer(tokenizer)
-        self.unused_weights: tuple[str, ...] = ()
-        self._runner = Runner(self.model, self.tokenizer)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | os.PathLike[str],
-        *,
-        dtype: str | torch.dtype = "auto",
-        device_map: Any = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        attn_implementation: str | None = None,
-    ) -> Lens:
-        """Load a checkpoint directory or hub id and open it.
-
-        Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
-        where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
-        transformers where not given.
-
-        Raises:
-            LoadError: and its subclasses, see `trilens.errors`.
-            AnatomyError: the model's parts could not be proven.
-        """
-        loaded = load(
-            path_or_hub_id,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
-        lens = cls(loaded.model, loaded.tokenizer)
-        lens.unused_weights = tuple(loaded.unused)
-        return lens
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Blocks, final norm, unembedding and attention sites, with the facts that prove them."""
-        return self._runner.proof.anatomy
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return self.anatomy.n_layers
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.anatomy.d_model
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers whose softmax attention can be captured."""
-        return tuple(self.anatomy.attention)
-
-    @property
-    def effective_layers(self) -> tuple[int, ...]:
-        """Recurrent layers whose effective attention can be captured."""
-        return self._runner.proof.gates.effective_layers
-
-    @property
-    def state_layers(self) -> tuple[int, ...]:
-        """Layers whose recurrent state can be captured."""
-        return self._runner.proof.gates.state_layers
-
-    @property
-    def gate_layers(self) -> dict[str, tuple[int, ...]]:
-        """Per gate name, the layers where it is proven."""
-        found: dict[str, list[int]] = {}
-        for name, layer in self._runner.proof.gates.gates:
-            found.setdefault(name, []).append(layer)
-        return {name: tuple(layers) for name, layers in found.items()}
-
-    @property
-    def site_layers(self) -> dict[str, tuple[int, ...]]:
-        """Per site name, the layers where it is proven; none where the model has it once."""
-        return layers_of(self._runner.proof.sites)
-
-    def why_no_site(self, name: str, layer: SupportsIndex | None = None) -> str:
-        """Why a layer has not a site, in a sentence; "" where it is proven.
-
-        Raises:
-            UsageError: a name that is unknown.
-        """
-        site, own = site_name(name)
-        at = own if layer is None else int(layer)
-        return why_no_site(self._runner.proof.sites, site, at)
-
-    def __repr__(self) -> str:
-        name = type(self.model).__name__
-        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model})"
 
     def capture(
         self,
@@ -251,6 +147,75 @@ class Lens:
         ).once()
         return self._runner.batches(prompts, size, asked, edits, add_special_tokens, progress)
 
+    def stack(
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        site: str = "resid_post",
+        layers: Iterable[SupportsIndex] | None = None,
+        position: Where = -1,
+        batch_size: SupportsIndex = 8,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One site of many prompts as one tensor [prompt, layer, …], such as a probe is fitted on.
+
+        Args:
+            prompts: as `capture_many` takes them.
+            site: a name of `axes.SITES` or an alias; its first axis must be the tokens.
+            layers: in the result ascending; all that have the site where not given.
+            position: of one token, negative from each prompt's own end; "last"; or "mean".
+            batch_size: prompts per forward pass.
+            progress: called after each pass.
+
+        Raises:
+            UsageError: no prompts, a site whose first axis is not the tokens, or no such position.
+            OutOfRangeError: a layer, or a position that a prompt is too short for.
+            ShapeError: layers whose values differ in shape.
+        """
+        return stack(
+            self,
+            prompts,
+            site=site,
+            layers=layers,
+            position=position,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def gradients(
+        self,
+        prompt: PromptLike,
+        metric: Metric,
+        *,
+        sites: Iterable[str] = ("resid_post",),
+        layers: Iterable[SupportsIndex] | None = None,
+        edits: Iterable[Edit] | Edit = (),
+        add_special_tokens: bool = True,
+    ) -> Gradients:
+        """A metric's gradients at sites, and the sites' values: one pass forward and one back.
+
+        The model runs in eval mode and its own dtype, the metric in float32; its parameters are
+        frozen for the run and get no gradient.
+
+        Args:
+            prompt: as `capture` takes it.
+            metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
+                `trilens.analysis` can be given.
+            sites: as `capture` takes them; not attn.scores and attn.pattern.
+            layers: layer numbers; all where not given.
+            edits: as `capture` takes them.
+            add_special_tokens: as `capture` takes it.
+
+        Raises:
+            MetricError: the metric gives no finite scalar, or does not depend on the logits.
+            SiteError: a site that is not proven in the layers asked, or has no gradient.
+
+        Memory
+            Every activation of the pass: what training of one batch of this prompt keeps.
+        """
+        asked = Asked(residual=None, layers=layers, sites=sites).once()
+        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens)
+
     def generate(
         self,
         prompt: PromptLike,
@@ -318,18 +283,20 @@ class Lens:
         return self._runner.batches_safely(tokens)
 
     @torch.no_grad()
-    def unembed(self, residual: Tensor) -> Tensor:
+    def unembed(self, residual: Tensor, *, tokens: slice | Tensor | None = None) -> Tensor:
         """The logits that the model's own final norm and unembedding make of a residual stream.
 
         Args:
             residual: [..., d_model], for example `resid_post` of any layer.
+            tokens: only of these token ids: a slice, or int64 [n].
 
         Returns:
-            [..., vocab]; of the last layer's residual, the model's logits (within rounding).
+            [..., vocab], or [..., n] of some tokens; of the last layer's residual, the model's
+            logits (within rounding).
 
         Raises:
             UsageError: the model has no unembedding (a bare encoder).
             ShapeError: the last axis is not d_model.
         """
         with self._runner.lock(), evaluating(self.model):
-            return unembedded(self.model, self.anatomy, residual)
+            return unembedded(self.model, self.anatomy, residual, tokens)

@@ -13,6 +13,7 @@ from trilens.edits import Edit
 from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture
+from trilens.lens.gradients import Gradients, Metric, gradients_of
 from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import Asked, request_of
@@ -116,6 +117,7 @@ class Runner:
             new_tokens=new_tokens,
             attention=tuple(self.proof.anatomy.attention),
             recurrent=claims.state_layers,
+            boundaries=claims.boundaries(claims.state_layers),
         )
 
     def request(self, prompts: Sequence[Prompt], asked: Asked) -> CaptureRequest:
@@ -173,6 +175,29 @@ class Runner:
         read = self.read(prompt, special)
         compiled = self.compiled(edits, [len(read.ids)])
         found = self.run([read], asked, compiled)[0]
+        compiled.check_touched()
+        return found
+
+    def gradients(
+        self,
+        prompt: PromptLike,
+        metric: Metric,
+        asked: Asked,
+        edits: Iterable[Edit] | Edit,
+        special: bool,
+    ) -> Gradients:
+        """As `Lens.gradients`."""
+        self.refresh()
+        read = self.read(prompt, special)
+        compiled = self.compiled(edits, [len(read.ids)])
+        wanted = replace(self.request([read], asked), gradients=True)
+        found = gradients_of(
+            lambda request: self.record([read], request, compiled),
+            read,
+            wanted,
+            self.proof.sites,
+            metric,
+        )
         compiled.check_touched()
         return found
 

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
+from trilens.caches.derived import Derived, HeadOut, PatternValue
 from trilens.caches.gates import GateCache
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
+from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
 from trilens.lens.capture import Capture
 from trilens.lens.parts import ModelInfo, Parts
 from trilens.models.gates.recurrent_states import LayerState, join_states
 from trilens.models.gates.site import rows_of
+from trilens.models.sites.head_out import projection_weight
+from trilens.models.sites.site import SiteKey
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
 from trilens.taps.recording import CaptureRequest, Recording
@@ -78,6 +82,11 @@ def split(
             )
             if states
             else None,
+            sites=SiteCache.from_values(
+                {key: _site(recording, key, row, length, shared) for key in recording.sites}
+            )
+            if asked.sites
+            else None,
         )
 
     return [
@@ -134,3 +143,17 @@ def _gate(recording: Recording, key: tuple[str, int], row: int, length: int) -> 
 def _states(recording: Recording, row: int) -> dict[int, LayerState]:
     calls = recording.states.items()
     return {layer: join_states([call[row] for call in each]) for layer, each in calls}
+
+
+def _site(
+    recording: Recording, key: SiteKey, row: int, length: int, shared: SharedMasks
+) -> Tensor | Derived:
+    value, site = recording.sites[key], recording.request.sites[key]
+    if isinstance(value, Pattern):
+        batched = len(recording.request.lengths) > 1
+        pattern = value.unpad(row, length, shared) if batched else value
+        return PatternValue(pattern, "scores" if site.tap.part == "scores" else "pattern")
+    mine = _own(value[row, :length], recording)
+    if site.projection is None:
+        return mine
+    return HeadOut(mine, projection_weight(site.projection, mine.shape[1] * mine.shape[2]))

@@ -68,9 +68,11 @@ def token_pieces(ids: Sequence[int], tokenizer: Any) -> Mapping[int, Piece]:
     """What each distinct id stands for; see `token_strings`."""
     if tokenizer is None:
         return {token_id: Piece(f"<{token_id}>") for token_id in ids}
-    special = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
-    added = frozenset(getattr(tokenizer, "added_tokens_decoder", None) or ())
-    return {i: _piece_of(i, tokenizer, special=special, added=added) for i in set(ids)}
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    # Chat markers are often special without being the first, last or padding token.
+    marked = (i for i, token in dict(added).items() if getattr(token, "special", False))
+    special = frozenset((*(getattr(tokenizer, "all_special_ids", None) or ()), *marked))
+    return {i: _piece_of(i, tokenizer, special=special, added=frozenset(added)) for i in set(ids)}
 
 
 def _piece_of(

@@ -18,7 +18,9 @@ __all__ = [
     "WIDE",
     "AttentionSite",
     "ModuleCall",
+    "ScaledCall",
     "SoftmaxSite",
+    "SumCall",
     "Trace",
     "parent_path",
     "same",
@@ -81,6 +83,8 @@ class ModuleCall:
 
     Attributes:
         versions: how often each output had been written into when the call ended.
+        given: the inputs as they were when the call began; empty where nobody wrote into them.
+        gave: the outputs as they were when the call ended; empty likewise.
     """
 
     path: str
@@ -90,6 +94,18 @@ class ModuleCall:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     versions: tuple[int, ...] = ()
+    given: tuple[Tensor, ...] = ()
+    gave: tuple[Tensor, ...] = ()
+
+    @property
+    def read(self) -> tuple[Tensor, ...]:
+        """The inputs as they were when the call began."""
+        return self.given or self.inputs
+
+    @property
+    def made(self) -> tuple[Tensor, ...]:
+        """The outputs as they were when the call ended."""
+        return self.gave or self.outputs
 
     @property
     def is_overwritten(self) -> bool:
@@ -121,6 +137,11 @@ class AttentionSite:
     Attributes:
         key: the implementation's name.
         readable: whether its pattern can be told from its arguments, or it gave its weights.
+        query: [1, heads, seq_q, d]; `keys` and `value` [1, kv_heads, seq_k, d], as it was called.
+        output: [1, seq_q, heads, d], as it returned it.
+        error: largest |pattern · value − output| over the largest pattern · |value|, for the
+            pattern that is read from the call; None where there is none to compare.
+        has_scores: whether that pattern is rebuilt from scores.
     """
 
     path: str
@@ -129,6 +150,44 @@ class AttentionSite:
     seq_q: int
     seq_k: int
     readable: bool = True
+    query: Tensor | None = None
+    keys: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
+    error: float | None = None
+    has_scores: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumCall:
+    """One sum of two tensors of one shape with a row per token, no weight of the model among them.
+
+    Attributes:
+        path: the innermost module that was running.
+        left: the operands and the result, as they were at that moment.
+        in_place: whether the result was written into the left operand.
+    """
+
+    path: str
+    tick: int
+    left: Tensor
+    right: Tensor
+    result: Tensor
+    in_place: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledCall:
+    """One product of a tensor with a row per token and factors that are the same for every token.
+
+    Attributes:
+        x: what went in, and the result, as they were at that moment.
+    """
+
+    path: str
+    tick: int
+    x: Tensor
+    result: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +214,8 @@ class Trace:
     logits: Tensor | None
     last_hidden: tuple[Tensor, ...]
     responses: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    sums: tuple[SumCall, ...] = ()
+    scaled: tuple[ScaledCall, ...] = ()
 
     def inside(self, call: ModuleCall) -> list[ModuleCall]:
         """The calls that ran inside the given one, in order of their start."""

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.errors import ShapeError
 from trilens.evaluation.reference import ReferenceLogits
 from trilens.lens.lens import Lens
 from trilens.planning.matrices import ModelMatrix, input_sizes
 from trilens.taps.inputs import observe_inputs
 from trilens.taps.parameters import swapped
 
-__all__ = ["gain", "inputs_of", "output_error", "rank_correlation"]
+__all__ = ["gain", "inputs_of", "output_error"]
 
 _NOISE = 0.1
 """‖noise‖² / ‖W‖² of the perturbation: near what ternary weights lose, above the rounding of
@@ -115,29 +112,3 @@ def gain(
         return 0.0
     with swapped(lens.model, {matrix.target: changed.to(weights.device)}):
         return reference.measure().kl_nats / error
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's: Pearson's correlation of the ranks, equal values sharing their mean rank.
-
-    Returns:
-        In [−1, 1]; None below three pairs, or where one side is all equal.
-
-    Raises:
-        ShapeError: sequences of unlike length.
-    """
-    if len(a) != len(b):
-        raise ShapeError(f"sequences of {len(a)} and {len(b)} values cannot be paired")
-    if len(a) < 3:
-        return None
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b)]
-    x, y = (values - values.mean() for values in ranks)
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale else None
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    means: NDArray[np.float64] = last - (counts - 1) / 2
-    return means[inverse]

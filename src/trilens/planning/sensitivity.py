@@ -20,9 +20,10 @@ from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import Candidate, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
-from trilens.planning.predictor import gain, inputs_of, output_error, rank_correlation
+from trilens.planning.predictor import gain, inputs_of, output_error
 from trilens.progress import Progress, Step
 from trilens.results import Tabular
+from trilens.statistics.ranks import rank_correlation
 from trilens.taps.parameters import checksum, swapped
 
 __all__ = ["Sensitivity", "SensitivityRow", "Subject", "measure_sensitivity"]

@@ -43,6 +43,8 @@ def pattern_of(call: AttentionCall) -> Pattern:
     Raises:
         AttentionPathError: the implementation neither is SDPA nor returns its weights.
     """
+    if call.edited and call.weights is not None:
+        return DensePattern(call.weights.detach())
     if call.function is sdpa_attention_forward:
         return _sdpa_pattern(call)
     if call.weights is None:

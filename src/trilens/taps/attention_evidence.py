@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.taps.registry import AttentionCall
 
-__all__ = ["Evidence", "output_error", "weights_evidence"]
+__all__ = ["Evidence", "output_error", "value_error", "weights_evidence"]
 
 # So many rows average the rounding of half precision to where a small sink mass shows; the first
 # ones have few keys, where a sink takes most.
@@ -88,6 +89,35 @@ def output_error(pattern: SoftmaxPattern, call: AttentionCall) -> float | None:
         squares += float(difference.double().square().sum())
         count += difference.numel()
     return math.sqrt(squares / max(count, 1))
+
+
+def value_error(pattern: Pattern, call: AttentionCall) -> float | None:
+    """Largest |pattern · value − output| over the largest pattern · |value|, in every row.
+
+    None where the shapes are not those of heads and tokens.
+    """
+    value, output = call.value, call.output
+    if value is None or output is None or value.ndim != 4 or output.ndim != 4:
+        return None
+    batch, kv_heads, seq_k, width = value.shape
+    heads, seq_q = pattern.heads, pattern.seq_q
+    if tuple(output.shape) != (batch, seq_q, heads, width) or heads % kv_heads:
+        return None
+    worst, largest = 0.0, 0.0
+    for row in range(batch):
+        weights = pattern.rows(range(seq_q), batch=row)
+        if weights.shape[-1] > seq_k:
+            return None
+        values = value[row, :, : weights.shape[-1]].to(weights.dtype)
+        values = values.repeat_interleave(heads // kv_heads, dim=0)
+        theirs = output[row].transpose(0, 1).to(weights.dtype)
+        # A row that may see nothing is uniform in eager attention and zero here.
+        seen = weights.sum(-1) > 0
+        error = (torch.bmm(weights, values) - theirs)[seen]
+        terms = torch.bmm(weights, values.abs())[seen]
+        worst = max(worst, float(error.abs().max()) if error.numel() else 0.0)
+        largest = max(largest, float(terms.max()) if terms.numel() else 0.0)
+    return worst / largest if largest > 0 else None
 
 
 def _compared(pattern: SoftmaxPattern) -> Iterator[tuple[int, list[int], Tensor]]:

@@ -234,12 +234,14 @@ def _table(named: Sequence[int], rows: Sequence[int] | None, noun: str, owner: s
 
 
 def _rows(source: Tensor, tables: list[Any]) -> Change:
+    """Rows of a source by prompt and position."""
+    rows = np.full((len(tables), max(map(len, tables))), -1)
+    for number, table in enumerate(tables):
+        rows[number, : len(table)] = table
+
     def change(values: Tensor, chosen: Chosen) -> Tensor:
-        index = [
-            int(tables[number][position])
-            for number, position in zip(chosen.numbers, chosen.positions, strict=True)
-        ]
-        return source[index].to(values.device, values.dtype)
+        index = torch.from_numpy(rows[chosen.numbers, chosen.positions])
+        return source[index.to(source.device)].to(values.device, values.dtype)
 
     return change
 

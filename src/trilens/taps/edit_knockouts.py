@@ -31,6 +31,7 @@ class EdgeCut:
         queries: per prompt, the tokens that no longer see the keys.
         keys: per prompt, the tokens that are no longer seen.
         own: whether a token's edge to itself is cut where both name it.
+        of_tokens: whether it names tokens alone, so that their writes to a state are cut too.
     """
 
     number: int
@@ -39,6 +40,7 @@ class EdgeCut:
     queries: tuple[Places, ...]
     keys: tuple[Places, ...]
     own: bool
+    of_tokens: bool = False
 
     def edges(self, span: Span, seq_k: int | None = None) -> NDArray[np.bool_] | None:
         """Which edges are cut in a pass; None where none is.
@@ -121,7 +123,7 @@ def cuts_of(
         heads = numbers_of(edit.heads)
         if site is not None:
             heads = check_numbers(heads, site.shape[0], "head", f"layer {layer}")
-        cuts.append(EdgeCut(number, layer, heads, queries, keys, own))
+        cuts.append(EdgeCut(number, layer, heads, queries, keys, own, of_tokens))
     return cuts
 
 

@@ -180,6 +180,8 @@ class Target:
         longest = max(self.texts.prompts) + self.texts.new_tokens
         named = np.zeros((len(self.places), longest), bool)
         for row, (places, prompt) in enumerate(zip(self.places, self.texts.prompts, strict=True)):
+            if places == ():
+                continue
             total = prompt + self.texts.new_tokens
             named[row, :total] = selected(places, prompt, 0, total)
         return named

@@ -6,14 +6,15 @@ counted, so that an edit that touched nothing is found when the run ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from trilens.edits.edit import Edit, Knockout, SiteEdit
-from trilens.errors import EditError, SilentSiteError, UntouchedEditError, UsageError
+from trilens.errors import EditError, LoadError, SilentSiteError, UntouchedEditError, UsageError
 from trilens.io.messages import clip, listed
+from trilens.models.gates.mixers import Boundary
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.sites.site import Site, SiteKey
 from trilens.taps.edit_changes import Change, change_of
@@ -62,12 +63,14 @@ class Compiled:
         actions: by site, in the order in which the edits were given.
         cuts: knockouts, by layer.
         touched: what was touched so far.
+        boundaries: by layer, the recurrences that no kernel function carries.
     """
 
     edits: tuple[Edit, ...] = ()
     actions: dict[SiteKey, tuple[Action, ...]] = field(default_factory=dict)
     cuts: dict[int, tuple[EdgeCut, ...]] = field(default_factory=dict)
     touched: Touched = field(default_factory=Touched)
+    boundaries: Mapping[int, Boundary] = field(default_factory=dict)
 
     def apply(self, key: SiteKey, value: Tensor, span: Span) -> Tensor | None:
         """All edits of a site, one after the other; None where none touched the value."""
@@ -114,6 +117,7 @@ def compile_edits(
     new_tokens: int = 0,
     attention: Collection[int] = (),
     recurrent: Collection[int] = (),
+    boundaries: Mapping[int, Boundary] | None = None,
 ) -> Compiled:
     """Check edits, and prepare them for a run.
 
@@ -125,10 +129,12 @@ def compile_edits(
         new_tokens: the most tokens that are generated after each.
         attention: layers with softmax attention that can be edited.
         recurrent: layers whose writes to a state can be edited.
+        boundaries: of those, the ones that no kernel function carries.
 
     Raises:
         EditError: an edit that cannot be made; names it.
         EditConflictError: one that another would overwrite.
+        LoadError: a file of an edit that cannot be read.
     """
     given = (edits,) if isinstance(edits, Edit) else tuple(edits)
     texts, touched = Texts(tuple(prompts), new_tokens), Touched()
@@ -148,9 +154,9 @@ def compile_edits(
                     cuts.setdefault(cut.layer, []).append(cut)
             else:
                 raise EditError("it is no edit: use Steer, Ablate … of trilens.edits")
-        except UsageError as error:
+        except (UsageError, LoadError) as error:
             title = str(edit) if isinstance(edit, Edit) else clip(edit)
-            kind = type(error) if isinstance(error, EditError) else EditError
+            kind = type(error) if isinstance(error, EditError | LoadError) else EditError
             raise kind(f"edit {number} ({title}): {error}") from error
     check_conflicts(given, targets)
     return Compiled(
@@ -158,6 +164,7 @@ def compile_edits(
         {key: tuple(each) for key, each in actions.items()},
         {layer: tuple(each) for layer, each in cuts.items()},
         touched,
+        boundaries or {},
     )
 
 

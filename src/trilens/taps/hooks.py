@@ -67,13 +67,16 @@ class Hooks:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
         self._placing = None
 
-    def after(self, module: nn.Module, call: Callable[..., Any]) -> None:
+    def after(
+        self, module: nn.Module, call: Callable[..., Any], *, with_kwargs: bool = False
+    ) -> None:
         """Have `call` called after a module's forward, as torch calls its hooks.
 
         What it returns, if it is not None, is what the module gives instead.
         """
         self._placing = module
-        self._handles.append(module.register_forward_hook(_Hook(self, call)))
+        hook = _Hook(self, call)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
         self._placing = None
 
     def enter(self, block: _GeneratorContextManager[Any]) -> None:

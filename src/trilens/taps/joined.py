@@ -165,9 +165,7 @@ def join_recordings(passes: Sequence[PassRecord], request: CaptureRequest) -> Re
         values = [each.recording.gates[key] for each in passes]
         joined.gates[key] = _join_gates(values, request.gates[key], key)
     for place in first.sites:
-        joined.sites[place] = _end_to_end(
-            [_tensor(each.recording.sites[place], place) for each in passes], 1, str(place)
-        )
+        joined.sites[place] = _join_site(passes, place)
     for layer in first.kernels:
         calls = join_calls([each.recording.kernels[layer] for each in passes], layer)
         if layer in request.states.layers:
@@ -212,13 +210,20 @@ def _join_gates(
     return [_end_to_end(each, axis, what) for each in zip(*calls, strict=True)]
 
 
-def _tensor(value: Tensor | AttentionCall, place: SiteKey) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    raise GenerationError(
-        f"{place[0]} of layer {place[1]} is not kept while text is generated: ask for "
-        "attention=True, whose patterns answer the same"
-    )
+def _join_site(passes: Sequence[PassRecord], place: SiteKey) -> Tensor | Pattern:
+    values = [each.recording.sites[place] for each in passes]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) == len(values):
+        return _end_to_end(tensors, 1, str(place))
+    total = passes[-1].start + passes[-1].seq
+    rows = []
+    for each, value in zip(passes, values, strict=True):
+        if isinstance(value, Pattern):
+            weights, end = value.dense(), each.start + each.seq
+            # A cache may hold the last tokens alone.
+            first = end - weights.shape[-1]
+            rows.append(torch.nn.functional.pad(weights, (first, total - end)))
+    return DensePattern(torch.cat(rows, dim=-2))
 
 
 def _end_to_end(parts: Sequence[Any], axis: int, what: str) -> Tensor:

@@ -42,10 +42,14 @@ class KernelWatcher:
     Attributes:
         enter: called with the function's name.
         leave: called with the name, the arguments by parameter name, and the result.
+        edit: called before the function, with the name and the arguments by parameter name,
+            defaults included: gives those that the function is called with instead, or the same
+            object. `leave` sees what was used.
     """
 
     enter: Callable[[str], None]
     leave: Callable[[str, Mapping[str, Any], Any], None]
+    edit: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
 
 
 @dataclass(slots=True)
@@ -99,6 +103,9 @@ class KernelTap:
             mine = tuple(watchers.get(threading.get_ident(), ()))
             for watcher in mine:
                 watcher.enter(name)
+            editors = [watcher.edit for watcher in mine if watcher.edit is not None]
+            if editors:
+                args, kwargs = _edited(name, signature, editors, args, kwargs)
             result = original(*args, **kwargs)
             if mine:
                 bound = signature.bind(*args, **kwargs)
@@ -108,6 +115,26 @@ class KernelTap:
             return result
 
         return kernel
+
+
+def _edited(
+    name: str,
+    signature: inspect.Signature,
+    editors: Iterable[Callable[[str, Mapping[str, Any]], Mapping[str, Any]]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a function is called with after edits; what it was called with if none changed it."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    before: Mapping[str, Any] = dict(bound.arguments)
+    given = before
+    for edit in editors:
+        given = edit(name, given)
+    if given is before:
+        return args, kwargs
+    bound.arguments.update(given)
+    return bound.args, bound.kwargs
 
 
 def kernel_places(model: nn.Module, names: Iterable[str]) -> list[tuple[Functions, str]]:

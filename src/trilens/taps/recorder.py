@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import PreTrainedModel
 
+from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.caches.storage import address_of
 from trilens.models.gates.events import (
     GATING_FUNCTIONS,
@@ -23,28 +22,34 @@ from trilens.models.gates.events import (
     WeightedCall,
 )
 from trilens.models.gates.kernels import CONVOLUTIONS, KERNEL_GATES
+from trilens.models.sites.sums import SUMS, is_rowwise
 from trilens.models.trace import (
     AttentionSite,
     ModuleCall,
+    ScaledCall,
     SoftmaxSite,
+    SumCall,
     Trace,
     same,
     tensors_in,
     version_of,
     wide_points,
 )
-from trilens.taps.attention import is_readable
+from trilens.taps.attention import is_readable, pattern_of
+from trilens.taps.attention_evidence import value_error
+from trilens.taps.functions import FunctionCalls, writes_into
 from trilens.taps.hooks import hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
+from trilens.taps.overwritten import Overwritten, Seen
 from trilens.taps.registry import REGISTRY, AttentionCall, attention_keys
-from trilens.taps.undo import undone
 
 __all__ = ["record"]
 
 _SOFTMAX = {"softmax", "_softmax", "scaled_dot_product_attention"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 _IN_PLACE = {"mul_", "__imul__"}
-_SUMS = {"add", "__add__", "__radd__"}
+_WEIGHTED_SUMS = SUMS - {"add_", "__iadd__"}
+_SCALES = _PRODUCTS | {"div", "div_", "__truediv__", "__itruediv__", "true_divide"}
 _COPIES = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone",
            "reshape", "flatten", "_to_copy"}  # fmt: skip
 """Functions that may give the same values in a new storage."""
@@ -61,48 +66,20 @@ class _Factor:
     version: int
 
 
-class _FunctionWatch(TorchFunctionMode):
-    """Shows every call of a torch function to the recorder, after it ran."""
-
-    def __init__(self, seen: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
-        result = func(*args, **options)
-        # What dynamo traces (flex attention's masks) are stand-ins without values or storage.
-        if torch.compiler.is_compiling():
-            return result
-        self._seen(getattr(func, "__name__", ""), args, options, result)
-        return result
-
-
-@contextmanager
-def _watching(watch: _FunctionWatch) -> Iterator[None]:
-    def put_back() -> None:
-        if watch in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    with undone(put_back):
-        watch.__enter__()  # type: ignore[no-untyped-call]
-        yield
-
-
 class _Recorder:
     def __init__(self, model: nn.Module, seq: int) -> None:
         self.tick = 0
         self.seq = seq
         self.paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules()}
         self.weights = {address_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self.open: list[tuple[nn.Module, int, tuple[Tensor, ...]]] = []
+        self.open: list[tuple[nn.Module, int, list[Seen]]] = []
         self.calls: list[ModuleCall] = []
+        self.seen: list[tuple[list[Seen], list[Seen]]] = []
+        self.overwritten = Overwritten()
+        self.sums: list[tuple[SumCall, list[Seen]]] = []
+        self.scaled: list[tuple[ScaledCall, list[Seen]]] = []
+        # The left operand of a call that is running, where it will be written into.
+        self.written: Seen | None = None
         self.attention: list[AttentionSite] = []
         self.softmax: list[SoftmaxSite] = []
         self.events = GateEvents()
@@ -117,21 +94,43 @@ class _Recorder:
         return self.tick
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = (*tensors_in(args), *tensors_in(kwargs))
+        inputs = [self.overwritten.see(t) for t in (*tensors_in(args), *tensors_in(kwargs))]
         self.open.append((module, self.clock(), inputs))
 
     def after(self, module: nn.Module, _args: Any, output: Any) -> None:
         _, start, inputs = self.open.pop()
-        outputs = tuple(tensors_in(output))
-        path = self.paths[module]
-        versions = tuple(map(version_of, outputs))
-        call = ModuleCall(path, module, start, self.clock(), inputs, outputs, versions)
+        outputs = [self.overwritten.see(tensor) for tensor in tensors_in(output)]
+        call = ModuleCall(
+            self.paths[module],
+            module,
+            start,
+            self.clock(),
+            tuple(tensor for tensor, _ in inputs),
+            tuple(tensor for tensor, _ in outputs),
+            tuple(version for _, version in outputs),
+        )
         self.calls.append(call)
+        self.seen.append((inputs, outputs))
+
+    def finished_calls(self) -> list[ModuleCall]:
+        """The calls, with what their tensors held where they were written into later."""
+        return [
+            self._as_seen(call, *seen) for call, seen in zip(self.calls, self.seen, strict=True)
+        ]
+
+    def _as_seen(self, call: ModuleCall, inputs: list[Seen], outputs: list[Seen]) -> ModuleCall:
+        given = tuple(map(self.overwritten.as_seen, inputs))
+        gave = tuple(map(self.overwritten.as_seen, outputs))
+        pairs = zip((*given, *gave), (*call.inputs, *call.outputs), strict=True)
+        if all(then is now for then, now in pairs):
+            return call
+        return replace(call, given=given, gave=gave)
 
     def attended(self, call: AttentionCall) -> None:
         # The function ran just now: the softmaxes inside it are the registry's own.
         path = self.paths[call.module]
         self.softmax = [site for site in self.softmax if site.path != path]
+        error, has_scores = _pattern_error(call)
         site = AttentionSite(
             path,
             self.clock(),
@@ -139,8 +138,33 @@ class _Recorder:
             call.query.shape[-2],
             call.key.shape[-2],
             is_readable(call),
+            call.query,
+            call.key,
+            call.value,
+            call.output,
+            error,
+            has_scores,
         )
         self.attention.append(site)
+
+    def before_function(
+        self, name: str, args: tuple[Any, ...], _options: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Keeps what a recorded tensor holds before it is written into."""
+        target = writes_into(name, args)
+        self.written = None
+        if target is not None:
+            if name in SUMS or name in _SCALES:
+                self.written = self.overwritten.see(target)
+            self.overwritten.before_write(target)
+        return args
+
+    def after_function(
+        self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any
+    ) -> Any:
+        """Notes a call; what it gave goes on as it is."""
+        self.function(name, args, options, result)
+        return result
 
     def function(
         self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any
@@ -151,12 +175,16 @@ class _Recorder:
         if not self.open or not args:
             return
         x = args[0]
+        if name in _SCALES and len(args) > 1:
+            self._scaled(x, args[1], result)
         if name in GATING_FUNCTIONS:
             self._gating(GATING_FUNCTIONS[name], x, options, result)
         elif name in _PRODUCTS and len(args) > 1:
             self._multiplied(x, args[1], result, in_place=name in _IN_PLACE)
-        elif name in _SUMS and len(args) > 1:
-            self._weighted(torch.add, x, args[1], result)
+        elif name in SUMS and len(args) > 1:
+            weighted = name in _WEIGHTED_SUMS and self._weighted(torch.add, x, args[1], result)
+            if not weighted and "alpha" not in options:
+                self._summed(x, args[1], result)
         elif name in _COPIES and isinstance(x, Tensor) and isinstance(result, Tensor):
             number = self._number(x)
             if address_of(result) == address_of(x):
@@ -168,6 +196,50 @@ class _Recorder:
                 self.kept += (x, result)
         elif name == "topk" and isinstance(x, Tensor):
             self.events.topk.append(TopkCall(self._path(), self.clock(), x, result[0]))
+
+    def _summed(self, a: Any, b: Any, result: Any) -> None:
+        if (
+            not is_rowwise(result, self.seq)
+            or not isinstance(a, Tensor)
+            or not isinstance(b, Tensor)
+        ):
+            return
+        if a.shape != b.shape or address_of(a) in self.weights or address_of(b) in self.weights:
+            return
+        see = self.overwritten.see
+        seen = [self.written or see(a), see(b), see(result)]
+        call = SumCall(self._path(), self.clock(), a, b, result, self.written is not None)
+        self.sums.append((call, seen))
+
+    def _scaled(self, a: Any, b: Any, result: Any) -> None:
+        if not is_rowwise(result, self.seq):
+            return
+        x, factor = (a, b) if isinstance(a, Tensor) and a.shape == result.shape else (b, a)
+        if not isinstance(x, Tensor) or x.shape != result.shape:
+            return
+        if isinstance(factor, Tensor) and factor.numel() > 1:
+            own = address_of(factor) in self.weights
+            if not own or factor.numel() != factor.shape[-1]:
+                return
+        see = self.overwritten.see
+        seen = [self.written or see(x), see(result)]
+        self.scaled.append((ScaledCall(self._path(), self.clock(), x, result), seen))
+
+    def finished_sums(self) -> tuple[SumCall, ...]:
+        """The sums, with what their operands held."""
+        return tuple(
+            replace(call, left=left, right=right, result=result)
+            for call, seen in self.sums
+            for left, right, result in [map(self.overwritten.as_seen, seen)]
+        )
+
+    def finished_scaled(self) -> tuple[ScaledCall, ...]:
+        """The scalings, with what went in and came out."""
+        return tuple(
+            replace(call, x=x, result=result)
+            for call, seen in self.scaled
+            for x, result in [map(self.overwritten.as_seen, seen)]
+        )
 
     def _softmaxed(self, name: str, args: tuple[Any, ...]) -> None:
         first = args[0] if args else None
@@ -262,12 +334,13 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         places = kernel_places(model, (*KERNEL_GATES, *CONVOLUTIONS))
         watcher = KernelWatcher(recorder.enter_kernel, recorder.leave_kernel)
         hooks.enter(KERNELS.watch(places, watcher))
-        hooks.enter(_watching(_FunctionWatch(recorder.function)))
+        functions = FunctionCalls(recorder.before_function, recorder.after_function)
+        hooks.enter(functions.watching())
         with torch.no_grad():
             output = run()
     logits = getattr(output, "logits", None)
     hidden = _last_hidden(recorder.calls, output, logits)
-    calls = tuple(sorted(recorder.calls, key=lambda call: call.start))
+    calls = tuple(sorted(recorder.finished_calls(), key=lambda call: call.start))
     responses = _responses(recorder.calls)
     trace = Trace(
         seq=seq,
@@ -277,8 +350,18 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         logits=logits if isinstance(logits, Tensor) else None,
         last_hidden=hidden,
         responses=responses,
+        sums=recorder.finished_sums(),
+        scaled=recorder.finished_scaled(),
     )
     return trace, recorder.events
+
+
+def _pattern_error(call: AttentionCall) -> tuple[float | None, bool]:
+    """How far pattern · value is from the output, and whether the pattern is made of scores."""
+    if not is_readable(call):
+        return None, False
+    pattern = pattern_of(call)
+    return value_error(pattern, call), isinstance(pattern, SoftmaxPattern)
 
 
 def _responses(calls: list[ModuleCall]) -> dict[nn.Module, Tensor]:

@@ -93,7 +93,7 @@ class Recording:
         gates one tensor per call, with the axes of their source;
         states per call of a kernel one entry per prompt, without padding;
         sites [batch, seq, *shape] of the site; of attn.head_out the projection's input; of
-        attn.scores and attn.pattern the attention call.
+        attn.scores and attn.pattern the layer's pattern.
     """
 
     request: CaptureRequest
@@ -104,5 +104,5 @@ class Recording:
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
     states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
-    sites: dict[SiteKey, Tensor | AttentionCall] = field(default_factory=dict)
+    sites: dict[SiteKey, Tensor | Pattern] = field(default_factory=dict)
     overwritten: bool = False

@@ -14,16 +14,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trilens.errors import AttentionPathError
 from trilens.taps.override import CountedOverrides, Functions
 from trilens.taps.undo import undone
 
-__all__ = ["REGISTRY", "AttentionCall", "AttentionRegistry", "attention_keys"]
+__all__ = [
+    "REGISTRY",
+    "AttentionArguments",
+    "AttentionCall",
+    "AttentionEditor",
+    "AttentionRegistry",
+    "attention_keys",
+]
 
 _REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _EAGER_SUFFIX = "eager_attention_forward"
@@ -35,9 +43,11 @@ class AttentionCall:
 
     Shapes
         query [batch, heads, seq_q, d], key [batch, kv_heads, seq_k, d], after rotation;
-        weights [batch, heads, seq_q, seq_k] where the function returned them, and with them what
-        they were applied to and gave: value [batch, kv_heads, seq_k, d_v] and
-        output [batch, seq_q, heads, d_v].
+        value [batch, kv_heads, seq_k, d_v]; output [batch, seq_q, heads, d_v];
+        weights [batch, heads, seq_q, seq_k] where the function returned them.
+
+    Attributes:
+        edited: the weights are what an edit made of the function's.
     """
 
     module: nn.Module
@@ -50,32 +60,73 @@ class AttentionCall:
     weights: Tensor | None
     value: Tensor | None = None
     output: Tensor | None = None
+    edited: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionArguments:
+    """What an attention function is about to be called with; axes as of `AttentionCall`."""
+
+    module: nn.Module
+    implementation: str
+    function: Callable[..., Any]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    options: Mapping[str, Any]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether SDPA hides later keys of itself, because it is given no mask."""
+        asked = self.options.get("is_causal")
+        causal = getattr(self.module, "is_causal", True) if asked is None else asked
+        sdpa = self.function is sdpa_attention_forward
+        return bool(causal) and sdpa and self.mask is None and self.query.shape[-2] > 1
+
+
+class AttentionEditor(Protocol):
+    """What may change attention calls of watched modules."""
+
+    def before(self, given: AttentionArguments) -> AttentionArguments:
+        """What the function is called with instead."""
+
+    def after(self, call: AttentionCall) -> AttentionCall:
+        """The call with another output."""
 
 
 Watcher = Callable[[AttentionCall], None]
+_Entry = tuple[Watcher, AttentionEditor | None]
 
 
 @dataclass(slots=True)
 class AttentionRegistry:
     """All current watchers of this process and the overrides that serve them."""
 
-    _watchers: dict[int, Watcher] = field(default_factory=dict)
+    _watchers: dict[int, _Entry] = field(default_factory=dict)
     _overrides: CountedOverrides = field(default_factory=CountedOverrides)
 
     @contextmanager
-    def watch(self, modules: Mapping[nn.Module, str], watcher: Watcher) -> Iterator[None]:
+    def watch(
+        self,
+        modules: Mapping[nn.Module, str],
+        watcher: Watcher,
+        editor: AttentionEditor | None = None,
+    ) -> Iterator[None]:
         """Hand every attention call of the given modules to the watcher while the block runs.
 
         Args:
             modules: attention-calling modules with their current implementation key.
-            watcher: called after the function ran, in the thread that ran it.
+            watcher: called after the function ran, in the thread that ran it; sees what the
+                editor made of the call.
+            editor: may change what the function is called with, and what it gives.
         """
         targets = {
             (id(interface), key): (interface, key)
             for module, key in modules.items()
             for interface in _interfaces(module)
         }
-        mine = {id(module): watcher for module in modules}
+        mine: dict[int, _Entry] = {id(module): (watcher, editor) for module in modules}
         with (
             self._overrides.override(list(targets.values()), self._wrapper),
             undone(lambda: self._forget(mine)),
@@ -84,10 +135,10 @@ class AttentionRegistry:
                 self._watchers.update(mine)
             yield
 
-    def _forget(self, mine: Mapping[int, Watcher]) -> None:
+    def _forget(self, mine: Mapping[int, _Entry]) -> None:
         with self._overrides.guard:
-            for key, watcher in mine.items():
-                if self._watchers.get(key) is watcher:
+            for key, entry in mine.items():
+                if self._watchers.get(key) is entry:
                     del self._watchers[key]
 
     def _wrapper(self, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -104,19 +155,46 @@ class AttentionRegistry:
         ) -> Any:
             # "eager" is in no mapping: it stands for the calling file's own function.
             function = previous if previous is not None else _eager_of(sys._getframe(1))
-            result = function(module, query, key, value, attention_mask, *args, **kwargs)
-            watcher = watchers.get(id(module))
-            if watcher is not None:
-                output, weights = (*result, None)[:2] if isinstance(result, tuple) else (None, None)
-                call = AttentionCall(
-                    module, name, function, query, key, attention_mask, kwargs, weights
-                )
-                if weights is not None:
-                    call = replace(call, value=value, output=output)
+            entry = watchers.get(id(module))
+            if entry is None:
+                return function(module, query, key, value, attention_mask, *args, **kwargs)
+            watcher, editor = entry
+            given = AttentionArguments(
+                module, name, function, query, key, value, attention_mask, kwargs
+            )
+            if editor is not None:
+                given = editor.before(given)
+            result = function(
+                module, given.query, given.key, given.value, given.mask, *args, **kwargs
+            )
+            call = _called(given, result)
+            if editor is None:
                 watcher(call)
-            return result
+                return result
+            edited = editor.after(call)
+            watcher(edited)
+            if edited.output is call.output:
+                return result
+            rest = result[1:] if isinstance(result, tuple) else None
+            return edited.output if rest is None else (edited.output, *rest)
 
         return attention
+
+
+def _called(given: AttentionArguments, result: Any) -> AttentionCall:
+    output, weights = (*result, None)[:2] if isinstance(result, tuple) else (result, None)
+    return AttentionCall(
+        given.module,
+        given.implementation,
+        given.function,
+        given.query,
+        given.key,
+        given.mask,
+        given.options,
+        weights,
+        given.value,
+        output,
+    )
 
 
 def _interfaces(module: nn.Module) -> Iterable[Functions]:

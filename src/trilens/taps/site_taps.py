@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from trilens.axes import SITES
+from trilens.caches.patterns.protocol import Pattern
 from trilens.models.sites.head_out import by_head
 from trilens.models.sites.site import Site, SiteKey, Tap
 from trilens.models.sites.values import read_value, replace_tensor, write_value
@@ -43,8 +44,11 @@ class Spot:
     record: bool
 
 
-def spots_of(sites: Iterable[Site], edits: Compiled) -> list[Spot]:
+def spots_of(sites: Iterable[Site], edits: Compiled, *, gradients: bool = False) -> list[Spot]:
     """One spot per site, or two where a site is written at another tap than it is read at.
+
+    Where gradients are asked, a site is read where it is written: not all that the model makes of
+    a residual stream goes through the norm that it can be read at.
 
     They come in the order in which a block passes its sites, so that of two sites that are one
     tensor the earlier one is done first.
@@ -56,8 +60,8 @@ def spots_of(sites: Iterable[Site], edits: Compiled) -> list[Spot]:
     found = []
     for key, site in places.items():
         edit, record = key in edits.actions, key in recorded
-        if site.write_tap == site.tap:
-            found.append(Spot(site.tap, site, edit, record))
+        if gradients or site.write_tap == site.tap:
+            found.append(Spot(site.write_tap, site, edit, record))
             continue
         if edit:
             found.append(Spot(site.write_tap, site, edit=True, record=False))
@@ -79,6 +83,9 @@ class Pass(Protocol):
     def keep_site(self, key: SiteKey, value: Tensor) -> None:
         """Note a site's value."""
 
+    def keep_pattern(self, key: SiteKey, pattern: Pattern) -> None:
+        """Note a layer's attention pattern as a site's value."""
+
 
 class SiteTaps:
     """The hooks of a pass at the inputs and outputs of modules that sites name."""
@@ -86,7 +93,7 @@ class SiteTaps:
     def __init__(self, run: Pass, sites: Iterable[Site], edits: Compiled) -> None:
         self.run = run
         self.edits = edits
-        self.spots = spots_of(sites, edits)
+        self.spots = spots_of(sites, edits, gradients=run.gradients)
         self.counts: dict[tuple[str, int | None, nn.Module], int] = {}
 
     def place_inputs(self, hooks: Hooks) -> None:
@@ -103,18 +110,25 @@ class SiteTaps:
         """Forget what was counted: another pass begins."""
         self.counts.clear()
 
-    def at(self, spot: Spot, tensor: Tensor) -> Tensor:
-        """Edit and keep one site's value; the tensor that the model goes on with."""
-        run, site = self.run, spot.site
-        rows, columns = len(run.span.lengths), run.span.seq
-        changed = self._edited(spot, read_value(tensor, site, rows, columns))
+    def at(self, spot: Spot, tensor: Tensor, span: Span | None = None) -> Tensor:
+        """Edit and keep one site's value; the tensor that the model goes on with.
+
+        Args:
+            spot: the site, and what is done there.
+            tensor: what passes by.
+            span: the tokens of the tensor, where they are not the pass's.
+        """
+        run, site, span = self.run, spot.site, span or self.run.span
+        rows, columns = len(span.lengths), span.seq
+        changed = self._edited(spot, read_value(tensor, site, rows, columns), span)
         if changed is not None:
             tensor = write_value(tensor, site, changed)
         if not spot.record:
             return tensor
         value = read_value(tensor, site, rows, columns)
         if not run.gradients:
-            run.keep_site(site.key, value)
+            # What the model is known to write into later is copied.
+            run.keep_site(site.key, value.clone() if site.overwritten else value)
             return tensor
         # Parameters are frozen: the graph begins at the first site. The model goes on with a copy,
         # since it may write into what it holds.
@@ -178,13 +192,13 @@ class SiteTaps:
         run = self.run
         rows = read_value(merged, spot.site, len(run.span.lengths), run.span.seq)
         parts = by_head(rows, projection)
-        changed = self._edited(spot, parts)
+        changed = self._edited(spot, parts, run.span)
         if changed is not None:
             output = output + (changed - parts).sum(-2).to(output.dtype).reshape(output.shape)
         if spot.record:
             run.keep_site(spot.site.key, rows)
         return output
 
-    def _edited(self, spot: Spot, value: Tensor) -> Tensor | None:
+    def _edited(self, spot: Spot, value: Tensor, span: Span) -> Tensor | None:
         """What the edits of a spot make of a value; None where they leave it as it is."""
-        return self.edits.apply(spot.site.key, value, self.run.span) if spot.edit else None
+        return self.edits.apply(spot.site.key, value, span) if spot.edit else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import accumulate
 from typing import Any, Self, SupportsIndex
 
 from trilens.caches.indices import check_index
@@ -60,7 +61,16 @@ class PromptText:
 
     def positions(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens that cover any of the characters start … stop − 1, ascending."""
-        return tuple(i for i, (a, b) in enumerate(self.spans) if a < min(stop, b) and b > start)
+        return self._covering([(max(start, 0), max(stop, 0))])
+
+    def _covering(self, stretches: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+        """Tokens that cover a character of any stretch."""
+        marked = bytearray(len(self.text))
+        for start, stop in stretches:
+            within = slice(start, min(stop, len(marked)))
+            marked[within] = b"\1" * len(marked[within])
+        before = [0, *accumulate(marked)]
+        return tuple(i for i, (a, b) in enumerate(self.spans) if before[b] > before[a])
 
     def find(
         self, text: str, tokens: Sequence[str], occurrence: SupportsIndex | None = None
@@ -92,13 +102,13 @@ class PromptText:
         if occurrence is not None:
             owner = f"text {clip(text)} in this prompt"
             found = [found[check_index(occurrence, len(found), "occurrence", owner, negative=True)]]
-        covering = {i for start in found for i in self.positions(start, start + len(text))}
+        covering = self._covering([(start, start + len(text)) for start in found])
         if not covering:
             raise TextNotFoundError(
                 f"text {clip(text)} stands between tokens: no token of this prompt covers it; "
                 "look for the words around it"
             )
-        return tuple(sorted(covering))
+        return covering
 
     def _occurrences(self, text: str) -> Iterator[int]:
         """Where it begins; occurrences do not overlap."""

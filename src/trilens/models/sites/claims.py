@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from trilens.axes import SITES
 from trilens.models.anatomy import Anatomy
+from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.claims import GateClaims
 from trilens.models.gates.events import GateEvents
-from trilens.models.gates.site import Layout
+from trilens.models.gates.site import layout_of
+from trilens.models.logit_relation import relate
+from trilens.models.sites import attention, mlp
+from trilens.models.sites.block import Kind, Parts, find_parts, find_stream_sites
+from trilens.models.sites.ends import find_model_sites
+from trilens.models.sites.found import Found
 from trilens.models.sites.site import Site, SiteKey, Tap
-from trilens.models.trace import Trace
+from trilens.models.sites.streams import BlockStreams
+from trilens.models.trace import AttentionSite, ModuleCall, Trace
 
 __all__ = ["SiteClaims", "find_sites"]
+
+_STREAM = ("resid_mid", "attn.add", "mlp.add", "mixer.add", "mlp.in", "mlp.out", "mixer.in",
+           "mixer.out", "mlp.post")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +35,172 @@ class SiteClaims:
     Attributes:
         sites: what is proven, by name and layer.
         reasons: for what is not, why, in a sentence.
+        absent: those of the reasons that are no limit of the rules: there is no such place in the
+            layer (no attention, no MLP, nothing between two parallel parts).
     """
 
     sites: dict[SiteKey, Site] = field(default_factory=dict)
     reasons: dict[SiteKey, str] = field(default_factory=dict)
+    absent: frozenset[SiteKey] = frozenset()
+
+    def layers(self, name: str) -> tuple[int, ...]:
+        """The layers in which a site is proven."""
+        return tuple(
+            sorted(layer for own, layer in self.sites if own == name and layer is not None)
+        )
 
 
 def find_sites(trace: Trace, events: GateEvents, anatomy: Anatomy, gates: GateClaims) -> SiteClaims:
     """Apply all rules to one probe."""
-    sites: dict[SiteKey, Site] = {}
-    layout = Layout("batched", axis=1) if anatomy.batch_first else Layout("seq_first", axis=0)
-    for layer, block in enumerate(anatomy.blocks):
-        tap = Tap("output", block.module, index=block.output)
-        site = Site("resid_post", layer, tap, layout, (anatomy.d_model,))
-        sites[site.key] = site
-    return SiteClaims(sites)
+    views = list(blocks_of(trace, events, anatomy))
+    every = [find_model_sites(trace, anatomy, views[0].block.start)]
+    for layer, view in enumerate(views):
+        found = Found(layer)
+        streams = BlockStreams(trace, view.block, anatomy.d_model)
+        _Layer(trace, anatomy, gates, view, streams, found).find(views)
+        every.append(found)
+    sites = {key: site for found in every for key, site in found.sites.items()}
+    reasons = {key: why for found in every for key, why in found.reasons.items()}
+    absent = frozenset(key for found in every for key in found.absent)
+    return SiteClaims(sites, reasons, absent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    trace: Trace
+    anatomy: Anatomy
+    gates: GateClaims
+    view: BlockView
+    streams: BlockStreams
+    found: Found
+
+    @property
+    def layer(self) -> int:
+        assert self.found.layer is not None
+        return self.found.layer
+
+    def find(self, views: Sequence[BlockView]) -> None:
+        """Apply the rules to this layer."""
+        found, streams = self.found, self.streams
+        output = self.anatomy.blocks[self.layer].output
+        y = streams.block.made[output]
+        _claim_stream("resid_post", streams, streams.output_tap(streams.block, output), y, found)
+        base = self._base(views)
+        if base is None:
+            found.refuse(("resid_pre",), "no input of the block is the output of the one before")
+        else:
+            tap = streams.input_tap(streams.block, base)
+            _claim_stream("resid_pre", streams, tap, streams.block.read[base], found)
+        calls = [s for s in self.trace.attention if self._mine(s.tick)]
+        site = calls[0] if len(calls) == 1 else None
+        projection = None if site is None else attention.find_projection(self.view, streams, site)
+        if site is None:
+            found.refuse(
+                attention.INSIDE, self._why_no_attention(calls), absent=self._has_none(calls)
+            )
+        else:
+            attention.find_attention_sites(self.view, streams, site, projection, found)
+        self._find_router()
+        parts: Parts | str = "no input of the block is the output of the one before"
+        if base is not None:
+            parts = find_parts(
+                streams,
+                streams.block.read[base],
+                y,
+                lambda call: self._kind(call, calls, projection),
+            )
+        if isinstance(parts, str):
+            found.refuse(_STREAM, parts)
+        else:
+            self._find_in_parts(parts)
+        for name in (name for name, spec in SITES.items() if spec.per_layer):
+            found.refuse((name,), "no rule proves it here")
+
+    def _find_in_parts(self, parts: Parts) -> None:
+        found, streams = self.found, self.streams
+        kinds = tuple(dict.fromkeys(kind for part in parts.parts for kind in part.kinds))
+        calls = [s for s in self.trace.attention if self._mine(s.tick)]
+        absent: dict[Kind, tuple[str, bool]] = {
+            "attn": (self._why_no_attention(calls), self._has_none(calls)),
+            "mixer": ("the layer has no recurrent mixer", not self.view.kernels),
+            "mlp": ("the block adds no MLP of its own to the stream", True),
+        }
+        for kind, (why, is_absent) in absent.items():
+            if kind not in kinds:
+                own = (name for name in SITES if name.startswith(f"{kind}."))
+                found.refuse(own, why, absent=is_absent)
+        find_stream_sites(streams, parts, kinds, found)
+        if "mixer" in kinds:
+            mlp.find_ends("mixer", streams, parts, found)
+        if "mlp" in kinds:
+            module = mlp.find_ends("mlp", streams, parts, found)
+            gate = self.gates.gates.get(("mlp.gate", self.layer))
+            without = self.gates.without.get(self.layer, "")
+            mlp.find_mlp_sites(self.view, streams, module, gate, without, found)
+
+    def _mine(self, tick: int) -> bool:
+        return self.view.block.start < tick < self.view.block.end
+
+    def _kind(
+        self, call: ModuleCall, sites: Sequence[AttentionSite], projection: ModuleCall | None
+    ) -> Kind:
+        if any(attention.is_attention_of(call, site, projection) for site in sites):
+            return "attn"
+        strays = [s.tick for s in self.trace.softmax if call.start < s.tick < call.end]
+        if strays and self.layer in self.anatomy.other_attention:
+            return "attn"
+        if any(call.start < kernel.start < call.end for kernel in self.view.kernels):
+            return "mixer"
+        return "mlp" if self.view.mixer_of(call.path) is None else "mixer"
+
+    def _base(self, views: Sequence[BlockView]) -> int | None:
+        """Which of the block's inputs is the residual stream: the output of the block before."""
+        block, streams = self.view.block, self.streams
+        own = [i for i, tensor in enumerate(block.read) if streams.is_stream(tensor)]
+        if self.layer:
+            before = views[self.layer - 1].block.made[self.anatomy.blocks[self.layer - 1].output]
+            return next((i for i in own if _carries(before, block.read[i], streams)), None)
+        if len(views) > 1:
+            after, made = views[1].block, block.made[self.anatomy.blocks[0].output]
+            for i, tensor in enumerate(after.read):
+                if i in own and streams.is_stream(tensor) and _carries(made, tensor, streams):
+                    return i
+        return own[0] if own else None
+
+    def _why_no_attention(self, calls: Sequence[AttentionSite]) -> str:
+        if self.layer in self.anatomy.other_attention:
+            return self.anatomy.other_attention[self.layer]
+        if len(calls) > 1:
+            return f"{calls[0].path} calls attention {len(calls)} times in one block"
+        if calls:
+            return f"the block adds what {calls[0].path} gives only through another part"
+        return "the layer has no softmax attention"
+
+    def _has_none(self, calls: Sequence[AttentionSite]) -> bool:
+        return not calls and self.layer not in self.anatomy.other_attention
+
+    def _find_router(self) -> None:
+        gate = self.gates.gates.get(("router", self.layer))
+        if gate is None:
+            self.found.refuse(("router",), "the layer has no router", absent=True)
+            return
+        source = gate.source
+        if gate.spec.function == "unit" or source.module is None or source.event == "kernel":
+            self.found.refuse(("router",), "the router shows its probabilities, not its logits")
+            return
+        tap = Tap(source.event, source.module, source.index, source.order)
+        self.found.claim("router", tap, gate.layout, gate.spec.shape)
+
+
+def _carries(before: Tensor, tensor: Tensor, streams: BlockStreams) -> bool:
+    if not streams.is_stream(before):
+        return False
+    return streams.equal(before, tensor) or relate(before, tensor) is not None
+
+
+def _claim_stream(
+    name: str, streams: BlockStreams, tap: tuple[Tap, bool], tensor: Tensor, found: Found
+) -> None:
+    layout = layout_of(tensor, streams.seq)
+    if layout is not None:
+        found.claim(name, tap[0], layout, (streams.d_model,), overwritten=tap[1])

@@ -21,10 +21,13 @@ class Tap:
 
     Attributes:
         event: a module's input or output, an attention call's, or a sum of two tensors.
-        module: the module; of an attention call the one that calls; of a sum the block.
+        module: the module; of an attention call the one that calls; of a sum the one whose own
+            code adds (no module inside it is running), mostly the block.
         index: which tensor of the module's arguments or outputs, in the order of `tensors_in`.
-        order: which of the block's calls of that module, or which of its sums of streams.
-        part: of an attention call: "query", "key", "value", "output", "scores" or "pattern".
+        order: which of the block's calls of that module, or which of the sums of streams that its
+            code makes in the block's run, counted as `models/sites/sums.py` says.
+        part: of an attention call: "query", "key", "value", "output", "scores" or "pattern"; of a
+            sum: "" for its result, "left" or "right" for an operand.
     """
 
     event: Literal["input", "output", "attention", "sum"]
@@ -49,6 +52,7 @@ class Site:
         shape: the axes of one token.
         write: where a new value is put in, where that is another tap than the one it is read at.
         projection: of attn.head_out: the output projection, whose input `tap` reads.
+        overwritten: whether the model writes into the tensor later: what is read must be copied.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Site:
     shape: tuple[int, ...]
     write: Tap | None = None
     projection: nn.Module | None = None
+    overwritten: bool = False
 
     @property
     def key(self) -> SiteKey:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilens.models.gates.site import rows_of
+from trilens.models.gates.site import Layout, rows_of
 from trilens.models.sites.site import Site, title_of
 
 __all__ = ["read_value", "replace_tensor", "write_value"]
@@ -31,17 +31,27 @@ def read_value(tensor: Tensor, site: Site, batch: int, seq: int) -> Tensor:
     if site.tap.event == "attention":
         # Heads stand before the tokens, but for the output.
         return tensor.transpose(1, 2) if site.tap.part in _BY_HEAD else tensor
-    rows = rows_of(tensor, site.layout, batch, seq, title_of(site.key))
+    rows = rows_of(tensor, _layout(tensor, site, batch, seq), batch, seq, title_of(site.key))
     if site.projection is not None:
         return rows.reshape(batch, seq, site.shape[0], -1)
     return rows.reshape(batch, seq, *site.shape)
+
+
+def _layout(tensor: Tensor, site: Site, batch: int, seq: int) -> Layout:
+    """The site's layout; a stream may hold its tokens in one axis where it is written."""
+    layout = site.layout
+    if layout.form == "batched" and layout.axis == 1 and tensor.shape[:-1] == (batch * seq,):
+        return replace(layout, form="flat", axis=0)
+    if layout.form == "flat" and tensor.shape[:-1] == (batch, seq):
+        return replace(layout, form="batched", axis=1)
+    return layout
 
 
 def write_value(tensor: Tensor, site: Site, value: Tensor) -> Tensor:
     """A new tensor like the one at the tap, with another value of the site."""
     if site.tap.event == "attention":
         return value.transpose(1, 2) if site.tap.part in _BY_HEAD else value
-    layout = site.layout
+    layout = _layout(tensor, site, *value.shape[:2])
     rows = value.reshape(*value.shape[:2], -1).to(tensor.dtype)
     if layout.form == "batched" and layout.axis != 1:
         axes: tuple[int, ...] = tuple(tensor.movedim(layout.axis, 1).shape)

@@ -1,0 +1,138 @@
+"""A model that is opened: its tokenizer, its anatomy, and what can be asked of which layers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Self, SupportsIndex
+
+import torch
+from transformers import PreTrainedModel
+
+from trilens.axes import site_name
+from trilens.lens.runner import Runner
+from trilens.lens.sites import layers_of, why_no_site
+from trilens.models.anatomy import Anatomy
+from trilens.models.loading import load
+from trilens.models.sites.claims import SiteClaims
+from trilens.models.tokenizers import usable_tokenizer
+from trilens.models.unwrap import is_pipeline, unwrapped
+
+__all__ = ["Opened"]
+
+
+class Opened:
+    """A model with its tokenizer, and what is proven of it.
+
+    Args and errors are those of `Lens`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+        if tokenizer is None and is_pipeline(model):
+            tokenizer = getattr(model, "tokenizer", None)
+        self.model = model = unwrapped(model)
+        self.unused_weights: tuple[str, ...] = ()
+        self._runner = Runner(self.model, usable_tokenizer(tokenizer))
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reads text prompts, None for none; another one can be set."""
+        return self._runner.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._runner.tokenizer = usable_tokenizer(tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+    ) -> Self:
+        """Load a checkpoint directory or hub id and open it.
+
+        Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
+        where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
+        transformers where not given.
+
+        Raises:
+            LoadError: and its subclasses, see `trilens.errors`.
+            AnatomyError: the model's parts could not be proven.
+        """
+        loaded = load(
+            path_or_hub_id,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        lens = cls(loaded.model, loaded.tokenizer)
+        lens.unused_weights = tuple(loaded.unused)
+        return lens
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Blocks, final norm, unembedding and attention sites, with the facts that prove them."""
+        return self._runner.proof.anatomy
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return self.anatomy.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.anatomy.d_model
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers whose softmax attention can be captured."""
+        return tuple(self.anatomy.attention)
+
+    @property
+    def effective_layers(self) -> tuple[int, ...]:
+        """Recurrent layers whose effective attention can be captured."""
+        return self._runner.proof.gates.effective_layers
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Layers whose recurrent state can be captured."""
+        return self._runner.proof.gates.state_layers
+
+    @property
+    def gate_layers(self) -> dict[str, tuple[int, ...]]:
+        """Per gate name, the layers where it is proven."""
+        found: dict[str, list[int]] = {}
+        for name, layer in self._runner.proof.gates.gates:
+            found.setdefault(name, []).append(layer)
+        return {name: tuple(layers) for name, layers in found.items()}
+
+    @property
+    def site_layers(self) -> dict[str, tuple[int, ...]]:
+        """Per site name, the layers where it is proven; none where the model has it once."""
+        return layers_of(self.sites)
+
+    @property
+    def sites(self) -> SiteClaims:
+        """The proven sites, where they are read and written, and why others are not there."""
+        return self._runner.proof.sites
+
+    def why_no_site(self, name: str, layer: SupportsIndex | None = None) -> str:
+        """Why a layer has not a site, in a sentence; "" where it is proven.
+
+        Raises:
+            UsageError: a name that is unknown.
+        """
+        site, own = site_name(name)
+        at = own if layer is None else int(layer)
+        return why_no_site(self.sites, site, at)
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model})"

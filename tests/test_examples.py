@@ -1,0 +1,63 @@
+"""The examples run as they stand, and show what they say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def test_every_example_is_run_here() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {
+        "induction_heads",
+        "patching",
+        "probe",
+        "state_knockout",
+        "steering",
+        "ternary_circuit",
+    }
+
+
+def test_induction_heads_carry_the_repeat(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run("induction_heads")
+    assert min(shown["scores"][place] for place in shown["found"]) > 0.5
+    others = max(sum(shown["rises"]) / len(shown["rises"]), 0.1)
+    assert shown["rise"] >= 2 * others
+    assert "without the induction heads" in capsys.readouterr().out
+
+
+def test_patching_and_its_twin() -> None:
+    shown = run("patching")
+    assert shown["exact"].complete
+    assert shown["right"] != shown["wrong"]
+    assert shown["rank"] > 0.5
+
+
+def test_steering_changes_the_text() -> None:
+    shown = run("steering")
+    plain = shown["lens"].generate(shown["PROMPT"], max_new_tokens=24).text
+    assert shown["text"] != plain
+
+
+def test_a_probe_reads_an_open_bracket() -> None:
+    assert run("probe")["accuracy"] > 0.9
+
+
+def test_edges_before_and_after() -> None:
+    shown = run("ternary_circuit")
+    layer, head = divmod(int(shown["strongest"][0]), shown["before"].shape[1])
+    assert shown["before"][layer, head] > shown["after"][layer, head] > 0
+    assert not Path(shown["ternary"]).exists()
+
+
+def test_a_token_that_wrote_nothing_is_missed() -> None:
+    assert min(run("state_knockout")["largest"].values()) > 0.05
