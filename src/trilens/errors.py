@@ -111,15 +111,19 @@ __all__ = [
 ]
 
 
-class TrilensError(Exception):
+class _OneLine:
+    """A message as it may leave the program."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class TrilensError(_OneLine, Exception):
     """Root of every error that a caller of trilens can cause.
 
     Its message is one line of at most 1,500 characters without control codes, whatever values are
     named in it; `args` holds the text as it was raised.
     """
-
-    def __str__(self) -> str:
-        return one_line(super().__str__())
 
 
 class UsageError(TrilensError):
@@ -210,11 +214,8 @@ class NoChatTemplateError(PromptError):
     """Chat messages for a tokenizer without a chat template."""
 
 
-class TrilensWarning(UserWarning):
+class TrilensWarning(_OneLine, UserWarning):
     """Root of every warning of trilens."""
-
-    def __str__(self) -> str:
-        return one_line(super().__str__())
 
 
 class BeyondPositionsWarning(TrilensWarning):

@@ -90,6 +90,10 @@ def test_a_parquet_column_must_be_there_and_hold_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1, 2]}), tmp_path / "n.parquet")
     with pytest.raises(TextError, match="no column 'text': its columns are n"):
         read_documents(tmp_path / "n.parquet")
+    wide = pa.table({f"c{n}": [n] for n in range(300)})
+    pq.write_table(wide, tmp_path / "wide.parquet")
+    with pytest.raises(TextError, match="columns are c0, c1, c2, c3 and 296 more"):
+        read_documents(tmp_path / "wide.parquet")
     with pytest.raises(TextError, match="holds int64, not text"):
         read_documents(tmp_path / "n.parquet", field="n")
 

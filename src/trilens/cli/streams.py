@@ -35,6 +35,9 @@ def prepare_streams() -> None:
     Python leaves None where a stream is closed, and its number to the next file that is opened:
     what a library prints would go into that file. What is opened here refuses to be read or
     written, as a closed stream does; errors are lost.
+
+    Raises:
+        OSError: the null device cannot be opened.
     """
     for name, mode, flags in (
         ("stdin", "r", os.O_WRONLY),

@@ -15,7 +15,12 @@ __all__ = ["check_files", "extra_files", "list_files"]
 
 
 def list_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file, by its name."""
+    """Size and hash of each file, by its name.
+
+    Raises:
+        OSError: a file is missing.
+        CorruptFileError: one cannot be read, or is no regular file.
+    """
     return {
         name: {"size_bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for name in sorted(names)
@@ -33,7 +38,11 @@ def check_files(folder: Path, claims: Mapping[Any, Any]) -> None:
 
 
 def extra_files(folder: Path, known: Iterable[str]) -> tuple[str, ...]:
-    """Names in a folder that nothing lists; what a running or killed writer has there is none."""
+    """Names in a folder that nothing lists; what a running or killed writer has there is none.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
     names = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
     return tuple(sorted(names - set(known)))
 

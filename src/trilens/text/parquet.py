@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from trilens.errors import TextError
 from trilens.io.guarded import open_regular
-from trilens.io.messages import reason
+from trilens.io.messages import listed, reason
 from trilens.io.parquet import bounded_batches
 
 __all__ = ["parquet_texts"]
@@ -28,9 +28,7 @@ def parquet_texts(file: Path, column: str) -> Iterator[str]:
             table = pq.ParquetFile(stream)
             names = table.schema_arrow.names
             if column not in names:
-                raise TextError(
-                    f"{file} has no column {column!r}: its columns are {', '.join(names)}"
-                )
+                raise TextError(f"{file} has no column {column!r}: its columns are {listed(names)}")
             kind = table.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise TextError(f"{file}: column {column!r} holds {kind}, not text")

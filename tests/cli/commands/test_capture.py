@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from trilens.analysis.inspection import Inspection
 from trilens.caches.activation import FullActivationCache
 from trilens.cli.main import app
+from trilens.cli.run import inspect as inspect_run
 from trilens.demo import demo_path
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -51,6 +54,22 @@ def test_nothing_but_states(tmp_path: Path) -> None:
     assert saved.states.layers == (0, 1, 2, 3)
     refused = run("inspect", file)
     assert (refused.exit_code, "no residual stream" in refused.stderr) == (2, True)
+
+
+def test_inspect_tells_the_pass_from_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    @contextmanager
+    def status(what: str) -> Iterator[None]:
+        told.append(what)
+        yield
+        told.append("done")
+
+    monkeypatch.setattr(inspect_run, "status", status)
+    lens = Lens.from_pretrained(DEMO)
+    n_tokens = len(lens.capture("x = 1").token_ids)
+    inspect_run.inspect_prompt(lens, "m", "x = 1", None, 3, effective=False)
+    assert told == ["capturing m", "done", f"summarising {n_tokens} tokens", "done"]
 
 
 def test_inspect_shows_a_saved_capture(tmp_path: Path) -> None:

@@ -132,13 +132,15 @@ def inspect_prompt(
     except UnclaimedGateError as error:
         notes.append(f"no gates: {error}")
         capture = run_once(False)
-    return inspect_capture(
-        capture,
-        name=name,
-        top_k=top_k,
-        token_text=lambda token: token_strings([token], lens.tokenizer)[0],
-        notes=notes,
-    )
+    # Statistics of all positions take the time of another pass, where a prompt is long.
+    with status(f"summarising {len(capture.token_ids)} tokens"):
+        return inspect_capture(
+            capture,
+            name=name,
+            top_k=top_k,
+            token_text=lambda token: token_strings([token], lens.tokenizer)[0],
+            notes=notes,
+        )
 
 
 def _what_there_is(lens: Lens, layers: range | list[int]) -> tuple[bool, bool, list[str]]:
