@@ -7,3 +7,8 @@ from .comparison.series import ComparisonSeries as ComparisonSeries
 from .comparison.series import compare_series as compare_series
 from .inspection import Inspection as Inspection
 from .inspection import inspect_capture as inspect_capture
+from .metrics import kl as kl
+from .metrics import logit_diff as logit_diff
+from .metrics import loss as loss
+from .metrics import metric_of as metric_of
+from .metrics import target_prob as target_prob

@@ -200,7 +200,7 @@ class Lens(Opened):
         Args:
             prompt: as `capture` takes it.
             metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
-                `trilens.metrics` can be given.
+                `trilens.analysis` can be given.
             sites: as `capture` takes them; not attn.scores and attn.pattern.
             layers: layer numbers; all where not given.
             edits: as `capture` takes them.
@@ -283,18 +283,20 @@ class Lens(Opened):
         return self._runner.batches_safely(tokens)
 
     @torch.no_grad()
-    def unembed(self, residual: Tensor) -> Tensor:
+    def unembed(self, residual: Tensor, *, tokens: slice | Tensor | None = None) -> Tensor:
         """The logits that the model's own final norm and unembedding make of a residual stream.
 
         Args:
             residual: [..., d_model], for example `resid_post` of any layer.
+            tokens: only of these token ids: a slice, or int64 [n].
 
         Returns:
-            [..., vocab]; of the last layer's residual, the model's logits (within rounding).
+            [..., vocab], or [..., n] of some tokens; of the last layer's residual, the model's
+            logits (within rounding).
 
         Raises:
             UsageError: the model has no unembedding (a bare encoder).
             ShapeError: the last axis is not d_model.
         """
         with self._runner.lock(), evaluating(self.model):
-            return unembedded(self.model, self.anatomy, residual)
+            return unembedded(self.model, self.anatomy, residual, tokens)

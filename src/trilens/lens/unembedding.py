@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trilens.errors import ShapeError, UsageError
 from trilens.models.anatomy import Anatomy
 from trilens.models.trace import tensors_in
 
-__all__ = ["unembedded"]
+__all__ = ["reads_in_parts", "unembedded"]
 
 
-def unembedded(model: nn.Module, anatomy: Anatomy, residual: Tensor) -> Tensor:
+def reads_in_parts(model: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether some tokens' logits cost their share of the vocabulary: the last step is linear."""
+    last = anatomy.unembedding[-1] if anatomy.unembedding else ""
+    module = dict(model.named_modules(remove_duplicate=False)).get(last)
+    return module is not None and _is_plain(module)
+
+
+def unembedded(
+    model: nn.Module, anatomy: Anatomy, residual: Tensor, tokens: slice | Tensor | None = None
+) -> Tensor:
     """Logits [..., vocab] of a residual stream [..., d_model]; see `Lens.unembed`.
 
     Raises:
@@ -31,11 +43,35 @@ def unembedded(model: nn.Module, anatomy: Anatomy, residual: Tensor) -> Tensor:
     values = residual.reshape(1, -1, anatomy.d_model) * anatomy.final_scale
     for path in anatomy.final_norm:
         values = next(tensors_in(modules[path](values)))
-    for path in anatomy.unembedding:
-        weight = next(modules[path].parameters(), values)
-        values = next(tensors_in(modules[path](values.to(weight.dtype))))
-    values = values[..., : anatomy.vocab] * anatomy.logit_scale
+    for path in anatomy.unembedding[:-1]:
+        values = _through(modules[path], values)
+    last = modules[anatomy.unembedding[-1]]
+    if tokens is not None and _is_plain(last):
+        rows = slice(anatomy.vocab)
+        bias = None if last.bias is None else last.bias[rows][tokens]
+        weight = last.weight[rows][tokens]
+        values = F.linear(values.to(weight.dtype), weight, bias)
+    else:
+        values = _through(last, values)[..., : anatomy.vocab]
+        values = values if tokens is None else values[..., tokens]
+    values = values * anatomy.logit_scale
     cap = anatomy.logit_softcap
     if cap is not None:
         values = cap * torch.tanh(values / cap)
     return values.reshape(*residual.shape[:-1], values.shape[-1])
+
+
+def _through(module: nn.Module, values: Tensor) -> Tensor:
+    weight = next(module.parameters(), values)
+    return next(tensors_in(module(values.to(weight.dtype))))
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A matrix in memory, read by nobody else: hooks and a `forward` of its own see whole calls."""
+    return (
+        type(module) is nn.Linear
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+        and not module.weight.is_meta
+    )
