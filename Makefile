@@ -70,8 +70,8 @@ check: $(VENV)/.ready
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready
-	$(VENV)/bin/ruff format src tests benchmarks training
-	$(VENV)/bin/ruff check --fix src tests benchmarks training
+	$(VENV)/bin/ruff format src tests benchmarks training examples
+	$(VENV)/bin/ruff check --fix src tests benchmarks training examples
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks

@@ -2,6 +2,7 @@
 
 # %% Two prompts that differ in one name
 import numpy as np
+import torch
 
 import trilens
 
@@ -14,7 +15,7 @@ print("clean goes on with", repr(lens.tokenizer.decode([right])))
 print("corrupted goes on with", repr(lens.tokenizer.decode([wrong])))
 
 
-def metric(logits):
+def metric(logits: torch.Tensor) -> torch.Tensor:
     """How much more the clean prompt's token is expected than the corrupted one's."""
     return logits[-1, right] - logits[-1, wrong]
 

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import EditError
+from trilens.io.messages import listed
 from trilens.taps.attention import pattern_of
 from trilens.taps.edit_knockouts import EdgeCut
 from trilens.taps.edits import Compiled
@@ -115,7 +116,16 @@ class AttentionTaps:
             heads[list(cut.heads)] = True
             hidden = hidden & heads[:, None, None]
         mask = _explicit_mask(given, cut.layer)
-        self.edits.touched.add(cut.number, cut.layer, int(edges.sum()))
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        # An edge to an earlier token that a window hides already is cut; one to a later is none.
+        first = span.start + span.seq - seq_k
+        past = torch.ones(span.seq, seq_k, dtype=torch.bool, device=hidden.device)
+        past = past.tril(span.start - first)
+        self.edits.touched.add(cut.number, cut.layer, int((hidden & (past | seen)).sum()))
+        gone = hidden & seen
+        if not bool(gone.any()):
+            return given.mask
+        _check_rest(gone, seen, cut, span)
         if mask.dtype == torch.bool:
             return mask & ~hidden
         return torch.where(hidden, torch.finfo(mask.dtype).min, mask)
@@ -136,6 +146,21 @@ class AttentionTaps:
         if spot.record:
             self.run.keep_pattern(spot.site.key, pattern)
         return call
+
+
+def _check_rest(gone: Tensor, seen: Tensor, cut: EdgeCut, span: Span) -> None:
+    """Refuse a knockout that leaves a query none of the keys that it saw in this layer."""
+    blind = gone.any(-1) & ~(seen & ~gone).any(-1)
+    if bool(blind.any()):
+        row, head, query = blind.nonzero()[0].tolist()
+        rows = gone[row if len(gone) > 1 else 0, head if gone.shape[1] > 1 else 0, query]
+        first = span.start + span.seq - gone.shape[-1]
+        keys = listed([first + int(key) for key in rows.nonzero()[:, 0]], 12)
+        raise EditError(
+            f"edit {cut.number}: position {span.start + query} of prompt "
+            f"{span.prompt_numbers[row]} would see no key at all in layer {cut.layer}: of "
+            f"positions {keys}, which are all that this layer's mask shows it, leave one"
+        )
 
 
 def _explicit_mask(given: AttentionArguments, layer: int) -> Tensor:

@@ -20,6 +20,7 @@ from trilens.taps.hooks import hooked
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.passing import Session
 from trilens.taps.recording import CaptureRequest, Recording
+from trilens.taps.recurrent_taps import WRITING_KERNELS, RecurrentTaps
 from trilens.taps.registry import REGISTRY, attention_keys
 
 __all__ = ["recording_of", "session_of"]
@@ -89,6 +90,9 @@ def session_of(
         kernels = {key[2] for key in session.taps if key[0] == "kernel"}
         observed = {*request.kernels, *request.states.layers}
         kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()
+        # Before the hooks that record a boundary: they note what was really used.
+        writes = RecurrentTaps(session, edits or Compiled())
+        writes.place(hooks)
         for edge in {edge for b in request.boundaries.values() for edge in (b.enter, b.leave)}:
             hook = session.boundary_hook(edge)
             if edge.event == "input":
@@ -101,8 +105,9 @@ def session_of(
                 hooks.before(tapped, hook, with_kwargs=True)
             elif tapped is not None:
                 hooks.after(tapped, hook)
+        kernels |= set(WRITING_KERNELS) if writes.layers - set(writes.boundaries) else set()
         if kernels:
-            watcher = KernelWatcher(_nothing, session.leave_kernel)
+            watcher = KernelWatcher(_nothing, session.leave_kernel, writes.edit)
             kernels |= {DECODE_KERNELS[name] for name in kernels & DECODE_KERNELS.keys()}
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         callers = {i: model.get_submodule(path) for i, path in anatomy.attention.items()}
