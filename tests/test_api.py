@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import typing
 from collections.abc import Iterator
@@ -63,6 +64,17 @@ def test_the_stub_says_what_the_package_has(package: str) -> None:
             assert node.names[0].name in importlib.import_module(f"{package}.{node.module}").__all__
     with pytest.raises(AttributeError, match="nothing"):
         module.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_is_called_as_what_it_gives(package: str) -> None:
+    """Whoever imported the file would put it where the package's own name stands."""
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        file = (
+            importlib.util.find_spec(f"{package}.{name}") if hasattr(module, "__path__") else None
+        )
+        assert file is None or inspect.ismodule(getattr(module, name)), f"{package}.{name}"
 
 
 def test_every_error_is_public() -> None:

@@ -21,6 +21,7 @@ def test_every_example_is_run_here() -> None:
         "induction_heads",
         "patching",
         "probe",
+        "state_knockout",
         "steering",
         "ternary_circuit",
     }
@@ -56,3 +57,7 @@ def test_edges_before_and_after() -> None:
     layer, head = divmod(int(shown["strongest"][0]), shown["before"].shape[1])
     assert shown["before"][layer, head] > shown["after"][layer, head] > 0
     assert not Path(shown["ternary"]).exists()
+
+
+def test_a_token_that_wrote_nothing_is_missed() -> None:
+    assert min(run("state_knockout")["largest"].values()) > 0.05

@@ -17,6 +17,7 @@ RESULTS = [
     trilens.GatingAnalysis,
     trilens.GgufReport,
     trilens.Inspection,
+    trilens.LogitLens,
     trilens.Perplexity,
     trilens.Planned,
     trilens.Sensitivity,

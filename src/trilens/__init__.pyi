@@ -20,6 +20,8 @@ from .analysis.effect_sweeps import dose_response as dose_response
 from .analysis.effect_sweeps import knockout_sweep as knockout_sweep
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
+from .analysis.lenses.logit_lens import LogitLens as LogitLens
+from .analysis.lenses.logit_lens import logit_lens as logit_lens
 from .analysis.patching import PatchSweep as PatchSweep
 from .analysis.patching import patch_sweep as patch_sweep
 from .analysis.path_patching import PathPatch as PathPatch

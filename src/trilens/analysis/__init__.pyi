@@ -7,6 +7,8 @@ from .comparison.series import ComparisonSeries as ComparisonSeries
 from .comparison.series import compare_series as compare_series
 from .inspection import Inspection as Inspection
 from .inspection import inspect_capture as inspect_capture
+from .lenses.logit_lens import LogitLens as LogitLens
+from .lenses.logit_lens import logit_lens as logit_lens
 from .metrics import kl as kl
 from .metrics import logit_diff as logit_diff
 from .metrics import loss as loss

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from trilens.analysis.comparison.rows import Place, Row
+from trilens.analysis.lenses.readout import logit_blocks
 from trilens.lens.lens import Lens
 
 __all__ = ["LensAccumulator", "convergence_layers"]
 
 _MODULE = "logit_lens"
-_CHUNK_ELEMENTS = 1 << 23  # of logits
 
 
 class LensAccumulator:
@@ -69,18 +69,21 @@ def convergence_layers(lens: Lens, residuals: Sequence[Tensor], vocab: int | Non
         residuals one [positions, d_model] per layer; returns int64 [positions], on the CPU.
 
     Memory:
-        logits of some positions at a time, 32 MB in float32.
+        as `logit_blocks`.
     """
-    layers, positions = len(residuals), len(residuals[0])
-    step = max(1, _CHUNK_ELEMENTS // (layers * (lens.anatomy.vocab or 1)))
-    found = []
-    for start in range(0, positions, step):
-        # Layers of a model may lie on several devices; the unembedding is on the last one's.
-        device = residuals[-1].device
-        some = torch.stack([x[start : start + step].to(device) for x in residuals])
-        top = lens.unembed(some)[..., :vocab].argmax(-1).cpu()
-        other = (top != top[-1]).long()
-        # One beyond the last layer with another top token; 0 where none has.
-        beyond = torch.arange(1, layers + 1)[:, None] * other
-        found.append(beyond.amax(0))
+    layers, found = len(residuals), []
+    best = top = torch.empty(0)
+    for block in logit_blocks(lens, residuals, vocab=vocab):
+        values, places = block.logits.max(-1)
+        ids = places + block.start
+        if block.begins:
+            best, top = values, ids
+        else:
+            better = values > best
+            best, top = torch.where(better, values, best), torch.where(better, ids, top)
+        if block.ends:
+            other = (top != top[-1]).long().cpu()
+            # One beyond the last layer with another top token; 0 where none has.
+            beyond = torch.arange(1, layers + 1)[:, None] * other
+            found.append(beyond.amax(0))
     return torch.cat(found)
