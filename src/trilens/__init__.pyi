@@ -22,7 +22,7 @@ from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
 from .analysis.lenses.logit_lens import LogitLens as LogitLens
 from .analysis.lenses.logit_lens import logit_lens as logit_lens
-from .analysis.patching import PatchSweep as PatchSweep
+from .analysis.patch_result import PatchSweep as PatchSweep
 from .analysis.patching import patch_sweep as patch_sweep
 from .analysis.path_patching import PathPatch as PathPatch
 from .analysis.path_patching import path_patch as path_patch

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
-from trilens.analysis.patching import Direction, Runs
+from trilens.analysis.patch_result import Direction
+from trilens.analysis.patching import Runs
 from trilens.analysis.sweeping import measure
 from trilens.axes import SITES, site_name
 from trilens.caches.indices import check_index

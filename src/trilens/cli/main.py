@@ -14,6 +14,7 @@ from trilens.cli.commands.demo import demo
 from trilens.cli.commands.families import families
 from trilens.cli.commands.generate import generate
 from trilens.cli.commands.inspect import inspect
+from trilens.cli.commands.patch import patch
 from trilens.cli.commands.plan import plan
 from trilens.cli.commands.sensitivity import sensitivity
 from trilens.cli.commands.ternarize import ternarize
@@ -51,8 +52,8 @@ def _root(
 
 
 for _command in (
-    demo, inspect, capture, generate, compare, ternarize, validate, sensitivity, plan, families,
-    convert,
+    demo, inspect, capture, generate, patch, compare, ternarize, validate, sensitivity, plan,
+    families, convert,
 ):  # fmt: skip
     app.command()(flattened(_command))
 
