@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "startup",
     "overhead",
+    "patching",
     "sites",
     "gate_overhead",
     "long_attention",

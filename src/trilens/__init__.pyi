@@ -12,6 +12,12 @@ from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
 from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
+from .analysis.edit_effects import EditEffect as EditEffect
+from .analysis.edit_effects import edit_effect as edit_effect
+from .analysis.effect_sweep import EffectSweep as EffectSweep
+from .analysis.effect_sweeps import ablation_sweep as ablation_sweep
+from .analysis.effect_sweeps import dose_response as dose_response
+from .analysis.effect_sweeps import knockout_sweep as knockout_sweep
 from .analysis.heads import HeadScores as HeadScores
 from .analysis.heads import head_scores as head_scores
 from .analysis.heads import repeated_tokens as repeated_tokens
@@ -21,8 +27,11 @@ from .analysis.lenses.logit_lens import LogitLens as LogitLens
 from .analysis.lenses.logit_lens import logit_lens as logit_lens
 from .analysis.lenses.tuned_lens import TunedLens as TunedLens
 from .analysis.lenses.tuned_lens import tuned_lens as tuned_lens
+from .analysis.patch_result import PatchSweep as PatchSweep
 from .analysis.patching import PatchSweep as PatchSweep
 from .analysis.patching import patch_sweep as patch_sweep
+from .analysis.path_patching import PathPatch as PathPatch
+from .analysis.path_patching import path_patch as path_patch
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache

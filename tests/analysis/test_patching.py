@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import trilens
 from tinymodels import build, prompt_ids
 from trilens.analysis.attribution_patching import attribution_patch, integrated_gradients
-from trilens.analysis.patching import PatchSweep, patch_sweep
+from trilens.analysis.patch_result import PatchSweep
+from trilens.analysis.patching import patch_sweep
 from trilens.errors import MetricError, SiteError, UsageError
 from trilens.lens.lens import Lens
 from trilens.statistics.ranks import rank_correlation
@@ -171,3 +172,16 @@ def test_metrics_that_tell_nothing(two: Any) -> None:
     with pytest.raises(MetricError, match="one floating-point number"):
         patch_sweep(lens, *two, lambda logits: logits)
     assert isinstance(patch_sweep(lens, *two, metric, layers=[0], positions=[2]), PatchSweep)
+
+
+def test_a_request_to_end_that_is_no_interrupt_is_passed_on(two: Any) -> None:
+    """A signal's own exception ends the caller too; Ctrl-C alone leaves a partial result."""
+
+    class Stopped(KeyboardInterrupt):
+        pass
+
+    def progress(_step: Any) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        patch_sweep(Lens(build("llama")), *two, metric, batch_size=4, progress=progress)

@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.analysis.patching import By, Direction, PatchSweep, Runs, metric_of, read_runs
+from trilens.analysis.patch_result import By, Direction, PatchSweep
+from trilens.analysis.patching import Runs, read_runs
+from trilens.analysis.sweeping import measure
 from trilens.edits import Replace
 from trilens.lens.capture import Capture
 from trilens.lens.gradients import Metric
@@ -103,7 +105,7 @@ def integrated_gradients(
             if progress is not None:
                 progress(Step(done, n * len(runs.layers), f"gradients of layer {layer}"))
         whole = Replace(runs.site, start + delta, layers=layer)
-        reached = metric_of(metric, lens.capture(ids, residual=None, edits=whole))
+        reached = measure(metric, lens.capture(ids, residual=None, edits=whole))
         effects.append(_effects(delta, mean, by))
         errors.append(float(abs(effects[-1].sum() - (reached - runs.base))))
     return _sweep(runs, np.stack(effects), by, direction, f"integrated, {n} steps", tuple(errors))

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.analysis.patch_result import By, Direction, PatchSweep
+from trilens.analysis.sweeping import measure, measure_points
 from trilens.axes import SITES, site_name
 from trilens.caches.derived import Derived
 from trilens.caches.indices import check_positions
@@ -27,107 +27,14 @@ from trilens.caches.sites import SiteCache
 from trilens.edits import Edit, Patch, PerPrompt
 from trilens.errors import MetricError, SiteError, UsageError
 from trilens.lens.capture import Capture
-from trilens.lens.gradients import Metric, scalar_of
+from trilens.lens.gradients import Metric
 from trilens.lens.lens import Lens
 from trilens.lens.parts import Parts
 from trilens.models.tokens import PromptLike
 from trilens.numbers import at_least
-from trilens.progress import Progress, Step
-from trilens.results import Tabular
+from trilens.progress import Progress
 
-__all__ = ["By", "Direction", "PatchSweep", "Runs", "metric_of", "patch_sweep", "read_runs"]
-
-By = Literal["position", "head"]
-Direction = Literal["denoise", "noise"]
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class PatchSweep(Tabular):
-    """What each patch makes of a metric.
-
-    Attributes:
-        site: what was patched.
-        by: "position": one token of one layer; "head": all tokens of one head.
-        direction: which way.
-        method: "exact", or how the values were estimated.
-        tokens: of the prompt that was run and patched.
-        layers: rows of `values`.
-        places: columns: positions, or heads.
-        values: the metric with each patch, [layers, places]; NaN where there is none: a token
-            without a partner in the other prompt, or a point that an interrupt left out.
-        base: the metric of the run that is patched.
-        target: the metric of the run whose values are put in.
-        complete: whether every point was run.
-        error: of an estimate, per layer: by how much the sum of its effects misses what patching
-            the whole layer does, in the metric; None where it is not known.
-    """
-
-    site: str
-    by: By
-    direction: Direction
-    method: str
-    tokens: tuple[str, ...]
-    layers: tuple[int, ...]
-    places: tuple[int, ...]
-    values: NDArray[np.float64]
-    base: float
-    target: float
-    complete: bool = True
-    error: tuple[float, ...] | None = None
-
-    @property
-    def effects(self) -> NDArray[np.float64]:
-        """How far each patch takes the metric from `base` (0) to `target` (1): [layers, places]."""
-        return (self.values - self.base) / (self.target - self.base)
-
-    def best(self, k: SupportsIndex = 5) -> list[dict[str, Any]]:
-        """The k rows of the table with the largest effects, by size."""
-        rows = [row for row in self.table() if not math.isnan(row["effect"])]
-        return sorted(rows, key=lambda row: -abs(row["effect"]))[: at_least(1, k, "k")]
-
-    def table(self) -> list[dict[str, Any]]:
-        """One row per point: layer, position and token or head, value and effect."""
-        effects = self.effects
-        return [
-            {"layer": layer, **self._place(place)}
-            | {"value": float(self.values[i, j]), "effect": float(effects[i, j])}
-            for i, layer in enumerate(self.layers)
-            for j, place in enumerate(self.places)
-        ]
-
-    def _place(self, place: int) -> dict[str, Any]:
-        if self.by == "head":
-            return {"head": place}
-        return {"position": place, "token": self.tokens[place]}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The whole result as JSON can hold it; null where a point has no value."""
-        rows = [
-            {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in row.items()
-            }
-            for row in self.table()
-        ]
-        return {
-            "site": self.site,
-            "by": self.by,
-            "direction": self.direction,
-            "method": self.method,
-            "tokens": list(self.tokens),
-            "base": self.base,
-            "target": self.target,
-            "complete": self.complete,
-            "error": None if self.error is None else list(self.error),
-            "points": rows,
-        }
-
-    def __repr__(self) -> str:
-        shape = f"{len(self.layers)} layers × {len(self.places)} {self.by}s"
-        return (
-            f"PatchSweep({self.site}, {shape}, {self.direction}, {self.method}: metric "
-            f"{self.base:.4g} → {self.target:.4g})"
-        )
+__all__ = ["Runs", "patch_sweep", "read_runs"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,26 +106,13 @@ def read_runs(
     held = receiver.sites.layers(name)
     if by == "head" and receiver.sites[name, held[0]].ndim != 3:
         raise SiteError(f"{name} has no heads: sweep by head over attn.z")
-    base, target = (metric_of(metric, each) for each in (receiver, donor))
+    base, target = (measure(metric, each) for each in (receiver, donor))
     if base == target:
         raise MetricError(
             f"the metric is {base:g} in both runs: no effect can be told; take prompts or a metric "
             "in which they differ"
         )
     return Runs(name, held, receiver, donor, pairs, base, target)
-
-
-def metric_of(metric: Metric, capture: Capture) -> float:
-    """A metric of the logits of one run.
-
-    Raises:
-        MetricError: no logits, or no finite scalar.
-    """
-    if capture.logits is None:
-        raise MetricError("the model gives no logits: a metric of them has no value")
-    logits = capture.logits
-    # PROMOTE: a difference of half-precision logits has three digits.
-    return float(scalar_of(metric, logits.to(torch.promote_types(logits.dtype, torch.float32))))
 
 
 def patch_sweep(
@@ -271,22 +165,14 @@ def patch_sweep(
         for j, place in enumerate(places)
         if by == "head" or place in paired
     ]
-    done, source = 0, runs.aligned()
-    try:
-        for start in range(0, len(points), size):
-            batch = points[start : start + size]
-            edits = _edits(runs, source, batch, places, by)
-            prompts = [runs.receiver.token_ids] * len(batch)
-            found = lens.capture_many(prompts, batch_size=len(batch), residual=None, edits=edits)
-            for (i, j), capture in zip(batch, found, strict=True):
-                values[i, j] = metric_of(metric, capture)
-            done += len(batch)
-            if progress is not None:
-                progress(Step(done, len(points), f"patches of {runs.site}"))
-    except KeyboardInterrupt:
-        # What was run is worth keeping: the caller sees that it is not all.
-        if not done:
-            raise
+    source = runs.aligned()
+    found = measure_points(
+        lens, runs.receiver.token_ids, metric, points,
+        lambda batch: _edits(runs, source, batch, places, by),
+        batch_size=size, what=f"patches of {runs.site}", progress=progress,
+    )  # fmt: skip
+    for (i, j), value in zip(points, found, strict=False):
+        values[i, j] = value
     return PatchSweep(
         site=runs.site,
         by=by,
@@ -298,7 +184,7 @@ def patch_sweep(
         values=values,
         base=runs.base,
         target=runs.target,
-        complete=done == len(points),
+        complete=len(found) == len(points),
     )
 
 

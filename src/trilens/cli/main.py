@@ -15,6 +15,7 @@ from trilens.cli.commands.families import families
 from trilens.cli.commands.generate import generate
 from trilens.cli.commands.inspect import inspect
 from trilens.cli.commands.lens import lens
+from trilens.cli.commands.patch import patch
 from trilens.cli.commands.plan import plan
 from trilens.cli.commands.sensitivity import sensitivity
 from trilens.cli.commands.ternarize import ternarize
@@ -52,7 +53,7 @@ def _root(
 
 
 for _command in (
-    demo, inspect, lens, capture, generate, compare, ternarize, validate, sensitivity, plan,
+    demo, inspect, lens, capture, generate, patch, compare, ternarize, validate, sensitivity, plan,
     families, convert,
 ):  # fmt: skip
     app.command()(flattened(_command))

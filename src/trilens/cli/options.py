@@ -12,15 +12,19 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 __all__ = [
+    "Against",
     "AttnImplementation",
+    "Attribution",
     "BatchSize",
     "Budget",
+    "By",
     "Calibrate",
     "Chat",
     "Costs",
     "Data",
     "Debug",
     "DeviceMap",
+    "Direction",
     "DryRun",
     "Dtype",
     "EachMatrix",
@@ -40,6 +44,7 @@ __all__ = [
     "Model",
     "Only",
     "Output",
+    "PatchSite",
     "Per",
     "PlanFile",
     "Predict",
@@ -187,6 +192,31 @@ TopP = Annotated[
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="Text that ends the new text; repeatable."),
+]
+
+# Patching
+Target = Annotated[
+    str, typer.Option("--target", metavar="TOKEN", help="Text of one token, or id:NUMBER.")
+]
+Against = Annotated[
+    str, typer.Option("--against", metavar="TOKEN", help="The token it is compared with.")
+]
+PatchSite = Annotated[
+    str,
+    typer.Option("--site", metavar="SITE", help="What is patched: resid_pre, attn.z, mlp.out …"),
+]
+By = Annotated[
+    Literal["position", "head"],
+    typer.Option("--by", help="One token of a layer at a time, or one head at all tokens."),
+]
+Direction = Annotated[
+    Literal["denoise", "noise"],
+    typer.Option(
+        "--direction", help="Clean values into the corrupted run, or corrupted into the clean one."
+    ),
+]
+Attribution = Annotated[
+    bool, typer.Option("--attribution", help="Estimate by gradients: two passes, one of them back.")
 ]
 
 # Comparing

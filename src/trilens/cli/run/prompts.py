@@ -13,7 +13,7 @@ from trilens.lens.lens import Lens
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.models.tokens import PromptLike
 
-__all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text"]
+__all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text", "typed_token"]
 
 
 def open_lens(model: str, loading: Loading | None = None) -> Lens:
@@ -74,3 +74,10 @@ def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
             )
         found += range(int(first), end + 1)
     return found
+
+
+def typed_token(text: str) -> int | str:
+    """A token as it is typed: ``id:42`` is an id, everything else a token's text."""
+    number = text.removeprefix("id:")
+    is_id = number != text and number.isdecimal() and len(number) < 10
+    return int(number) if is_id else text

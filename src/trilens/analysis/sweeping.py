@@ -1,0 +1,78 @@
+"""Many edited runs of one prompt, a batch at a time: what sweeps are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trilens.edits import Edit
+from trilens.errors import MetricError
+from trilens.lens.capture import Capture
+from trilens.lens.gradients import Metric, scalar_of
+from trilens.lens.lens import Lens
+from trilens.progress import Progress, Step
+
+__all__ = ["measure", "measure_points"]
+
+Point = TypeVar("Point")
+
+
+def measure(metric: Metric, capture: Capture) -> float:
+    """A metric of the logits of one run.
+
+    Raises:
+        MetricError: no logits, or no finite scalar.
+    """
+    if capture.logits is None:
+        raise MetricError("the model gives no logits: a metric of them has no value")
+    logits = capture.logits
+    # PROMOTE: a difference of half-precision logits has three digits.
+    return float(scalar_of(metric, logits.to(torch.promote_types(logits.dtype, torch.float32))))
+
+
+def measure_points(
+    lens: Lens,
+    ids: Tensor,
+    metric: Metric,
+    points: Sequence[Point],
+    edits_of: Callable[[Sequence[Point]], Sequence[Edit]],
+    *,
+    batch_size: int,
+    what: str,
+    progress: Progress | None = None,
+    done: int = 0,
+    total: int | None = None,
+) -> list[float]:
+    """A metric of one run for each point, with that point's edits; fewer where Ctrl-C ended it.
+
+    Args:
+        lens: the model.
+        ids: [seq], the prompt's token ids.
+        metric: of the logits [seq, vocab].
+        points: what differs from run to run.
+        edits_of: the edits of a batch of points; their positions are `PerPrompt`, an entry for
+            each point.
+        batch_size: points in one forward pass.
+        what: how progress calls it.
+        progress: called after each pass with the points done.
+        done: points that were done before these.
+        total: points in all, these where not given.
+    """
+    values: list[float] = []
+    try:
+        for start in range(0, len(points), batch_size):
+            batch = points[start : start + batch_size]
+            found = lens.capture_many(
+                [ids] * len(batch), batch_size=len(batch), residual=None, edits=edits_of(batch)
+            )
+            values += [measure(metric, capture) for capture in found]
+            if progress is not None:
+                progress(Step(done + len(values), total or len(points), what))
+    except KeyboardInterrupt as stop:
+        # What was run is worth keeping. A class of its own is another's request to end: it goes on.
+        if type(stop) is not KeyboardInterrupt or not (values or done):
+            raise
+    return values
