@@ -5,6 +5,7 @@ from . import edits as edits
 from . import errors as errors
 from . import planning as planning
 from . import ternary as ternary
+from .analysis import metrics as metrics
 from .analysis.comparison.result import Comparison as Comparison
 from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
@@ -12,6 +13,10 @@ from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
+from .analysis.logit_lens import LogitLens as LogitLens
+from .analysis.logit_lens import logit_lens as logit_lens
+from .analysis.metrics import logit_diff as logit_diff
+from .analysis.metrics import target_prob as target_prob
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from trilens.analysis.comparison.rows import Place, Row
+from trilens.analysis.residual_logits import residual_logits
 from trilens.lens.lens import Lens
 
 __all__ = ["LensAccumulator", "convergence_layers"]
 
 _MODULE = "logit_lens"
-_CHUNK_ELEMENTS = 1 << 23  # of logits
 
 
 class LensAccumulator:
@@ -71,14 +71,9 @@ def convergence_layers(lens: Lens, residuals: Sequence[Tensor], vocab: int | Non
     Memory:
         logits of some positions at a time, 32 MB in float32.
     """
-    layers, positions = len(residuals), len(residuals[0])
-    step = max(1, _CHUNK_ELEMENTS // (layers * (lens.anatomy.vocab or 1)))
-    found = []
-    for start in range(0, positions, step):
-        # Layers of a model may lie on several devices; the unembedding is on the last one's.
-        device = residuals[-1].device
-        some = torch.stack([x[start : start + step].to(device) for x in residuals])
-        top = lens.unembed(some)[..., :vocab].argmax(-1).cpu()
+    layers, found = len(residuals), []
+    for _, logits in residual_logits(lens, residuals, vocab):
+        top = logits.argmax(-1).cpu()
         other = (top != top[-1]).long()
         # One beyond the last layer with another top token; 0 where none has.
         beyond = torch.arange(1, layers + 1)[:, None] * other
