@@ -11,6 +11,9 @@ from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
 from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
+from .analysis.direct_attribution import Attribution as Attribution
+from .analysis.direct_attribution import attribute as attribute
+from .analysis.direct_attribution import attribution_sites as attribution_sites
 from .analysis.inspection import Inspection as Inspection
 from .analysis.inspection import inspect_capture as inspect_capture
 from .analysis.logit_lens import LogitLens as LogitLens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trilens.axes import site_name
 from trilens.edits import Edit
 from trilens.lens.capture import Capture
+from trilens.lens.folding import FoldedHead, folded_head
 from trilens.lens.gradients import Gradients, Metric
 from trilens.lens.request import Asked, Which
 from trilens.lens.runner import Runner
@@ -360,3 +361,8 @@ class Lens:
         """
         with self._runner.lock(), evaluating(self.model):
             return unembedded(self.model, self.anatomy, residual)
+
+    def fold(self, residual: Tensor, tokens: Sequence[int]) -> FoldedHead:
+        """Final norm and unembedding of some tokens as one affine map, as `folded_head` says."""
+        with self._runner.lock(), evaluating(self.model):
+            return folded_head(self.model, self.anatomy, residual, tokens)
