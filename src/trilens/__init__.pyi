@@ -5,6 +5,7 @@ from . import edits as edits
 from . import errors as errors
 from . import planning as planning
 from . import ternary as ternary
+from .analysis import metrics as metrics
 from .analysis.attribution_patching import attribution_patch as attribution_patch
 from .analysis.attribution_patching import integrated_gradients as integrated_gradients
 from .analysis.comparison.result import Comparison as Comparison
@@ -12,6 +13,9 @@ from .analysis.comparison.run import CompareOptions as CompareOptions
 from .analysis.comparison.run import compare as compare
 from .analysis.comparison.series import ComparisonSeries as ComparisonSeries
 from .analysis.comparison.series import compare_series as compare_series
+from .analysis.direct_attribution import Attribution as Attribution
+from .analysis.direct_attribution import attribute as attribute
+from .analysis.direct_attribution import attribution_sites as attribution_sites
 from .analysis.edit_effects import EditEffect as EditEffect
 from .analysis.edit_effects import edit_effect as edit_effect
 from .analysis.effect_sweep import EffectSweep as EffectSweep
@@ -28,7 +32,6 @@ from .analysis.lenses.logit_lens import logit_lens as logit_lens
 from .analysis.lenses.tuned_lens import TunedLens as TunedLens
 from .analysis.lenses.tuned_lens import tuned_lens as tuned_lens
 from .analysis.patch_result import PatchSweep as PatchSweep
-from .analysis.patching import PatchSweep as PatchSweep
 from .analysis.patching import patch_sweep as patch_sweep
 from .analysis.path_patching import PathPatch as PathPatch
 from .analysis.path_patching import path_patch as path_patch

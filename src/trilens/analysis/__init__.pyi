@@ -1,3 +1,4 @@
+from . import metrics as metrics
 from .comparison.result import Comparison as Comparison
 from .comparison.result import NamedArray as NamedArray
 from .comparison.rows import Row as Row

@@ -45,6 +45,7 @@ __all__ = [
     "Only",
     "Output",
     "PatchSite",
+    "PatchTarget",
     "Per",
     "PlanFile",
     "Predict",
@@ -195,8 +196,8 @@ Stop = Annotated[
 ]
 
 # Patching
-Target = Annotated[
-    str, typer.Option("--target", metavar="TOKEN", help="Text of one token, or id:NUMBER.")
+PatchTarget = Annotated[
+    str, typer.Option("--target", metavar="TOKEN", help="Text of one token, or #ID.")
 ]
 Against = Annotated[
     str, typer.Option("--against", metavar="TOKEN", help="The token it is compared with.")

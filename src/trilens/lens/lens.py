@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from trilens.edits import Edit
 from trilens.lens.capture import Capture
 from trilens.lens.decoding import Stream, read_decoding
+from trilens.lens.folding import FoldedHead, folded_head
 from trilens.lens.generation import Generation, generate
 from trilens.lens.gradients import Gradients, Metric
 from trilens.lens.opened import Opened
@@ -300,3 +301,8 @@ class Lens(Opened):
         """
         with self._runner.lock(), evaluating(self.model):
             return unembedded(self.model, self.anatomy, residual, tokens)
+
+    def fold(self, residual: Tensor, tokens: Sequence[int]) -> FoldedHead:
+        """Final norm and unembedding of some tokens as one affine map, as `folded_head` says."""
+        with self._runner.lock(), evaluating(self.model):
+            return folded_head(self.model, self.anatomy, residual, tokens)

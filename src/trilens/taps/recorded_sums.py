@@ -80,9 +80,9 @@ class RecordedSums:
         x, factor = (a, b) if isinstance(a, Tensor) and a.shape == result.shape else (b, a)
         if not isinstance(x, Tensor) or x.shape != result.shape:
             return
-        if isinstance(factor, Tensor) and factor.numel() > 1:
-            if not self._is_weight(factor) or factor.numel() != factor.shape[-1]:
-                return
+        several = isinstance(factor, Tensor) and factor.numel() > 1
+        if several and (not self._is_weight(factor) or factor.numel() != factor.shape[-1]):
+            return
         see = self._overwritten.see
         seen = [self._written or see(x), see(result)]
         self._scaled.append((ScaledCall(path, tick, x, result), seen))

@@ -63,7 +63,7 @@ def test_heads_by_gradients(lens: trilens.Lens) -> None:
 
 def test_a_token_by_its_id_is_the_token_by_its_text(lens: trilens.Lens) -> None:
     a, the = (int(lens.capture(text).token_ids[0]) for text in (" a", " the"))
-    ids = ("--target", f"id:{a}", "--against", f"id:{the}")
+    ids = ("--target", f"#{a}", "--against", f"#{the}")
     layer = ("--layers", "3")
     assert read(DEMO, *TWO, *ids, *layer) == read(DEMO, *TWO, *TOKENS, *layer)
 
@@ -123,7 +123,7 @@ def test_an_interrupt_prints_what_was_run(monkeypatch: pytest.MonkeyPatch) -> No
     ("arguments", "words"),
     [
         ((*TWO, "--target", " a", "--against", " a"), "name two"),
-        ((*TWO, "--target", "id:99999999", "--against", " a"), "99999999"),
+        ((*TWO, "--target", "#99999999", "--against", " a"), "99999999"),
         ((*TWO, "--target", "several words here", "--against", " a"), "tokens"),
         ((*TWO, *TOKENS, "--site", "attn.zz"), "attn.z"),
         ((*TWO, *TOKENS, "--layers", "9"), "out of range"),
@@ -151,5 +151,5 @@ def test_a_site_that_the_model_has_not_is_named(arguments: tuple[str, ...], word
 
 
 def test_tokens_as_they_are_typed() -> None:
-    texts = ("id:7", "id:", "id:x", "7", " id:7")
-    assert [typed_token(text) for text in texts] == [7, "id:", "id:x", "7", " id:7"]
+    texts = ("#7", "#", "#x", "7", " #7")
+    assert [typed_token(text) for text in texts] == [7, "#", "#x", "7", " #7"]

@@ -21,7 +21,7 @@ def patch(
     model: o.Model,
     clean: Annotated[str, typer.Argument(metavar="CLEAN", help="The clean prompt.")],
     corrupted: Annotated[str, typer.Argument(metavar="CORRUPTED", help="The corrupted prompt.")],
-    target: o.Target,
+    target: o.PatchTarget,
     against: o.Against,
     site: o.PatchSite = "resid_pre",
     by: o.By = "position",

@@ -8,7 +8,7 @@ from trilens.analysis.lenses.logit_lens import logit_lens
 from trilens.analysis.tokens import token_id
 from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
-from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
+from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of, typed_token
 from trilens.report.text.logit_lens import print_logit_lens
 
 __all__ = ["run"]
@@ -32,7 +32,7 @@ def run(
         lens = open_lens(model, loading)
         chosen = chosen_layers(layers, lens.n_layers)
         # Read first: a wrong target should not cost the time of a pass.
-        number = None if target is None else token_id(lens, _token(target))
+        number = None if target is None else token_id(lens, typed_token(target))
         # The last layer is what the others are compared with.
         captured = None if chosen is None else sorted({*chosen, lens.n_layers - 1})
         with status(f"capturing {model}"):
@@ -45,8 +45,3 @@ def run(
             head={"model": model, "prompt_tokens": cap.tokens},
             file=output,
         )
-
-
-def _token(text: str) -> int | str:
-    """`#17` → 17, a token id; anything else is a token's text."""
-    return int(text[1:]) if text[:1] == "#" and text[1:].isdecimal() else text

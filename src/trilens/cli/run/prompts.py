@@ -77,7 +77,5 @@ def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
 
 
 def typed_token(text: str) -> int | str:
-    """A token as it is typed: ``id:42`` is an id, everything else a token's text."""
-    number = text.removeprefix("id:")
-    is_id = number != text and number.isdecimal() and len(number) < 10
-    return int(number) if is_id else text
+    """A token as it is typed: ``#42`` is an id, everything else a token's text."""
+    return int(text[1:]) if text[:1] == "#" and text[1:].isdecimal() else text
