@@ -1,6 +1,6 @@
 """What a patching sweep costs: against as many plain forward passes as it has batches.
 
-An 88M-parameter Llama with random weights, 128 tokens, batches of 16: every layer and every eighth
+An 88M-parameter Llama with random weights, 64 tokens, batches of 16: every layer and every eighth
 token of resid_pre, and every head of attn.z. `python -m benchmarks.patching`.
 """
 
@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import llama_88m, plain_pass, ratios, save
 from trilens import Lens, attribution_patch, patch_sweep
 
-TOKENS = 128
+TOKENS = 64
 BATCH = 16
 ROUNDS = 3
 
