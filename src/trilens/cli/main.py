@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trilens.cli.commands.attribute import attribute
 from trilens.cli.commands.capture import capture
 from trilens.cli.commands.compare import compare
 from trilens.cli.commands.convert import convert
@@ -53,7 +54,8 @@ def _root(
 
 
 for _command in (
-    demo, inspect, lens, capture, generate, patch, compare, ternarize, validate, sensitivity, plan,
+    demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, validate,
+    sensitivity, plan,
     families, convert,
 ):  # fmt: skip
     app.command()(flattened(_command))

@@ -44,6 +44,7 @@ __all__ = [
     "Model",
     "Only",
     "Output",
+    "Parts",
     "PatchSite",
     "PatchTarget",
     "Per",
@@ -64,6 +65,7 @@ __all__ = [
     "States",
     "Stop",
     "Storage",
+    "Subtracted",
     "Target",
     "Temperature",
     "To",
@@ -193,6 +195,15 @@ TopP = Annotated[
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="Text that ends the new text; repeatable."),
+]
+
+# Attribution
+Subtracted = Annotated[
+    str | None,
+    typer.Option("--against", metavar="TOKEN", help="Token whose logit is subtracted."),
+]
+Parts = Annotated[
+    Literal["component", "head", "neuron"], typer.Option("--by", help="What is told apart.")
 ]
 
 # Patching

@@ -11,9 +11,9 @@ from io import TextIOWrapper
 
 import typer
 
-from trilens.printable import one_line
+from trilens.printable import escaped_text, one_line
 
-__all__ = ["output_errors", "prepare_streams", "say"]
+__all__ = ["output_errors", "prepare_streams", "say", "say_piece"]
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -27,6 +27,11 @@ def say(text: str, *, err: bool = False) -> None:
         return
     with suppress(OSError):
         typer.echo(one_line(text), err=True)
+
+
+def say_piece(text: str) -> None:
+    """Print a piece of running text to standard output, its line breaks as they are."""
+    typer.echo(escaped_text(text), nl=False)
 
 
 def prepare_streams() -> None:

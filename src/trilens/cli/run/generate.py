@@ -5,14 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-import typer
-
 from trilens.cli.console import check_file, show_json, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import open_lens, prompt_of
+from trilens.cli.streams import say, say_piece
 from trilens.errors import NoTokenizerError
 from trilens.io.atomic import write_bytes
-from trilens.printable import escaped_text
 
 __all__ = ["run"]
 
@@ -47,12 +45,10 @@ def run(
                 top_p=top_p,
                 seed=seed or 0,
                 stop=stop or (),
-                stream=(lambda piece, _: typer.echo(escaped_text(piece), nl=False))
-                if shown
-                else None,
+                stream=(lambda piece, _: say_piece(piece)) if shown else None,
             )
         if shown:
-            typer.echo()
+            say("")
         elif format == "json":
             show_json({"model": model, **found.to_dict()}, file=output)
         elif output is not None:
