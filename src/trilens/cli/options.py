@@ -162,7 +162,7 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TOKEN",
-        help="Token that is followed: its text, with its space, or #ID.",
+        help="A next token: its text, with its space, or #ID.",
     ),
 ]
 Effective = Annotated[
@@ -208,10 +208,13 @@ Parts = Annotated[
 
 # Patching
 PatchTarget = Annotated[
-    str, typer.Option("--target", metavar="TOKEN", help="Text of one token, or #ID.")
+    str,
+    typer.Option(
+        "--target", metavar="TOKEN", help="A next token: its text, with its space, or #ID."
+    ),
 ]
 Against = Annotated[
-    str, typer.Option("--against", metavar="TOKEN", help="The token it is compared with.")
+    str, typer.Option("--against", metavar="TOKEN", help="Token whose logit is subtracted.")
 ]
 PatchSite = Annotated[
     str,
@@ -219,7 +222,7 @@ PatchSite = Annotated[
 ]
 By = Annotated[
     Literal["position", "head"],
-    typer.Option("--by", help="One token of a layer at a time, or one head at all tokens."),
+    typer.Option("--by", help="What is told apart."),
 ]
 Direction = Annotated[
     Literal["denoise", "noise"],
