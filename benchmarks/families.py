@@ -30,8 +30,8 @@ from tinymodels.checks import CheckError, sweep_one  # noqa: E402
 from trilens.models.families import FamilyTable  # noqa: E402
 
 CHUNK = 12
-LEAST = {"gated": 30, "effective": 16}
-"""Types that the sweep has to prove gates, and effective attention, of."""
+LEAST = {"gated": 30, "effective": 16, "sited": 120}
+"""Types that the sweep has to prove gates, effective attention, and all core sites of."""
 LAST = Path(__file__).parent / "results" / "families.json"
 SHIPPED = ROOT / "src" / "trilens" / "models" / "families.json"
 
@@ -92,7 +92,7 @@ def main() -> int:
         }
     )
     print(json.dumps(table.count()))
-    counts = {"gated": table.n_gated, "effective": table.n_effective}
+    counts = {"gated": table.n_gated, "effective": table.n_effective, "sited": table.n_sited}
     print(json.dumps(counts))
     for key in ("attention_vs_eager", "many_vs_one", "effective_many_vs_one"):
         worst = [row["figures"][key] for row in rows if row.get("figures", {}).get(key) is not None]

@@ -5,9 +5,10 @@ python -m benchmarks.families_page
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from trilens.models.families import FamilyRow, load_families, spell_short
+from trilens.models.families import CORE_SITES, FamilyRow, load_families, spell_short
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -57,6 +58,9 @@ def page() -> str:
         " recurrence is left out"
         if not any(row.no_effective for row in table.rows)
         else f"- **{table.n_effective} with proven effective attention**",
+        f"- **{table.n_sited} of the {counts['full']} in full with all core sites** in every layer"
+        " that has such a place:",
+        f"  {', '.join(f'`{name}`' for name in CORE_SITES)}",
         "",
         "RWKV-7, which transformers lacks, comes with trilens and has both: [rwkv7.md](rwkv7.md).",
         "",
@@ -74,7 +78,29 @@ def page() -> str:
     for key, title in (("residual", "Without attention"), ("refused", "Refused")):
         lines += [f"## {title}", "", "| type | layers | why |", "|---|---|---|"]
         lines += [*map(_line, groups[key]), ""]
+    lines += _sites_not_proven(captured)
     return "\n".join(lines)
+
+
+def _sites_not_proven(rows: Sequence[FamilyRow]) -> list[str]:
+    """The sites that a layer has and the rules do not prove, with the first reason."""
+    lines = [
+        "## Sites that are not proven",
+        "",
+        "What a layer does not have (the stream between two parallel parts, an MLP of a block "
+        "without one) is not listed;",
+        "`trilens families --type NAME` lists what is proven.",
+        "",
+        "| type | sites | why |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        by_reason: dict[str, list[str]] = {}
+        for name, why in row.no_sites:
+            by_reason.setdefault(why.split("; ")[0].replace("|", "\\|"), []).append(name)
+        for why, names in by_reason.items():
+            lines.append(f"| {row.model_type} | {', '.join(names)} | {why} |")
+    return [*lines, ""]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from tinymodels import TYPES, build
-from tinymodels.checks import sweep_one
+from tinymodels.checks import family_sites, sweep_one
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families
@@ -93,6 +93,7 @@ def test_the_shipped_table_is_what_a_lens_finds(model_type: str) -> None:
     assert row.attention == lens.attention_layers
     assert row.effective == lens.effective_layers
     assert row.n_layers == lens.n_layers
+    assert (row.sites, row.no_sites) == family_sites(lens)
 
 
 def test_the_shipped_table_covers_every_type() -> None:
@@ -102,6 +103,7 @@ def test_the_shipped_table_covers_every_type() -> None:
     assert counts["full"] >= 130
     assert table.n_gated >= 30
     assert table.n_effective >= 16
+    assert table.n_sited >= 120
     assert all(row.effective or not row.no_effective for row in table.rows)
     assert sum(counts.values()) == len(TYPES)
     assert all(row.reason for row in table.rows if row.outcome != "full")

@@ -141,6 +141,38 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(model_type: str) ->
     assert other and all(map(torch.equal, bits(other[0]), wanted)), "a lock was left"
 
 
+@pytest.mark.parametrize("model_type", REQUESTS)
+def test_an_interrupted_generation_leaves_the_model_as_it_was(model_type: str) -> None:
+    model, ids = build(model_type), prompt_ids(model_type, 6)
+    lens, request = Lens(model), REQUESTS[model_type]
+    config, tensor = model.generation_config, ids.reshape(1, -1)
+
+    def work() -> Any:
+        return lens.generate(ids, max_new_tokens=3, capture=request, temperature=1.0)
+
+    wanted, clean = bits(work().capture), left_behind(model)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        plain = model(tensor).logits
+    with Interrupt() as counter:
+        work()
+    points = range(1, counter.lines + 1)
+    gc.collect()
+    gc.freeze()
+    for at in sorted(random.Random(0).sample(points, scaled(full=400, subset=30))):
+        shown = interrupted(work, at)
+        assert shown is not None
+        with torch.no_grad():
+            assert torch.equal(model(tensor).logits, plain), f"line {at}"
+        assert model.generation_config is config, f"line {at}"
+        assert torch.equal(torch.get_rng_state(), state), f"line {at}"
+        assert all(map(torch.equal, bits(work().capture), wanted)), f"line {at}"
+        del shown
+        gc.collect()
+        assert left_behind(model) == clean, f"line {at}"
+    gc.unfreeze()
+
+
 def test_an_interrupted_probe_leaves_the_model_as_it_was() -> None:
     model, ids = build("llama"), prompt_ids("llama")
     clean, tensor = left_behind(model), ids.reshape(1, -1)

@@ -13,18 +13,21 @@ import trilens
 from tinymodels import build, prompt_ids
 from tolerances import assert_near
 from trilens.caches.patterns.protocol import Pattern
+from trilens.edits import Ablate, Edit, Knockout, Scale, Steer
 from trilens.errors import (
+    EditError,
     GenerationError,
     NoTokenizerError,
     OutOfRangeError,
     PromptError,
+    UntouchedEditError,
     UsageError,
     ValueRangeError,
 )
 from trilens.lens.lens import Lens
 
 TRANSFORMERS = ("llama", "gpt2", "gemma2", "gemma3_text", "gemma4_text", "mixtral", "gpt_oss",
-                "llama4_text", "deepseek_v3", "bloom", "diffllama", "whole_eager")  # fmt: skip
+                "llama4_text", "deepseek_v3", "bloom", "diffllama", "mllama", "whole_eager")  # fmt: skip
 RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma")
 HYBRIDS = ("jamba", "zamba", "falcon_h1", "qwen3_next", "kimi_linear", "minimax")
 REFUSED = ("camembert", "doge", "zamba2", "xlstm")
@@ -111,6 +114,101 @@ def test_the_demos_generate(kind: str) -> None:
     whole = lens.tokenizer.decode([*found.capture.token_ids.tolist()], skip_special_tokens=True)
     assert whole.endswith(found.text)
     assert_same(found.capture, lens.capture(found.capture.token_ids, **everything(lens)))
+
+
+ALL_SITES = ("llama", "gpt2", "gemma3_text", "mixtral", "falcon_h1", "qwen3_next", "rwkv")
+
+
+@pytest.mark.parametrize("model_type", ALL_SITES)
+def test_every_site_in_steps(model_type: str) -> None:
+    lens, ids = opened(model_type), prompt_ids("llama", 12)
+    options = {"residual": None, "sites": list(lens.site_layers)}
+    found = lens.generate(ids, max_new_tokens=6, capture=options).capture
+    whole = lens.capture(found.token_ids, **options)
+    assert len(whole.sites) >= 20
+    for key in whole.sites:
+        ours, theirs = (torch.as_tensor(each.sites[key]) for each in (found, whole))
+        hidden = torch.isinf(theirs)
+        assert torch.equal(torch.isinf(ours), hidden), key
+        assert_near(ours.masked_fill(hidden, 0), theirs.masked_fill(hidden, 0), 1e-4)
+
+
+def edits_of(lens: Lens) -> list[Edit]:
+    vector = torch.randn(lens.d_model, generator=torch.Generator().manual_seed(0))
+    found: list[Edit] = [
+        Steer("resid_post", layers=1, vector=vector, positions=slice(12, None)),
+        Scale("resid_pre", layers=2, factor=0.5, positions=slice(3, 15)),
+    ]
+    if lens.attention_layers:
+        layer = lens.attention_layers[-1]
+        new, old = slice(12, None), slice(0, 12)
+        found += [
+            Knockout(layers=layer, queries=new, keys=11, heads=[0]),
+            Ablate("attn.z", layers=layer, heads=1),
+            Scale("attn.pattern", layers=layer, factor=0.5, positions=new),
+            Scale("attn.pattern", layers=layer, factor=0.5, positions=old),
+            Scale("attn.scores", layers=layer, factor=0.5),
+            Scale("attn.k_rot", layers=layer, factor=0.5),
+            Scale("attn.v", layers=layer, factor=0.5, positions=slice(5, 15)),
+        ]
+    if lens.state_layers:
+        found.append(Knockout(layers=lens.state_layers[0], keys=[3, 13]))
+    return found
+
+
+EDITED = ("llama", "gemma3_text", "whole_eager", "gpt_oss", "qwen3_next", "mamba", "rwkv")
+
+
+@pytest.mark.parametrize("model_type", EDITED)
+def test_edits_act_in_steps_as_on_the_whole_text(model_type: str) -> None:
+    lens, ids = opened(model_type), prompt_ids("llama", 12)
+    options = {"residual": "all", "attention": bool(lens.attention_layers)}
+    plain = lens.generate(ids, max_new_tokens=6, capture=options).capture.logits
+    for edit in edits_of(lens):
+        found = lens.generate(ids, max_new_tokens=6, edits=edit, capture=options)
+        assert_same(found.capture, lens.capture(found.capture.token_ids, edits=edit, **options))
+        assert not torch.equal(found.capture.logits, plain)
+        alone = lens.generate(ids, max_new_tokens=6, edits=edit)
+        assert torch.equal(alone.token_ids, found.token_ids)
+
+
+def test_words_for_positions_count_the_prompt() -> None:
+    lens, ids = opened("llama"), prompt_ids("llama", 12)
+    for word, places in (
+        ("prompt", slice(0, 12)), ("last", 11), ("generated", slice(12, None)), (None, None),
+    ):  # fmt: skip
+        one, other = (
+            Scale("resid_post", layers=1, factor=3.0, positions=each) for each in (word, places)
+        )
+        found = lens.generate(ids, max_new_tokens=6, edits=one, capture={}).capture
+        assert_near(found.logits, lens.capture(found.token_ids, edits=other).logits, 1e-4)
+
+
+def test_an_edit_of_tokens_that_never_come_is_an_error() -> None:
+    lens, ids = opened("llama"), prompt_ids("llama", 12)
+    first = int(lens.generate(ids, max_new_tokens=1).token_ids[0])
+    late = Scale("resid_post", layers=1, factor=2.0, positions=15)
+    with pytest.raises(UntouchedEditError):
+        lens.generate(ids, max_new_tokens=8, edits=late, stop=first)
+    with pytest.raises(EditError):
+        lens.generate(ids, max_new_tokens=2, edits=late)
+
+
+def test_a_failing_callback_leaves_the_model_as_it_was() -> None:
+    model, ids = build("llama"), prompt_ids("llama", 8)
+    lens, config = Lens(model.train()), model.generation_config
+
+    def fail(_text: str, _token: int) -> None:
+        raise RuntimeError("the reader went away")
+
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="went away"):
+        lens.generate(ids, capture={"attention": True}, stream=fail, temperature=1.0)
+    assert model.generation_config is config
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(lens.generate(ids, max_new_tokens=3).token_ids) == 3
 
 
 def test_a_prompt_of_one_token() -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tinymodels import build, forward_kwargs, prompt_ids
+from trilens.axes import SITES
 from trilens.errors import AttentionPathError, TrilensError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.families import FamilyGate, FamilyRow
 
-__all__ = ["CheckError", "attention_vs_eager", "check_capture", "sweep_one"]
+__all__ = ["CheckError", "attention_vs_eager", "check_capture", "family_sites", "sweep_one"]
 
 TOKENS = 40
 SHORT = (40, 23, 31)
@@ -168,6 +169,8 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
     figures["many_vs_one"] = many_vs_one(lens, model_type, attention=attention, gates=gates)
     need(figures["many_vs_one"] <= TOLERANCE, f"capture_many differs by {figures['many_vs_one']}")
     effective, no_effective = effective_layers(lens, model_type, ids, figures)
+    sites, no_sites = family_sites(lens)
+    check_sites(lens, ids, capture, sites)
     figures["batches"] = lens.batches_safely(TOKENS)
     with torch.no_grad():
         need(equal(model(**kwargs).logits, plain), "the plain run changed after the captures")
@@ -184,8 +187,45 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
         gates=family_gates(capture),
         reason=reason,
         no_effective=no_effective,
+        sites=sites,
+        no_sites=no_sites,
     )
     return row, figures
+
+
+def family_sites(lens: Lens) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """The sites proven wherever there is such a place, and the others with their first reason."""
+    claims = lens._runner.proof.sites
+    proven: list[str] = []
+    refused: list[tuple[str, str]] = []
+    for name, spec in SITES.items():
+        layers = range(lens.n_layers) if spec.per_layer else (None,)
+        keys = [(name, layer) for layer in layers]
+        need(all((key in claims.sites) != (key in claims.reasons) for key in keys), f"{name} lost")
+        missing = [key for key in keys if key not in claims.sites and key not in claims.absent]
+        if missing:
+            refused.append((name, claims.reasons[missing[0]]))
+        elif any(key in claims.sites for key in keys):
+            proven.append(name)
+    return tuple(proven), tuple(refused)
+
+
+def check_sites(lens: Lens, ids: Tensor, capture: Capture, names: tuple[str, ...]) -> None:
+    """The captured sites against each other: streams, and heads that sum to attention's output."""
+    found = lens.capture(ids, residual=None, sites=names).sites
+    for layer in range(lens.n_layers):
+        own = capture.residual.get_layer(layer)
+        need(equal(found["resid_post", layer], own), f"resid_post of layer {layer} differs")
+        if layer and "resid_pre" in names and lens.anatomy.final_scale == 1.0:
+            before, after = found["resid_post", layer - 1], found["resid_pre", layer]
+            scale = float((before * after).sum() / (before * before).sum())
+            gap = float((before * scale - after).abs().max() / after.abs().max())
+            need(gap <= TOLERANCE, f"resid_pre of layer {layer} is not the block before's output")
+    for layer in lens.site_layers.get("attn.head_out", ()) if "attn.head_out" in names else ():
+        heads = found["attn.head_out", layer].double()
+        rest = found["attn.out", layer].double() - heads.sum(1)
+        gap = float((rest - rest[:1]).abs().max() / heads.abs().sum(1).max())
+        need(gap <= TOLERANCE, f"the heads of layer {layer} do not sum to attn.out: {gap}")
 
 
 def family_gates(capture: Capture) -> tuple[FamilyGate, ...]:

@@ -28,6 +28,7 @@ __all__ = [
     "DryRun",
     "Dtype",
     "EachMatrix",
+    "Edits",
     "Effective",
     "Evaluate",
     "FailIf",
@@ -190,6 +191,14 @@ TopP = Annotated[
     float | None,
     typer.Option(
         "--top-p", metavar="P", help="Draw among the likeliest tokens of this probability."
+    ),
+]
+Edits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edit",
+        metavar="EDIT",
+        help="'ablate:mlp.out@3', 'steer:resid_post@2 vector=v.npy scale=4'; repeatable.",
     ),
 ]
 Stop = Annotated[

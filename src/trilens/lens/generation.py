@@ -113,7 +113,7 @@ def generate(
         runner.stepping.check(
             start + most,
             model,
-            runner.vocab,
+            _scored(model, runner.vocab),
             limit,
             by_steps=lambda ids, n: _logits_by_steps(runner, ids, n),
             at_once=lambda ids: _logits_at_once(runner, ids),
@@ -201,6 +201,12 @@ def read_kept(capture: object) -> Asked | None:
                 "add_special_tokens are options of generate itself"
             )
     return Asked(**capture).once()
+
+
+def _scored(model: PreTrainedModel, vocab: int) -> int:
+    """How many ids are read as well as scored: a table may hold placeholders that no head gives."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return min(vocab, head.shape[0]) if isinstance(head, Tensor) and head.ndim == 2 else vocab
 
 
 def _check_generates(model: PreTrainedModel) -> None:

@@ -14,8 +14,26 @@ from trilens.caches.storage import spell_layers
 from trilens.errors import CorruptFileError
 from trilens.results import Tabular
 
-__all__ = ["FamilyGate", "FamilyRow", "FamilyTable", "load_families", "spell_range", "spell_short"]
+__all__ = [
+    "CORE_SITES",
+    "FamilyGate",
+    "FamilyRow",
+    "FamilyTable",
+    "load_families",
+    "spell_range",
+    "spell_short",
+]
 
+CORE_SITES = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn.z",
+    "attn.out",
+    "attn.head_out",
+    "mlp.out",
+)
+"""Sites that every type captured in full should have, in each layer that has such a place."""
 _FORMAT = "trilens.families"
 _VERSION = 2
 
@@ -51,6 +69,8 @@ class FamilyRow:
         gates: proven gates.
         reason: why not full, in words; empty where full.
         no_effective: why a recurrent layer has no effective attention; empty where there is none.
+        sites: names of the sites that are proven in every layer that has such a place.
+        no_sites: names of those that are refused in a layer, each with the first reason.
     """
 
     model_type: str
@@ -62,6 +82,14 @@ class FamilyRow:
     gates: tuple[FamilyGate, ...]
     reason: str
     no_effective: str = ""
+    sites: tuple[str, ...] = ()
+    no_sites: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_core_sites(self) -> bool:
+        """Whether each of `CORE_SITES` is proven in every layer that has such a place."""
+        refused = {name for name, _ in self.no_sites}
+        return "resid_post" in self.sites and not refused & set(CORE_SITES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +114,11 @@ class FamilyTable(Tabular):
         """Types with proven effective attention."""
         return sum(1 for row in self.rows if row.effective)
 
+    @property
+    def n_sited(self) -> int:
+        """Types with all of `CORE_SITES` among those that are captured in full."""
+        return sum(1 for row in self.rows if row.outcome == "full" and row.has_core_sites)
+
     def table(self) -> list[dict[str, Any]]:
         """One row for each model type."""
         return [
@@ -97,6 +130,7 @@ class FamilyTable(Tabular):
                 "attention_layers": len(row.attention),
                 "effective_layers": len(row.effective),
                 "gates": ", ".join(gate.name for gate in row.gates),
+                "sites": ", ".join(row.sites),
                 "reason": row.reason,
             }
             for row in self.rows
@@ -133,7 +167,9 @@ def _row(plain: dict[str, Any]) -> FamilyRow:
         for gate in plain["gates"]
     )
     layers = {key: tuple(plain[key]) for key in ("attention", "effective")}
-    return FamilyRow(**{**plain, **layers, "gates": gates})
+    no_sites = tuple((name, why) for name, why in plain.get("no_sites", ()))
+    sites = {"sites": tuple(plain.get("sites", ())), "no_sites": no_sites}
+    return FamilyRow(**{**plain, **layers, **sites, "gates": gates})
 
 
 def load_families() -> FamilyTable:

@@ -16,7 +16,7 @@ from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import takes
 from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
-from trilens.taps.joined import PassRecord, attention_of_pass, join_recordings
+from trilens.taps.joined import OVER_PAIRS, PassRecord, attention_of_pass, join_recordings
 from trilens.taps.mode import evaluating
 from trilens.taps.recording import CaptureRequest, Recording, StateRequest
 from trilens.taps.session import session_of
@@ -116,7 +116,10 @@ class Passes:
         }
         if self.logits == "last" and self.done:
             self.done[-1].recording.logits = None
-        record = PassRecord(start, seq, replace(recording, attention={}), attention)
+        # A pattern holds all keys so far: what its attention keeps is enough.
+        sites = {key: x for key, x in recording.sites.items() if key[0] not in OVER_PAIRS}
+        rest = replace(recording, attention={}, sites=sites)
+        record = PassRecord(start, seq, rest, attention)
         self.done.append(record)
         self.versions += [(tensor, tensor._version) for tensor in record.tensors()]
 
@@ -180,6 +183,11 @@ def generating(
             yield passes
             return
         request = wanted or CaptureRequest((), None, (prompt,), (), {})
+        over_pairs = {layer for name, layer in request.sites if name in OVER_PAIRS}
+        attended = {*request.attention, *(layer for layer in over_pairs if layer is not None)}
+        request = replace(request, attention=tuple(sorted(attended)))
+        if wanted is not None:
+            passes.wanted = request
         with session_of(model, anatomy, request, edits) as session:
             session.hooks.before(model, partial(passes.begin, session), with_kwargs=True)
             session.hooks.after(model, partial(passes.end, session))

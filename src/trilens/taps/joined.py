@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.masks import plain_mask, tensor_identity
@@ -22,13 +23,15 @@ from trilens.models.gates.decoding import join_calls
 from trilens.models.gates.kernels import KernelRecord
 from trilens.models.gates.recurrent_states import LayerState, states_of
 from trilens.models.gates.site import GateSite
-from trilens.models.sites.site import SiteKey
 from trilens.taps.attention import pattern_of
 from trilens.taps.attention_evidence import weights_evidence
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import AttentionCall
 
-__all__ = ["PassAttention", "PassRecord", "attention_of_pass", "join_recordings"]
+__all__ = ["OVER_PAIRS", "PassAttention", "PassRecord", "attention_of_pass", "join_recordings"]
+
+OVER_PAIRS = ("attn.scores", "attn.pattern")
+"""Sites over queries and keys: they are joined as the attention that they belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class PassAttention:
 
     Attributes:
         form: of the first pass: its whole pattern, which says how the layer attends.
-        weights: [1, heads, seq, seen] where no form gives back what the function returned.
+        weights: [1, heads, seq, seen] where no form gives them: a function's own, or changed by
+            an edit.
     """
 
     q: Tensor
@@ -108,12 +112,15 @@ def attention_of_pass(call: AttentionCall, seq: int, first: PassAttention | None
     # A cache hands out one tensor of all keys: a view would keep it alive, one more each step.
     new = call.key[..., -seq:, :].clone() if first is not None else call.key[..., -seq:, :]
     bias = call.options.get("position_bias")
-    dense = isinstance(form if first is None else first.form, DensePattern)
+    weights = None
+    if not isinstance(form if first is None else first.form, SoftmaxPattern):
+        weights = call.weights if call.weights is not None else pattern_of(call).dense()
+    elif call.edited:
+        weights = call.weights
     found = PassAttention(
-        call.query, new, call.key.shape[-2], call.mask, bias, False, form,
-        call.weights if dense else None,
-    )  # fmt: skip
-    if first is not None and call.weights is not None and not dense:
+        call.query, new, call.key.shape[-2], call.mask, bias, False, form, weights
+    )
+    if first is not None and weights is None and call.weights is not None:
         _check_form(found, call, first)
     return found
 
@@ -165,7 +172,8 @@ def join_recordings(passes: Sequence[PassRecord], request: CaptureRequest) -> Re
         values = [each.recording.gates[key] for each in passes]
         joined.gates[key] = _join_gates(values, request.gates[key], key)
     for place in first.sites:
-        joined.sites[place] = _join_site(passes, place)
+        sites = [each.recording.sites[place] for each in passes]
+        joined.sites[place] = _end_to_end(sites, 1, str(place))
     for layer in first.kernels:
         calls = join_calls([each.recording.kernels[layer] for each in passes], layer)
         if layer in request.states.layers:
@@ -174,9 +182,12 @@ def join_recordings(passes: Sequence[PassRecord], request: CaptureRequest) -> Re
             joined.kernels[layer] = calls
     masks = _Masks(passes)
     for layer in passes[0].attention:
-        joined.patterns[layer] = _join_attention(
-            [each.attention[layer] for each in passes], masks, layer
-        )
+        pattern = _join_attention([each.attention[layer] for each in passes], masks, layer)
+        if layer in request.attention:
+            joined.patterns[layer] = pattern
+        for name in OVER_PAIRS:
+            if (name, layer) in request.sites:
+                joined.sites[name, layer] = pattern
     return joined
 
 
@@ -208,22 +219,6 @@ def _join_gates(
             "step's: capture without gates=True"
         )
     return [_end_to_end(each, axis, what) for each in zip(*calls, strict=True)]
-
-
-def _join_site(passes: Sequence[PassRecord], place: SiteKey) -> Tensor | Pattern:
-    values = [each.recording.sites[place] for each in passes]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if len(tensors) == len(values):
-        return _end_to_end(tensors, 1, str(place))
-    total = passes[-1].start + passes[-1].seq
-    rows = []
-    for each, value in zip(passes, values, strict=True):
-        if isinstance(value, Pattern):
-            weights, end = value.dense(), each.start + each.seq
-            # A cache may hold the last tokens alone.
-            first = end - weights.shape[-1]
-            rows.append(torch.nn.functional.pad(weights, (first, total - end)))
-    return DensePattern(torch.cat(rows, dim=-2))
 
 
 def _end_to_end(parts: Sequence[Any], axis: int, what: str) -> Tensor:
@@ -298,7 +293,7 @@ def _join_attention(parts: Sequence[PassAttention], masks: _Masks, layer: int) -
     if len(parts) == 1 and form is not None:
         return form
     if not isinstance(form, SoftmaxPattern):
-        return DensePattern(_dense(parts, masks, layer))
+        return DensePattern(_dense(parts, masks, layer, None))
     mask, causal = masks.of(parts)
     q = _end_to_end([part.q for part in parts], 2, f"queries of layer {layer}")
     k = _end_to_end([part.k for part in parts], 2, f"keys of layer {layer}")
@@ -308,7 +303,10 @@ def _join_attention(parts: Sequence[PassAttention], masks: _Masks, layer: int) -
         tensors["mask"] = mask
     if "bias" in tensors:
         tensors["bias"] = _bias(parts, masks)
-    return form.rebuild(tensors, {**form.params(), "causal": causal})
+    whole = form.rebuild(tensors, {**form.params(), "causal": causal})
+    if all(part.weights is None for part in parts):
+        return whole
+    return DensePattern(_dense(parts, masks, layer, whole))
 
 
 def _bias(parts: Sequence[PassAttention], masks: _Masks) -> Tensor:
@@ -323,16 +321,15 @@ def _bias(parts: Sequence[PassAttention], masks: _Masks) -> Tensor:
     return whole
 
 
-def _dense(parts: Sequence[PassAttention], masks: _Masks, layer: int) -> Tensor:
+def _dense(
+    parts: Sequence[PassAttention], masks: _Masks, layer: int, whole: SoftmaxPattern | None
+) -> Tensor:
+    """The weights of all passes; of those that kept none, from what all of them attend by."""
     rows = []
     for part, (start, seq) in zip(parts, masks.places, strict=True):
-        weights = part.weights
-        if weights is None:
-            raise AttentionPathError(
-                f"layer {layer} gave its attention weights for the prompt and not for a step: "
-                "capture without attention=True"
-            )
-        whole = weights.new_zeros((*weights.shape[:3], masks.total))
-        whole[..., start + seq - part.seen : start + seq] = weights
-        rows.append(whole)
+        weights, end = part.weights, start + seq
+        if weights is not None:
+            rows.append(pad(weights, (end - part.seen, masks.total - end)))
+        elif whole is not None:
+            rows.append(whole.rows(range(start, end))[None])
     return _end_to_end(rows, 2, f"attention of layer {layer}")

@@ -18,6 +18,7 @@ def generate(
     top_p: o.TopP = None,
     seed: o.Seed = 0,
     stop: o.Stop = None,
+    edit: o.Edits = None,
     output: o.Output = None,
     format: o.Format = "table",
     loading: Loading = Loading(),

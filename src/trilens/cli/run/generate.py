@@ -9,6 +9,7 @@ from trilens.cli.console import check_file, show_json, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import open_lens, prompt_of
 from trilens.cli.streams import say, say_piece
+from trilens.edits import parse_edit
 from trilens.errors import NoTokenizerError
 from trilens.io.atomic import write_bytes
 
@@ -25,12 +26,15 @@ def run(
     top_p: float | None,
     seed: int | None,
     stop: list[str] | None,
+    edit: list[str] | None,
     output: Path | None,
     format: str,
     loading: Loading,
 ) -> None:
     """Generate, and print as it goes or at the end."""
     check_file(output)
+    # Read first: a typing mistake should not cost the time of a load.
+    edits = [parse_edit(text) for text in edit or ()]
     with timed(output):
         lens = open_lens(model, loading)
         if lens.tokenizer is None:
@@ -45,6 +49,7 @@ def run(
                 top_p=top_p,
                 seed=seed or 0,
                 stop=stop or (),
+                edits=edits,
                 stream=(lambda piece, _: say_piece(piece)) if shown else None,
             )
         if shown:

@@ -37,9 +37,12 @@ def print_families(families: FamilyTable, console: Console) -> None:
         console,
         f"{len(families.rows)} types of transformers {families.transformers}: "
         f"{', '.join(parts)}; {families.n_gated} with proven gates, "
-        f"{families.n_effective} with effective attention",
+        f"{families.n_effective} with effective attention, "
+        f"{families.n_sited} of those in full with all core sites",
     )
-    print_line(console, "trilens families --type NAME: ranges and layers of gates, why not more")
+    print_line(
+        console, "trilens families --type NAME: ranges and layers of gates, sites, why not more"
+    )
 
 
 def print_family_details(families: FamilyTable, console: Console) -> None:
@@ -61,6 +64,8 @@ def _details(row: FamilyRow) -> list[tuple[str, str]]:
         ("softmax", spell_short(row.attention)),
         ("effective", spell_short(row.effective)),
         *(("gate", str(gate)) for gate in row.gates),
+        ("sites", ", ".join(row.sites) or "–"),
     ]
+    lines += [(f"no {name}", why) for name, why in row.no_sites]
     reasons = [reason for reason in (row.reason, row.no_effective) if reason]
     return [*lines, *(("why not more", reason) for reason in reasons)]
