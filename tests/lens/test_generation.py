@@ -27,7 +27,8 @@ from trilens.errors import (
 from trilens.lens.lens import Lens
 
 TRANSFORMERS = ("llama", "gpt2", "gemma2", "gemma3_text", "gemma4_text", "mixtral", "gpt_oss",
-                "llama4_text", "deepseek_v3", "bloom", "diffllama", "mllama", "whole_eager")  # fmt: skip
+                "llama4_text", "deepseek_v3", "bloom", "diffllama", "mllama",
+                "whole_eager")  # fmt: skip
 RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma")
 HYBRIDS = ("jamba", "zamba", "falcon_h1", "qwen3_next", "kimi_linear", "minimax")
 REFUSED = ("camembert", "doge", "zamba2", "xlstm")
