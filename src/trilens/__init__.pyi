@@ -31,6 +31,10 @@ from .analysis.lenses.logit_lens import LogitLens as LogitLens
 from .analysis.lenses.logit_lens import logit_lens as logit_lens
 from .analysis.lenses.tuned_lens import TunedLens as TunedLens
 from .analysis.lenses.tuned_lens import tuned_lens as tuned_lens
+from .analysis.metrics import kl as kl
+from .analysis.metrics import logit_diff as logit_diff
+from .analysis.metrics import loss as loss
+from .analysis.metrics import target_prob as target_prob
 from .analysis.patch_result import PatchSweep as PatchSweep
 from .analysis.patching import patch_sweep as patch_sweep
 from .analysis.path_patching import PathPatch as PathPatch
@@ -65,6 +69,7 @@ from .errors import UsageError as UsageError
 from .evaluation.loop import Perplexity as Perplexity
 from .evaluation.perplexity import measure_perplexity as measure_perplexity
 from .lens.capture import Capture as Capture
+from .lens.generation import Generation as Generation
 from .lens.gradients import Gradients as Gradients
 from .lens.lens import Lens as Lens
 from .models.families import FamilyTable as FamilyTable
