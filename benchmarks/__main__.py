@@ -10,6 +10,7 @@ NAMES = (
     "overhead",
     "patching",
     "sites",
+    "induction",
     "gate_overhead",
     "long_attention",
     "attention_questions --json",
