@@ -19,6 +19,7 @@ def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
         "induction_heads",
+        "logit_lens",
         "patching",
         "probe",
         "state_knockout",
@@ -61,3 +62,10 @@ def test_edges_before_and_after() -> None:
 
 def test_a_token_that_wrote_nothing_is_missed() -> None:
     assert min(run("state_knockout")["largest"].values()) > 0.05
+
+
+def test_layers_settle_and_a_translation_helps() -> None:
+    shown = run("logit_lens")
+    assert shown["rank"] == 0
+    assert max(shown["tuned"].held_out_errors) < min(shown["tuned"].untranslated_errors)
+    assert len(repr(shown["tuned"])) < 200

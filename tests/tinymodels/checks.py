@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinymodels import build, forward_kwargs, prompt_ids
 from trilens.axes import SITES
+from trilens.edits import Scale
 from trilens.errors import AttentionPathError, TrilensError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -211,8 +212,15 @@ def family_sites(lens: Lens) -> tuple[tuple[str, ...], tuple[tuple[str, str], ..
 
 
 def check_sites(lens: Lens, ids: Tensor, capture: Capture, names: tuple[str, ...]) -> None:
-    """The captured sites against each other: streams, and heads that sum to attention's output."""
-    found = lens.capture(ids, residual=None, sites=names).sites
+    """The captured sites against each other: streams, and heads that sum to attention's output.
+
+    All are edited by factor 1 in the same pass: not a bit of the logits may change.
+    """
+    edits = [Scale(name, 1.0) for name in names]
+    edited = lens.capture(ids, residual=None, sites=names, edits=edits)
+    if capture.logits is not None and edited.logits is not None:
+        need(equal(edited.logits, capture.logits), "identity edits changed the logits")
+    found = edited.sites
     for layer in range(lens.n_layers):
         own = capture.residual.get_layer(layer)
         need(equal(found["resid_post", layer], own), f"resid_post of layer {layer} differs")

@@ -74,6 +74,9 @@ class LogitLens(Tabular):
     texts: Mapping[int, str]
     translated: bool
 
+    def __repr__(self) -> str:
+        return f"LogitLens({len(self.layers)} layers × {len(self.positions)} positions)"
+
     def top_tokens(self, layer: int, position: SupportsIndex = -1) -> list[tuple[str, float]]:
         """The most probable next tokens of a layer: (text, probability), descending.
 

@@ -71,6 +71,12 @@ class TunedLens(Tabular):
     ridge: float
     model: ModelInfo
 
+    def __repr__(self) -> str:
+        return (
+            f"TunedLens({len(self.layers)} layers of {self.model.model_class}, {self.n_tokens} tokens, "
+            f"held-out errors up to {max(self.held_out_errors):.2g})"
+        )
+
     def check(self, lens: Lens) -> None:
         """Refuse another model.
 
