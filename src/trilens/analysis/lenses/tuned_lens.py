@@ -73,8 +73,8 @@ class TunedLens(Tabular):
 
     def __repr__(self) -> str:
         return (
-            f"TunedLens({len(self.layers)} layers of {self.model.model_class}, {self.n_tokens} tokens, "
-            f"held-out errors up to {max(self.held_out_errors):.2g})"
+            f"TunedLens({len(self.layers)} layers of {self.model.model_class}, {self.n_tokens} "
+            f"tokens, held-out errors up to {max(self.held_out_errors):.2g})"
         )
 
     def check(self, lens: Lens) -> None:
