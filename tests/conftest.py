@@ -1,15 +1,15 @@
 """Settings for all tests."""
 
-from __future__ import signal
+from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so whatever they start.
+# A shell that starts tests in the background has them ignore Ctrl-C, and whatever they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
 
 # CI runs the same examples each time; a developer's run looks further.
 settings.register_profile("ci", derandomize=True)
