@@ -10,6 +10,7 @@ NAMES = (
     "overhead",
     "patching",
     "sites",
+    "generation",
     "induction",
     "gate_overhead",
     "long_attention",
