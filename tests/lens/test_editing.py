@@ -54,6 +54,11 @@ def logits(lens: Lens, ids: Any, edits: Any = ()) -> Tensor:
     return found
 
 
+def editable(lens: Lens) -> list[str]:
+    fixed = {name for (name, _), site in lens.sites.sites.items() if site.fixed}
+    return [name for name in lens.site_layers if name not in fixed]
+
+
 def hooks_left(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -67,7 +72,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def test_an_identity_edit_leaves_every_bit(model_type: str) -> None:
     lens, ids = lens_of(model_type)
     plain = logits(lens, ids)
-    for name in lens.site_layers:
+    for name in editable(lens):
         found = lens.capture(ids, residual=None, sites=[name], edits=Scale(name, 1.0))
         assert torch.equal(found.logits, plain), name
     assert hooks_left(lens.model) == 0
@@ -77,9 +82,8 @@ def test_an_identity_edit_leaves_every_bit(model_type: str) -> None:
 def test_an_edit_reaches_the_logits(model_type: str) -> None:
     lens, ids = lens_of(model_type)
     plain = logits(lens, ids)
-    for name in lens.site_layers:
-        if name != "router":
-            assert not torch.equal(logits(lens, ids, Scale(name, 1.5)), plain), name
+    for name in editable(lens):
+        assert not torch.equal(logits(lens, ids, Scale(name, 1.5)), plain), name
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -253,3 +257,11 @@ def test_sites_of_other_tools_are_understood() -> None:
     assert found["resid_mid", 1].shape == (17, lens.d_model)
     assert found.layers("attn.z") == tuple(range(lens.n_layers))
     assert found["blocks.1.attn.hook_z"].shape[0] == 17
+
+
+def test_logits_that_a_router_only_hands_out_are_not_edited() -> None:
+    """They are read, but the choice of experts was made of them before."""
+    lens, ids = lens_of("mixtral")
+    assert lens.capture(ids, sites=["router"]).sites["router", 0].shape[0] == 17
+    with pytest.raises(EditError, match="beside what it has made of them"):
+        logits(lens, ids, Ablate("router", units=[0]))

@@ -216,7 +216,8 @@ def check_sites(lens: Lens, ids: Tensor, capture: Capture, names: tuple[str, ...
 
     All are edited by factor 1 in the same pass: not a bit of the logits may change.
     """
-    edits = [Scale(name, 1.0) for name in names]
+    fixed = {name for (name, _), site in lens.sites.sites.items() if site.fixed}
+    edits = [Scale(name, 1.0) for name in names if name not in fixed]
     edited = lens.capture(ids, residual=None, sites=names, edits=edits)
     if capture.logits is not None and edited.logits is not None:
         need(equal(edited.logits, capture.logits), "identity edits changed the logits")

@@ -258,7 +258,11 @@ def sites_of(edit: SiteEdit, claims: SiteClaims, model: ModelFacts) -> list[Site
                 f"layer {layer} has no {name}: {_reason(claims, name, layer)}; layers that have "
                 f"it: {listed(have, 12)}"
             )
-    return [found[layer] for layer in (have if layers is None else layers)]
+    named = [found[layer] for layer in (have if layers is None else layers)]
+    for site in named:
+        if site.fixed:
+            raise EditError(f"{name} of layer {site.layer} cannot be edited: {site.fixed}")
+    return named
 
 
 def _reason(claims: SiteClaims, name: str, layer: int | None) -> str:

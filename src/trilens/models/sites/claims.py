@@ -198,7 +198,10 @@ class _Layer:
             self.found.refuse(("router",), "the router shows its probabilities, not its logits")
             return
         tap = Tap(source.event, source.module, source.index, source.order)
-        self.found.claim("router", tap, gate.layout, gate.spec.shape)
+        calls = (c for c in self.view.calls if c.module is source.module)
+        several = source.event == "output" and any(len(call.outputs) > 1 for call in calls)
+        why = f"{gate.spec.where} hands its logits out beside what it has made of them"
+        self.found.claim("router", tap, gate.layout, gate.spec.shape, fixed=why if several else "")
 
 
 def _carries(before: Tensor, tensor: Tensor, streams: BlockStreams) -> bool:

@@ -37,9 +37,10 @@ class Found:
         write: Tap | None = None,
         projection: nn.Module | None = None,
         overwritten: bool = False,
+        fixed: str = "",
     ) -> None:
         """A site is proven."""
-        site = Site(name, self.layer, tap, layout, shape, write, projection, overwritten)
+        site = Site(name, self.layer, tap, layout, shape, write, projection, overwritten, fixed)
         if site.key not in self.reasons:
             self.sites.setdefault(site.key, site)
 

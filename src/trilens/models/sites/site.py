@@ -53,6 +53,7 @@ class Site:
         write: where a new value is put in, where that is another tap than the one it is read at.
         projection: of attn.head_out: the output projection, whose input `tap` reads.
         overwritten: whether the model writes into the tensor later: what is read must be copied.
+        fixed: why it can be read and not edited, in a sentence; "" where it can.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Site:
     write: Tap | None = None
     projection: nn.Module | None = None
     overwritten: bool = False
+    fixed: str = ""
 
     @property
     def key(self) -> SiteKey:
