@@ -103,6 +103,20 @@ def _rounds(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     return seconds
 
 
+def add_running(
+    runs: dict[str, Callable[[], Any]], peers: dict[str, Callable[[], Any]]
+) -> dict[str, str]:
+    """Add the peers' runs that end to ours; the others' errors by name."""
+    missing = {}
+    for name, run in peers.items():
+        try:
+            run()
+            runs[name] = run
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return missing
+
+
 def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Run all in turn, round by round, and compare each with the first of its own round.
 

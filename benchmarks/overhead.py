@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.common import llama_88m, plain_pass, ratios, save
+from benchmarks.common import add_running, llama_88m, plain_pass, ratios, save
 from trilens import Lens
 from trilens.demo import demo_path
 
@@ -72,13 +72,7 @@ def main() -> None:
         "trilens": lambda: lens.capture(ids, residual="last", attention=True, gates=True),
         "trilens, residual": lambda: lens.capture(ids, residual="last"),
     }
-    missing = {}
-    for name, run in peers(model, ids).items():
-        try:
-            run()
-            runs[name] = run
-        except Exception as error:
-            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    missing = add_running(runs, peers(model, ids))
     figures = {"tokens": TOKENS, "rounds": ROUNDS, "runs": ratios(runs, ROUNDS)}
     save("overhead", {**figures, "did_not_run": missing})
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.common import llama_88m, plain_pass, ratios, save
+from benchmarks.common import add_running, llama_88m, plain_pass, ratios, save
 from trilens import Lens
 from trilens.demo import demo_path
 from trilens.edits import Ablate, Knockout, Scale, Steer
@@ -98,13 +98,7 @@ def main() -> None:
         "resid_mid scaled": edited(Scale("resid_mid", 2.0, layers=5)),
         "a pattern scaled": edited(Scale("attn.pattern", 0.5, layers=5, heads=1)),
     }
-    missing = {}
-    for name, run in peers(model, ids).items():
-        try:
-            run()
-            runs[name] = run
-        except Exception as error:
-            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    missing = add_running(runs, peers(model, ids))
     figures = {"tokens": TOKENS, "rounds": ROUNDS, "runs": ratios(runs, ROUNDS)}
     save("sites", {**figures, "did_not_run": missing})
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and whatever they start.
@@ -18,3 +21,11 @@ if os.environ.get("CI"):
 
 # Tables are as wide as in a pipe, whatever terminal the tests run in (xdist says 80 × 24).
 os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """The model families' own warnings are not ours to answer for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

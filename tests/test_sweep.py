@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 
 from tinymodels import TYPES, build
@@ -11,6 +9,8 @@ from tinymodels.checks import family_sites, sweep_one
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # One of each mechanism: rotary and grouped queries, sinks, softcaps, sliding and chunked masks,
 # sparse top-k, latent attention, local registry, shared blocks, two calls, post-norm, MoE, hybrids.
@@ -50,14 +50,6 @@ REFUSED = {
     "blt": AnatomyError,
     "xlm": AnatomyError,
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own deprecation warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.mark.parametrize("model_type", FULL)

@@ -22,7 +22,7 @@ from difflib import get_close_matches
 from trilens.errors import UnknownSiteError
 from trilens.printable import bounded, escaped
 
-__all__ = ["GATE_SITES", "SITES", "SiteSpec", "site_name"]
+__all__ = ["GATE_SITES", "SITES", "SITE_ORDER", "SiteSpec", "site_name"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -216,6 +216,9 @@ SITES: dict[str, SiteSpec] = {
     ),
 }
 """Every named place of the forward pass, in the order in which a block passes them."""
+
+SITE_ORDER: dict[str, int] = {name: number for number, name in enumerate(SITES)}
+"""Name of a site → its place in that order."""
 
 _NAMES = {
     **{name: name for name in (*GATE_SITES, *SITES)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,7 @@ from trilens.errors import MetricError, SiteError, UsageError
 from trilens.lens.lens import Lens
 from trilens.statistics.ranks import rank_correlation
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

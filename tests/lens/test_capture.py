@@ -161,6 +161,7 @@ def test_sites_are_saved_with_a_capture(tmp_path: Path) -> None:
     back = Capture.load(held.save(tmp_path / "a.tlc"))
     assert back.sites.reasons == sites.reasons
     for key in sites:
+        # A pattern is computed again, of queries and keys that lie elsewhere in memory.
         assert torch.allclose(back.sites[key], sites[key], rtol=1e-5)
     assert held.to("meta").sites["resid_post", 1].device.type == "meta"
 

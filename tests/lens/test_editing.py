@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from tinymodels import build, prompt_ids
 from trilens.edits import Ablate, Custom, Knockout, Patch, PerPrompt, Replace, Scale, Steer
 from trilens.errors import EditError, SiteError, UntouchedEditError, UsageError
 from trilens.lens.lens import Lens
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # Sequential, parallel, post-norm, sandwich norms, a multiplier, shared blocks, tokens in one axis,
 # in-place sums, experts, recurrent and hybrid, sequence first.
@@ -34,14 +35,6 @@ FAMILIES = (
     "zamba2",
     "qwen3_next",
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def lens_of(model_type: str) -> tuple[Lens, Tensor]:
@@ -204,6 +197,7 @@ def test_padded_rows_are_edited_as_single_prompts() -> None:
             ]
         wanted, found = logits(lens, prompt, mine), together[number].logits
         assert found is not None
+        # The bound by which padded rows count as single prompts (`Lens.batches_safely`).
         assert float((found - wanted).abs().max()) <= 1e-5 * max(1.0, float(wanted.abs().max()))
 
 

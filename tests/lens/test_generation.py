@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -26,19 +25,14 @@ from trilens.errors import (
 )
 from trilens.lens.lens import Lens
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 TRANSFORMERS = ("llama", "gpt2", "gemma2", "gemma3_text", "gemma4_text", "mixtral", "gpt_oss",
                 "llama4_text", "deepseek_v3", "bloom", "diffllama", "mllama",
                 "whole_eager")  # fmt: skip
 RECURRENT = ("mamba", "mamba2", "rwkv", "recurrent_gemma")
 HYBRIDS = ("jamba", "zamba", "falcon_h1", "qwen3_next", "kimi_linear", "minimax")
 REFUSED = ("camembert", "doge", "zamba2", "xlstm")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def everything(lens: Lens) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,16 +11,10 @@ from trilens.edits import Custom, Scale
 from trilens.errors import MetricError, SiteError
 from trilens.lens.lens import Lens
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 STEP = 1e-3
 NO_GRADIENT = ("attn.scores", "attn.pattern")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def metric(logits: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,8 @@ import trilens
 from tinymodels import build, prompt_ids
 from trilens.edits import Knockout
 from trilens.lens.lens import Lens
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # Whether a token that writes nothing leaves the weights of the others as they were: not where it
 # also erases (a delta rule), nor where weights share a denominator (RWKV-4).
@@ -26,14 +26,6 @@ SEPARATE = {
     "xlstm": True,
 }
 TOKEN = 4
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """The families' own warnings are not ours to answer for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def lens_of(model_type: str) -> tuple[Lens, torch.Tensor]:

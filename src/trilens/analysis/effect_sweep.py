@@ -10,6 +10,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from trilens.analysis.points import Points
 from trilens.analysis.sweeping import measure, measure_points
 from trilens.edits import Edit
 from trilens.lens.gradients import Metric
@@ -17,7 +18,6 @@ from trilens.lens.lens import Lens
 from trilens.models.tokens import PromptLike
 from trilens.numbers import at_least
 from trilens.progress import Progress
-from trilens.results import Tabular
 
 __all__ = ["EffectSweep", "Over", "SweepPoint", "swept"]
 
@@ -28,7 +28,7 @@ SweepPoint = tuple[int, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class EffectSweep(Tabular):
+class EffectSweep(Points):
     """A metric with each of many edits, and without any.
 
     Attributes:
@@ -57,11 +57,6 @@ class EffectSweep(Tabular):
         """What each edit adds to the metric: [layers, columns or 1]."""
         return self.values - self.base
 
-    def best(self, k: SupportsIndex = 5) -> list[dict[str, Any]]:
-        """The k rows of the table with the largest effects, by size."""
-        rows = [row for row in self.table() if not math.isnan(row["effect"])]
-        return sorted(rows, key=lambda row: -abs(row["effect"]))[: at_least(1, k, "k")]
-
     def table(self) -> list[dict[str, Any]]:
         """One row per point: layer, head or scale, value and effect."""
         effects, columns = self.effects, self.columns or (None,)
@@ -78,20 +73,13 @@ class EffectSweep(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The whole result as JSON can hold it; null where a point has no value."""
-        rows = [
-            {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in row.items()
-            }
-            for row in self.table()
-        ]
         return {
             "title": self.title,
             "over": self.over,
             "base": self.base,
             "n_prompts": self.n_prompts,
             "complete": self.complete,
-            "points": rows,
+            "points": self.json_rows(),
         }
 
     def __repr__(self) -> str:

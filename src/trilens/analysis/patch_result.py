@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trilens.numbers import at_least
-from trilens.results import Tabular
+from trilens.analysis.points import Points
 
 __all__ = ["By", "Direction", "PatchSweep"]
 
@@ -19,7 +17,7 @@ Direction = Literal["denoise", "noise"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class PatchSweep(Tabular):
+class PatchSweep(Points):
     """What each patch makes of a metric.
 
     Attributes:
@@ -57,11 +55,6 @@ class PatchSweep(Tabular):
         """How far each patch takes the metric from `base` (0) to `target` (1): [layers, places]."""
         return (self.values - self.base) / (self.target - self.base)
 
-    def best(self, k: SupportsIndex = 5) -> list[dict[str, Any]]:
-        """The k rows of the table with the largest effects, by size."""
-        rows = [row for row in self.table() if not math.isnan(row["effect"])]
-        return sorted(rows, key=lambda row: -abs(row["effect"]))[: at_least(1, k, "k")]
-
     def table(self) -> list[dict[str, Any]]:
         """One row per point: layer, position and token or head, value and effect."""
         effects = self.effects
@@ -79,13 +72,6 @@ class PatchSweep(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The whole result as JSON can hold it; null where a point has no value."""
-        rows = [
-            {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in row.items()
-            }
-            for row in self.table()
-        ]
         return {
             "site": self.site,
             "by": self.by,
@@ -96,7 +82,7 @@ class PatchSweep(Tabular):
             "target": self.target,
             "complete": self.complete,
             "error": None if self.error is None else list(self.error),
-            "points": rows,
+            "points": self.json_rows(),
         }
 
     def __repr__(self) -> str:

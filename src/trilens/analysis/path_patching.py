@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 from trilens.analysis.patch_result import Direction
 from trilens.analysis.patching import Runs
 from trilens.analysis.sweeping import measure
-from trilens.axes import SITES, site_name
+from trilens.axes import SITE_ORDER, SITES, site_name
 from trilens.caches.indices import check_index
 from trilens.caches.sites import SiteCache
 from trilens.edits import Edit, Patch
@@ -37,14 +37,13 @@ Node = tuple[str, SupportsIndex | None] | tuple[str, SupportsIndex | None, Suppo
 
 _Place = tuple[str, int | None, int | None]
 
-_NUMBERS = {name: number for number, name in enumerate(SITES)}
 _BESIDE = {
     "mixer.in": "attn.q",
     "mixer.out": "attn.out",
     "mixer.add": "attn.add",
     "router": "mlp.in",
 }
-_ORDER = {name: _NUMBERS[_BESIDE.get(name, name)] for name in SITES}
+_ORDER = {name: SITE_ORDER[_BESIDE.get(name, name)] for name in SITES}
 _ATTENTION = (("attn.z", "attn.out", "attn.add"), ("mixer.out", "mixer.add"))
 _MLPS = (("mlp.out", "mlp.add"),)
 """What a block adds to the stream: of each kind, the first that is proven keeps its values."""

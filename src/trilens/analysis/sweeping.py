@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from trilens.edits import Edit
@@ -28,9 +27,7 @@ def measure(metric: Metric, capture: Capture) -> float:
     """
     if capture.logits is None:
         raise MetricError("the model gives no logits: a metric of them has no value")
-    logits = capture.logits
-    # PROMOTE: a difference of half-precision logits has three digits.
-    return float(scalar_of(metric, logits.to(torch.promote_types(logits.dtype, torch.float32))))
+    return float(scalar_of(metric, capture.logits))
 
 
 def measure_points(

@@ -8,7 +8,7 @@ from typing import Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from trilens.axes import SITES, site_name
+from trilens.axes import SITE_ORDER, SITES, site_name
 from trilens.caches.derived import Derived, rebuild_derived
 from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import AbsentLayerError, NotStoredError, UsageError
@@ -51,7 +51,7 @@ class SiteCache:
             UnknownSiteError: a name that is no site.
             UsageError: a layer for a site without, or none for one with.
         """
-        cache, order = cls(), list(SITES)
+        cache = cls()
         for name, layer in values:
             if plain_name(name) != name:
                 raise UsageError(f"site {name!r} is another tool's name for {plain_name(name)!r}")
@@ -60,7 +60,7 @@ class SiteCache:
                     f"site {name!r} has {'one value per layer' if layer is None else 'no layers'}: "
                     f"its key is {(name, 0 if layer is None else None)!r}, not {(name, layer)!r}"
                 )
-        cache._keys = tuple(sorted(values, key=lambda key: (order.index(key[0]), key[1] or 0)))
+        cache._keys = tuple(sorted(values, key=lambda key: (SITE_ORDER[key[0]], key[1] or 0)))
         for key in cache._keys:
             value = values[key]
             if isinstance(value, Tensor):

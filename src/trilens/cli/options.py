@@ -47,13 +47,14 @@ __all__ = [
     "Output",
     "Parts",
     "PatchSite",
-    "PatchTarget",
     "Per",
     "PlanFile",
     "Predict",
     "Prompt",
+    "RequiredAgainst",
     "RequiredOutput",
     "RequiredPrompt",
+    "RequiredTarget",
     "Residual",
     "Revision",
     "Rotate",
@@ -66,7 +67,6 @@ __all__ = [
     "States",
     "Stop",
     "Storage",
-    "Subtracted",
     "Target",
     "Temperature",
     "To",
@@ -158,14 +158,16 @@ TopK = Annotated[
     int,
     typer.Option("--top-k", metavar="K", help="Attended tokens, and next tokens, shown.", min=1),
 ]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        "--target",
-        metavar="TOKEN",
-        help="A next token: its text, with its space, or #ID.",
-    ),
-]
+_TARGET = typer.Option(
+    "--target", metavar="TOKEN", help="A next token: its text, with its space, or #ID."
+)
+_AGAINST = typer.Option("--against", metavar="TOKEN", help="Token whose logit is subtracted.")
+_BY = typer.Option("--by", help="What is told apart.")
+Target = Annotated[str | None, _TARGET]
+RequiredTarget = Annotated[str, _TARGET]
+Against = Annotated[str | None, _AGAINST]
+RequiredAgainst = Annotated[str, _AGAINST]
+Parts = Annotated[Literal["component", "head", "neuron"], _BY]
 Effective = Annotated[
     bool, typer.Option("--effective", help="Effective attention of recurrent layers, with signs.")
 ]
@@ -206,33 +208,12 @@ Stop = Annotated[
     typer.Option("--stop", metavar="TEXT", help="Text that ends the new text; repeatable."),
 ]
 
-# Attribution
-Subtracted = Annotated[
-    str | None,
-    typer.Option("--against", metavar="TOKEN", help="Token whose logit is subtracted."),
-]
-Parts = Annotated[
-    Literal["component", "head", "neuron"], typer.Option("--by", help="What is told apart.")
-]
-
 # Patching
-PatchTarget = Annotated[
-    str,
-    typer.Option(
-        "--target", metavar="TOKEN", help="A next token: its text, with its space, or #ID."
-    ),
-]
-Against = Annotated[
-    str, typer.Option("--against", metavar="TOKEN", help="Token whose logit is subtracted.")
-]
 PatchSite = Annotated[
     str,
     typer.Option("--site", metavar="SITE", help="What is patched: resid_pre, attn.z, mlp.out …"),
 ]
-By = Annotated[
-    Literal["position", "head"],
-    typer.Option("--by", help="What is told apart."),
-]
+By = Annotated[Literal["position", "head"], _BY]
 Direction = Annotated[
     Literal["denoise", "noise"],
     typer.Option(

@@ -12,7 +12,7 @@ from trilens.errors import CorruptFileError, MemoryShortError, ModelNotFoundErro
 from trilens.io.guarded import open_regular
 from trilens.io.messages import clip, listed
 from trilens.io.safetensors_header import header_of
-from trilens.io.tensors import DTYPES
+from trilens.io.tensors import read_entry
 
 __all__ = ["SUFFIXES", "read_tensor"]
 
@@ -51,23 +51,8 @@ def _read_safetensors(path: Path, name: str | None) -> Tensor:
         if chosen not in header.tensors:
             raise UsageError(f"{path} holds no tensor {clip(chosen)}: it has {listed(names, 8)}")
         entry = header.tensors[chosen]
-        if entry.dtype not in DTYPES:
-            raise CorruptFileError(f"{path} has tensor {chosen} of dtype {entry.dtype}")
-        try:
-            values = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        except (RuntimeError, MemoryError) as cause:
-            raise MemoryShortError(
-                f"{path} has tensor {chosen} of {entry.size_bytes} bytes, more than there is "
-                "memory for"
-            ) from cause
-        if values.numel():
-            stream.seek(entry.begin)
-            if (
-                stream.readinto(values.reshape(-1).view(torch.uint8).numpy().data)
-                < entry.size_bytes
-            ):
-                raise CorruptFileError(f"{path} is truncated: tensor {chosen} is cut off")
-    return values
+        stream.seek(entry.begin)
+        return read_entry(path, stream, chosen, entry)
 
 
 def _read_npy(path: Path) -> Tensor:

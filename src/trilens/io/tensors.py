@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from trilens.errors import CorruptFileError, MemoryShortError, ModelNotFoundErro
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.guarded import open_regular
 from trilens.io.json import json_text, parse_json
-from trilens.io.safetensors_header import header_of
+from trilens.io.safetensors_header import TensorHeader, header_of
 from trilens.io.safetensors_layout import layout
 from trilens.io.sealed import NO_HASH, unsealed
 
-__all__ = ["DTYPES", "read_tensors", "write_safetensors", "write_tensors"]
+__all__ = ["read_entry", "read_tensors", "write_safetensors", "write_tensors"]
 
 _KEY = "trilens"
 _HASH = "trilens.sha256"
 _HASHED = "hashed"
 _BEFORE_HASH = f'"{_HASH}":"'.encode()
-DTYPES: dict[str, torch.dtype] = {
+_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -44,7 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
@@ -115,6 +116,32 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return flat.view(torch.uint8).numpy()
 
 
+def read_entry(path: Path, stream: BufferedReader, name: str, entry: TensorHeader) -> Tensor:
+    """One tensor of a safetensors file, from where the stream stands: at its first byte.
+
+    Raises:
+        CorruptFileError: of no dtype that is known, cut off, or a file that cannot be read.
+        MemoryShortError: larger than memory.
+    """
+    if entry.dtype not in _DTYPES:
+        raise CorruptFileError(f"{path} has tensor {name} of dtype {entry.dtype}")
+    try:
+        values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+    except (RuntimeError, MemoryError) as cause:
+        raise MemoryShortError(
+            f"{path} has tensor {name} of {entry.size_bytes} bytes, more than there is "
+            "memory for: read it on a larger machine"
+        ) from cause
+    if values.numel():
+        try:
+            n_read = stream.readinto(values.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as cause:
+            raise CorruptFileError(f"{path} cannot be read: {cause.strerror}") from cause
+        if n_read < entry.size_bytes:
+            raise CorruptFileError(f"{path} is truncated: tensor {name} is cut off")
+    return values
+
+
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote, and check its hash.
 
@@ -135,26 +162,8 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         claim = header.metadata.get(_HASH, "")
         digest.update(unsealed(header.head, _BEFORE_HASH, claim) or b"")
         for name, entry in header.tensors.items():
-            if entry.dtype not in DTYPES:
-                raise CorruptFileError(f"{path} has tensor {name} of dtype {entry.dtype}")
-            try:
-                values = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-            except (RuntimeError, MemoryError) as cause:
-                raise MemoryShortError(
-                    f"{path} has tensor {name} of {entry.size_bytes} bytes, more than there is "
-                    "memory for: read it on a larger machine"
-                ) from cause
-            tensors[name] = values
-            if not values.numel():
-                continue
-            data = values.reshape(-1).view(torch.uint8).numpy().data
-            try:
-                n_read = stream.readinto(data)
-            except OSError as cause:
-                raise CorruptFileError(f"{path} cannot be read: {cause.strerror}") from cause
-            if n_read < entry.size_bytes:
-                raise CorruptFileError(f"{path} is truncated: tensor {name} is cut off")
-            digest.update(data)
+            tensors[name] = values = read_entry(path, stream, name, entry)
+            digest.update(_bytes_of(values).data)
     manifest = parse_json(header.metadata.get(_KEY, "null"), f"manifest of {path}", non_finite=True)
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         raise CorruptFileError(f"{path} is a safetensors file, but not a {kind}")

@@ -47,12 +47,13 @@ class Gradients:
 
 
 def scalar_of(metric: Metric, logits: Tensor) -> Tensor:
-    """What a metric makes of logits [seq, vocab].
+    """What a metric makes of logits [seq, vocab], given in float32 at least.
 
     Raises:
         MetricError: no scalar tensor, one that is not finite, or one that does not depend on them.
     """
-    value = metric(logits)
+    # PROMOTE: a difference of half-precision logits has three digits.
+    value = metric(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     name = getattr(metric, "__name__", type(metric).__name__)
     if not isinstance(value, Tensor):
         raise MetricError(f"metric {name} gave a {type(value).__name__}: a scalar tensor is needed")
@@ -98,9 +99,7 @@ def gradients_of(
     if recording.logits is None:
         raise MetricError("the model gives no logits: a metric of them has no value")
     held = {key: each for key, each in recording.sites.items() if isinstance(each, Tensor)}
-    logits = recording.logits[0]
-    # PROMOTE: a difference of half-precision logits has three digits.
-    value = scalar_of(metric, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    value = scalar_of(metric, recording.logits[0])
     found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
     gradients = {
         key: (torch.zeros_like(held[key]) if grad is None else grad)[0]

@@ -16,6 +16,7 @@ from trilens.models.loading import load
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.unwrap import is_pipeline, unwrapped
+from trilens.numbers import whole_number
 
 __all__ = ["Opened"]
 
@@ -127,10 +128,10 @@ class Opened:
         """Why a layer has not a site, in a sentence; "" where it is proven.
 
         Raises:
-            UsageError: a name that is unknown.
+            UsageError: a name that is unknown, or a layer that is no whole number.
         """
         site, own = site_name(name)
-        at = own if layer is None else int(layer)
+        at = own if layer is None else whole_number(layer, "layer")
         return why_no_site(self.sites, site, at)
 
     def __repr__(self) -> str:

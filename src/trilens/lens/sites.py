@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from trilens.axes import GATE_SITES, SITES, site_name
+from trilens.axes import GATE_SITES, SITE_ORDER, SITES, site_name
 from trilens.caches.indices import check_index
 from trilens.caches.storage import spell_layers
 from trilens.errors import SiteError, UsageError
@@ -16,13 +16,8 @@ __all__ = ["layers_of", "read_sites", "why_no_site"]
 
 def layers_of(claims: SiteClaims) -> dict[str, tuple[int, ...]]:
     """Per site name the layers where it is proven; none for a site that the model has once."""
-    found: dict[str, list[int]] = {}
-    for name, layer in claims.sites:
-        found.setdefault(name, [])
-        if layer is not None:
-            found[name].append(layer)
-    order = {name: number for number, name in enumerate(SITES)}
-    return {name: tuple(sorted(found[name])) for name in sorted(found, key=order.__getitem__)}
+    proven = {name for name, _ in claims.sites}
+    return {name: claims.layers(name) for name in sorted(proven, key=SITE_ORDER.__getitem__)}
 
 
 def why_no_site(claims: SiteClaims, name: str, layer: int | None) -> str:

@@ -21,6 +21,7 @@ from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import EditError
 from trilens.io.messages import listed
+from trilens.models.anatomy import Anatomy
 from trilens.taps.attention import pattern_of
 from trilens.taps.edit_knockouts import EdgeCut
 from trilens.taps.edits import Compiled
@@ -42,14 +43,12 @@ class AttentionTaps:
         self.taps = taps
         self.spots = [s for s in taps.spots if s.tap.event == "attention"]
 
-    def modules(self, callers: dict[int, nn.Module]) -> set[nn.Module]:
-        """The modules whose calls matter here.
-
-        Args:
-            callers: per layer, the module that calls attention.
-        """
-        cut = {callers[layer] for layer in self.edits.cuts if layer in callers}
-        return cut | {spot.tap.module for spot in self.spots}
+    def modules(self, model: nn.Module, anatomy: Anatomy) -> set[nn.Module]:
+        """The modules whose calls are edited or kept here."""
+        paths = {
+            anatomy.attention[layer] for layer in self.edits.cuts if layer in anatomy.attention
+        }
+        return {model.get_submodule(path) for path in paths} | {s.tap.module for s in self.spots}
 
     def before(self, given: AttentionArguments) -> AttentionArguments:
         """What the function is called with instead; the same object where nothing changes."""

@@ -77,7 +77,8 @@ def session_of(
             another of the same model.
     """
     with hooked(model) as hooks:
-        session = Session(hooks, anatomy, request, edits or Compiled())
+        given = edits or Compiled()
+        session = Session(hooks, anatomy, request, given)
         blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
         for module in blocks:
             hooks.before(module, session.enter_block)
@@ -91,7 +92,7 @@ def session_of(
         observed = {*request.kernels, *request.states.layers}
         kernels |= set(KERNEL_GATES) if observed - set(request.boundaries) else set()
         # Before the hooks that record a boundary: they note what was really used.
-        writes = RecurrentTaps(session, edits or Compiled())
+        writes = RecurrentTaps(session, given)
         writes.place(hooks)
         for edge in {edge for b in request.boundaries.values() for edge in (b.enter, b.leave)}:
             hook = session.boundary_hook(edge)
@@ -107,12 +108,13 @@ def session_of(
                 hooks.after(tapped, hook)
         kernels |= set(WRITING_KERNELS) if writes.layers - set(writes.boundaries) else set()
         if kernels:
-            watcher = KernelWatcher(_nothing, session.leave_kernel, writes.edit)
+            edit = writes.edit if writes.layers else None
+            watcher = KernelWatcher(_nothing, session.leave_kernel, edit)
             kernels |= {DECODE_KERNELS[name] for name in kernels & DECODE_KERNELS.keys()}
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
-        callers = {i: model.get_submodule(path) for i, path in anatomy.attention.items()}
-        edited = session.calls.modules(callers)
-        attending = {callers[layer] for layer in request.attention} | edited
+        edited = session.calls.modules(model, anatomy)
+        paths = {anatomy.attention[layer] for layer in request.attention}
+        attending = edited | {model.get_submodule(path) for path in paths}
         if attending:
             keys = attention_keys(model, attending)
             editor = session.calls if edited else None

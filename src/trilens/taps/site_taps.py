@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from trilens.axes import SITES
+from trilens.axes import SITE_ORDER
 from trilens.caches.patterns.protocol import Pattern
 from trilens.models.sites.head_out import by_head
 from trilens.models.sites.site import Site, SiteKey, Tap
@@ -23,8 +23,6 @@ from trilens.taps.hooks import Hooks
 from trilens.taps.span import Span
 
 __all__ = ["Pass", "SiteTaps", "Spot", "spots_of"]
-
-_ORDER = {name: number for number, name in enumerate(SITES)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +65,7 @@ def spots_of(sites: Iterable[Site], edits: Compiled, *, gradients: bool = False)
             found.append(Spot(site.write_tap, site, edit=True, record=False))
         if record:
             found.append(Spot(site.tap, site, edit=False, record=True))
-    return sorted(found, key=lambda spot: _ORDER.get(spot.site.name, len(_ORDER)))
+    return sorted(found, key=lambda spot: SITE_ORDER[spot.site.name])
 
 
 class Pass(Protocol):

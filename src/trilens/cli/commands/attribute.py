@@ -12,8 +12,8 @@ __all__ = ["attribute"]
 def attribute(
     model: o.Model,
     prompt: o.RequiredPrompt,
-    target: o.PatchTarget,
-    against: o.Subtracted = None,
+    target: o.RequiredTarget,
+    against: o.Against = None,
     by: o.Parts = "component",
     top_k: o.TopK = 5,
     chat: o.Chat = False,

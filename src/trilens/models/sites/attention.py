@@ -164,8 +164,10 @@ def _claim_projection(
     if layout is not None:
         found.claim("attn.out", tap, layout, (streams.d_model,), overwritten=written)
     heads = z.shape[2]
-    # PROMOTE: the identity is one of numbers; the model's rounding is what is allowed for.
-    parts = by_head(x.reshape(1, view.seq, heads, -1), projection.module)
+    # PROMOTE: the identity is one of numbers; the model's rounding is what is allowed for. Also,
+    # products of half precision take several times as long on a CPU.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = by_head(wide.reshape(1, view.seq, heads, -1), projection.module)
     bias = projection_bias(projection.module, x)
     whole = parts.double().sum(-2) + bias.double()
     terms = parts.double().abs().sum(-2) + bias.double().abs()
