@@ -12,11 +12,14 @@ __all__ = ["CaptureLock"]
 
 
 class CaptureLock:
-    """One re-entrant lock per owner object, alive as long as the owner is."""
+    """One re-entrant lock per owner object; those of owners that are gone go with the next new one.
+
+    No callback of a weak reference takes them away: Ctrl-C that falls into one is lost.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.RLock()
-        self._locks: dict[int, threading.RLock] = {}
+        self._locks: dict[int, tuple[weakref.ref[object], threading.RLock]] = {}
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
@@ -26,11 +29,13 @@ class CaptureLock:
 
     def _lock_of(self, owner: object) -> threading.RLock:
         with self._guard:
-            key = id(owner)
-            if key not in self._locks:
-                self._locks[key] = threading.RLock()
-                weakref.finalize(owner, self._locks.pop, key, None)
-            return self._locks[key]
+            owner_of, lock = self._locks.get(id(owner), (None, None))
+            if lock is None or owner_of is None or owner_of() is not owner:
+                for key in [key for key, (gone, _) in self._locks.items() if gone() is None]:
+                    self._locks.pop(key, None)
+                lock = threading.RLock()
+                self._locks[id(owner)] = weakref.ref(owner), lock
+            return lock
 
     @contextmanager
     def take(self, owner: object) -> Iterator[None]:
