@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -16,7 +15,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trilens.errors import UsageError, ValueRangeError
 from trilens.models.forward_call import device_of, text_config
 from trilens.numbers import at_least, whole_number
-from trilens.taps.undo import undone
+from trilens.taps.undo import run_undone
 
 __all__ = [
     "Decoding",
@@ -272,7 +271,17 @@ def run_generate(
         processors: further ones that choose.
     """
     there = ids.reshape(1, -1).to(device_of(model))
-    with _own_config(model), _own_random(there.device, decoding):
+    held, put_back_random = model.generation_config, _random_state(there.device)
+
+    def put_back() -> None:
+        model.generation_config = held
+        put_back_random()
+
+    def generate() -> None:
+        # What a caller leaves open, transformers takes from here.
+        model.generation_config = GenerationConfig()
+        if decoding.temperature > 0:
+            torch.manual_seed(decoding.seed)
         model.generate(
             there,
             generation_config=decoding.config(int(tokens.extra)),
@@ -280,25 +289,17 @@ def run_generate(
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
 
+    run_undone(generate, put_back)
 
-@contextmanager
-def _own_config(model: PreTrainedModel) -> Iterator[None]:
-    held = model.generation_config
+
+def _random_state(device: torch.device) -> Callable[[], None]:
+    """Puts torch's random state back to what it is now."""
+    here = torch.get_rng_state()
+    there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def put_back() -> None:
-        model.generation_config = held
+        torch.set_rng_state(here)
+        if there is not None:
+            torch.cuda.set_rng_state(there, device)
 
-    with undone(put_back):
-        # What a caller leaves open, transformers takes from here.
-        model.generation_config = GenerationConfig()
-        yield
-
-
-@contextmanager
-def _own_random(device: torch.device, decoding: Decoding) -> Iterator[None]:
-    if decoding.temperature == 0:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(decoding.seed)
-        yield
+    return put_back

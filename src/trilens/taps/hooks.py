@@ -2,7 +2,7 @@
 
 Between torch's registering a hook and the line that stores its handle, Ctrl-C may fall. So a hook
 knows the set that it belongs to and does nothing once that is closed; the set knows on which
-module it is placing a hook; and whoever hooks a model next removes what earlier sets left.
+module it is placing a hook; and whoever runs or hooks a model next removes what earlier sets left.
 """
 
 from __future__ import annotations
@@ -92,6 +92,11 @@ class Hooks:
         """
         return not self.closed and any(frame is self._opener for frame in _stack())
 
+    def end_if_left(self, *_: Any) -> None:
+        """Before a pass: take the hooks away if their block was left without being closed."""
+        if self.thread == threading.get_ident() and not self.running():
+            self.remove()
+
     def remove(self) -> None:
         """Close the set and take its hooks away; may be called twice."""
         self.closed = True
@@ -123,8 +128,9 @@ def hooked(model: nn.Module) -> Iterator[Hooks]:
     """
     mine = threading.get_ident()
     for hooks in list(_SETS):
-        if hooks.closed or (hooks.thread == mine and not hooks.running()):
+        if hooks.closed:
             hooks.remove()
+        hooks.end_if_left()
     if any(hooks.thread == mine and _share(hooks.model, model) for hooks in list(_SETS)):
         raise CaptureError(
             f"{_name(model)} is being captured or probed by this thread: a capture was begun "
@@ -134,6 +140,8 @@ def hooked(model: nn.Module) -> Iterator[Hooks]:
     hooks = Hooks(model)
     with undone(hooks.remove):
         _SETS.add(hooks)
+        for entrance in {model, getattr(model, "base_model", model)}:
+            hooks.before(entrance, hooks.end_if_left)
         yield hooks
 
 
