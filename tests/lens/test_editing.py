@@ -253,9 +253,47 @@ def test_sites_of_other_tools_are_understood() -> None:
     assert found["blocks.1.attn.hook_z"].shape[0] == 17
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "afmoe", "hunyuan_v1_moe"])
+def test_an_expert_is_ablated_inside_a_router_that_hands_its_logits_out(
+    model_type: str, dtype: torch.dtype
+) -> None:
+    """The logits are a by-product: the choice of experts is made of them in the router."""
+    lens, ids = Lens(build(model_type, dtype=dtype)), prompt_ids(model_type, 17)
+    layer = lens.site_layers["router"][-1]
+    plain = lens.capture(ids, gates=True)
+    assert torch.equal(logits(lens, ids, Scale("router", 1.0)), plain.logits)
+    best = int(plain.gates.get("router", layer).mean(0).argmax())
+    edit = Ablate("router", layer=layer, units=[best])
+    without = lens.capture(ids, gates=True, edits=edit)
+    assert float(without.gates.get("router", layer)[:, best].max()) == 0
+    assert not torch.equal(without.logits, plain.logits)
+    assert torch.equal(logits(lens, ids), plain.logits)
+
+
+def test_an_ablated_expert_is_what_a_router_of_our_own_would_leave_out() -> None:
+    lens, ids = lens_of("mixtral")
+    router = lens.model.model.layers[1].mlp.gate
+    edited = logits(lens, ids, Ablate("router", layer=1, units=[2]))
+    forward = router.forward
+
+    def masked(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+        rows[:, 2] = -torch.inf
+        values, chosen = rows.softmax(-1).topk(router.top_k, dim=-1)
+        return rows, values / values.sum(-1, keepdim=True), chosen
+
+    router.forward = masked
+    try:
+        torch.testing.assert_close(logits(lens, ids), edited, rtol=1e-5, atol=1e-5)
+    finally:
+        router.forward = forward
+
+
 def test_logits_that_a_router_only_hands_out_are_not_edited() -> None:
     """They are read, but the choice of experts was made of them before."""
-    lens, ids = lens_of("mixtral")
-    assert lens.capture(ids, sites=["router"]).sites["router", 0].shape[0] == 17
+    lens, ids = lens_of("llama4_text")
+    layer = lens.site_layers["router"][0]
+    assert lens.capture(ids, sites=["router"]).sites["router", layer].shape[0] == 17
     with pytest.raises(EditError, match="beside what it has made of them"):
-        logits(lens, ids, Ablate("router", units=[0]))
+        logits(lens, ids, Ablate("router", layer=layer, units=[0]))

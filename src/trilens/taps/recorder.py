@@ -164,7 +164,8 @@ class _Recorder:
         if not self.open or not args:
             return
         x = args[0]
-        self.sums.after(name, args, options, result, self._path(), self.clock())
+        begun = self.open[-1][1]
+        self.sums.after(name, args, options, result, self._path(), self.clock(), begun)
         if name in GATING_FUNCTIONS:
             self._gating(GATING_FUNCTIONS[name], x, options, result)
         elif name in _PRODUCTS and len(args) > 1:
@@ -294,6 +295,7 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         responses=responses,
         sums=recorder.sums.sums(),
         scaled=recorder.sums.scaled(),
+        linears=recorder.sums.linears(),
     )
     return trace, recorder.events
 

@@ -20,7 +20,7 @@ from trilens.models.sites.ends import find_model_sites
 from trilens.models.sites.found import Found
 from trilens.models.sites.site import Site, SiteKey, Tap
 from trilens.models.sites.streams import BlockStreams
-from trilens.models.trace import AttentionSite, ModuleCall, Trace
+from trilens.models.trace import AttentionSite, ModuleCall, Trace, same
 
 __all__ = ["SiteClaims", "find_sites"]
 
@@ -199,9 +199,30 @@ class _Layer:
             return
         tap = Tap(source.event, source.module, source.index, source.order)
         calls = (c for c in self.view.calls if c.module is source.module)
-        several = source.event == "output" and any(len(call.outputs) > 1 for call in calls)
+        call = next((c for c in calls if len(c.outputs) > 1), None)
+        if source.event != "output" or call is None:
+            self.found.claim("router", tap, gate.layout, gate.spec.shape)
+            return
+        # Its logits are a by-product: what the model goes on with was made of them inside.
+        write = self._inside_router(call, call.outputs[source.index])
         why = f"{gate.spec.where} hands its logits out beside what it has made of them"
-        self.found.claim("router", tap, gate.layout, gate.spec.shape, fixed=why if several else "")
+        fixed = why if write is None else ""
+        self.found.claim("router", tap, gate.layout, gate.spec.shape, write=write, fixed=fixed)
+
+    def _inside_router(self, call: ModuleCall, logits: Tensor) -> Tap | None:
+        """The product in a router, or the module in it, that gives its logits, up to a cast."""
+        for each in self.trace.linears:
+            own = each.path == call.path and call.start < each.tick < call.end
+            if own and _is_cast(each.result, logits):
+                return Tap("linear", call.module, order=each.order)
+        for inner in (c for c in self.view.calls if call.encloses(c)):
+            if len(inner.outputs) == 1 and _is_cast(inner.outputs[0], logits):
+                return Tap("output", inner.module, order=self.streams.order(inner))
+        return None
+
+
+def _is_cast(made: Tensor, logits: Tensor) -> bool:
+    return made.shape == logits.shape and same(made.to(logits.dtype), logits)
 
 
 def _carries(before: Tensor, tensor: Tensor, streams: BlockStreams) -> bool:
