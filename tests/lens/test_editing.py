@@ -297,3 +297,43 @@ def test_logits_that_a_router_only_hands_out_are_not_edited() -> None:
     assert lens.capture(ids, sites=["router"]).sites["router", layer].shape[0] == 17
     with pytest.raises(EditError, match="beside what it has made of them"):
         logits(lens, ids, Ablate("router", layer=layer, units=[0]))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
+def test_a_pattern_scaled_to_nothing_and_renormalised_is_a_knockout(model_type: str) -> None:
+    """But for sinks, whose share a knockout gives the other keys as well."""
+    lens, ids = lens_of(model_type)
+    edge = {"layer": 1, "heads": [1]}
+    scaled = Scale("attn.pattern", 0.0, positions=[-1, 7], keys=[3, 5], renormalise=True, **edge)
+    cut = Knockout(queries=[-1, 7], keys=[3, 5], **edge)
+    if model_type == "gpt_oss":
+        pattern = lens.capture(ids, sites=["attn.pattern"]).sites["attn.pattern", 1]
+        changed = lens.capture(ids, sites=["attn.pattern"], edits=scaled).sites["attn.pattern", 1]
+        torch.testing.assert_close(changed.sum(-1), pattern.sum(-1))
+        assert float(changed[1, 7, [3, 5]].abs().max()) == 0
+        return
+    torch.testing.assert_close(logits(lens, ids, scaled), logits(lens, ids, cut))
+    alone = logits(
+        lens, ids.flatten()[:11], Scale("attn.pattern", 0.5, keys=-2, positions=-1, **edge)
+    )
+    some = Scale("attn.pattern", 0.5, keys=PerPrompt([[], [9]]), positions=-1, **edge)
+    found = list(lens.capture_many([ids.flatten(), ids.flatten()[:11]], edits=some))
+    torch.testing.assert_close(found[1].logits, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (Scale("attn.z", 0.5, keys=[1]), "keys are named of attn.scores and attn.pattern"),
+        (Scale("attn.z", 0.5, renormalise=True), "attn.z has none: leave it out"),
+        (Scale("attn.pattern", -1.0, renormalise=True), "factor -1 is out of range"),
+        (
+            Scale("attn.pattern", 0.0, positions=0, keys=0, renormalise=True),
+            "nothing is left of a query's attention weights",
+        ),
+    ],
+)
+def test_what_cannot_be_renormalised_is_refused(edit: Scale, words: str) -> None:
+    lens, ids = lens_of("llama")
+    with pytest.raises(EditError, match=words):
+        logits(lens, ids, edit)

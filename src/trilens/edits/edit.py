@@ -219,15 +219,25 @@ class Scale(SiteEdit):
 
     Attributes:
         factor: 1 leaves every bit as it is.
+        keys: of attn.pattern and attn.scores: the keys whose weights are multiplied, None for all;
+            `positions` names the queries.
+        renormalise: of attn.pattern: each query's weights are then scaled to the sum they had.
     """
 
     kind: ClassVar[str] = "scale"
 
     factor: float
+    keys: Positions = field(default=None, kw_only=True)
+    renormalise: bool = field(default=False, kw_only=True)
 
     def __post_init__(self, layer: SupportsIndex | None) -> None:
         SiteEdit.__post_init__(self, layer)
-        _set(self, factor=read_number(self.factor, "factor"))
+        _set(
+            self,
+            factor=read_number(self.factor, "factor"),
+            keys=read_positions(self.keys),
+            renormalise=_flag(self.renormalise, "renormalise"),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -198,7 +198,7 @@ _KINDS: dict[str, tuple[type[Any], _Readers, str | None]] = {
     "ablate": (Ablate, {"method": _text, "reference": _file, "seed": _whole}, None),
     "knockout": (Knockout, {"queries": _positions, "keys": _positions}, None),
     "patch": (Patch, {"source": _file, "source_positions": _positions}, "source"),
-    "scale": (Scale, {"factor": _number}, "factor"),
+    "scale": (Scale, {"factor": _number, "keys": _positions, "renormalise": _flag}, "factor"),
     "project": (Project, {"directions": _file, "onto": _flag}, "directions"),
     "replace": (Replace, {"value": _number_or_file}, "value"),
 }

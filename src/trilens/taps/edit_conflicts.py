@@ -63,7 +63,7 @@ def check_conflicts(edits: Sequence[Edit], targets: Sequence[Target]) -> None:
 
 def _overwrites(edit: Edit) -> bool:
     return isinstance(edit, Replace | Patch | Ablate) or (
-        isinstance(edit, Scale) and edit.factor == 0
+        isinstance(edit, Scale) and edit.factor == 0 and edit.keys is None
     )
 
 
