@@ -77,6 +77,8 @@ def attention_vs_eager(lens: Lens, capture: Capture, kwargs: dict[str, Any]) -> 
     model = copy.deepcopy(lens.model)
     try:
         model.set_attn_implementation("eager")
+        # Falcon keeps "sdpa", and adds its bool mask as a number where it is asked for weights.
+        model.config._attn_implementation = "eager"
         output = model(**kwargs, output_attentions=True)
     except (ValueError, TypeError, NotImplementedError, AttributeError):
         return None
