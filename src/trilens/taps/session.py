@@ -89,8 +89,9 @@ def session_of(
         editor = session.calls if edited else None
         own = {m: n for m, n in inline_modules(model, anatomy).items() if m in attending}
         session.sites.place_inputs(hooks)
-        InlineTap(session, own, session.attend, editor).place(hooks)
         session.sums.place(hooks)
+        # After the sums: of two that watch functions, the one that begins later has to end first.
+        InlineTap(session, own, session.attend, editor).place(hooks)
         session.sites.place_outputs(hooks)
         for module in blocks:
             hooks.after(module, session.leave_block)
