@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ class PassTerms:
         hidden = list(scores.masks)
         biases: list[tuple[Tensor, float]] = []
         for term, factor in scores.terms:
-            kind = self._once(("kind", factor), [term], lambda t=term, f=factor: _kind(t, f))
+            kind = self._once(("kind", factor), [term], partial(_kind, term, factor))
             if kind == "mask":
                 hidden.append((term, True))
             elif kind == "bias":
