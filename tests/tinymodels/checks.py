@@ -67,7 +67,7 @@ def check_capture(lens: Lens, plain: Tensor, capture: Capture, kwargs: dict[str,
     need(len(seen) == lens.n_layers, f"{len(seen)} hooked blocks, {lens.n_layers} layers")
     for layer, stream in enumerate(seen):
         ours = capture.residual.get_layer(layer)
-        rows = stream[0] if lens.anatomy.batch_first else stream[:, 0]
+        rows = lens.anatomy.form.read(stream)[0]
         need(equal(ours, rows), f"residual of layer {layer} differs from an independent hook")
 
 
@@ -99,7 +99,7 @@ def attention_vs_eager(lens: Lens, capture: Capture, kwargs: dict[str, Any]) -> 
 
 def unembed_vs_logits(lens: Lens, capture: Capture) -> float:
     """Largest relative |Δ| between norm and head of the last residual, and the logits."""
-    last = capture.residual.get_layer(lens.n_layers - 1)
+    last = capture.residual.readout(lens.n_layers - 1)
     ours = lens.unembed(last)
     return float((ours - capture.logits).abs().max() / capture.logits.abs().max())
 

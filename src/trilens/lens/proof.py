@@ -28,6 +28,7 @@ from trilens.models.offload import unfilled
 from trilens.models.sites.claims import SiteClaims, find_sites
 from trilens.models.trace import Trace
 from trilens.taps.mode import evaluating, unchanged
+from trilens.taps.readout import check_readout
 from trilens.taps.recorder import record
 
 __all__ = ["PROBE_TOKENS", "Proof", "prove"]
@@ -97,6 +98,8 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     _check_head(model, trace, vocab)
     width = getattr(text_config(model), "hidden_size", None)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
+    with evaluating(model):
+        check_readout(model, anatomy, trace, vocab)
     with torch.no_grad():
         gates = find_gates(trace, events, anatomy)
         sites = find_sites(trace, events, anatomy, gates)

@@ -114,12 +114,14 @@ def _logits(recording: Recording, row: int, length: int, *, last: bool) -> Tenso
 
 
 def _residual(recording: Recording, row: int, length: int) -> ActivationCache | FullActivationCache:
-    streams = recording.residual.items()
-    if recording.request.residual == "all":
-        return FullActivationCache.from_layers(
-            {i: _own(stream[row, :length], recording) for i, stream in streams}
-        )
-    return ActivationCache.from_layers({i: _own(last[row], recording) for i, last in streams})
+    def rows(held: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        if recording.request.residual == "all":
+            return {i: _own(each[row, :length], recording) for i, each in held.items()}
+        return {i: _own(last[row], recording) for i, last in held.items()}
+
+    kind = FullActivationCache if recording.request.residual == "all" else ActivationCache
+    readouts = rows(recording.readouts) if recording.readouts else None
+    return kind.from_layers(rows(recording.residual), readouts=readouts)
 
 
 def _unpadded(

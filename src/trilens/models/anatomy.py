@@ -3,7 +3,8 @@
 The rules read what one probe did, never a family's name:
 
 - blocks: sibling modules called in a row, each one's output the next one's input, bit for bit;
-- final norm: what turned the last block's output into the model's last hidden state;
+- final norm: what turned the last block's output into the model's last hidden state; of several
+  residual streams the readout is a step before it, which makes one vector of them;
 - unembedding: the outermost module that takes the last hidden state and gives the logits, up to a
   constant factor or a tanh cap that is measured on the probe.
 
@@ -12,7 +13,7 @@ What they find is returned with the facts that prove it. What they can't prove i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import listed
+from trilens.models.follow import way
 from trilens.models.logit_relation import relate
+from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
 __all__ = ["Anatomy", "Block", "find_anatomy"]
-
-_LONGEST_WAY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,11 @@ class Anatomy:
 
     Attributes:
         blocks: one per layer, in the order in which they run.
-        d_model: width of the residual stream.
-        batch_first: whether the residual is [batch, seq, d_model] (else [seq, batch, d_model]).
-        final_norm: paths of the modules between the last block and the last hidden state; empty
-            where the last block's output is the last hidden state.
+        form: where the residual stream, or each of several, is in what a block hands on.
+        readout: paths of the modules that make one vector of several streams; None where the
+            model's own code does. Empty for a single stream.
+        final_norm: paths of the modules between the last block (of several streams, the readout)
+            and the last hidden state; empty where that is the last hidden state.
         final_scale: factor on the last block's output before the final norm (1 nearly always).
         unembedding: paths of the modules from the last hidden state to the logits; empty for a
             bare encoder.
@@ -62,8 +64,8 @@ class Anatomy:
     """
 
     blocks: tuple[Block, ...]
-    d_model: int
-    batch_first: bool
+    form: StreamForm
+    readout: tuple[str, ...] | None
     final_norm: tuple[str, ...]
     final_scale: float
     unembedding: tuple[str, ...]
@@ -78,6 +80,16 @@ class Anatomy:
     def n_layers(self) -> int:
         """Number of layers."""
         return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.form.d_model
+
+    @property
+    def n_streams(self) -> int:
+        """Number of residual streams."""
+        return self.form.n_streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +113,26 @@ def find_anatomy(
         width: the config's hidden size: a stream that is a multiple of it holds several.
 
     Raises:
-        SeveralStreamsError: blocks pass on a residual of rank 4, or two residual streams.
+        SeveralStreamsError: several residual streams that could not be told apart or read out.
         AnatomyError: no chain of blocks, or its end is not the last hidden state.
     """
     chain, norm, hidden = _choose(trace)
     last = chain.last
-    if width is not None and last.shape[-1] != width and last.shape[-1] % width == 0:
+    first = next((t for t in chain.calls[0].read if t.shape == last.shape), None)
+    form = form_of(last, trace.seq, width, first)
+    if isinstance(form, str):
         raise SeveralStreamsError(
-            f"the residual has several streams: {chain.calls[-1].path} passes on width "
-            f"{last.shape[-1]}, {last.shape[-1] // width} × the model's hidden size {width}; "
-            "a single residual stream [batch, seq, d_model] is needed"
+            f"the residual has several streams: {chain.calls[-1].path} passes on width {form}"
         )
+    readout, final = _readout(trace, form, norm, hidden, chain)
     facts = [
         f"{len(chain.calls)} blocks in {parent_path(chain.calls[0].path) or 'the model'}: "
         "each block's output is the next one's input, bit for bit",
         f"last hidden state = {' → '.join(norm.path) or 'the output'} of the last block",
     ]
+    if form.n_streams > 1:
+        how = "the model's own code" if readout is None else " → ".join(readout)
+        facts.append(f"{form.n_streams} residual streams, read out by {how}")
     head = _unembedding(trace, hidden, norm.end, constants)
     if head.path:
         facts.append(
@@ -130,9 +146,9 @@ def find_anatomy(
             Block(call.path, call.module, index)
             for call, index in zip(chain.calls, chain.output_index, strict=True)
         ),
-        d_model=last.shape[-1],
-        batch_first=last.shape[-2] == trace.seq,
-        final_norm=norm.path,
+        form=form,
+        readout=readout,
+        final_norm=final,
         final_scale=norm.scale,
         unembedding=head.path,
         logit_scale=head.scale,
@@ -144,20 +160,41 @@ def find_anatomy(
     )
 
 
-def _is_stream(tensor: Tensor, seq: int) -> bool:
-    return tensor.is_floating_point() and tensor.dim() == 3 and sorted(tensor.shape[:2]) == [1, seq]
+def _readout(
+    trace: Trace, form: StreamForm, norm: _Norm, hidden: Tensor, chain: _Chain
+) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """The modules that make one vector of several streams, and the final norm behind them."""
+    if form.n_streams == 1:
+        return (), norm.path
+    if norm.is_own_code:
+        return None, norm.path
+    made = [output for _, output, _ in way(trace, chain.last, chain.calls[-1].end)]
+    for number, output in enumerate(made[: len(norm.path)], 1):
+        if holds_one(output, trace.seq) and output.shape[-1] == form.d_model:
+            return norm.path[:number], norm.path[number:]
+    raise SeveralStreamsError(
+        f"the residual has several streams: {chain.calls[-1].path} passes on "
+        f"{list(chain.last.shape)}, and no module makes one vector of width {form.d_model} of it"
+    )
 
 
 def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
     """The outermost chain of sibling modules that ends in the last hidden state."""
-    chains = _chains(trace)
+    chains: list[_Chain] = []
     ends = []
-    for chain in chains:
-        for hidden in trace.last_hidden:
-            norm = _final_norm(trace, chain, hidden)
-            if norm is not None:
-                ends.append((chain, norm, hidden))
-                break
+    for holds in (holds_one, holds_several):
+        found = _chains(trace, holds)
+        chains += found
+        for chain in found:
+            for hidden in trace.last_hidden:
+                norm = _final_norm(trace, chain, hidden)
+                if norm is None and holds is holds_several:
+                    norm = _norm_behind_code(trace, chain, hidden)
+                if norm is not None:
+                    ends.append((chain, norm, hidden))
+                    break
+        if ends:
+            break
     if not ends:
         raise _why_not(trace, chains)
     # Outermost first: a block's own inner chains are shorter pieces of the same way.
@@ -173,32 +210,32 @@ def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
     return best
 
 
-def _chains(trace: Trace) -> list[_Chain]:
+def _chains(trace: Trace, holds: Callable[[Tensor, int], bool]) -> list[_Chain]:
     """Runs of sibling modules in which every output is the next input."""
     groups: dict[str, list[ModuleCall]] = {}
     for call in trace.calls:
         parent, _, name = call.path.rpartition(".")
-        if name.isdigit() and any(_is_stream(tensor, trace.seq) for tensor in call.outputs):
+        if name.isdigit() and any(holds(tensor, trace.seq) for tensor in call.outputs):
             groups.setdefault(parent, []).append(call)
     found = []
     for calls in groups.values():
-        chain = _link(calls, trace.seq)
+        chain = _link(calls, trace.seq, holds)
         if chain is not None:
             found.append(chain)
     return found
 
 
-def _link(calls: list[ModuleCall], seq: int) -> _Chain | None:
+def _link(calls: list[ModuleCall], seq: int, holds: Callable[[Tensor, int], bool]) -> _Chain | None:
     index: list[int] = []
     for call, following in pairwise(calls):
         if following.start < call.end:
             return None
-        streams = [(i, t) for i, t in enumerate(call.outputs) if _is_stream(t, seq)]
+        streams = [(i, t) for i, t in enumerate(call.outputs) if holds(t, seq)]
         linked = next((i for i, tensor in streams if _carried(tensor, following) is not None), None)
         if linked is None:
             return None
         index.append(linked)
-    fallback = next(i for i, t in enumerate(calls[-1].outputs) if _is_stream(t, seq))
+    fallback = next(i for i, t in enumerate(calls[-1].outputs) if holds(t, seq))
     index.append(index[-1] if index and index[-1] < len(calls[-1].outputs) else fallback)
     return _Chain(tuple(calls), tuple(index))
 
@@ -216,11 +253,16 @@ def _carried(tensor: Tensor, call: ModuleCall) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """last hidden state = modules(scale · last block's output)."""
+    """last hidden state = modules(scale · last block's output).
+
+    Attributes:
+        is_own_code: whether the model's own code stands between the last block and the modules.
+    """
 
     end: int
     path: tuple[str, ...] = ()
     scale: float = 1.0
+    is_own_code: bool = False
 
 
 def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
@@ -233,41 +275,27 @@ def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
         return None
     scale = _carried(chain.last, first)
     start = chain.last if scale in (None, 1.0) else first.inputs[0]
-    for path, output, end in _way(trace, start, after):
+    for path, output, end in way(trace, start, after):
         if same(output, hidden) or _same_flat(output, hidden):
             return _Norm(end, path, scale or 1.0)
     return None
 
 
-def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
-    """Follow a tensor through modules that read nothing else, outermost modules first.
+def _norm_behind_code(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
+    """The module that gives the last hidden state, reading one stream that no block gave.
 
-    Yields:
-        The paths so far, what the last of them gave, and the tick at which it ended.
+    What lies between is the model's own code: that it reads the last block's output alone is
+    proven by running it (`taps/readout.py`).
     """
-    path: tuple[str, ...] = ()
-    while len(path) < _LONGEST_WAY:
-        later = (call for call in trace.calls if call.start > after and call.outputs)
-        step = next((call for call in later if _reads(call, tensor)), None)
-        if step is None or not _reads_only(step, tensor):
-            return
-        path = (*path, step.path)
-        tensor, after = step.outputs[0], step.end
-        yield path, tensor, after
-
-
-def _reads(call: ModuleCall, tensor: Tensor) -> bool:
-    return any(_is_read_as(item, tensor) for item in call.inputs)
-
-
-def _reads_only(call: ModuleCall, tensor: Tensor) -> bool:
-    return all(_is_read_as(item, tensor) for item in call.inputs if item.is_floating_point())
-
-
-def _is_read_as(item: Tensor, tensor: Tensor) -> bool:
-    """The tensor itself, or cast: Mamba keeps a float32 stream under half-precision weights."""
-    cast = tensor if item.dtype == tensor.dtype else tensor.to(item.dtype)
-    return item.is_floating_point() and same(item, cast)
+    after = chain.calls[-1].end
+    for call in trace.calls:
+        if call.start < after or not any(same(hidden, output) for output in call.outputs[:1]):
+            continue
+        read = [t for t in call.inputs if t.is_floating_point()]
+        width = chain.last.shape[-1]
+        if len(read) == 1 and holds_one(read[0], trace.seq) and read[0].shape[-1] == width:
+            return _Norm(call.end, (call.path,), is_own_code=True)
+    return None
 
 
 def _same_flat(a: Tensor, b: Tensor) -> bool:
@@ -290,7 +318,7 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
     logits = trace.logits
     if logits is None:
         return _Head()
-    ways = [(path, output) for path, output, _ in _way(trace, hidden, after)]
+    ways = [(path, output) for path, output, _ in way(trace, hidden, after)]
     # A head that reads a scaled hidden state: for a linear map the factor commutes.
     for call in (call for call in trace.calls if call.start > after):
         plain = isinstance(call.module, nn.Linear) and getattr(call.module, "bias", None) is None
@@ -331,24 +359,10 @@ def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], di
 
 
 def _why_not(trace: Trace, chains: list[_Chain]) -> AnatomyError:
-    many = [
-        call
-        for call in trace.calls
-        if call.path.rpartition(".")[2].isdigit()
-        and any(
-            t.is_floating_point() and t.dim() == 4 and trace.seq in t.shape[:3]
-            for t in call.outputs[:1]
-        )
-    ]
-    if many:
-        shape = ", ".join(map(str, many[0].outputs[0].shape))
-        return SeveralStreamsError(
-            f"the residual has several streams: {many[0].path} passes on a tensor [{shape}]; "
-            "a single residual stream [batch, seq, d_model] is needed"
-        )
     if chains:
         longest = max(chains, key=lambda chain: len(chain.calls))
-        return AnatomyError(
+        kind = SeveralStreamsError if longest.last.dim() == 4 else AnatomyError
+        return kind(
             f"the last hidden state could not be rebuilt from {longest.calls[-1].path}'s output: "
             "no modules that read it alone lead from one to the other"
         )

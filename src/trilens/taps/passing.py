@@ -116,9 +116,7 @@ class Session:
         self.done += 1
         if self.request.residual is None or layer not in self.request.layers:
             return
-        stream = list(tensors_in(output))[self.anatomy.blocks[layer].output]
-        if not self.anatomy.batch_first:
-            stream = stream.transpose(0, 1)
+        stream = self.anatomy.form.read(list(tensors_in(output))[self.anatomy.blocks[layer].output])
         if self.request.residual == "all":
             self.recording.residual[layer] = self.keep(stream)
         else:
@@ -311,7 +309,9 @@ def _key(source: GateSource) -> TapKey:
 def _by_tap(gates: Mapping[tuple[str, int], GateSite]) -> Taps:
     grouped: Taps = {}
     for (name, layer), site in gates.items():
-        grouped.setdefault(_key(site.source), {}).setdefault(layer, []).append((name, site))
+        for source in (site.source, *site.more):
+            at = grouped.setdefault(_key(source), {}).setdefault(layer, [])
+            at.append((name, replace(site, source=source)))
     return grouped
 
 
