@@ -25,6 +25,7 @@ from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
 from trilens.models.tokens import Prompt, PromptLike, pad_id_for, read_prompt, vocab_size_of
 from trilens.progress import Progress, Step
+from trilens.taps.edit_knockouts import check_heads
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
@@ -112,8 +113,10 @@ class Runner:
             EditError: an edit that cannot be made.
         """
         claims = self.proof.gates
+        given = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        check_heads(given, self.proof.anatomy)
         return compile_edits(
-            (edits,) if isinstance(edits, Edit) else tuple(edits),
+            given,
             self.proof.sites,
             model=self.info,
             prompts=lengths,

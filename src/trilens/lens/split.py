@@ -11,6 +11,7 @@ from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
 from trilens.caches.derived import Derived, HeadOut, PatternValue
 from trilens.caches.gates import GateCache
+from trilens.caches.patterns.parts import PartsPattern
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.sites import SiteCache
@@ -47,6 +48,10 @@ def split(
     """
     softmax: dict[int, Pattern] = {**recording.patterns}
     softmax |= {layer: pattern_of(call) for layer, call in recording.attention.items()}
+    softmax |= {
+        layer: PartsPattern({name: pattern_of(call) for name, call in calls.items()})
+        for layer, calls in recording.parts.items()
+    }
     shared, asked = SharedMasks(), recording.request
 
     def parts(row: int, length: int) -> Parts:

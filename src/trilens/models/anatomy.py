@@ -14,17 +14,19 @@ What they find is returned with the facts that prove it. What they can't prove i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import listed
+from trilens.models.attention_parts import attend_over_same, attention_parts
+from trilens.models.final_norm import Norm, carried, final_norm, norm_behind_code, read_out_by
 from trilens.models.follow import way
 from trilens.models.logit_relation import relate
 from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
-from trilens.models.trace import ModuleCall, Trace, parent_path, same
+from trilens.models.trace import ModuleCall, Trace, parent_path
 
 __all__ = ["Anatomy", "Block", "find_anatomy"]
 
@@ -58,7 +60,9 @@ class Anatomy:
         logit_scale: factor between the unembedding's output and the logits.
         logit_softcap: c in c·tanh(x/c), or None.
         vocab: width of the logits, or None.
-        attention: per layer, the module that calls the attention registry there.
+        attention: per layer, the module that calls the attention registry there; the first of
+            several.
+        attention_parts: all of them, of the layers where several do.
         other_attention: per layer, attention that goes another way, in words.
         facts: what the probe proved, in words.
     """
@@ -75,6 +79,7 @@ class Anatomy:
     attention: dict[int, str]
     other_attention: dict[int, str]
     facts: tuple[str, ...]
+    attention_parts: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -90,6 +95,10 @@ class Anatomy:
     def n_streams(self) -> int:
         """Number of residual streams."""
         return self.form.n_streams
+
+    def attends(self, layer: int) -> tuple[str, ...]:
+        """The modules that call the attention registry in a layer."""
+        return self.attention_parts.get(layer, (self.attention[layer],))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +133,7 @@ def find_anatomy(
         raise SeveralStreamsError(
             f"the residual has several streams: {chain.calls[-1].path} passes on width {form}"
         )
-    readout, final = _readout(trace, form, norm, hidden, chain)
+    readout, final = read_out_by(trace, form, norm, chain.calls[-1], last)
     facts = [
         f"{len(chain.calls)} blocks in {parent_path(chain.calls[0].path) or 'the model'}: "
         "each block's output is the next one's input, bit for bit",
@@ -141,6 +150,7 @@ def find_anatomy(
             + (f", capped: {head.softcap:g}·tanh(x/{head.softcap:g})" if head.softcap else "")
         )
     attention, other = _attention_by_layer(trace, chain)
+    parts = attention_parts(trace, chain.calls, attention)
     return Anatomy(
         blocks=tuple(
             Block(call.path, call.module, index)
@@ -157,28 +167,11 @@ def find_anatomy(
         attention=attention,
         other_attention=other,
         facts=tuple(facts),
+        attention_parts=parts,
     )
 
 
-def _readout(
-    trace: Trace, form: StreamForm, norm: _Norm, hidden: Tensor, chain: _Chain
-) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """The modules that make one vector of several streams, and the final norm behind them."""
-    if form.n_streams == 1:
-        return (), norm.path
-    if norm.is_own_code:
-        return None, norm.path
-    made = [output for _, output, _ in way(trace, chain.last, chain.calls[-1].end)]
-    for number, output in enumerate(made[: len(norm.path)], 1):
-        if holds_one(output, trace.seq) and output.shape[-1] == form.d_model:
-            return norm.path[:number], norm.path[number:]
-    raise SeveralStreamsError(
-        f"the residual has several streams: {chain.calls[-1].path} passes on "
-        f"{list(chain.last.shape)}, and no module makes one vector of width {form.d_model} of it"
-    )
-
-
-def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
+def _choose(trace: Trace) -> tuple[_Chain, Norm, Tensor]:
     """The outermost chain of sibling modules that ends in the last hidden state."""
     chains: list[_Chain] = []
     ends = []
@@ -187,9 +180,9 @@ def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
         chains += found
         for chain in found:
             for hidden in trace.last_hidden:
-                norm = _final_norm(trace, chain, hidden)
+                norm = final_norm(trace, chain.last, chain.calls[-1].end, hidden)
                 if norm is None and holds is holds_several:
-                    norm = _norm_behind_code(trace, chain, hidden)
+                    norm = norm_behind_code(trace, chain.last, chain.calls[-1].end, hidden)
                 if norm is not None:
                     ends.append((chain, norm, hidden))
                     break
@@ -231,77 +224,13 @@ def _link(calls: list[ModuleCall], seq: int, holds: Callable[[Tensor, int], bool
         if following.start < call.end:
             return None
         streams = [(i, t) for i, t in enumerate(call.outputs) if holds(t, seq)]
-        linked = next((i for i, tensor in streams if _carried(tensor, following) is not None), None)
+        linked = next((i for i, tensor in streams if carried(tensor, following) is not None), None)
         if linked is None:
             return None
         index.append(linked)
     fallback = next(i for i, t in enumerate(calls[-1].outputs) if holds(t, seq))
     index.append(index[-1] if index and index[-1] < len(calls[-1].outputs) else fallback)
     return _Chain(tuple(calls), tuple(index))
-
-
-def _carried(tensor: Tensor, call: ModuleCall) -> float | None:
-    """The constant times which a call takes the tensor, or None.
-
-    RWKV-4 halves its residual stream every few blocks in inference; the blocks' weights make up
-    for it. The stream is still one chain.
-    """
-    if call.takes(tensor):
-        return 1.0
-    return next((c.scale for item in call.inputs if (c := relate(tensor, item)) is not None), None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    """last hidden state = modules(scale · last block's output).
-
-    Attributes:
-        is_own_code: whether the model's own code stands between the last block and the modules.
-    """
-
-    end: int
-    path: tuple[str, ...] = ()
-    scale: float = 1.0
-    is_own_code: bool = False
-
-
-def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
-    """The way from the last block's output to the last hidden state; None where there is none."""
-    after = chain.calls[-1].end
-    if same(chain.last, hidden):
-        return _Norm(after)
-    first = next((c for c in trace.calls if c.start > after and _carried(chain.last, c)), None)
-    if first is None:
-        return None
-    scale = _carried(chain.last, first)
-    start = chain.last if scale in (None, 1.0) else first.inputs[0]
-    for path, output, end in way(trace, start, after):
-        if same(output, hidden) or _same_flat(output, hidden):
-            return _Norm(end, path, scale or 1.0)
-    return None
-
-
-def _norm_behind_code(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
-    """The module that gives the last hidden state, reading one stream that no block gave.
-
-    What lies between is the model's own code: that it reads the last block's output alone is
-    proven by running it (`taps/readout.py`).
-    """
-    after = chain.calls[-1].end
-    for call in trace.calls:
-        if call.start < after or not any(same(hidden, output) for output in call.outputs[:1]):
-            continue
-        read = [t for t in call.inputs if t.is_floating_point()]
-        width = chain.last.shape[-1]
-        if len(read) == 1 and holds_one(read[0], trace.seq) and read[0].shape[-1] == width:
-            return _Norm(call.end, (call.path,), is_own_code=True)
-    return None
-
-
-def _same_flat(a: Tensor, b: Tensor) -> bool:
-    if a.numel() != b.numel() or a.shape[-1:] != b.shape[-1:]:
-        return False
-    return same(a.reshape(-1), b.reshape(-1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +277,7 @@ def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], di
                 f"attention implementation {unread[0]!r} gives neither weights nor arguments that "
                 "can be read; load the model with attn_implementation='sdpa' or 'eager'"
             )
-        elif len({site.path for site in inside}) == 1:
+        elif len({site.path for site in inside}) == 1 or (inside and attend_over_same(inside)):
             sites[layer] = inside[0].path
         elif inside:
             paths = listed(site.path for site in inside)

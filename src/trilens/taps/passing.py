@@ -130,7 +130,11 @@ class Session:
         layer = self.layer
         if not self.mine() or layer is None or layer not in self.request.attention:
             return
-        before = self.recording.attention.get(layer)
+        held: dict[Any, AttentionCall] = self.recording.attention
+        place: Any = layer
+        if layer in self.anatomy.attention_parts:
+            held, place = self.recording.parts.setdefault(layer, {}), self._part(layer, call.module)
+        before = held.get(place)
         if before is not None:
             if same(before.query, call.query) and same(before.key, call.key):
                 return
@@ -140,12 +144,23 @@ class Session:
             )
         # Values are as large as keys: they are kept where weights have to be proven by them.
         proof = call.weights is not None
-        self.recording.attention[layer] = replace(
+        held[place] = replace(
             call,
             query=self.keep(call.query),
             key=self.keep(call.key),
             value=call.value if proof else None,
             output=call.output if proof else None,
+        )
+
+    def _part(self, layer: int, module: nn.Module) -> str:
+        """The name that a module that attends has in its block."""
+        block = self.anatomy.blocks[layer].path
+        for path in self.anatomy.attention_parts[layer]:
+            if self.hooks.model.get_submodule(path) is module:
+                return path.removeprefix(f"{block}.")
+        raise AttentionPathError(
+            f"layer {layer} calls attention in a {type(module).__name__} that it did not attend in "
+            "when the lens was opened: the model was changed since"
         )
 
     def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
@@ -279,7 +294,12 @@ class Session:
         silent = []
         if asked.residual is not None:
             silent += [f"resid_post of layer {i}" for i in asked.layers if i not in got.residual]
-        missing = [i for i in asked.attention if i not in got.attention]
+        missing = [
+            i
+            for i in asked.attention
+            if i not in got.attention
+            and len(got.parts.get(i, ())) < len(self.anatomy.attention_parts.get(i, (i,)))
+        ]
         if missing and self.done == self.anatomy.n_layers:
             raise AttentionPathError(
                 f"the attention of layer {missing[0]} ran without one of transformers' attention "

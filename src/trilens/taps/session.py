@@ -115,7 +115,7 @@ def session_of(
             kernels |= {DECODE_KERNELS[name] for name in kernels & DECODE_KERNELS.keys()}
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         edited = session.calls.modules(model, anatomy)
-        paths = {anatomy.attention[layer] for layer in request.attention}
+        paths = {path for layer in request.attention for path in anatomy.attends(layer)}
         attending = edited | {model.get_submodule(path) for path in paths}
         if attending:
             keys = attention_keys(model, attending)

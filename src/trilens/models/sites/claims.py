@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trilens.axes import SITES
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.claims import GateClaims
@@ -222,6 +223,9 @@ class _Layer:
     def _why_no_attention(self, calls: Sequence[AttentionSite]) -> str:
         if self.layer in self.anatomy.other_attention:
             return self.anatomy.other_attention[self.layer]
+        paths = list(dict.fromkeys(call.path for call in calls))
+        if len(paths) > 1:
+            return f"{len(paths)} modules attend in one block ({listed(paths)})"
         if len(calls) > 1:
             return f"{calls[0].path} calls attention {len(calls)} times in one block"
         if calls:
