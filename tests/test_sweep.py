@@ -6,7 +6,7 @@ import pytest
 
 from tinymodels import TYPES, build
 from tinymodels.checks import family_sites, sweep_one
-from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.errors import AnatomyError
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families
 
@@ -40,16 +40,17 @@ FULL = (
     "electra",
     "whisper",
 )
-RESIDUAL = ("mamba", "rwkv", "xlstm", "bloom", "gptj", "xlnet", "longcat_flash")
+RESIDUAL = ("mamba", "rwkv", "xlstm", "bloom", "gptj", "xlnet")
 REFUSED = {
-    "deepseek_v4": SeveralStreamsError,
-    "gemma3n_text": SeveralStreamsError,
-    "qwen4_exp_text": SeveralStreamsError,
     "reformer": AnatomyError,
     "big_bird": AnatomyError,
     "blt": AnatomyError,
     "xlm": AnatomyError,
+    "cpmant": AnatomyError,
 }
+STREAMS = ("deepseek_v4", "gemma3n_text", "qwen4_exp_text")
+SEVERAL = ("longcat_flash", "hrm_text")
+"""Several attentions in one block; blocks that run in several rounds."""
 
 
 @pytest.mark.parametrize("model_type", FULL)
@@ -58,6 +59,14 @@ def test_captured_in_full(model_type: str) -> None:
     assert row.outcome == "full", row.reason
     assert row.attention
     assert figures["attention_vs_eager"] is not None, "eager offers its weights here"
+
+
+@pytest.mark.parametrize("model_type", (*STREAMS, *SEVERAL))
+def test_captured_with_streams_parts_and_rounds(model_type: str) -> None:
+    row, _ = sweep_one(model_type)
+    assert row.outcome == "full", row.reason
+    assert len(row.attention) == row.n_layers or row.effective
+    assert (model_type in STREAMS) == any(gate.name == "stream.write" for gate in row.gates)
 
 
 @pytest.mark.parametrize("model_type", RESIDUAL)

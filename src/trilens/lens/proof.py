@@ -143,6 +143,12 @@ def _not_run(
             model(**arguments)
     # Whatever the model raises of itself is what its caller has to see.
     except Exception as own:  # noqa: BLE001
+        codebooks = getattr(text_config(model), "num_codebooks", None) or 1
+        if codebooks > 1:
+            return AnatomyError(
+                f"{name} reads {codebooks} codebooks of audio at each position, not one token: a "
+                f"plain prompt is none for it ({type(own).__name__}: {_first_line(own)})"
+            )
         return AnatomyError(
             f"{name} does not run on a plain prompt of {seq} tokens: {type(own).__name__}: "
             f"{_first_line(own)}{_way_out(model)}"

@@ -13,20 +13,20 @@ What they find is returned with the facts that prove it. What they can't prove i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import listed
 from trilens.models.attention_parts import attend_over_same, attention_parts
-from trilens.models.final_norm import Norm, carried, final_norm, norm_behind_code, read_out_by
+from trilens.models.chain import Chain, chains_of, rounds_of
+from trilens.models.final_norm import Norm, final_norm, norm_behind_code, read_out_by
 from trilens.models.follow import way
 from trilens.models.logit_relation import relate
 from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
-from trilens.models.trace import ModuleCall, Trace, parent_path
+from trilens.models.trace import Trace, parent_path
 
 __all__ = ["Anatomy", "Block", "find_anatomy"]
 
@@ -63,6 +63,8 @@ class Anatomy:
         attention: per layer, the module that calls the attention registry there; the first of
             several.
         attention_parts: all of them, of the layers where several do.
+        starts: layers that begin a round of a model that runs its stacks several times: their
+            stream is a sum of what earlier rounds gave, not the output of the layer before.
         other_attention: per layer, attention that goes another way, in words.
         facts: what the probe proved, in words.
     """
@@ -80,6 +82,7 @@ class Anatomy:
     other_attention: dict[int, str]
     facts: tuple[str, ...]
     attention_parts: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    starts: tuple[int, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -99,16 +102,6 @@ class Anatomy:
     def attends(self, layer: int) -> tuple[str, ...]:
         """The modules that call the attention registry in a layer."""
         return self.attention_parts.get(layer, (self.attention[layer],))
-
-
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    calls: tuple[ModuleCall, ...]
-    output_index: tuple[int, ...]
-
-    @property
-    def last(self) -> Tensor:
-        return self.calls[-1].outputs[self.output_index[-1]]
 
 
 def find_anatomy(
@@ -135,8 +128,7 @@ def find_anatomy(
         )
     readout, final = read_out_by(trace, form, norm, chain.calls[-1], last)
     facts = [
-        f"{len(chain.calls)} blocks in {parent_path(chain.calls[0].path) or 'the model'}: "
-        "each block's output is the next one's input, bit for bit",
+        chain.fact,
         f"last hidden state = {' → '.join(norm.path) or 'the output'} of the last block",
     ]
     if form.n_streams > 1:
@@ -168,15 +160,16 @@ def find_anatomy(
         other_attention=other,
         facts=tuple(facts),
         attention_parts=parts,
+        starts=chain.starts,
     )
 
 
-def _choose(trace: Trace) -> tuple[_Chain, Norm, Tensor]:
+def _choose(trace: Trace) -> tuple[Chain, Norm, Tensor]:
     """The outermost chain of sibling modules that ends in the last hidden state."""
-    chains: list[_Chain] = []
+    chains: list[Chain] = []
     ends = []
     for holds in (holds_one, holds_several):
-        found = _chains(trace, holds)
+        found = chains_of(trace, holds)
         chains += found
         for chain in found:
             for hidden in trace.last_hidden:
@@ -188,6 +181,11 @@ def _choose(trace: Trace) -> tuple[_Chain, Norm, Tensor]:
                     break
         if ends:
             break
+    rounds = None if ends else rounds_of(trace, holds_one)
+    for hidden in () if rounds is None else trace.last_hidden:
+        norm = final_norm(trace, rounds.last, rounds.calls[-1].end, hidden)
+        if norm is not None:
+            return rounds, norm, hidden
     if not ends:
         raise _why_not(trace, chains)
     # Outermost first: a block's own inner chains are shorter pieces of the same way.
@@ -201,36 +199,6 @@ def _choose(trace: Trace) -> tuple[_Chain, Norm, Tensor]:
                 f"{parent_path(own.path)}: layer numbers would be ambiguous"
             )
     return best
-
-
-def _chains(trace: Trace, holds: Callable[[Tensor, int], bool]) -> list[_Chain]:
-    """Runs of sibling modules in which every output is the next input."""
-    groups: dict[str, list[ModuleCall]] = {}
-    for call in trace.calls:
-        parent, _, name = call.path.rpartition(".")
-        if name.isdigit() and any(holds(tensor, trace.seq) for tensor in call.outputs):
-            groups.setdefault(parent, []).append(call)
-    found = []
-    for calls in groups.values():
-        chain = _link(calls, trace.seq, holds)
-        if chain is not None:
-            found.append(chain)
-    return found
-
-
-def _link(calls: list[ModuleCall], seq: int, holds: Callable[[Tensor, int], bool]) -> _Chain | None:
-    index: list[int] = []
-    for call, following in pairwise(calls):
-        if following.start < call.end:
-            return None
-        streams = [(i, t) for i, t in enumerate(call.outputs) if holds(t, seq)]
-        linked = next((i for i, tensor in streams if carried(tensor, following) is not None), None)
-        if linked is None:
-            return None
-        index.append(linked)
-    fallback = next(i for i, t in enumerate(calls[-1].outputs) if holds(t, seq))
-    index.append(index[-1] if index and index[-1] < len(calls[-1].outputs) else fallback)
-    return _Chain(tuple(calls), tuple(index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +233,7 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
     )
 
 
-def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], dict[int, str]]:
+def _attention_by_layer(trace: Trace, chain: Chain) -> tuple[dict[int, str], dict[int, str]]:
     sites: dict[int, str] = {}
     other: dict[int, str] = {}
     for layer, call in enumerate(chain.calls):
@@ -287,7 +255,7 @@ def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], di
     return sites, other
 
 
-def _why_not(trace: Trace, chains: list[_Chain]) -> AnatomyError:
+def _why_not(trace: Trace, chains: list[Chain]) -> AnatomyError:
     if chains:
         longest = max(chains, key=lambda chain: len(chain.calls))
         kind = SeveralStreamsError if longest.last.dim() == 4 else AnatomyError
@@ -295,7 +263,20 @@ def _why_not(trace: Trace, chains: list[_Chain]) -> AnatomyError:
             f"the last hidden state could not be rebuilt from {longest.calls[-1].path}'s output: "
             "no modules that read it alone lead from one to the other"
         )
+    others = [chain for chain in chains_of(trace, _holds_other_rows) if len(chain.calls) > 1]
+    if others:
+        longest = max(others, key=lambda chain: len(chain.calls))
+        return AnatomyError(
+            f"the blocks in {parent_path(longest.calls[0].path)} run over "
+            f"{longest.last.shape[1]} positions for {trace.seq} tokens: the model adds or repeats "
+            "positions of its own, so that a row of its residual stream is no token of the prompt"
+        )
     return AnatomyError(
         "no chain of blocks: there are no sibling modules whose outputs "
         f"[1, {trace.seq} tokens, d_model] are each the next one's input"
     )
+
+
+def _holds_other_rows(tensor: Tensor, seq: int) -> bool:
+    shape = tuple(tensor.shape)
+    return tensor.is_floating_point() and len(shape) == 3 and shape[0] == 1 and shape[1] > seq

@@ -210,6 +210,8 @@ class _Layer:
         if self.anatomy.n_streams > 1:
             return base_of(block, self.anatomy.blocks[self.layer].output)
         own = [i for i, tensor in enumerate(block.read) if streams.is_stream(tensor)]
+        if self.layer in self.anatomy.starts:
+            return own[0] if own else None
         if self.layer:
             before = views[self.layer - 1].block.made[self.anatomy.blocks[self.layer - 1].output]
             return next((i for i in own if _carries(before, block.read[i], streams)), None)
