@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -238,7 +238,7 @@ class Capture:
             "format": FORMAT,
             "version": VERSION,
             "tokens": self.tokens,
-            "model": asdict(self.model),
+            "model": self.model.to_dict(),
             "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
             **described(self.parts),
         }

@@ -92,6 +92,11 @@ class Opened:
         return self.anatomy.d_model
 
     @property
+    def n_streams(self) -> int:
+        """Number of residual streams: 1 but for models that keep several."""
+        return self.anatomy.n_streams
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers whose softmax attention can be captured."""
         return tuple(self.anatomy.attention)
@@ -136,4 +141,5 @@ class Opened:
 
     def __repr__(self) -> str:
         name = type(self.model).__name__
-        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model})"
+        streams = f", {self.n_streams} streams" if self.n_streams > 1 else ""
+        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model}{streams})"

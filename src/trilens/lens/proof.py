@@ -28,6 +28,7 @@ from trilens.models.offload import unfilled
 from trilens.models.sites.claims import SiteClaims, find_sites
 from trilens.models.trace import Trace
 from trilens.taps.mode import evaluating, unchanged
+from trilens.taps.readout import check_readout
 from trilens.taps.recorder import record
 
 __all__ = ["PROBE_TOKENS", "Proof", "prove"]
@@ -97,6 +98,8 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     _check_head(model, trace, vocab)
     width = getattr(text_config(model), "hidden_size", None)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
+    with evaluating(model):
+        check_readout(model, anatomy, trace, vocab)
     with torch.no_grad():
         gates = find_gates(trace, events, anatomy)
         sites = find_sites(trace, events, anatomy, gates)
@@ -140,6 +143,12 @@ def _not_run(
             model(**arguments)
     # Whatever the model raises of itself is what its caller has to see.
     except Exception as own:  # noqa: BLE001
+        codebooks = getattr(text_config(model), "num_codebooks", None) or 1
+        if codebooks > 1:
+            return AnatomyError(
+                f"{name} reads {codebooks} codebooks of audio at each position, not one token: a "
+                f"plain prompt is none for it ({type(own).__name__}: {_first_line(own)})"
+            )
         return AnatomyError(
             f"{name} does not run on a plain prompt of {seq} tokens: {type(own).__name__}: "
             f"{_first_line(own)}{_way_out(model)}"

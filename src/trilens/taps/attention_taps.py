@@ -45,9 +45,8 @@ class AttentionTaps:
 
     def modules(self, model: nn.Module, anatomy: Anatomy) -> set[nn.Module]:
         """The modules whose calls are edited or kept here."""
-        paths = {
-            anatomy.attention[layer] for layer in self.edits.cuts if layer in anatomy.attention
-        }
+        layers = (layer for layer in self.edits.cuts if layer in anatomy.attention)
+        paths = {path for layer in layers for path in anatomy.attends(layer)}
         return {model.get_submodule(path) for path in paths} | {s.tap.module for s in self.spots}
 
     def before(self, given: AttentionArguments) -> AttentionArguments:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import _GeneratorContextManager, contextmanager
+from inspect import CO_GENERATOR
 from types import FrameType
 from typing import Any
 
@@ -48,9 +49,7 @@ class Hooks:
         self.model = model
         self.thread = threading.get_ident()
         self.closed = False
-        self._opener: FrameType | None = next(
-            frame for frame in _stack() if not _is_ours(frame.f_globals.get("__name__", ""))
-        )
+        self._opener: FrameType | None = next(frame for frame in _stack() if _opens(frame))
         self._handles: list[RemovableHandle] = []
         self._placing: nn.Module | None = None
         self._entered: list[_GeneratorContextManager[Any]] = []
@@ -152,8 +151,14 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_ours(module: str) -> bool:
-    return module == "contextlib" or module.startswith("trilens.taps.")
+def _opens(frame: FrameType) -> bool:
+    """Whether a block belongs to a frame: not to ours, nor to a generator.
+
+    A generator waits beside the stack while the block that it was made for runs.
+    """
+    module = frame.f_globals.get("__name__", "")
+    is_ours = module == "contextlib" or module.startswith("trilens.taps.")
+    return not is_ours and not frame.f_code.co_flags & CO_GENERATOR
 
 
 def _share(one: nn.Module, other: nn.Module) -> bool:

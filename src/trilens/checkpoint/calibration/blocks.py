@@ -193,7 +193,7 @@ class BlockRunner:
 
     def _check_structure(self) -> None:
         name = type(self.model).__name__
-        if not self.anatomy.batch_first:
+        if not self.anatomy.form.batch_first:
             raise AnatomyError(f"{name} has a residual [seq, batch, d_model]: not calibrated yet")
         if len({id(block) for block in self._blocks}) < len(self._blocks):
             raise AnatomyError(
