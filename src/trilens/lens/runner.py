@@ -68,7 +68,7 @@ class Runner:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
         self.reading = Reading.of(self.model, self.stack)
         with self.lock():
-            self.proof: Proof = prove(self.model, self.vocab, self.stack)
+            self.proof: Proof = prove(self.model, self.stack, self.reading)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
