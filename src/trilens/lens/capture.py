@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
+from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.indices import check_index
 from trilens.caches.sites import SiteCache
@@ -27,6 +28,7 @@ from trilens.numbers import at_least
 from trilens.statistics.probabilities import probabilities
 from trilens.text.alignment import Alignment, align
 from trilens.text.prompt_text import PromptText
+from trilens.text.source import Source
 
 __all__ = ["Capture"]
 
@@ -38,6 +40,7 @@ _HOW = {
     "gates": "gates=True",
     "states": "states=True",
     "sites": "sites=['resid_mid', …]",
+    "cross_attention": "attention=True, a lens on a decoder that has an encoder",
 }
 
 
@@ -57,6 +60,7 @@ class Capture:
             lens had no tokenizer, and in files from before it was kept.
         hash_checked: of a capture that was loaded: its file named a hash of its content, and fits
             it; False for files from before there were hashes. None for one that was not loaded.
+        source: what the encoder read, of a decoder's capture; None for other captures.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -69,6 +73,7 @@ class Capture:
     parts: Parts
     hash_checked: bool | None = None
     prompt_text: PromptText | None = None
+    source: Source | None = None
 
     def __repr__(self) -> str:
         return (
@@ -127,6 +132,19 @@ class Capture:
         """Values of named places, by name and layer; `NotStoredError` where none was captured."""
         part = self.parts.sites
         return part if part is not None else self._refuse("sites")
+
+    @property
+    def cross_attention(self) -> CrossAttentionCache:
+        """Per layer, from a decoder's tokens to its source; `NotStoredError` without it."""
+        part = self.parts.cross_attention
+        return part if part is not None else self._refuse("cross_attention")
+
+    @property
+    def source_tokens(self) -> tuple[str, ...]:
+        """One string per position of the source; `NotStoredError` where there is no source."""
+        if self.source is None:
+            raise NotStoredError("this capture has no source: its model is no encoder–decoder")
+        return self.source.tokens
 
     def _refuse(self, name: str) -> NoReturn:
         held = ", ".join(self.parts.names) or "nothing"
@@ -240,6 +258,7 @@ class Capture:
             "tokens": self.tokens,
             "model": self.model.to_dict(),
             "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
+            **({} if self.source is None else {"source": self.source.to_dict()}),
             **described(self.parts),
         }
         return write_tensors(as_path(path), dict(self._tensors()), manifest)
@@ -284,4 +303,5 @@ class Capture:
             hash_checked=manifest["hashed"] is True,
             parts=rebuilt(tensors, manifest, model.n_layers),
             prompt_text=written,
+            source=None if manifest.get("source") is None else Source.from_dict(manifest["source"]),
         )

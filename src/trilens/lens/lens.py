@@ -18,7 +18,7 @@ from trilens.lens.opened import Opened
 from trilens.lens.request import Asked, Which
 from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
-from trilens.models.tokens import PromptLike
+from trilens.models.tokens import PromptLike, SourceTarget
 from trilens.numbers import at_least
 from trilens.progress import Progress
 from trilens.taps.mode import evaluating
@@ -36,9 +36,13 @@ class Lens(Opened):
         model: a loaded causal LM, masked LM or bare encoder, or a wrapper of one; see `unwrapped`.
         tokenizer: its tokenizer: of transformers, a `tokenizers.Tokenizer`, or any object with
             encode and decode; without one, prompts are token ids.
+        stack: of a model with several stacks of blocks, the one to open: "decoder", "encoder",
+            "language", "vision" or "audio", of those in `stacks`; the decoder, or the language
+            model, where not given.
 
     Raises:
-        UsageError: no transformers model, no tokenizer, or a weight that is nowhere in memory.
+        UsageError: no transformers model, no tokenizer, a weight that is nowhere in memory, or a
+            stack that the model does not have.
         RecorderError: the model runs, but not while it is recorded.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
@@ -47,6 +51,7 @@ class Lens(Opened):
         self,
         prompt: PromptLike,
         *,
+        target: PromptLike | None = None,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
@@ -62,9 +67,11 @@ class Lens(Opened):
 
         Args:
             prompt: text, a list of token ids, a tensor [seq] or [1, seq], what a tokenizer
-                returned for one prompt (its padding is left out), or chat messages.
+                returned for one prompt (its padding is left out), or chat messages; for the
+                decoder of an encoder–decoder the source, or a `SourceTarget`.
+            target: what such a decoder reads; as of `SourceTarget`.
             residual: residual stream after each block: of the last token, of all, or none.
-            attention: keep each layer's post-rotary queries and keys.
+            attention: keep each layer's post-rotary queries and keys, of cross attention too.
             gates: keep each proven gate: what it is computed from, or its value.
             effective: keep the effective attention of recurrent layers in `effective`, and beside
                 the softmax layers' in `attention`; proven when a layer is first captured.
@@ -102,7 +109,8 @@ class Lens(Opened):
             states=states,
             sites=sites,
         ).once()
-        return self._runner.capture(prompt, asked, edits, add_special_tokens)
+        given = prompt if target is None else SourceTarget(prompt, target)
+        return self._runner.capture(given, asked, edits, add_special_tokens)
 
     def capture_many(
         self,

@@ -22,14 +22,24 @@ from trilens.lens.stepping import StepSafety
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
 from trilens.models.gates.effective_proof import effective_patterns
-from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
-from trilens.models.tokens import Prompt, PromptLike, pad_id_for, read_prompt, vocab_size_of
+from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.source_target import (
+    Reading,
+    ReadOptions,
+    features_prompt,
+    is_features,
+    read_features,
+    read_pair,
+)
+from trilens.models.stacks import Stack
+from trilens.models.tokens import Prompt, PromptLike, SourceTarget, pad_id_for
 from trilens.progress import Progress, Step
 from trilens.taps.edit_knockouts import check_heads
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import evaluating
 from trilens.taps.passes import run_pass
+from trilens.taps.positions import positions_of
 from trilens.taps.readout import read_out
 from trilens.taps.recording import CaptureRequest, Recording
 
@@ -44,23 +54,24 @@ class Runner:
     Attributes:
         model: of transformers.
         tokenizer: its tokenizer, or None.
+        stack: whose blocks are captured, and how they are run.
         proof: of the model as it is now.
-        vocab: token ids that it reads.
+        reading: the tokens that the stack and its encoder read.
         stepping: whether decoding steps equal one pass.
         info: what captures say of it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: Stack) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.stack = stack
         self._prove()
 
     def _prove(self) -> None:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
-        self.vocab = vocab_size_of(self.model)
+        self.reading = Reading.of(self.model, self.stack)
         with self.lock():
-            self.proof: Proof = prove(self.model, self.vocab)
-        self.max_positions = max_positions_of(self.model)
+            self.proof: Proof = prove(self.model, self.stack, self.reading)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
@@ -68,8 +79,18 @@ class Runner:
 
     def refresh(self) -> None:
         """Prove the model again where its modules are others by now."""
-        if self.proof.is_outdated(self.model, vocab_size_of(self.model)):
+        if self.proof.is_outdated(self.model, Reading.of(self.model, self.stack).vocab):
             self._prove()
+
+    @property
+    def vocab(self) -> int:
+        """Token ids that the stack reads; 0 where it reads none."""
+        return self.reading.vocab
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a prompt, None for any number."""
+        return self.reading.max_positions
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -94,15 +115,21 @@ class Runner:
     def read(
         self, prompt: PromptLike, add_special_tokens: bool, number: int | None = None
     ) -> Prompt:
-        """One prompt as the model reads it; `PromptError` as `read_prompt` says."""
-        return read_prompt(
-            prompt,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab,
-            max_positions=self.max_positions,
-            add_special_tokens=add_special_tokens,
-            number=number,
-        )
+        """One prompt as the stack reads it; `PromptError` as `read_prompt` says."""
+        how = ReadOptions(self.tokenizer, add_special_tokens, number)
+        if self.stack.has_source:
+            pair = prompt if isinstance(prompt, SourceTarget) else SourceTarget(prompt)
+            return read_pair(pair, self.model, self.reading, how)
+        if isinstance(prompt, SourceTarget):
+            raise UsageError(
+                f"the {self.stack.name} of {type(self.model).__name__} reads no target: give the "
+                "source alone, or open the decoder of an encoder–decoder"
+            )
+        if is_features(prompt):
+            given = read_features(prompt, self.model)
+            positions = positions_of(self.model, self.proof.anatomy, given)
+            return features_prompt(given, positions)
+        return how.read(prompt, self.reading.vocab, self.max_positions)
 
     def compiled(
         self, edits: Iterable[Edit] | Edit, lengths: Sequence[int], new_tokens: int = 0
@@ -141,7 +168,7 @@ class Runner:
         logits: bool = True,
     ) -> Recording:
         """One forward pass over a padded batch, as it was recorded."""
-        pad = pad_id_for(self.tokenizer, text_config(self.model), self.vocab)
+        pad = pad_id_for(self.tokenizer, text_config(self.model), max(1, self.vocab))
         arguments = batch_arguments(self.model, prompts, pad, logits=logits)
         with self.lock(), beyond_positions(self.model, max(wanted.lengths)):
             recording = run_pass(self.model, self.proof.anatomy, wanted, arguments, edits)
@@ -258,7 +285,8 @@ class Runner:
             done, total = 0, len(prompts) if isinstance(prompts, Sized) else 0
             for group in _grouped(source, size):
                 lengths = {len(prompt.ids) for prompt in group}
-                together = len(lengths) == 1 or self.batches_safely(max(lengths))
+                alone = any(prompt.arguments is not None for prompt in group)
+                together = not alone and (len(lengths) == 1 or self.batches_safely(max(lengths)))
                 for part in [group] if together else [[prompt] for prompt in group]:
                     found = self.run(part, asked, compiled, done)
                     done += len(part)
@@ -272,6 +300,8 @@ class Runner:
 
     def batches_safely(self, tokens: int) -> bool:
         """As `Lens.batches_safely`."""
+        if self.stack.has_source or not self.vocab:
+            return False
         return self._safety.up_to(tokens, self.model, self.vocab, configured_positions(self.model))
 
 

@@ -23,12 +23,12 @@ from trilens.io.messages import listed
 from trilens.models.attention_parts import attend_over_same, attention_parts
 from trilens.models.chain import Chain, chains_of, rounds_of
 from trilens.models.final_norm import Norm, final_norm, norm_behind_code, read_out_by
-from trilens.models.follow import way
+from trilens.models.follow import ways
 from trilens.models.logit_relation import relate
 from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
-from trilens.models.trace import AttentionSite, Trace, parent_path
+from trilens.models.trace import AttentionSite, ModuleCall, Trace, parent_path
 
-__all__ = ["Anatomy", "Block", "find_anatomy"]
+__all__ = ["Anatomy", "Block", "chains", "find_anatomy"]
 
 _EPS = 64
 """Roundings of the largest term that products of weights and values may differ by."""
@@ -214,6 +214,11 @@ def _choose(trace: Trace) -> tuple[Chain, Norm, Tensor]:
     return best
 
 
+def chains(trace: Trace) -> list[tuple[ModuleCall, ...]]:
+    """Runs of sibling modules in which every output is the next input."""
+    return [chain.calls for chain in chains_of(trace, holds_one)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Head:
     """logits = cap(scale · modules(last hidden state))."""
@@ -228,15 +233,15 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
     logits = trace.logits
     if logits is None:
         return _Head()
-    ways = [(path, output) for path, output, _ in way(trace, hidden, after)]
+    found = list(ways(trace, hidden, after))
     # A head that reads a scaled hidden state: for a linear map the factor commutes.
     for call in (call for call in trace.calls if call.start > after):
         plain = isinstance(call.module, nn.Linear) and getattr(call.module, "bias", None) is None
         if plain and call.inputs:
             factor = relate(hidden, call.inputs[0])
             if factor is not None and factor.scale != 1.0:
-                ways.append(((call.path,), call.outputs[0] / factor.scale))
-    for path, output in ways:
+                found.append(((call.path,), call.outputs[0] / factor.scale))
+    for path, output in found:
         relation = relate(output[..., : logits.shape[-1]], logits, constants)
         if relation is not None:
             return _Head(path, relation.scale, relation.softcap)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trilens.models.trace import ModuleCall, Trace, same
 
-__all__ = ["way"]
+__all__ = ["way", "ways"]
 
 _LONGEST_WAY = 4
 
@@ -28,6 +28,15 @@ def way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, .
         path = (*path, step.path)
         tensor, after = step.outputs[0], step.end
         yield path, tensor, after
+
+
+def ways(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Each way that begins at a reader of a tensor: a pooler may read it before the head does."""
+    for first in (c for c in trace.calls if c.start > after and c.outputs and _reads(c, tensor)):
+        if _reads_only(first, tensor):
+            yield (first.path,), first.outputs[0]
+            for path, output, _ in way(trace, first.outputs[0], first.end):
+                yield (first.path, *path), output
 
 
 def _reads(call: ModuleCall, tensor: Tensor) -> bool:

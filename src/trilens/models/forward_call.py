@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilens.models.offload import execution_device
@@ -18,6 +18,8 @@ __all__ = [
     "config_numbers",
     "device_of",
     "forward_arguments",
+    "given_arguments",
+    "pass_options",
     "probe_ids",
     "takes",
     "text_config",
@@ -32,7 +34,10 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """The device that takes the token ids: where the input embedding computes."""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_meta:
         return weight.device
@@ -60,10 +65,7 @@ def forward_arguments(
     arguments: dict[str, Any] = {"input_ids": ids}
     if mask is not None and "attention_mask" in known:
         arguments["attention_mask"] = mask
-    if "use_cache" in known:
-        arguments["use_cache"] = False
-    if "return_dict" in known:
-        arguments["return_dict"] = True
+    arguments |= pass_options(model)
     if not logits and "logits_to_keep" in known:
         # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
         # index it speaks of logits alone.
@@ -71,10 +73,34 @@ def forward_arguments(
     return arguments
 
 
+def pass_options(model: nn.Module) -> dict[str, Any]:
+    """What any plain pass of a model is told: no cache, and an output with names."""
+    known = inspect.signature(model.forward).parameters
+    options = {"use_cache": False, "return_dict": True}
+    return {name: value for name, value in options.items() if name in known}
+
+
+def given_arguments(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments for one pass over what a prompt brings itself, where the model computes."""
+    there, dtype = device_of(model), model.dtype
+    return {
+        **{
+            name: value.to(there, dtype if value.is_floating_point() else None)
+            for name, value in given.items()
+        },
+        **pass_options(model),
+    }
+
+
 def batch_arguments(
     model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, *, logits: bool
 ) -> dict[str, Any]:
-    """Arguments for one pass over prompts padded on the right; no mask where nothing is padded."""
+    """Arguments for one pass over prompts padded on the right; no mask where nothing is padded.
+
+    A prompt that brings arguments of its own is alone in its batch.
+    """
+    if prompts[0].arguments is not None:
+        return given_arguments(model, prompts[0].arguments)
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -226,6 +226,7 @@ class Trace:
 
     Attributes:
         responses: what activation modules gave at the points of `WIDE`, [1, points].
+        cross: attention calls that look at what an encoder made of a source; not in `attention`.
     """
 
     seq: int
@@ -238,6 +239,7 @@ class Trace:
     sums: tuple[SumCall, ...] = ()
     scaled: tuple[ScaledCall, ...] = ()
     linears: tuple[LinearCall, ...] = ()
+    cross: tuple[AttentionSite, ...] = ()
 
     def inside(self, call: ModuleCall) -> list[ModuleCall]:
         """The calls that ran inside the given one, in order of their start."""

@@ -125,6 +125,9 @@ def session_of(
         if attending - own.keys():
             keys = attention_keys(model, attending - own.keys())
             hooks.enter(REGISTRY.watch(keys, session.attend, editor))
+        if request.cross:
+            across = attention_keys(model, request.cross.values())
+            hooks.enter(REGISTRY.watch(across, session.attend_across))
         yield session
 
 
