@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from trilens.lens.saved_capture import FORMAT, VERSION, described, rebuilt
 from trilens.numbers import at_least
 from trilens.statistics.probabilities import probabilities
 from trilens.text.alignment import Alignment, align
+from trilens.text.media import Media, positions_of
 from trilens.text.prompt_text import PromptText
 
 __all__ = ["Capture"]
@@ -58,6 +60,8 @@ class Capture:
         hash_checked: of a capture that was loaded: its file named a hash of its content, and fits
             it; False for files from before there were hashes. None for one that was not loaded.
 
+        media: which tokens stand for images, videos and audio; see `image_positions`.
+
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
         the forward pass.
@@ -69,6 +73,7 @@ class Capture:
     parts: Parts
     hash_checked: bool | None = None
     prompt_text: PromptText | None = None
+    media: tuple[Media, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -163,6 +168,27 @@ class Capture:
         """
         return self._written().find(text, self.tokens, occurrence)
 
+    def image_positions(
+        self, number: SupportsIndex = 0, *, tile: SupportsIndex | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The positions of the tokens that stand for an image, laid out as the image is.
+
+        An answer about tokens becomes a map of the image:
+        `cap.attention.attention_from_position(layer, i)[cap.image_positions(0)]`.
+
+        Args:
+            number: of the image among the prompt's images, negative from the end.
+            tile: of an image that was cut into tiles.
+
+        Returns:
+            int64 [rows, cols]; [tokens] where no token belongs to one place of the image.
+
+        Raises:
+            NotStoredError: no token of this prompt stands for an image.
+            OutOfRangeError: no such image or tile; or several tiles, and none is named.
+        """
+        return positions_of(self.media, "image", number, tile)
+
     def align(self, other: Capture) -> Alignment:
         """This prompt's tokens beside another's, such as a corrupted one's.
 
@@ -177,14 +203,13 @@ class Capture:
         if self.prompt_text is not None:
             return self.prompt_text
         ids = self.token_ids.tolist()
-        raise NotStoredError(
-            "the text of this prompt is not known: "
-            + (
-                "it was captured by a lens without a tokenizer; give Lens(model, tokenizer) one"
-                if self.tokens == [f"<{i}>" for i in ids]
-                else "its file is from before texts were kept; capture again"
-            )
-        )
+        if -1 in ids:
+            why = "it was given as vectors (inputs_embeds), which stand for no text"
+        elif any(token == f"<{i}>" for token, i in zip(self.tokens, ids, strict=True)):
+            why = "it was captured by a lens without a tokenizer; give Lens(model, tokenizer) one"
+        else:
+            why = "its file is from before texts were kept; capture again"
+        raise NotStoredError(f"the text of this prompt is not known: {why}")
 
     @property
     def nbytes(self) -> int:
@@ -241,6 +266,7 @@ class Capture:
             "model": asdict(self.model),
             "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
             **described(self.parts),
+            **({"media": [each.to_dict() for each in self.media]} if self.media else {}),
         }
         return write_tensors(as_path(path), dict(self._tensors()), manifest)
 
@@ -284,4 +310,8 @@ class Capture:
             hash_checked=manifest["hashed"] is True,
             parts=rebuilt(tensors, manifest, model.n_layers),
             prompt_text=written,
+            media=tuple(
+                Media.from_dict(each, len(tensors["token_ids"]))
+                for each in manifest.get("media", ())
+            ),
         )

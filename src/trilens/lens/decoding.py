@@ -15,6 +15,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from trilens.errors import UsageError, ValueRangeError
 from trilens.models.forward_call import device_of, text_config
+from trilens.models.forward_inputs import ForwardInputs
 from trilens.numbers import at_least, whole_number
 from trilens.taps.undo import undone
 
@@ -258,6 +259,8 @@ def run_generate(
     decoding: Decoding,
     tokens: NewTokens,
     processors: Sequence[LogitsProcessor] = (),
+    *,
+    inputs: ForwardInputs | None = None,
 ) -> None:
     """Generate from one prompt with transformers' own loop; `tokens` sees what comes.
 
@@ -270,14 +273,18 @@ def run_generate(
         decoding: how tokens are chosen.
         tokens: the one that ends the text.
         processors: further ones that choose.
+        inputs: what the first pass is given beside the ids.
     """
     there = ids.reshape(1, -1).to(device_of(model))
+    beside = {} if inputs is None else inputs.on(device_of(model), model.dtype)
+    beside.pop("input_ids", None)
     with _own_config(model), _own_random(there.device, decoding):
         model.generate(
             there,
             generation_config=decoding.config(int(tokens.extra)),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([tokens]),
+            **beside,
         )
 
 

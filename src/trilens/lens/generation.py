@@ -29,6 +29,7 @@ from trilens.lens.decoding import (
 )
 from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
+from trilens.models.forward_inputs import fitting
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import Prompt, PromptLike
@@ -84,9 +85,10 @@ class Generation:
 
 def generate(
     runner: Runner,
-    prompt: PromptLike,
+    prompt: PromptLike | None,
     decoding: Decoding,
     *,
+    inputs: object = None,
     edits: Iterable[Edit] | Edit = (),
     capture: Mapping[str, Any] | None = None,
     stream: Stream | None = None,
@@ -97,7 +99,8 @@ def generate(
     runner.refresh()
     model = runner.model
     _check_generates(model)
-    read = runner.read(prompt, special)
+    read = runner.read_one(prompt, inputs, special)
+    _check_has_ids(read)
     start, most = len(read.ids), decoding.max_new_tokens
     _check_length(start, most, runner.max_positions)
     if decoding.stop_texts and runner.tokenizer is None:
@@ -133,7 +136,10 @@ def generate(
     kept = None
     if asked is not None:
         ids = [*read.ids.tolist(), *tokens.new]
-        whole = Prompt(torch.tensor(ids), token_strings(ids, runner.tokenizer))
+        # Images keep the names of their places; what was written is read with what stands before.
+        strings = token_strings(ids, runner.tokenizer)
+        named = read.strings if read.media else strings[:start]
+        whole = Prompt(torch.tensor(ids), (*named, *strings[start:]), media=read.media)
         recording = passes.joined(runner.request([whole], asked))
         kept = runner.captures([whole], recording, asked)[0]
     return Generation(
@@ -172,8 +178,17 @@ def _run(
             passes.grew,
             extra=asked is not None,
         )
-        run_generate(runner.model, prompt.ids, decoding, tokens)
+        with fitting(runner.model, prompt.inputs):
+            run_generate(runner.model, prompt.ids, decoding, tokens, inputs=prompt.inputs)
     return tokens, passes
+
+
+def _check_has_ids(prompt: Prompt) -> None:
+    if prompt.inputs is not None and not prompt.inputs.has_ids:
+        raise GenerationError(
+            "inputs holds vectors in place of tokens (inputs_embeds): a text is generated after "
+            "token ids; give input_ids"
+        )
 
 
 def _longest(n: int) -> Prompt:

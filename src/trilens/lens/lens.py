@@ -45,8 +45,9 @@ class Lens(Opened):
 
     def capture(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None = None,
         *,
+        inputs: Mapping[str, Any] | None = None,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
@@ -63,6 +64,9 @@ class Lens(Opened):
         Args:
             prompt: text, a list of token ids, a tensor [seq] or [1, seq], what a tokenizer
                 returned for one prompt (its padding is left out), or chat messages.
+            inputs: in place of a prompt, what the forward takes: input_ids or inputs_embeds of one
+                prompt, and whatever stands beside them, such as a processor makes of text and
+                images. `Capture.image_positions` says which tokens stand for an image.
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys.
             gates: keep each proven gate: what it is computed from, or its value.
@@ -83,6 +87,7 @@ class Lens(Opened):
 
         Raises:
             PromptError: empty, too long, out of vocabulary, or text without a tokenizer.
+            UsageError: inputs that the forward does not take, of several prompts, or not finite.
             OutOfRangeError: a layer, or a position for a state, that is not there.
             AttentionPathError: attention was asked of a layer that has none to give.
             CaptureError: an effective attention that the kernel's output does not prove.
@@ -102,7 +107,7 @@ class Lens(Opened):
             states=states,
             sites=sites,
         ).once()
-        return self._runner.capture(prompt, asked, edits, add_special_tokens)
+        return self._runner.capture(prompt, asked, edits, add_special_tokens, inputs)
 
     def capture_many(
         self,
@@ -185,9 +190,10 @@ class Lens(Opened):
 
     def gradients(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None,
         metric: Metric,
         *,
+        inputs: Mapping[str, Any] | None = None,
         sites: Iterable[str] = ("resid_post",),
         layers: Iterable[SupportsIndex] | None = None,
         edits: Iterable[Edit] | Edit = (),
@@ -199,7 +205,8 @@ class Lens(Opened):
         frozen for the run and get no gradient.
 
         Args:
-            prompt: as `capture` takes it.
+            prompt: as `capture` takes it; None where inputs are given.
+            inputs: as `capture` takes them.
             metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
                 `trilens.analysis` can be given.
             sites: as `capture` takes them; not attn.scores and attn.pattern.
@@ -215,12 +222,13 @@ class Lens(Opened):
             Every activation of the pass: what training of one batch of this prompt keeps.
         """
         asked = Asked(residual=None, layers=layers, sites=sites).once()
-        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens)
+        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens, inputs)
 
     def generate(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None = None,
         *,
+        inputs: Mapping[str, Any] | None = None,
         max_new_tokens: SupportsIndex = 40,
         edits: Iterable[Edit] | Edit = (),
         capture: Mapping[str, Any] | None = None,
@@ -236,6 +244,7 @@ class Lens(Opened):
 
         Args:
             prompt: as in `capture`; chat messages end with the start of an answer.
+            inputs: as in `capture`, of token ids.
             max_new_tokens: the most tokens to add.
             edits: applied in every pass; their positions count in the whole text.
             capture: options of `capture`, {} for its defaults: one capture of the whole text, the
@@ -271,6 +280,7 @@ class Lens(Opened):
             capture=capture,
             stream=stream,
             special=add_special_tokens,
+            inputs=inputs,
         )
 
     def batches_safely(self, tokens: int) -> bool:

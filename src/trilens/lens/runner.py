@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture
 from trilens.lens.gradients import Gradients, Metric, gradients_of
+from trilens.lens.inputs import prompt_of_inputs
 from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import Asked, request_of
@@ -21,12 +22,14 @@ from trilens.lens.split import split
 from trilens.lens.stepping import StepSafety
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
+from trilens.models.forward_inputs import fitting
 from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
 from trilens.models.tokens import Prompt, PromptLike, pad_id_for, read_prompt, vocab_size_of
 from trilens.progress import Progress, Step
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
+from trilens.taps.mode import forgetting
 from trilens.taps.passes import run_pass
 from trilens.taps.recording import CaptureRequest, Recording
 
@@ -100,6 +103,26 @@ class Runner:
             number=number,
         )
 
+    def read_one(self, prompt: PromptLike | None, inputs: object, special: bool) -> Prompt:
+        """A prompt, or inputs of the forward; exactly one of them is given."""
+        if (prompt is None) == (inputs is None):
+            raise UsageError(
+                "both a prompt and inputs are given: the inputs hold the prompt's token ids"
+                if inputs is not None
+                else "nothing is given to read: a prompt, or inputs=processor(…)"
+            )
+        if prompt is not None:
+            return self.read(prompt, special)
+        with self.lock():
+            return prompt_of_inputs(
+                inputs,
+                self.model,
+                self.proof.anatomy,
+                self.tokenizer,
+                vocab=self.vocab,
+                max_positions=self.max_positions,
+            )
+
     def compiled(
         self, edits: Iterable[Edit] | Edit, lengths: Sequence[int], new_tokens: int = 0
     ) -> Compiled:
@@ -137,7 +160,10 @@ class Runner:
         """One forward pass over a padded batch, as it was recorded."""
         pad = pad_id_for(self.tokenizer, text_config(self.model), self.vocab)
         arguments = batch_arguments(self.model, prompts, pad, logits=logits)
-        with self.lock(), beyond_positions(self.model, max(wanted.lengths)):
+        given = prompts[0].inputs
+        forgotten = nullcontext() if given is None else forgetting(self.model)
+        fits = fitting(self.model, given)
+        with self.lock(), beyond_positions(self.model, max(wanted.lengths)), forgotten, fits:
             recording = run_pass(self.model, self.proof.anatomy, wanted, arguments, edits)
         # A model that writes into tensors it has handed on: from now on keep copies.
         self._copies |= recording.request.copy
@@ -168,11 +194,16 @@ class Runner:
         return split(prompts, recording, effective, logits=asked.logits, info=self.info)
 
     def capture(
-        self, prompt: PromptLike, asked: Asked, edits: Iterable[Edit] | Edit, special: bool
+        self,
+        prompt: PromptLike | None,
+        asked: Asked,
+        edits: Iterable[Edit] | Edit,
+        special: bool,
+        inputs: object = None,
     ) -> Capture:
         """One prompt; as `Lens.capture`."""
         self.refresh()
-        read = self.read(prompt, special)
+        read = self.read_one(prompt, inputs, special)
         compiled = self.compiled(edits, [len(read.ids)])
         found = self.run([read], asked, compiled)[0]
         compiled.check_touched()
@@ -180,15 +211,16 @@ class Runner:
 
     def gradients(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None,
         metric: Metric,
         asked: Asked,
         edits: Iterable[Edit] | Edit,
         special: bool,
+        inputs: object = None,
     ) -> Gradients:
         """As `Lens.gradients`."""
         self.refresh()
-        read = self.read(prompt, special)
+        read = self.read_one(prompt, inputs, special)
         compiled = self.compiled(edits, [len(read.ids)])
         wanted = replace(self.request([read], asked), gradients=True)
         found = gradients_of(

@@ -96,6 +96,7 @@ def split(
             model=info,
             parts=parts(row, len(prompt.ids)),
             prompt_text=prompt.text,
+            media=prompt.media,
         )
         for row, prompt in enumerate(prompts)
     ]

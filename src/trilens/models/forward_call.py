@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trilens.models.forward_inputs import ForwardInputs
 from trilens.models.offload import execution_device
 from trilens.models.tokens import Prompt
 
@@ -18,6 +19,7 @@ __all__ = [
     "config_numbers",
     "device_of",
     "forward_arguments",
+    "inputs_arguments",
     "probe_ids",
     "takes",
     "text_config",
@@ -56,10 +58,16 @@ def forward_arguments(
         mask: 1 for real tokens, 0 for padding [batch, seq], or None.
         logits: False asks for the last position's logits only, where the model can.
     """
-    known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"input_ids": ids}
-    if mask is not None and "attention_mask" in known:
+    if mask is not None and takes(model, "attention_mask"):
         arguments["attention_mask"] = mask
+    return arguments | _settings(model, ids.shape[-1], logits=logits)
+
+
+def _settings(model: PreTrainedModel, seq: int, *, logits: bool) -> dict[str, Any]:
+    """How the pass is run: without a cache, and with the logits that are needed."""
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {}
     if "use_cache" in known:
         arguments["use_cache"] = False
     if "return_dict" in known:
@@ -67,7 +75,7 @@ def forward_arguments(
     if not logits and "logits_to_keep" in known:
         # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
         # index it speaks of logits alone.
-        arguments["logits_to_keep"] = torch.tensor([ids.shape[-1] - 1], device=ids.device)
+        arguments["logits_to_keep"] = torch.tensor([seq - 1], device=device_of(model))
     return arguments
 
 
@@ -75,6 +83,9 @@ def batch_arguments(
     model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, *, logits: bool
 ) -> dict[str, Any]:
     """Arguments for one pass over prompts padded on the right; no mask where nothing is padded."""
+    given = prompts[0].inputs
+    if given is not None and len(prompts) == 1:
+        return inputs_arguments(model, given, logits=logits)
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -84,6 +95,14 @@ def batch_arguments(
     device = device_of(model)
     there = None if bool(mask.all()) else mask.to(device)
     return forward_arguments(model, ids.to(device), there, logits=logits)
+
+
+def inputs_arguments(
+    model: PreTrainedModel, given: ForwardInputs, *, logits: bool
+) -> dict[str, Any]:
+    """Arguments for one pass over inputs as they were given."""
+    settings = _settings(model, len(given.ids), logits=logits)
+    return given.on(device_of(model), model.dtype) | settings
 
 
 def _special_ids(config: Any, depth: int = 2) -> Iterator[int]:

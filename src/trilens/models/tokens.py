@@ -29,9 +29,11 @@ from trilens.models.encoded import (
     is_messages,
     warn_doubled_bos,
 )
+from trilens.models.forward_inputs import ForwardInputs
 from trilens.models.positions import text_settings
 from trilens.models.prompt_text import spelled
 from trilens.models.tokenizers import usable_tokenizer
+from trilens.text.media import Media
 from trilens.text.prompt_text import PromptText
 
 __all__ = [
@@ -65,11 +67,15 @@ class Prompt:
         ids: [seq] int64, on the CPU
         strings: seq of them
         text: which characters each token covers; None without a tokenizer
+        inputs: what the forward is given instead of the ids alone
+        media: which tokens stand for images, videos and audio
     """
 
     ids: torch.Tensor
     strings: tuple[str, ...]
     text: PromptText | None = None
+    inputs: ForwardInputs | None = None
+    media: tuple[Media, ...] = ()
 
 
 def read_prompt(
