@@ -158,14 +158,13 @@ def test_bidirectional_masks_are_recorded() -> None:
     assert bool((pattern[0, :, 0, 1] > 0).all())
 
 
-def test_an_encoder_decoder_is_refused_with_the_part_that_can_be_opened() -> None:
+def test_an_encoder_decoder_opens_on_its_decoder_and_its_encoder_by_itself() -> None:
     config = AutoConfig.for_model(
         "t5", vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
         decoder_start_token_id=0,
     )  # fmt: skip
     model = AutoModelForSeq2SeqLM.from_config(config).eval()
-    with pytest.raises(AnatomyError, match=r"encoder–decoder.*model\.get_encoder\(\)"):
-        Lens(model)
+    assert Lens(model).stack_name == "decoder"
     assert Lens(model.get_encoder()).n_layers == 2
 
 

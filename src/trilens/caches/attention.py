@@ -334,8 +334,8 @@ class AttentionCache(ByLayer):
 
     def __repr__(self) -> str:
         if self.is_empty:
-            return "AttentionCache(empty)"
-        return f"AttentionCache({spell_layers(self.layers)}, {self.nbytes / 2**20:,.1f} MiB)"
+            return f"{type(self).__name__}(empty)"
+        return f"{type(self).__name__}({spell_layers(self.layers)}, {self.nbytes / 2**20:,.1f} MiB)"
 
     def _place(
         self, layer: SupportsIndex, head: SupportsIndex | None, batch: SupportsIndex

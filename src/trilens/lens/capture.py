@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
+from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.indices import check_index
 from trilens.caches.sites import SiteCache
@@ -29,6 +30,7 @@ from trilens.statistics.probabilities import probabilities
 from trilens.text.alignment import Alignment, align
 from trilens.text.media import Media, positions_of
 from trilens.text.prompt_text import PromptText
+from trilens.text.source import Source
 
 __all__ = ["Capture"]
 
@@ -40,6 +42,7 @@ _HOW = {
     "gates": "gates=True",
     "states": "states=True",
     "sites": "sites=['resid_mid', …]",
+    "cross_attention": "attention=True, a lens on a decoder that has an encoder",
 }
 
 
@@ -59,8 +62,8 @@ class Capture:
             lens had no tokenizer, and in files from before it was kept.
         hash_checked: of a capture that was loaded: its file named a hash of its content, and fits
             it; False for files from before there were hashes. None for one that was not loaded.
-
         media: which tokens stand for images, videos and audio; see `image_positions`.
+        source: what the encoder read, of a decoder's capture; None for other captures.
 
     Memory
         `nbytes`; queries, keys and full residuals of a single prompt are references to tensors of
@@ -74,6 +77,7 @@ class Capture:
     hash_checked: bool | None = None
     prompt_text: PromptText | None = None
     media: tuple[Media, ...] = ()
+    source: Source | None = None
 
     def __repr__(self) -> str:
         return (
@@ -132,6 +136,19 @@ class Capture:
         """Values of named places, by name and layer; `NotStoredError` where none was captured."""
         part = self.parts.sites
         return part if part is not None else self._refuse("sites")
+
+    @property
+    def cross_attention(self) -> CrossAttentionCache:
+        """Per layer, from a decoder's tokens to its source; `NotStoredError` without it."""
+        part = self.parts.cross_attention
+        return part if part is not None else self._refuse("cross_attention")
+
+    @property
+    def source_tokens(self) -> tuple[str, ...]:
+        """One string per position of the source; `NotStoredError` where there is no source."""
+        if self.source is None:
+            raise NotStoredError("this capture has no source: its model is no encoder–decoder")
+        return self.source.tokens
 
     def _refuse(self, name: str) -> NoReturn:
         held = ", ".join(self.parts.names) or "nothing"
@@ -265,6 +282,7 @@ class Capture:
             "tokens": self.tokens,
             "model": asdict(self.model),
             "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
+            **({} if self.source is None else {"source": self.source.to_dict()}),
             **described(self.parts),
             **({"media": [each.to_dict() for each in self.media]} if self.media else {}),
         }
@@ -314,4 +332,5 @@ class Capture:
                 Media.from_dict(each, len(tensors["token_ids"]))
                 for each in manifest.get("media", ())
             ),
+            source=None if manifest.get("source") is None else Source.from_dict(manifest["source"]),
         )

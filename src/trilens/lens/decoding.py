@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -14,8 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from trilens.errors import UsageError, ValueRangeError
-from trilens.models.forward_call import device_of, text_config
-from trilens.models.forward_inputs import ForwardInputs
+from trilens.models.forward_call import device_of, given_arguments, text_config
 from trilens.numbers import at_least, whole_number
 from trilens.taps.undo import undone
 
@@ -260,7 +259,7 @@ def run_generate(
     tokens: NewTokens,
     processors: Sequence[LogitsProcessor] = (),
     *,
-    inputs: ForwardInputs | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Generate from one prompt with transformers' own loop; `tokens` sees what comes.
 
@@ -273,11 +272,11 @@ def run_generate(
         decoding: how tokens are chosen.
         tokens: the one that ends the text.
         processors: further ones that choose.
-        inputs: what the first pass is given beside the ids.
+        arguments: what the first pass is given in place of the ids alone.
     """
     there = ids.reshape(1, -1).to(device_of(model))
-    beside = {} if inputs is None else inputs.on(device_of(model), model.dtype)
-    beside.pop("input_ids", None)
+    given = given_arguments(model, arguments or {})
+    beside = {name: given[name] for name in arguments or {} if name != "input_ids"}
     with _own_config(model), _own_random(there.device, decoding):
         model.generate(
             there,

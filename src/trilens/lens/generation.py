@@ -178,13 +178,14 @@ def _run(
             passes.grew,
             extra=asked is not None,
         )
-        with fitting(runner.model, prompt.inputs):
-            run_generate(runner.model, prompt.ids, decoding, tokens, inputs=prompt.inputs)
+        given = None if runner.stack.has_source else prompt.arguments
+        with fitting(runner.model, given):
+            run_generate(runner.model, prompt.ids, decoding, tokens, arguments=given)
     return tokens, passes
 
 
 def _check_has_ids(prompt: Prompt) -> None:
-    if prompt.inputs is not None and not prompt.inputs.has_ids:
+    if prompt.arguments is not None and "inputs_embeds" in prompt.arguments:
         raise GenerationError(
             "inputs holds vectors in place of tokens (inputs_embeds): a text is generated after "
             "token ids; give input_ids"

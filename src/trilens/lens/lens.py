@@ -14,6 +14,7 @@ from trilens.lens.decoding import Stream, read_decoding
 from trilens.lens.folding import FoldedHead, folded_head
 from trilens.lens.generation import Generation, generate
 from trilens.lens.gradients import Gradients, Metric
+from trilens.lens.inputs import with_target
 from trilens.lens.opened import Opened
 from trilens.lens.request import Asked, Which
 from trilens.lens.stack import Where, stack
@@ -36,9 +37,13 @@ class Lens(Opened):
         model: a loaded causal LM, masked LM or bare encoder, or a wrapper of one; see `unwrapped`.
         tokenizer: its tokenizer: of transformers, a `tokenizers.Tokenizer`, or any object with
             encode and decode; without one, prompts are token ids.
+        stack: of a model with several stacks of blocks, the one to open: "decoder", "encoder",
+            "language", "vision" or "audio", of those in `stacks`; the decoder, or the language
+            model, where not given.
 
     Raises:
-        UsageError: no transformers model, no tokenizer, or a weight that is nowhere in memory.
+        UsageError: no transformers model, no tokenizer, a weight that is nowhere in memory, or a
+            stack that the model does not have.
         RecorderError: the model runs, but not while it is recorded.
         AnatomyError: blocks, final norm or unembedding could not be proven on a short probe.
     """
@@ -48,6 +53,7 @@ class Lens(Opened):
         prompt: PromptLike | None = None,
         *,
         inputs: Mapping[str, Any] | None = None,
+        target: PromptLike | None = None,
         residual: Which | None = "last",
         attention: bool = False,
         gates: bool = False,
@@ -63,12 +69,14 @@ class Lens(Opened):
 
         Args:
             prompt: text, a list of token ids, a tensor [seq] or [1, seq], what a tokenizer
-                returned for one prompt (its padding is left out), or chat messages.
+                returned for one prompt (its padding is left out), or chat messages; for the
+                decoder of an encoder–decoder the source, or a `SourceTarget`.
             inputs: in place of a prompt, what the forward takes: input_ids or inputs_embeds of one
                 prompt, and whatever stands beside them, such as a processor makes of text and
                 images. `Capture.image_positions` says which tokens stand for an image.
+            target: what such a decoder reads; as of `SourceTarget`.
             residual: residual stream after each block: of the last token, of all, or none.
-            attention: keep each layer's post-rotary queries and keys.
+            attention: keep each layer's post-rotary queries and keys, of cross attention too.
             gates: keep each proven gate: what it is computed from, or its value.
             effective: keep the effective attention of recurrent layers in `effective`, and beside
                 the softmax layers' in `attention`; proven when a layer is first captured.
@@ -107,6 +115,7 @@ class Lens(Opened):
             states=states,
             sites=sites,
         ).once()
+        prompt, inputs = with_target(prompt, inputs, target)
         return self._runner.capture(prompt, asked, edits, add_special_tokens, inputs)
 
     def capture_many(

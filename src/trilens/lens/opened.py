@@ -14,6 +14,7 @@ from trilens.lens.sites import layers_of, why_no_site
 from trilens.models.anatomy import Anatomy
 from trilens.models.loading import load
 from trilens.models.sites.claims import SiteClaims
+from trilens.models.stacks import StackName, chosen_stack, stacks_of
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.unwrap import is_pipeline, unwrapped
 from trilens.numbers import whole_number
@@ -27,12 +28,22 @@ class Opened:
     Args and errors are those of `Lens`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any = None, *, stack: StackName | None = None
+    ) -> None:
         if tokenizer is None and is_pipeline(model):
             tokenizer = getattr(model, "tokenizer", None)
-        self.model = model = unwrapped(model)
+        whole = unwrapped(model)
+        self._stack = chosen_stack(whole, stack)
+        self.stacks = tuple(stacks_of(whole))
+        self.model = self._stack.running(whole)
         self.unused_weights: tuple[str, ...] = ()
-        self._runner = Runner(self.model, usable_tokenizer(tokenizer))
+        self._runner = Runner(self.model, usable_tokenizer(tokenizer), self._stack)
+
+    @property
+    def stack_name(self) -> StackName:
+        """The stack that is captured, one of `stacks`."""
+        return self._stack.name
 
     @property
     def tokenizer(self) -> Any:
@@ -53,12 +64,13 @@ class Opened:
         revision: str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
+        stack: StackName | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id and open it.
 
         Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
         where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
-        transformers where not given.
+        transformers where not given; `stack` as for `Lens`.
 
         Raises:
             LoadError: and its subclasses, see `trilens.errors`.
@@ -72,7 +84,7 @@ class Opened:
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
-        lens = cls(loaded.model, loaded.tokenizer)
+        lens = cls(loaded.model, loaded.tokenizer, stack=stack)
         lens.unused_weights = tuple(loaded.unused)
         return lens
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
+from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.gates import GateCache
 from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
@@ -44,6 +45,7 @@ class Parts:
         gates: per-layer gates.
         states: recurrent states of layers after chosen tokens.
         sites: values of named places of the forward pass.
+        cross_attention: per-layer patterns of a decoder's tokens over its encoder's positions.
     """
 
     logits: Tensor | None = None
@@ -53,6 +55,7 @@ class Parts:
     gates: GateCache | None = None
     states: StateCache | None = None
     sites: SiteCache | None = None
+    cross_attention: CrossAttentionCache | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +73,11 @@ class Parts:
 
     def attention_caches(self) -> Iterator[tuple[str, AttentionCache]]:
         """The attention caches that are there, by name."""
-        for name, cache in (("attention", self.attention), ("effective", self.effective)):
+        for name, cache in (
+            ("attention", self.attention),
+            ("effective", self.effective),
+            ("cross_attention", self.cross_attention),
+        ):
             if cache is not None:
                 yield name, cache
 
@@ -112,6 +119,9 @@ class Parts:
             gates=None if self.gates is None else self.gates.to(device),
             states=None if self.states is None else self.states.to(device),
             sites=None if self.sites is None else self.sites.to(device),
+            cross_attention=None
+            if self.cross_attention is None
+            else self.cross_attention.to(device),
         )
 
     def _moved(

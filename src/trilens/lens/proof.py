@@ -7,7 +7,8 @@ rule, with the facts that prove them. The probe must leave the model as it was.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,23 +18,18 @@ from transformers import PreTrainedModel
 from trilens.errors import AnatomyError, RecorderError, TrilensError, UsageError
 from trilens.io.messages import reason
 from trilens.models.anatomy import Anatomy, find_anatomy
-from trilens.models.forward_call import (
-    config_numbers,
-    forward_arguments,
-    probe_ids,
-    text_config,
-)
+from trilens.models.cross_attention import cross_attention, without_cross_attention
+from trilens.models.forward_call import config_numbers, text_config
 from trilens.models.gates.claims import GateClaims, find_gates
 from trilens.models.offload import unfilled
 from trilens.models.sites.claims import SiteClaims, find_sites
+from trilens.models.stack_probe import probe_of
+from trilens.models.stacks import Stack
 from trilens.models.trace import Trace
 from trilens.taps.mode import evaluating, unchanged
 from trilens.taps.recorder import record
 
-__all__ = ["PROBE_TOKENS", "Proof", "prove"]
-
-PROBE_TOKENS = 11
-"""Tokens in the probe: odd and small, so that no other axis of a model is likely to equal it."""
+__all__ = ["Proof", "prove"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +39,8 @@ class Proof:
     Attributes:
         vocab: rows of the input embedding.
         modules: the model's modules when it was proven.
+        cross: per layer, the module that attends to what the encoder made of the source.
+        no_cross: of a stack with a source, why other layers have no such attention, in words.
     """
 
     anatomy: Anatomy
@@ -50,6 +48,8 @@ class Proof:
     sites: SiteClaims
     vocab: int
     modules: tuple[nn.Module, ...]
+    cross: Mapping[int, nn.Module] = field(default_factory=dict)
+    no_cross: Mapping[int, str] = field(default_factory=dict)
 
     def is_outdated(self, model: nn.Module, vocab: int) -> bool:
         """Whether the model has other modules than those that were proven, or other tokens.
@@ -64,24 +64,22 @@ class Proof:
         return not same or vocab != self.vocab
 
 
-def prove(model: PreTrainedModel, vocab: int) -> Proof:
-    """Probe a model and prove its anatomy and gates.
+def prove(model: PreTrainedModel, vocab: int, stack: Stack) -> Proof:
+    """Probe a model and prove the anatomy and gates of one of its stacks.
 
     Args:
-        model: any transformers language model.
-        vocab: rows of the input embedding.
+        model: what a pass of the stack calls.
+        vocab: token ids that the stack reads.
+        stack: the stack.
 
     Raises:
         UsageError: a weight is not in memory, and nothing brings it there.
         AnatomyError: what could not be proven, with the facts that failed.
     """
     _check_in_memory(model)
-    _check_stacks(model)
-    axes = {value for value in config_numbers(model) if value == int(value)}
-    seq = next(n for n in (PROBE_TOKENS, 13, 17, 19, 23) if n not in axes or n == 23)
-    ids = probe_ids(model, vocab, seq)
-    arguments = forward_arguments(model, ids, None)
     with unchanged(model) as whole, evaluating(model):
+        probe = probe_of(model, stack, vocab)
+        seq, arguments = probe.seq, probe.arguments
         try:
             trace, events = record(model, seq, lambda: model(**arguments))
         except TrilensError:
@@ -96,11 +94,13 @@ def prove(model: PreTrainedModel, vocab: int) -> Proof:
     _check_numbers(trace)
     _check_head(model, trace, vocab)
     width = getattr(text_config(model), "hidden_size", None)
+    trace, crossing = without_cross_attention(trace, probe.source)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
+    cross, no_cross = cross_attention(trace, crossing, anatomy)
     with torch.no_grad():
         gates = find_gates(trace, events, anatomy)
         sites = find_sites(trace, events, anatomy, gates)
-    return Proof(anatomy, gates, sites, vocab, tuple(model.modules()))
+    return Proof(anatomy, gates, sites, vocab, tuple(model.modules()), cross, no_cross)
 
 
 def _check_in_memory(model: nn.Module) -> None:
@@ -117,21 +117,8 @@ def _check_in_memory(model: nn.Module) -> None:
         )
 
 
-def _check_stacks(model: PreTrainedModel) -> None:
-    """Refuse an encoder–decoder: what is a residual stream of which tokens would be undefined."""
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return
-    encoder = model.get_encoder()
-    if encoder is not None and encoder is not model:
-        raise AnatomyError(
-            f"{type(model).__name__} is an encoder–decoder: two stacks of blocks, each with tokens "
-            "and a residual stream of its own; open its encoder (model.get_encoder(), where that "
-            "reads tokens), or a causal decoder"
-        )
-
-
 def _not_run(
-    model: PreTrainedModel, seq: int, arguments: dict[str, Any], error: Exception
+    model: PreTrainedModel, seq: int, arguments: Mapping[str, Any], error: Exception
 ) -> AnatomyError:
     """Whose failure it is: the model's, which then fails without the recorder too, or ours."""
     name = type(model).__name__

@@ -12,7 +12,7 @@ from trilens.io.messages import listed
 from trilens.lens.proof import Proof
 from trilens.lens.sites import read_sites
 from trilens.models.anatomy import Anatomy
-from trilens.models.gates.absent import attention_reasons, effective_reasons
+from trilens.models.gates.absent import attention_reasons, cross_reasons, effective_reasons
 from trilens.models.gates.claims import GateClaims
 from trilens.taps.recording import CaptureRequest, StateRequest
 
@@ -70,6 +70,7 @@ def request_of(
     anatomy, claims = proof.anatomy, proof.gates
     chosen = read_layers(asked.layers, anatomy.n_layers)
     softmax: tuple[int, ...] = ()
+    crossing = [i for i in proof.cross if i in chosen] if asked.attention else []
     if asked.attention:
         which = "this model" if asked.layers is None else f"layers {', '.join(map(str, chosen))}"
         softmax = read_attention(chosen, which, anatomy, claims, model)
@@ -88,6 +89,8 @@ def request_of(
         states=remembered,
         absent=attention_reasons(anatomy, claims.recurrences, chosen, held),
         absent_effective=effective_reasons(anatomy, claims.recurrences, chosen),
+        cross={i: proof.cross[i] for i in crossing},
+        absent_cross=cross_reasons(proof.cross, proof.no_cross, chosen, anatomy.n_layers),
         sites=read_sites(
             asked.sites,
             chosen,

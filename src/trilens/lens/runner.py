@@ -14,7 +14,7 @@ from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture
 from trilens.lens.gradients import Gradients, Metric, gradients_of
-from trilens.lens.inputs import prompt_of_inputs
+from trilens.lens.inputs import prompt_of_inputs, split_target
 from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import Asked, request_of
@@ -24,13 +24,23 @@ from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
 from trilens.models.forward_inputs import fitting
 from trilens.models.gates.effective_proof import effective_patterns
-from trilens.models.positions import beyond_positions, configured_positions, max_positions_of
-from trilens.models.tokens import Prompt, PromptLike, pad_id_for, read_prompt, vocab_size_of
+from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.source_target import (
+    Reading,
+    ReadOptions,
+    features_prompt,
+    is_features,
+    read_features,
+    read_pair,
+)
+from trilens.models.stacks import Stack
+from trilens.models.tokens import Prompt, PromptLike, SourceTarget, pad_id_for
 from trilens.progress import Progress, Step
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import forgetting
 from trilens.taps.passes import run_pass
+from trilens.taps.positions import positions_of
 from trilens.taps.recording import CaptureRequest, Recording
 
 __all__ = ["Runner"]
@@ -44,23 +54,24 @@ class Runner:
     Attributes:
         model: of transformers.
         tokenizer: its tokenizer, or None.
+        stack: whose blocks are captured, and how they are run.
         proof: of the model as it is now.
-        vocab: token ids that it reads.
+        reading: the tokens that the stack and its encoder read.
         stepping: whether decoding steps equal one pass.
         info: what captures say of it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: Stack) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.stack = stack
         self._prove()
 
     def _prove(self) -> None:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
-        self.vocab = vocab_size_of(self.model)
+        self.reading = Reading.of(self.model, self.stack)
         with self.lock():
-            self.proof: Proof = prove(self.model, self.vocab)
-        self.max_positions = max_positions_of(self.model)
+            self.proof: Proof = prove(self.model, self.vocab, self.stack)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
@@ -68,8 +79,18 @@ class Runner:
 
     def refresh(self) -> None:
         """Prove the model again where its modules are others by now."""
-        if self.proof.is_outdated(self.model, vocab_size_of(self.model)):
+        if self.proof.is_outdated(self.model, Reading.of(self.model, self.stack).vocab):
             self._prove()
+
+    @property
+    def vocab(self) -> int:
+        """Token ids that the stack reads; 0 where it reads none."""
+        return self.reading.vocab
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a prompt, None for any number."""
+        return self.reading.max_positions
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -93,17 +114,23 @@ class Runner:
     def read(
         self, prompt: PromptLike, add_special_tokens: bool, number: int | None = None
     ) -> Prompt:
-        """One prompt as the model reads it; `PromptError` as `read_prompt` says."""
-        return read_prompt(
-            prompt,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab,
-            max_positions=self.max_positions,
-            add_special_tokens=add_special_tokens,
-            number=number,
-        )
+        """One prompt as the stack reads it; `PromptError` as `read_prompt` says."""
+        how = ReadOptions(self.tokenizer, add_special_tokens, number)
+        if self.stack.has_source:
+            pair = prompt if isinstance(prompt, SourceTarget) else SourceTarget(prompt)
+            return read_pair(pair, self.model, self.reading, how)
+        if isinstance(prompt, SourceTarget):
+            raise UsageError(
+                f"the {self.stack.name} of {type(self.model).__name__} reads no target: give the "
+                "source alone, or open the decoder of an encoder–decoder"
+            )
+        if is_features(prompt):
+            given = read_features(prompt, self.model)
+            positions = positions_of(self.model, self.proof.anatomy, given)
+            return features_prompt(given, positions)
+        return how.read(prompt, self.reading.vocab, self.max_positions)
 
-    def read_one(self, prompt: PromptLike | None, inputs: object, special: bool) -> Prompt:
+    def read_one(self, prompt: PromptLike | None, inputs: Any, special: bool) -> Prompt:
         """A prompt, or inputs of the forward; exactly one of them is given."""
         if (prompt is None) == (inputs is None):
             raise UsageError(
@@ -113,6 +140,11 @@ class Runner:
             )
         if prompt is not None:
             return self.read(prompt, special)
+        if self.stack.has_source:
+            source, target = split_target(inputs)
+            return self.read(SourceTarget(source, target), special)
+        if not self.vocab:
+            return self.read(inputs, special)
         with self.lock():
             return prompt_of_inputs(
                 inputs,
@@ -158,9 +190,9 @@ class Runner:
         logits: bool = True,
     ) -> Recording:
         """One forward pass over a padded batch, as it was recorded."""
-        pad = pad_id_for(self.tokenizer, text_config(self.model), self.vocab)
+        pad = pad_id_for(self.tokenizer, text_config(self.model), max(1, self.vocab))
         arguments = batch_arguments(self.model, prompts, pad, logits=logits)
-        given = prompts[0].inputs
+        given = prompts[0].arguments
         forgotten = nullcontext() if given is None else forgetting(self.model)
         fits = fitting(self.model, given)
         with self.lock(), beyond_positions(self.model, max(wanted.lengths)), forgotten, fits:
@@ -264,7 +296,8 @@ class Runner:
             done, total = 0, len(prompts) if isinstance(prompts, Sized) else 0
             for group in _grouped(source, size):
                 lengths = {len(prompt.ids) for prompt in group}
-                together = len(lengths) == 1 or self.batches_safely(max(lengths))
+                alone = any(prompt.arguments is not None for prompt in group)
+                together = not alone and (len(lengths) == 1 or self.batches_safely(max(lengths)))
                 for part in [group] if together else [[prompt] for prompt in group]:
                     found = self.run(part, asked, compiled, done)
                     done += len(part)
@@ -278,6 +311,8 @@ class Runner:
 
     def batches_safely(self, tokens: int) -> bool:
         """As `Lens.batches_safely`."""
+        if self.stack.has_source or not self.vocab:
+            return False
         return self._safety.up_to(tokens, self.model, self.vocab, configured_positions(self.model))
 
 

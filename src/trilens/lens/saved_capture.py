@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache, rebuild_pattern
+from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.gate_spec import GateSpec
 from trilens.caches.gates import GateCache
 from trilens.caches.sites import SiteCache
@@ -63,7 +64,9 @@ def rebuilt(tensors: dict[str, Tensor], manifest: dict[str, Any], n_model_layers
     Raises:
         KeyError, TypeError, ValueError, AttributeError, UsageError: they do not fit each other.
     """
-    held: dict[str, _Layers] = {"attention": {}, "effective": {}, "gates": {}, "states": {}}
+    held: dict[str, _Layers] = {
+        kind: {} for kind in ("attention", "effective", "cross_attention", "gates", "states")
+    }
     residual: dict[int, Tensor] = {}
     at_sites: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -91,6 +94,21 @@ def rebuilt(tensors: dict[str, Tensor], manifest: dict[str, Any], n_model_layers
         gates=_gates(held["gates"], manifest["gates"]),
         states=None if states is None else StateCache.rebuild(held["states"], states),
         sites=None if sites is None else SiteCache.rebuild(at_sites, sites),
+        cross_attention=_cross_attention(held, manifest, n_model_layers),
+    )
+
+
+def _cross_attention(
+    held: dict[str, _Layers], manifest: dict[str, Any], n_model_layers: int
+) -> CrossAttentionCache | None:
+    # Files of other models do not speak of it.
+    found = _attention("cross_attention", held, manifest, n_model_layers, None)
+    if found is None:
+        return None
+    return CrossAttentionCache.from_layers(
+        {layer: found.pattern(layer) for layer in found.layers},
+        n_model_layers=n_model_layers,
+        reasons=found.reasons,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trilens.caches.activation import ActivationCache, FullActivationCache
 from trilens.caches.attention import AttentionCache
+from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.derived import Derived, HeadOut, PatternValue
 from trilens.caches.gates import GateCache
 from trilens.caches.patterns.protocol import Pattern
@@ -24,6 +25,7 @@ from trilens.models.sites.site import SiteKey
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
 from trilens.taps.recording import CaptureRequest, Recording
+from trilens.text.source import Source, frames
 
 __all__ = ["split"]
 
@@ -87,6 +89,7 @@ def split(
             )
             if asked.sites
             else None,
+            cross_attention=_cross_attention(recording, info.n_layers),
         )
 
     return [
@@ -97,9 +100,28 @@ def split(
             parts=parts(row, len(prompt.ids)),
             prompt_text=prompt.text,
             media=prompt.media,
+            source=_source(prompt, recording.source),
         )
         for row, prompt in enumerate(prompts)
     ]
+
+
+def _cross_attention(recording: Recording, n_layers: int) -> CrossAttentionCache | None:
+    """Of a single row: prompts with a source run one by one."""
+    if not recording.cross:
+        return None
+    return CrossAttentionCache.from_layers(
+        {layer: pattern_of(call) for layer, call in recording.cross.items()},
+        n_model_layers=n_layers,
+        reasons=recording.request.absent_cross,
+    )
+
+
+def _source(prompt: Prompt, positions: int | None) -> Source | None:
+    """What the encoder read; of positions that are not those of tokens, their numbers."""
+    if positions is None or (prompt.source and len(prompt.source.tokens) == positions):
+        return prompt.source
+    return frames(positions)
 
 
 def _own(tensor: Tensor, recording: Recording) -> Tensor:

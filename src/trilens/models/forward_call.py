@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trilens.models.forward_inputs import ForwardInputs
 from trilens.models.offload import execution_device
 from trilens.models.tokens import Prompt
 
@@ -19,7 +18,8 @@ __all__ = [
     "config_numbers",
     "device_of",
     "forward_arguments",
-    "inputs_arguments",
+    "given_arguments",
+    "pass_options",
     "probe_ids",
     "takes",
     "text_config",
@@ -34,7 +34,10 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """The device that takes the token ids: where the input embedding computes."""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and not weight.is_meta:
         return weight.device
@@ -61,31 +64,52 @@ def forward_arguments(
     arguments: dict[str, Any] = {"input_ids": ids}
     if mask is not None and takes(model, "attention_mask"):
         arguments["attention_mask"] = mask
-    return arguments | _settings(model, ids.shape[-1], logits=logits)
+    last = None if logits else ids.shape[-1] - 1
+    return arguments | pass_options(model) | _only_of(model, last)
 
 
-def _settings(model: PreTrainedModel, seq: int, *, logits: bool) -> dict[str, Any]:
-    """How the pass is run: without a cache, and with the logits that are needed."""
+def _only_of(model: PreTrainedModel, position: int | None) -> dict[str, Any]:
+    """Logits of one position alone, where the model can; of all where it is None."""
+    if position is None or not takes(model, "logits_to_keep"):
+        return {}
+    # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
+    # index it speaks of logits alone.
+    return {"logits_to_keep": torch.tensor([position], device=device_of(model))}
+
+
+def pass_options(model: nn.Module) -> dict[str, Any]:
+    """What any plain pass of a model is told: no cache, and an output with names."""
     known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {}
-    if "use_cache" in known:
-        arguments["use_cache"] = False
-    if "return_dict" in known:
-        arguments["return_dict"] = True
-    if not logits and "logits_to_keep" in known:
-        # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
-        # index it speaks of logits alone.
-        arguments["logits_to_keep"] = torch.tensor([seq - 1], device=device_of(model))
-    return arguments
+    options = {"use_cache": False, "return_dict": True}
+    return {name: value for name, value in options.items() if name in known}
+
+
+def given_arguments(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for one pass over what a prompt brings itself, where the model computes."""
+    there, dtype = device_of(model), model.dtype
+    moved = {name: _moved(value, there, dtype) for name, value in given.items()}
+    return moved | pass_options(model)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_moved(each, device, dtype) for each in value]
+    if not isinstance(value, Tensor):
+        return value
+    # Numbers along one axis, such as seconds of a video's frames, are no activations.
+    return value.to(device, dtype if value.is_floating_point() and value.ndim > 1 else None)
 
 
 def batch_arguments(
     model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, *, logits: bool
 ) -> dict[str, Any]:
-    """Arguments for one pass over prompts padded on the right; no mask where nothing is padded."""
-    given = prompts[0].inputs
-    if given is not None and len(prompts) == 1:
-        return inputs_arguments(model, given, logits=logits)
+    """Arguments for one pass over prompts padded on the right; no mask where nothing is padded.
+
+    A prompt that brings arguments of its own is alone in its batch.
+    """
+    if prompts[0].arguments is not None:
+        last = None if logits else len(prompts[0].ids) - 1
+        return given_arguments(model, prompts[0].arguments) | _only_of(model, last)
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -95,14 +119,6 @@ def batch_arguments(
     device = device_of(model)
     there = None if bool(mask.all()) else mask.to(device)
     return forward_arguments(model, ids.to(device), there, logits=logits)
-
-
-def inputs_arguments(
-    model: PreTrainedModel, given: ForwardInputs, *, logits: bool
-) -> dict[str, Any]:
-    """Arguments for one pass over inputs as they were given."""
-    settings = _settings(model, len(given.ids), logits=logits)
-    return given.on(device_of(model), model.dtype) | settings
 
 
 def _special_ids(config: Any, depth: int = 2) -> Iterator[int]:

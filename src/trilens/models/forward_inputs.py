@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.io.messages import clip, listed, reason
+from trilens.text.source import NO_TOKEN
 
-__all__ = ["ForwardInputs", "fitting", "read_inputs"]
+__all__ = ["fitting", "read_inputs"]
 
 _IDS, _EMBEDS, _MASK = "input_ids", "inputs_embeds", "attention_mask"
 _OURS = {
@@ -43,31 +43,9 @@ _PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "position_ids")
 _SCALARS = (bool, int, float, str)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ForwardInputs:
-    """Arguments of a model's forward for one prompt.
-
-    Attributes:
-        arguments: by name, as they are given to the model; on the CPU or where the caller had them.
-        ids: int64 [seq], on the CPU; −1 where a vector stands in place of a token.
-    """
-
-    arguments: Mapping[str, Any]
-    ids: Tensor
-
-    @property
-    def has_ids(self) -> bool:
-        """Whether the prompt is token ids, not vectors."""
-        return _IDS in self.arguments
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments where the model computes; pixels and vectors in its dtype."""
-        return {name: _moved(value, device, dtype) for name, value in self.arguments.items()}
-
-
 def read_inputs(
     inputs: object, model: PreTrainedModel, *, vocab: int, max_positions: int | None
-) -> ForwardInputs:
+) -> tuple[dict[str, Any], Tensor]:
     """Check what a caller gives as inputs of a forward.
 
     Args:
@@ -76,6 +54,10 @@ def read_inputs(
         model: whose forward it is.
         vocab: ids that it reads.
         max_positions: the most tokens of a prompt; None for any number.
+
+    Returns:
+        The arguments, one row each; and the token ids [seq] int64 on the CPU, −1 where a vector
+        stands in place of a token.
 
     Raises:
         UsageError: no mapping, a name that the forward does not take or that a capture sets, a
@@ -104,7 +86,7 @@ def read_inputs(
     else:
         held[_EMBEDS] = row = _one_row(_EMBEDS, held[_EMBEDS], 3)
         _check_width(row, model)
-        ids = torch.full((row.shape[1],), -1, dtype=torch.int64)
+        ids = torch.full((row.shape[1],), NO_TOKEN, dtype=torch.int64)
     seq = len(ids)
     if not seq:
         raise EmptyPromptError("inputs has no tokens: give at least one")
@@ -119,11 +101,11 @@ def read_inputs(
     if "position_ids" in held and _MASK not in held and _MASK in _taken(model):
         # Without a mask, transformers takes a jump of the positions for the seam of two texts.
         held[_MASK] = torch.ones(1, seq, dtype=torch.int64)
-    return ForwardInputs(held, ids)
+    return held, ids
 
 
 @contextmanager
-def fitting(model: PreTrainedModel, inputs: ForwardInputs | None) -> Iterator[None]:
+def fitting(model: PreTrainedModel, arguments: Mapping[str, Any] | None) -> Iterator[None]:
     """Say of a model's own failure that it is these inputs that it fails on.
 
     Raises:
@@ -134,11 +116,11 @@ def fitting(model: PreTrainedModel, inputs: ForwardInputs | None) -> Iterator[No
     except TrilensError:
         raise
     except Exception as cause:
-        if inputs is None:
+        if arguments is None:
             raise
         shapes = ", ".join(
             f"{name} {list(value.shape)}"
-            for name, value in inputs.arguments.items()
+            for name, value in arguments.items()
             if isinstance(value, Tensor)
         )
         raise UsageError(
@@ -268,12 +250,3 @@ def _per_token(name: str, value: Any, seq: int) -> Any:
             "padding (processor(…, padding=False)), or leave the mask out"
         )
     return value
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if isinstance(value, list):
-        return [_moved(each, device, dtype) for each in value]
-    if not isinstance(value, Tensor):
-        return value
-    # Numbers along one axis, such as seconds of a video's frames, are no activations.
-    return value.to(device, dtype if value.is_floating_point() and value.ndim > 1 else None)

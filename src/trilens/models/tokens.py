@@ -29,20 +29,38 @@ from trilens.models.encoded import (
     is_messages,
     warn_doubled_bos,
 )
-from trilens.models.forward_inputs import ForwardInputs
 from trilens.models.positions import text_settings
 from trilens.models.prompt_text import spelled
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.text.media import Media
 from trilens.text.prompt_text import PromptText
+from trilens.text.source import Source
 
 __all__ = [
     "Prompt",
     "PromptLike",
+    "SourceTarget",
     "pad_id_for",
     "read_prompt",
     "vocab_size_of",
 ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceTarget:
+    """One prompt of an encoder–decoder.
+
+    Attributes:
+        source: what the encoder reads: as any prompt, or a mapping of the tensors that the forward
+            pass takes, such as a processor's `input_features`.
+        target: what the decoder reads. A text is what the decoder is to give: it reads that text
+            shifted right, after its start token, as in training. Ids are read as they are. Where
+            it is not given, the decoder reads its start token alone.
+    """
+
+    source: PromptLike
+    target: PromptLike | None = None
+
 
 PromptLike = (
     str
@@ -52,6 +70,7 @@ PromptLike = (
     | Encoding
     | torch.Tensor
     | np.ndarray[Any, Any]
+    | SourceTarget
 )
 """What a caller may give as one prompt."""
 
@@ -67,14 +86,16 @@ class Prompt:
         ids: [seq] int64, on the CPU
         strings: seq of them
         text: which characters each token covers; None without a tokenizer
-        inputs: what the forward is given instead of the ids alone
+        arguments: what the forward pass is given, where that is not the ids alone
+        source: what the encoder reads, where it is known before the pass
         media: which tokens stand for images, videos and audio
     """
 
     ids: torch.Tensor
     strings: tuple[str, ...]
     text: PromptText | None = None
-    inputs: ForwardInputs | None = None
+    arguments: Mapping[str, Any] | None = None
+    source: Source | None = None
     media: tuple[Media, ...] = ()
 
 

@@ -53,4 +53,6 @@ def run_pass(
         return run_pass(model, anatomy, replace(wanted, copy=True), arguments, edits)
     logits = getattr(output, "logits", None)
     recording.logits = logits if isinstance(logits, Tensor) else None
+    encoded = getattr(output, "encoder_last_hidden_state", None)
+    recording.source = encoded.shape[1] if isinstance(encoded, Tensor) else None
     return recording

@@ -140,9 +140,19 @@ class Session:
                 f"layer {layer} calls attention twice with different queries or keys: it has no "
                 "single attention pattern"
             )
+        self.recording.attention[layer] = self.keep_call(call)
+
+    def attend_across(self, call: AttentionCall) -> None:
+        """Keep the queries and keys of an attention call to the encoder's positions."""
+        layer = self.layer
+        if self.mine() and layer is not None and self.request.cross.get(layer) is call.module:
+            self.recording.cross[layer] = self.keep_call(call)
+
+    def keep_call(self, call: AttentionCall) -> AttentionCall:
+        """An attention call without what its pattern does not need."""
         # Values are as large as keys: they are kept where weights have to be proven by them.
         proof = call.weights is not None
-        self.recording.attention[layer] = replace(
+        return replace(
             call,
             query=self.keep(call.query),
             key=self.keep(call.key),
@@ -291,6 +301,7 @@ class Session:
                 "set_attn_implementation('sdpa')), or capture without attention=True"
             )
         silent += [f"attention of layer {i}" for i in missing]
+        silent += [f"cross attention of layer {i}" for i in asked.cross if i not in got.cross]
         silent += [f"{name} of layer {i}" for name, i in asked.gates if (name, i) not in got.gates]
         silent += [f"recurrence of layer {i}" for i in asked.kernels if i not in got.kernels]
         silent += [f"state of layer {i}" for i in asked.states.layers if i not in got.states]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trilens.caches.patterns.protocol import Pattern
 from trilens.models.gates.kernels import KernelRecord
@@ -54,6 +54,8 @@ class CaptureRequest:
         gradients: keep sites as they are in the graph, so that gradients reach them.
         prompts: tokens of each row's prompt, where the pass does not hold just those.
         numbers: of the rows' prompts among those that edits were made ready for.
+        cross: modules whose attention to the encoder's positions is requested, by layer.
+        absent_cross: why other layers have no such attention in this capture.
     """
 
     layers: tuple[int, ...]
@@ -71,6 +73,8 @@ class CaptureRequest:
     gradients: bool = False
     prompts: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
+    cross: Mapping[int, nn.Module] = field(default_factory=dict)
+    absent_cross: Mapping[int, str] = field(default_factory=dict)
 
     def span(self, start: int) -> Span:
         """The tokens of a pass that begins at a position of the text."""
@@ -85,6 +89,7 @@ class Recording:
     Attributes:
         request: what was asked of the pass.
         patterns: of attention that several passes computed, in the place of their calls.
+        source: positions of the encoder, where the model's output names what it gave.
         overwritten: the model wrote into a tensor that is kept: the recording is no good.
 
     Shapes
@@ -100,9 +105,11 @@ class Recording:
     logits: Tensor | None = None
     residual: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
+    cross: dict[int, AttentionCall] = field(default_factory=dict)
     patterns: dict[int, Pattern] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
     states: dict[int, list[list[LayerState]]] = field(default_factory=dict)
     sites: dict[SiteKey, Tensor | Pattern] = field(default_factory=dict)
+    source: int | None = None
     overwritten: bool = False

@@ -119,6 +119,9 @@ def session_of(
             keys = attention_keys(model, attending)
             editor = session.calls if edited else None
             hooks.enter(REGISTRY.watch(keys, session.attend, editor))
+        if request.cross:
+            across = attention_keys(model, request.cross.values())
+            hooks.enter(REGISTRY.watch(across, session.attend_across))
         yield session
 
 

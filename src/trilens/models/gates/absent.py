@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.mixers import Recurrent
 
-__all__ = ["attention_reasons", "effective_reasons"]
+__all__ = ["attention_reasons", "cross_reasons", "effective_reasons"]
 
 _LEFT_OUT = "not captured: layers= left it out"
 
@@ -42,6 +42,24 @@ def attention_reasons(
         return f"recurrent, {recurrent.mixer}: capture with effective=True"
 
     return {layer: why(layer) for layer in range(anatomy.n_layers) if layer not in held}
+
+
+def cross_reasons(
+    cross: Collection[int], refused: Mapping[int, str], chosen: Collection[int], n_layers: int
+) -> dict[int, str]:
+    """Reasons of the layers without cross attention in a capture.
+
+    Args:
+        cross: the layers that have it.
+        refused: why others have none that can be captured.
+        chosen: the layers that were captured.
+        n_layers: the stack's layers.
+    """
+    missing = (layer for layer in range(n_layers) if layer not in chosen or layer not in cross)
+    return {
+        layer: _LEFT_OUT if layer not in chosen else refused.get(layer, "it attends to no source")
+        for layer in missing
+    }
 
 
 def effective_reasons(

@@ -1,0 +1,72 @@
+"""Which attention calls of a decoder's blocks look at what its encoder made of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from trilens.io.messages import listed
+from trilens.models.anatomy import Anatomy
+from trilens.models.trace import AttentionSite, ModuleCall, Trace
+
+__all__ = ["cross_attention", "without_cross_attention"]
+
+
+def without_cross_attention(
+    trace: Trace, source: int | None
+) -> tuple[Trace, tuple[AttentionSite, ...]]:
+    """A trace without the attention calls whose keys are the source's positions, and these calls.
+
+    Args:
+        trace: of a probe whose target is of another length than what its encoder gave.
+        source: positions that the encoder gave; None for a model without one.
+    """
+    if source is None:
+        return trace, ()
+    cross = tuple(
+        site for site in trace.attention if site.seq_q == trace.seq and site.seq_k == source
+    )
+    own = tuple(site for site in trace.attention if site not in cross)
+    return replace(trace, attention=own), cross
+
+
+def cross_attention(
+    trace: Trace, sites: Sequence[AttentionSite], anatomy: Anatomy
+) -> tuple[dict[int, nn.Module], dict[int, str]]:
+    """Per layer, the module of its one cross attention call whose pattern can be read.
+
+    Args:
+        trace: of the probe.
+        sites: the attention calls whose keys are the source's positions.
+        anatomy: the decoder's blocks.
+
+    Returns:
+        The modules; and of other layers why there is none, in words.
+    """
+    modules = {call.path: call.module for call in trace.calls}
+    found: dict[int, nn.Module] = {}
+    reasons: dict[int, str] = {}
+    for layer, call in enumerate(_calls(trace, anatomy)):
+        inside = [site for site in sites if call.start < site.tick < call.end]
+        unread = [site.key for site in inside if not site.readable]
+        if unread:
+            reasons[layer] = (
+                f"attention implementation {unread[0]!r} gives neither weights nor arguments that "
+                "can be read; load the model with attn_implementation='sdpa' or 'eager'"
+            )
+        elif len(inside) == 1:
+            found[layer] = modules[inside[0].path]
+        elif inside:
+            paths = listed(site.path for site in inside)
+            reasons[layer] = f"{len(inside)} cross attention calls in one block ({paths})"
+        else:
+            reasons[layer] = "no call of an attention function looks at the source's positions"
+    return found, reasons
+
+
+def _calls(trace: Trace, anatomy: Anatomy) -> list[ModuleCall]:
+    """The call of each block, of one that runs several times each in its turn."""
+    modules = {id(block.module) for block in anatomy.blocks}
+    return [call for call in trace.calls if id(call.module) in modules][: anatomy.n_layers]

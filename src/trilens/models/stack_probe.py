@@ -1,0 +1,146 @@
+"""A short probe of one stack: what its model is given, and the positions the stack then has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trilens.errors import AnatomyError
+from trilens.io.messages import reason
+from trilens.models.forward_call import (
+    config_numbers,
+    forward_arguments,
+    pass_options,
+    probe_ids,
+)
+from trilens.models.stacks import Stack, encoder_of, reads_tokens, source_name
+from trilens.models.tokens import vocab_size_of
+
+__all__ = ["PROBE_TOKENS", "Probe", "probe_of"]
+
+PROBE_TOKENS = 11
+"""Tokens in the probe: odd and small, so that no other axis of a model is likely to equal it."""
+
+_LENGTHS = (PROBE_TOKENS, 13, 17, 19, 23, 29, 31)
+_FRAMES = (203, 1607, 16_007)
+"""Lengths of made-up sound: encoders shorten it by up to some thousand times."""
+_WIDTHS = re.compile(r"mel|feat|in_channels|input_dim|input_size")
+_FEWEST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a model is given to show one of its stacks.
+
+    Attributes:
+        arguments: of the forward pass.
+        seq: positions of the stack.
+        source: positions of the encoder, for a stack that attends to them; None for another.
+    """
+
+    arguments: Mapping[str, Any]
+    seq: int
+    source: int | None = None
+
+
+def probe_of(model: PreTrainedModel, stack: Stack, vocab: int) -> Probe:
+    """A probe of a stack.
+
+    Args:
+        model: what a pass of the stack calls.
+        stack: the stack.
+        vocab: token ids that it reads; 0 where it reads none.
+
+    Raises:
+        AnatomyError: its encoder reads no tokens, and no made-up input runs through it.
+    """
+    if stack.run != "with source":
+        if reads_tokens(model):
+            seq = _length(model)
+            return Probe(forward_arguments(model, probe_ids(model, vocab, seq), None), seq)
+        features, positions = _features(model)
+        return Probe({**features, **pass_options(model)}, positions)
+    encoder = encoder_of(model)
+    if encoder is None:
+        raise AnatomyError(f"{type(model).__name__} has no encoder any more: open it again")
+    given: dict[str, Tensor]
+    if reads_tokens(encoder):
+        length = _length(model)
+        # The encoder's own vocabulary may be another than the decoder's.
+        given = {"input_ids": probe_ids(model, vocab_size_of(encoder), length, seed=1)}
+    else:
+        given, length = _features(encoder)
+    seq = _length(model, length)
+    target = probe_ids(model, vocab, seq)
+    arguments = {**given, "decoder_input_ids": target, **pass_options(model)}
+    return Probe(arguments, seq, length)
+
+
+def _length(model: PreTrainedModel, taken: int | None = None) -> int:
+    axes = {int(value) for value in config_numbers(model) if value == int(value)}
+    free = [n for n in _LENGTHS if n != taken]
+    return next((n for n in free if n not in axes), free[-1])
+
+
+def _features(encoder: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """Made-up input that runs through an encoder, and how many positions it makes of it."""
+    name, error = source_name(encoder), ""
+    weight = next(each for each in encoder.parameters() if each.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    for shape in _shapes(encoder):
+        made = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        given = {name: made}
+        try:
+            with torch.no_grad():
+                output = encoder(**given, **pass_options(encoder))
+        # Which shapes an encoder takes is only known to itself.
+        except Exception as cause:  # noqa: BLE001
+            error = error or reason(cause)
+            continue
+        hidden = getattr(output, "last_hidden_state", output)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] >= _FEWEST:
+            return given, int(hidden.shape[1])
+    raise AnatomyError(
+        f"the encoder {type(encoder).__name__} reads {name}, and no made-up input of the shapes "
+        f"that its configuration speaks of runs through it ({error})"
+    )
+
+
+def _shapes(encoder: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes that an encoder of sound may read: samples, or frames of features either way."""
+    widths, lengths = list(_widths(encoder)), list(_FRAMES)
+    config = getattr(encoder, "config", None)
+    # Some encoders read a stretch of sound of one length only.
+    most = getattr(config, "max_source_positions", None)
+    if isinstance(most, int):
+        lengths = [2 * most, *lengths]
+    for frames in lengths:
+        for width in widths:
+            yield (1, width, frames)
+            yield (1, frames, width)
+    for samples in lengths:
+        yield (1, samples)
+
+
+def _widths(encoder: nn.Module) -> Iterator[int]:
+    """How wide a frame may be: by the first weight it meets, and by the configuration."""
+    seen = set[int]()
+    for module in encoder.modules():
+        width = {nn.Conv1d: "in_channels", nn.Linear: "in_features"}.get(type(module))
+        if width is not None:
+            first = int(getattr(module, width))
+            if first > 1:
+                seen.add(first)
+                yield first
+            break
+    for name, value in vars(getattr(encoder, "config", None) or object()).items():
+        if isinstance(value, int) and value > 1 and _WIDTHS.search(name) and value not in seen:
+            seen.add(value)
+            yield value
