@@ -19,6 +19,7 @@ from tolerances import assert_near
 from trilens import Capture, Lens
 from trilens.edits import Knockout, Scale, Steer
 from trilens.errors import (
+    CaptureError,
     DtypeError,
     EmptyPromptError,
     GenerationError,
@@ -143,6 +144,36 @@ def test_places_that_the_model_does_not_bear_out_are_not_claimed() -> None:
     assert [each.positions.shape for each in capture.media] == [(16,), (16,)]
     assert capture.tokens[5] == "<image 0: token 0>"
     assert capture.image_positions(1).tolist() == list(range(24, 40))
+
+
+def test_text_that_attends_to_images_beside_it() -> None:
+    """Mllama: some blocks attend to the image alone, and text by itself passes them by."""
+    model, inputs = build_image_model("mllama"), image_inputs("mllama")
+    lens = Lens(model, probe=inputs)
+    assert lens.n_layers == 5
+    assert lens.attention_layers == (0, 2, 4)
+    with torch.no_grad():
+        plain = model(**inputs, use_cache=False).logits
+    capture = lens.capture(inputs=inputs, residual="all", attention=True, gates=True)
+    check_capture(lens, plain, capture, {**inputs, "use_cache": False})
+    assert capture.cross_attention.layers == (1, 3)
+    assert capture.source is not None
+    assert len(capture.source.tokens) == 34
+    assert capture.source.tokens[7] == "<image position 7>"
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**inputs, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    for layer, theirs in enumerate(weights):
+        cache = capture.cross_attention if layer in (1, 3) else capture.attention
+        assert_near(cache.get_layer(layer), theirs, 1e-5)
+    with pytest.raises(CaptureError, match=r"layers\.1.*probe="):
+        lens.capture([11, 12, 13])
+    plain_lens = Lens(model)
+    assert plain_lens.capture([11, 12, 13], residual="all").residual.layers == (0, 1, 2)
+    with pytest.raises(CaptureError, match=r"layers\.1 runs on these inputs.*probe=inputs"):
+        plain_lens.capture(inputs=inputs)
+    assert not model.model.language_model.layers[1]._forward_pre_hooks
 
 
 def test_which_patch_a_word_attends_to_is_one_question(llava: Lens) -> None:

@@ -33,6 +33,7 @@ from trilens.models.forward_inputs import fitting
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import Prompt, PromptLike
+from trilens.taps.bystanders import standing_by
 from trilens.taps.edits import Compiled
 from trilens.taps.generating import Passes, generating
 from trilens.taps.recording import CaptureRequest
@@ -179,7 +180,7 @@ def _run(
             extra=asked is not None,
         )
         given = None if runner.stack.has_source else prompt.arguments
-        with fitting(runner.model, given):
+        with standing_by(runner.proof.bystanders), fitting(runner.model, given):
             run_generate(runner.model, prompt.ids, decoding, tokens, arguments=given)
     return tokens, passes
 

@@ -40,6 +40,9 @@ class Lens(Opened):
         stack: of a model with several stacks of blocks, the one to open: "decoder", "encoder",
             "language", "vision" or "audio", of those in `stacks`; the decoder, or the language
             model, where not given.
+        probe: inputs, as `capture` takes them, that the model is proven on in place of a short
+            made-up text: for a model that runs with images alone, or whose blocks do not all run
+            on text. Every tensor of that one pass is held while it is proven: give a short one.
 
     Raises:
         UsageError: no transformers model, no tokenizer, a weight that is nowhere in memory, or a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Self, SupportsIndex
 
 import torch
@@ -29,7 +30,12 @@ class Opened:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, stack: StackName | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        stack: StackName | None = None,
+        probe: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer is None and is_pipeline(model):
             tokenizer = getattr(model, "tokenizer", None)
@@ -38,7 +44,7 @@ class Opened:
         self.stacks = tuple(stacks_of(whole))
         self.model = self._stack.running(whole)
         self.unused_weights: tuple[str, ...] = ()
-        self._runner = Runner(self.model, usable_tokenizer(tokenizer), self._stack)
+        self._runner = Runner(self.model, usable_tokenizer(tokenizer), self._stack, probe)
 
     @property
     def stack_name(self) -> StackName:
@@ -65,12 +71,13 @@ class Opened:
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         stack: StackName | None = None,
+        probe: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id and open it.
 
         Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
         where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
-        transformers where not given; `stack` as for `Lens`.
+        transformers where not given; `stack` and `probe` as for `Lens`.
 
         Raises:
             LoadError: and its subclasses, see `trilens.errors`.
@@ -84,7 +91,7 @@ class Opened:
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
-        lens = cls(loaded.model, loaded.tokenizer, stack=stack)
+        lens = cls(loaded.model, loaded.tokenizer, stack=stack, probe=probe)
         lens.unused_weights = tuple(loaded.unused)
         return lens
 

@@ -22,7 +22,7 @@ from trilens.lens.split import split
 from trilens.lens.stepping import StepSafety
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
-from trilens.models.forward_inputs import fitting
+from trilens.models.forward_inputs import fitting, read_inputs
 from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.source_target import (
@@ -36,6 +36,7 @@ from trilens.models.source_target import (
 from trilens.models.stacks import Stack
 from trilens.models.tokens import Prompt, PromptLike, SourceTarget, pad_id_for
 from trilens.progress import Progress, Step
+from trilens.taps.bystanders import standing_by
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
 from trilens.taps.mode import forgetting
@@ -61,17 +62,25 @@ class Runner:
         info: what captures say of it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: Stack) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, stack: Stack, probe: object = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stack = stack
+        self._probe = probe
         self._prove()
 
     def _prove(self) -> None:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
         self.reading = Reading.of(self.model, self.stack)
+        inputs = None
+        if self._probe is not None:
+            inputs, _ = read_inputs(
+                self._probe, self.model, vocab=self.vocab, max_positions=self.max_positions
+            )
         with self.lock():
-            self.proof: Proof = prove(self.model, self.vocab, self.stack)
+            self.proof: Proof = prove(self.model, self.vocab, self.stack, inputs)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
@@ -194,8 +203,15 @@ class Runner:
         arguments = batch_arguments(self.model, prompts, pad, logits=logits)
         given = prompts[0].arguments
         forgotten = nullcontext() if given is None else forgetting(self.model)
+        unseen = standing_by(self.proof.bystanders)
         fits = fitting(self.model, given)
-        with self.lock(), beyond_positions(self.model, max(wanted.lengths)), forgotten, fits:
+        with (
+            self.lock(),
+            beyond_positions(self.model, max(wanted.lengths)),
+            forgotten,
+            unseen,
+            fits,
+        ):
             recording = run_pass(self.model, self.proof.anatomy, wanted, arguments, edits)
         # A model that writes into tensors it has handed on: from now on keep copies.
         self._copies |= recording.request.copy
