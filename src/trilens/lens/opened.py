@@ -17,7 +17,7 @@ from trilens.models.loading import load
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.stacks import StackName, chosen_stack, stacks_of
 from trilens.models.tokenizers import usable_tokenizer
-from trilens.models.unwrap import is_pipeline, unwrapped
+from trilens.models.unwrap import tokenizer_of, unwrapped
 from trilens.numbers import whole_number
 
 __all__ = ["Opened"]
@@ -37,8 +37,8 @@ class Opened:
         stack: StackName | None = None,
         probe: Mapping[str, Any] | None = None,
     ) -> None:
-        if tokenizer is None and is_pipeline(model):
-            tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            tokenizer = tokenizer_of(model)
         whole = unwrapped(model)
         self._stack = chosen_stack(whole, stack)
         self.stacks = tuple(stacks_of(whole))
@@ -72,12 +72,15 @@ class Opened:
         attn_implementation: str | None = None,
         stack: StackName | None = None,
         probe: Mapping[str, Any] | None = None,
+        gguf_file: str | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id and open it.
 
         Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
         where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
-        transformers where not given; `stack` and `probe` as for `Lens`.
+        transformers where not given; `stack` and `probe` as for `Lens`. `gguf_file` names a
+        GGUF file in the directory, whose weights transformers unpacks, in float32 where `dtype` is
+        "auto".
 
         Raises:
             LoadError: and its subclasses, see `trilens.errors`.
@@ -90,6 +93,7 @@ class Opened:
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            gguf_file=gguf_file,
         )
         lens = cls(loaded.model, loaded.tokenizer, stack=stack, probe=probe)
         lens.unused_weights = tuple(loaded.unused)
