@@ -144,11 +144,28 @@ SITES: dict[str, SiteSpec] = {
         "what attention adds to the residual stream, after norms and factors",
         "resid_mid − resid_pre in a sequential block; the parts sum to resid_post",
     ),
+    "cross.in": SiteSpec(
+        "[seq, d_model]",
+        "what cross attention reads of the decoder's stream",
+        "input of the module that runs it",
+        aliases=("hook_cross_attn_in",),
+    ),
+    "cross.out": SiteSpec(
+        "[seq, d_model]",
+        "output of cross attention",
+        "output of the module that runs it",
+        aliases=("hook_cross_attn_out",),
+    ),
+    "cross.add": SiteSpec(
+        "[seq, d_model]",
+        "what cross attention adds to the residual stream, after norms and factors",
+        "the parts sum to resid_post",
+    ),
     "resid_mid": SiteSpec(
         "[seq, d_model]",
-        "residual stream after a block's first part, before its MLP",
-        "resid_pre plus what the first part adds, bit for bit",
-        aliases=("hook_resid_mid",),
+        "residual stream after a block's attention, before its MLP",
+        "resid_pre plus what the parts before the MLP add, bit for bit",
+        aliases=("hook_resid_mid", "hook_resid_mid_cross"),
     ),
     "mlp.in": SiteSpec(
         "[seq, d_model]",

@@ -39,7 +39,7 @@ class Part:
     """One part of the sum.
 
     Attributes:
-        component: "embed", a site ("attn.add", "mlp.add", "mixer.add", "attn.head", "mlp.neuron"),
+        component: "embed", a site ("attn.add", "cross.add", "mlp.add", "attn.head", "mlp.neuron"),
             "attn.rest" and "mlp.rest" (projection bias, neurons that are not listed), "rounding"
             (what the model's dtype loses between its layers) or "bias" (of final norm and
             unembedding).

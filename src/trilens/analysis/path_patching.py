@@ -44,7 +44,11 @@ _BESIDE = {
     "router": "mlp.in",
 }
 _ORDER = {name: SITE_ORDER[_BESIDE.get(name, name)] for name in SITES}
-_ATTENTION = (("attn.z", "attn.out", "attn.add"), ("mixer.out", "mixer.add"))
+_ATTENTION = (
+    ("attn.z", "attn.out", "attn.add"),
+    ("cross.out", "cross.add"),
+    ("mixer.out", "mixer.add"),
+)
 _MLPS = (("mlp.out", "mlp.add"),)
 """What a block adds to the stream: of each kind, the first that is proven keeps its values."""
 _BOUNDARIES = ("resid_pre", "resid_mid", "resid_post", "embed", "final_norm")

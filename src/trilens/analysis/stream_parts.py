@@ -14,7 +14,7 @@ from trilens.lens.lens import Lens
 
 __all__ = ["ADDS", "StreamParts", "stream_parts"]
 
-ADDS = ("attn.add", "mlp.add", "mixer.add")
+ADDS = ("attn.add", "cross.add", "mlp.add", "mixer.add")
 """The sites of what a layer adds."""
 
 

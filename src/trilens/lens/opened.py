@@ -120,6 +120,16 @@ class Opened:
         return tuple(self.anatomy.attention)
 
     @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Layers whose attention to the encoder's positions can be captured."""
+        return tuple(self._runner.proof.cross)
+
+    @property
+    def no_cross_attention(self) -> dict[int, str]:
+        """Of a decoder with a source, why other layers have no such attention, in words."""
+        return dict(self._runner.proof.no_cross)
+
+    @property
     def effective_layers(self) -> tuple[int, ...]:
         """Recurrent layers whose effective attention can be captured."""
         return self._runner.proof.gates.effective_layers

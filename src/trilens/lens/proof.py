@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from trilens.models.cross_attention import cross_attention, source_in, without_c
 from trilens.models.forward_call import config_numbers, takes, text_config
 from trilens.models.gates.claims import GateClaims, find_gates
 from trilens.models.offload import unfilled
+from trilens.models.other_lengths import check_lengths
 from trilens.models.sites.claims import SiteClaims, find_sites
+from trilens.models.source_target import Reading
 from trilens.models.stack_probe import probe_of, probe_with
 from trilens.models.stacks import Stack
 from trilens.models.trace import Trace
@@ -69,16 +71,16 @@ class Proof:
 
 def prove(
     model: PreTrainedModel,
-    vocab: int,
     stack: Stack,
+    reading: Reading | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Proof:
     """Probe a model and prove the anatomy and gates of one of its stacks.
 
     Args:
         model: what a pass of the stack calls.
-        vocab: token ids that the stack reads.
         stack: the stack.
+        reading: the tokens that it reads; looked up where not given.
         inputs: what it is proven on; made up where not given.
 
     Raises:
@@ -86,8 +88,10 @@ def prove(
         AnatomyError: what could not be proven, with the facts that failed.
     """
     _check_in_memory(model)
+    reading = reading or Reading.of(model, stack)
+    vocab = reading.vocab
     with unchanged(model) as whole, evaluating(model):
-        probe = probe_of(model, stack, vocab) if inputs is None else probe_with(model, inputs)
+        probe = probe_of(model, stack, reading) if inputs is None else probe_with(model, inputs)
         seq, arguments = probe.seq, probe.arguments
         try:
             trace, events = record(model, seq, lambda: model(**arguments))
@@ -106,7 +110,12 @@ def prove(
     source = probe.source if inputs is None else source_in(trace)
     trace, crossing = without_cross_attention(trace, source)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
-    cross, no_cross = cross_attention(trace, crossing, anatomy)
+    if stack.run == "alone":
+        check_lengths(trace, anatomy)
+    cross, no_cross = cross_attention(trace, crossing, anatomy, source)
+    # A layer whose only attention looks at target and source together has none of either.
+    other = {layer: why for layer, why in no_cross.items() if layer not in anatomy.attention}
+    anatomy = replace(anatomy, other_attention={**other, **anatomy.other_attention})
     with torch.no_grad():
         gates = find_gates(trace, events, anatomy)
         sites = find_sites(trace, events, anatomy, gates)

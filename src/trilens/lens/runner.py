@@ -80,7 +80,7 @@ class Runner:
                 self._probe, self.model, vocab=self.vocab, max_positions=self.max_positions
             )
         with self.lock():
-            self.proof: Proof = prove(self.model, self.vocab, self.stack, inputs)
+            self.proof: Proof = prove(self.model, self.stack, self.reading, inputs)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()

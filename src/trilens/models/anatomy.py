@@ -23,7 +23,7 @@ from trilens.io.messages import listed
 from trilens.models.logit_relation import relate
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
-__all__ = ["Anatomy", "Block", "find_anatomy"]
+__all__ = ["Anatomy", "Block", "chains", "find_anatomy"]
 
 _LONGEST_WAY = 4
 
@@ -173,6 +173,11 @@ def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
     return best
 
 
+def chains(trace: Trace) -> list[tuple[ModuleCall, ...]]:
+    """Runs of sibling modules in which every output is the next input."""
+    return [chain.calls for chain in _chains(trace)]
+
+
 def _chains(trace: Trace) -> list[_Chain]:
     """Runs of sibling modules in which every output is the next input."""
     groups: dict[str, list[ModuleCall]] = {}
@@ -256,6 +261,15 @@ def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, 
         yield path, tensor, after
 
 
+def _ways(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Each way that begins at a reader of a tensor: a pooler may read it before the head does."""
+    for first in (c for c in trace.calls if c.start > after and c.outputs and _reads(c, tensor)):
+        if _reads_only(first, tensor):
+            yield (first.path,), first.outputs[0]
+            for path, output, _ in _way(trace, first.outputs[0], first.end):
+                yield (first.path, *path), output
+
+
 def _reads(call: ModuleCall, tensor: Tensor) -> bool:
     return any(_is_read_as(item, tensor) for item in call.inputs)
 
@@ -290,7 +304,7 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
     logits = trace.logits
     if logits is None:
         return _Head()
-    ways = [(path, output) for path, output, _ in _way(trace, hidden, after)]
+    ways = list(_ways(trace, hidden, after))
     # A head that reads a scaled hidden state: for a linear map the factor commutes.
     for call in (call for call in trace.calls if call.start > after):
         plain = isinstance(call.module, nn.Linear) and getattr(call.module, "bias", None) is None

@@ -17,7 +17,7 @@ __all__ = ["cross_attention", "source_in", "without_cross_attention"]
 def without_cross_attention(
     trace: Trace, source: int | None
 ) -> tuple[Trace, tuple[AttentionSite, ...]]:
-    """A trace without the attention calls whose keys are the source's positions, and these calls.
+    """A trace without the attention calls that look at the source's positions, and these calls.
 
     Args:
         trace: of a probe whose target is of another length than what its encoder gave.
@@ -25,11 +25,13 @@ def without_cross_attention(
     """
     if source is None:
         return trace, ()
+    crossing = (source, source + trace.seq)
     cross = tuple(
-        site for site in trace.attention if site.seq_q == trace.seq and site.seq_k == source
+        site for site in trace.attention if site.seq_q == trace.seq and site.seq_k in crossing
     )
-    own = tuple(site for site in trace.attention if site not in cross)
-    return replace(trace, attention=own), cross
+    ticks = {site.tick for site in cross}
+    own = tuple(site for site in trace.attention if site.tick not in ticks)
+    return replace(trace, attention=own, cross=cross), cross
 
 
 def source_in(trace: Trace) -> int | None:
@@ -42,7 +44,7 @@ def source_in(trace: Trace) -> int | None:
 
 
 def cross_attention(
-    trace: Trace, sites: Sequence[AttentionSite], anatomy: Anatomy
+    trace: Trace, sites: Sequence[AttentionSite], anatomy: Anatomy, source: int | None
 ) -> tuple[dict[int, nn.Module], dict[int, str]]:
     """Per layer, the module of its one cross attention call whose pattern can be read.
 
@@ -50,20 +52,29 @@ def cross_attention(
         trace: of the probe.
         sites: the attention calls whose keys are the source's positions.
         anatomy: the decoder's blocks.
+        source: positions of the source; None for a model without one.
 
     Returns:
         The modules; and of other layers why there is none, in words.
     """
+    if source is None:
+        return {}, {}
     modules = {call.path: call.module for call in trace.calls}
     found: dict[int, nn.Module] = {}
     reasons: dict[int, str] = {}
     for layer, call in enumerate(_calls(trace, anatomy)):
         inside = [site for site in sites if call.start < site.tick < call.end]
+        joint = [site for site in inside if site.seq_k != source]
         unread = [site.key for site in inside if not site.readable]
         if unread:
             reasons[layer] = (
                 f"attention implementation {unread[0]!r} gives neither weights nor arguments that "
                 "can be read; load the model with attn_implementation='sdpa' or 'eager'"
+            )
+        elif joint:
+            reasons[layer] = (
+                f"{joint[0].path} attends to target and source in one softmax: it has no pattern "
+                "of either alone"
             )
         elif len(inside) == 1:
             found[layer] = modules[inside[0].path]

@@ -53,15 +53,15 @@ class Reading:
             vocab = vocab_size_of(model) if reads_tokens(model) else 0
             return cls(vocab, max_positions_of(model))
         decoder = model.get_submodule(stack.path)
-        source = vocab_size_of(encoder) if reads_tokens(encoder) else 0
+        source = _vocab_of(encoder, model) if reads_tokens(encoder) else 0
         return cls(
             _vocab_of(decoder, model), max_positions_of(model), source, max_positions_of(encoder)
         )
 
 
-def _vocab_of(decoder: Any, model: PreTrainedModel) -> int:
-    own = hasattr(decoder, "get_input_embeddings")
-    return vocab_size_of(decoder if own else model)
+def _vocab_of(part: Any, model: PreTrainedModel) -> int:
+    own = hasattr(part, "get_input_embeddings")
+    return vocab_size_of(part if own else model)
 
 
 @dataclass(frozen=True, slots=True)

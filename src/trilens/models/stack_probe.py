@@ -20,8 +20,8 @@ from trilens.models.forward_call import (
     pass_options,
     probe_ids,
 )
+from trilens.models.source_target import Reading
 from trilens.models.stacks import Stack, encoder_of, reads_tokens, source_name
-from trilens.models.tokens import vocab_size_of
 
 __all__ = ["PROBE_TOKENS", "Probe", "probe_of", "probe_with"]
 
@@ -50,13 +50,13 @@ class Probe:
     source: int | None = None
 
 
-def probe_of(model: PreTrainedModel, stack: Stack, vocab: int) -> Probe:
+def probe_of(model: PreTrainedModel, stack: Stack, reading: Reading) -> Probe:
     """A probe of a stack.
 
     Args:
         model: what a pass of the stack calls.
         stack: the stack.
-        vocab: token ids that it reads; 0 where it reads none.
+        reading: the tokens that it and its source read.
 
     Raises:
         AnatomyError: its encoder reads no tokens, and no made-up input runs through it.
@@ -64,7 +64,7 @@ def probe_of(model: PreTrainedModel, stack: Stack, vocab: int) -> Probe:
     if stack.run != "with source":
         if reads_tokens(model):
             seq = _length(model)
-            return Probe(forward_arguments(model, probe_ids(model, vocab, seq), None), seq)
+            return Probe(forward_arguments(model, probe_ids(model, reading.vocab, seq), None), seq)
         features, positions = _features(model)
         return Probe({**features, **pass_options(model)}, positions)
     encoder = encoder_of(model)
@@ -73,12 +73,11 @@ def probe_of(model: PreTrainedModel, stack: Stack, vocab: int) -> Probe:
     given: dict[str, Tensor]
     if reads_tokens(encoder):
         length = _length(model)
-        # The encoder's own vocabulary may be another than the decoder's.
-        given = {"input_ids": probe_ids(model, vocab_size_of(encoder), length, seed=1)}
+        given = {"input_ids": probe_ids(model, reading.source_vocab, length, seed=1)}
     else:
         given, length = _features(encoder)
     seq = _length(model, length)
-    target = probe_ids(model, vocab, seq)
+    target = probe_ids(model, reading.vocab, seq)
     arguments = {**given, "decoder_input_ids": target, **pass_options(model)}
     return Probe(arguments, seq, length)
 

@@ -207,6 +207,7 @@ class Trace:
 
     Attributes:
         responses: what activation modules gave at the points of `WIDE`, [1, points].
+        cross: attention calls that look at what an encoder made of a source; not in `attention`.
     """
 
     seq: int
@@ -218,6 +219,7 @@ class Trace:
     responses: Mapping[nn.Module, Tensor] = field(default_factory=dict)
     sums: tuple[SumCall, ...] = ()
     scaled: tuple[ScaledCall, ...] = ()
+    cross: tuple[AttentionSite, ...] = ()
 
     def inside(self, call: ModuleCall) -> list[ModuleCall]:
         """The calls that ran inside the given one, in order of their start."""

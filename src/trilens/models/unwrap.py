@@ -75,7 +75,7 @@ def _embedded(wrapper: object) -> Any:
     """The model whose tokens sentence-transformers pools: it stands in the first of its parts."""
     if not isinstance(wrapper, nn.Sequential) or not hasattr(wrapper, "tokenizer"):
         return None
-    parts = wrapper._modules["0"]._modules.values() if len(wrapper) else ()  # type: ignore[union-attr]
+    parts = wrapper._modules["0"]._modules.values() if len(wrapper) else ()
     known = [each for each in parts if isinstance(each, PreTrainedModel) or _has_base(each)]
     return known[0] if len(known) == 1 else None
 

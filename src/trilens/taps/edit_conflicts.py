@@ -24,6 +24,8 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "mlp.up": ("mlp.post", "mlp.out", "mlp.add"),
     "mlp.post": ("mlp.out", "mlp.add"),
     "mlp.out": ("mlp.add",),
+    "cross.in": ("cross.out", "cross.add"),
+    "cross.out": ("cross.add",),
     "mixer.out": ("mixer.add",),
 }
 # What reaches nothing but those sites, but those of later tokens as well.

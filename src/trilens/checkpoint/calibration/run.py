@@ -36,7 +36,6 @@ from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.positions import configured_positions
 from trilens.models.stacks import only_stack
-from trilens.models.tokens import vocab_size_of
 from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
@@ -87,7 +86,7 @@ def run_calibration(
     if source.given_tokenizer is not None:
         tokenizer = source.given_tokenizer
     drawn = draw(calibration, tokenizer, longest=configured_positions(model))
-    anatomy = prove(model, vocab_size_of(model), only_stack(model)).anatomy
+    anatomy = prove(model, only_stack(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)

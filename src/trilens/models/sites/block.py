@@ -18,7 +18,7 @@ from trilens.models.trace import ModuleCall
 
 __all__ = ["Kind", "Part", "Parts", "find_parts", "find_stream_sites"]
 
-Kind = Literal["attn", "mixer", "mlp", "extra"]
+Kind = Literal["attn", "cross", "mixer", "mlp", "extra"]
 """What a part is; "extra" is what no rule takes for one of the others, as per-layer embeddings."""
 
 KindOf = Callable[[ModuleCall], Kind]
@@ -131,7 +131,7 @@ def _layout(tensor: Tensor, streams: BlockStreams) -> Layout:
 def _claim_mid(streams: BlockStreams, parts: Parts, found: Found) -> None:
     """The stream before the MLP's sum, where the MLP ran after all else had been added."""
     last = [part for part in parts.parts if "mlp" in part.kinds]
-    first = [p for p in parts.parts if p not in last and {"attn", "mixer"} & set(p.kinds)]
+    first = [p for p in parts.parts if p not in last and {"attn", "cross", "mixer"} & set(p.kinds)]
     if not first or not last:
         what = "MLP" if first else "attention and no mixer"
         found.refuse(

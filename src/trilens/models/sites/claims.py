@@ -24,8 +24,9 @@ from trilens.models.trace import AttentionSite, ModuleCall, Trace
 
 __all__ = ["SiteClaims", "find_sites"]
 
+_CROSS = ("cross.in", "cross.out", "cross.add")
 _STREAM = ("resid_mid", "attn.add", "mlp.add", "mixer.add", "mlp.in", "mlp.out", "mixer.in",
-           "mixer.out", "mlp.gate", "mlp.up", "mlp.post")  # fmt: skip
+           "mixer.out", "mlp.gate", "mlp.up", "mlp.post", *_CROSS)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ class _Layer:
         else:
             attention.find_attention_sites(self.view, streams, site, projection, found)
         self._find_router()
+        if not any(self._mine(site.tick) for site in self.trace.cross):
+            found.refuse(_CROSS, "the layer attends to no source", absent=True)
         parts: Parts | str = "no input of the block is the output of the one before"
         if base is not None:
             parts = find_parts(
@@ -130,8 +133,8 @@ class _Layer:
                 own = (name for name in SITES if name.startswith(f"{kind}."))
                 found.refuse(own, why, absent=is_absent)
         find_stream_sites(streams, parts, kinds, found)
-        if "mixer" in kinds:
-            mlp.find_ends("mixer", streams, parts, found)
+        for kind in (each for each in kinds if each in ("cross", "mixer")):
+            mlp.find_ends(kind, streams, parts, found)
         if "mlp" in kinds:
             module = mlp.find_ends("mlp", streams, parts, found)
             gate = self._glu()
@@ -151,6 +154,9 @@ class _Layer:
         places = [*((s.tick, s.path) for s in other), *((s.tick, s.path) for s in sites)]
         if any(attention.is_behind(call, tick, path, self.view) for tick, path in places):
             return "attn"
+        across = [s for s in self.trace.cross if self._mine(s.tick)]
+        if any(attention.is_behind(call, s.tick, s.path, self.view) for s in across):
+            return "cross"
         if any(call.start < kernel.start < call.end for kernel in self.view.kernels):
             return "mixer"
         if self.view.mixer_of(call.path) is not None:

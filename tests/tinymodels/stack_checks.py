@@ -1,0 +1,179 @@
+"""The checks that captures of a tiny model's stacks must pass, against a run of the whole model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tinymodels import prompt_ids
+from tinymodels.checks import TOLERANCE, equal, hooked_run, need
+from tinymodels.mappings import build_as
+from trilens.edits import Scale
+from trilens.errors import TrilensError
+from trilens.lens.capture import Capture
+from trilens.lens.lens import Lens
+from trilens.models.mappings import MappingRow, StackRow
+from trilens.models.source_target import Reading
+from trilens.models.stack_probe import probe_of
+from trilens.models.stacks import chosen_stack, stacks_of
+
+__all__ = ["sweep_as"]
+
+SOURCE, TARGET = 40, 23
+_WEIGHTS = {
+    "decoder": ("decoder_attentions",),
+    "encoder": ("encoder_attentions",),
+    "language": ("attentions",),
+}
+
+
+def sweep_as(mapping: str, model_type: str) -> tuple[MappingRow, dict[str, float]]:
+    """Capture every stack of one type, against its references.
+
+    Returns:
+        The row for the table, and the largest measured differences.
+    """
+    model = build_as(mapping, model_type)
+    figures: dict[str, float] = {}
+    stacks: list[StackRow] = []
+    for name, stack in stacks_of(model).items():
+        # What does not run as a whole can be compared with the part that runs.
+        refused = any(row.outcome == "refused" for row in stacks)
+        whole = stack.running(model) if refused else model
+        stacks.append(_stack(model, name, figures, whole))
+    return MappingRow(mapping, model_type, type(model).__name__, tuple(stacks)), figures
+
+
+def _stack(
+    model: PreTrainedModel, name: str, figures: dict[str, float], whole: PreTrainedModel
+) -> StackRow:
+    try:
+        lens = Lens(model, stack=name)  # type: ignore[arg-type]
+    except TrilensError as error:
+        return StackRow(name, "refused", 0, (), (), str(error))
+    stack = chosen_stack(model, name)
+    prompt, kwargs = _inputs(lens, model, whole)
+    attention = bool(lens.attention_layers) and not lens.anatomy.other_attention
+    options: dict[str, Any] = {"residual": "all", "attention": attention}
+    if stack.has_source:
+        options["target"] = kwargs["decoder_input_ids"]
+    capture = lens.capture(prompt, **options)
+    prefix = f"{stack.path}." if stack.run == "alone" and whole is model else ""
+    paths = [prefix + block.path for block in lens.anatomy.blocks]
+    plain, seen = hooked_run(whole, paths, kwargs)
+    need(len(seen) == lens.n_layers, f"{name}: {len(seen)} hooked blocks, {lens.n_layers} layers")
+    for layer, stream in enumerate(seen):
+        rows = stream[0] if lens.anatomy.batch_first else stream[:, 0]
+        own = capture.residual.get_layer(layer)
+        need(equal(own, rows), f"{name}: residual of layer {layer} differs from a plain hook")
+    if capture.logits is not None:
+        need(equal(capture.logits, plain.logits[0]), f"{name}: logits differ from the plain run")
+    if attention:
+        _attention(whole, name, prompt, capture, kwargs, figures)
+    _edits(lens, prompt, options, capture, name)
+    with torch.no_grad():
+        again = whole(**kwargs)
+    need(equal(again[0], plain[0]), f"{name}: the plain run changed after the captures")
+    return _row(lens, name, attention)
+
+
+def _row(lens: Lens, name: str, attention: bool) -> StackRow:
+    anatomy = lens.anatomy
+    reason = ""
+    if not attention:
+        reason = next(
+            iter(anatomy.other_attention.values()), "no softmax attention over its tokens"
+        )
+    elif lens.no_cross_attention:
+        reason = next(iter(lens.no_cross_attention.values()))
+    return StackRow(
+        name=name,
+        outcome="partial" if reason else "full",
+        n_layers=lens.n_layers,
+        attention=lens.attention_layers,
+        cross=lens.cross_attention_layers,
+        reason=reason,
+    )
+
+
+def _inputs(
+    lens: Lens, model: PreTrainedModel, whole: PreTrainedModel
+) -> tuple[Any, dict[str, Any]]:
+    """A prompt for the lens, and what the whole model is given for the same."""
+    stack = chosen_stack(model, lens.stack_name)
+    probe = probe_of(lens.model, stack, Reading.of(lens.model, stack))
+    made = {
+        key: torch.randn(value.shape, generator=torch.Generator().manual_seed(7))
+        for key, value in probe.arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    source: Any = made or {"input_ids": prompt_ids("", SOURCE)}
+    kwargs: dict[str, Any] = {**source}
+    known = inspect.signature(whole.forward).parameters
+    if "use_cache" in known:
+        kwargs["use_cache"] = False
+    if "decoder_input_ids" in known:
+        kwargs["decoder_input_ids"] = prompt_ids("", TARGET, seed=1)
+    return (source if made else source["input_ids"]), kwargs
+
+
+@torch.no_grad()
+def _attention(
+    model: PreTrainedModel,
+    name: str,
+    prompt: Any,
+    capture: Capture,
+    kwargs: dict[str, Any],
+    figures: dict[str, float],
+) -> None:
+    """Our patterns against eager `output_attentions` of the whole model, where it offers them."""
+    eager = copy.deepcopy(model)
+    try:
+        eager.set_attn_implementation("eager")
+        output = eager(**kwargs, output_attentions=True)
+    except (ValueError, TypeError, NotImplementedError, AttributeError):
+        return
+    found = _gaps(name, capture, output)
+    if any(gap > TOLERANCE for gap in found.values()):
+        # Other kernels round otherwise, which large scores magnify from block to block: the
+        # patterns of the very run that gave these weights are the ones to compare.
+        stack = name if name in stacks_of(eager) else None
+        target = kwargs.get("decoder_input_ids") if name == "decoder" else None
+        own = Lens(eager, stack=stack).capture(prompt, target=target, attention=True)  # type: ignore[arg-type]
+        found = _gaps(name, own, output)
+    for key, gap in found.items():
+        need(gap <= TOLERANCE, f"{key} differ by {gap}")
+        figures[key] = max(gap, figures.get(key, 0.0))
+
+
+def _gaps(name: str, capture: Capture, output: Any) -> dict[str, float]:
+    """Per kind of attention that the output holds, the largest |Δ| from the captured patterns."""
+    caches = dict.fromkeys(_WEIGHTS.get(name, ()), capture.attention)
+    if capture.has("cross_attention"):
+        caches["cross_attentions"] = capture.cross_attention
+    gaps: dict[str, float] = {}
+    for key, cache in caches.items():
+        given = [w for w in getattr(output, key, None) or () if isinstance(w, Tensor)]
+        if len(given) != len(cache.layers):
+            continue
+        for layer, theirs in zip(cache.layers, given, strict=True):
+            ours = cache.get_layer(layer)
+            need(ours.shape == theirs.shape, f"{name}: {key} of layer {layer}: {theirs.shape}")
+            gap = float((ours - theirs).abs().max())
+            gaps[f"{name}.{key}"] = max(gap, gaps.get(f"{name}.{key}", 0.0))
+    return gaps
+
+
+def _edits(lens: Lens, prompt: Any, options: dict[str, Any], capture: Capture, name: str) -> None:
+    """All sites edited by factor 1 in one pass: not a bit of the stream may change."""
+    fixed = {site for (site, _), claim in lens.sites.sites.items() if claim.fixed}
+    edits = [Scale(site, 1.0) for site in lens.site_layers if site not in fixed]
+    edited = lens.capture(prompt, **{**options, "attention": False}, edits=edits)
+    for layer in range(lens.n_layers):
+        same = equal(edited.residual.get_layer(layer), capture.residual.get_layer(layer))
+        need(same, f"{name}: identity edits changed the residual of layer {layer}")
