@@ -78,6 +78,7 @@ bench: $(VENV)/.ready
 
 sweep: $(VENV)/.ready
 	$(PY) -m benchmarks.families
+	$(PY) -m benchmarks.mappings
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

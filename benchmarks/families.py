@@ -16,8 +16,10 @@ import logging
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,6 +31,8 @@ from tinymodels import TYPES  # noqa: E402
 from tinymodels.checks import CheckError, sweep_one  # noqa: E402
 from trilens.models.families import FamilyTable  # noqa: E402
 
+Sweep = Callable[[str], tuple[Any, dict[str, Any]]]
+"""Captures one type: its row, and what was measured."""
 CHUNK = 12
 LEAST = {"gated": 30, "effective": 16, "sited": 120}
 """Types that the sweep has to prove gates, effective attention, and all core sites of."""
@@ -36,35 +40,37 @@ LAST = Path(__file__).parent / "results" / "families.json"
 SHIPPED = ROOT / "src" / "trilens" / "models" / "families.json"
 
 
-def sweep(types: list[str]) -> list[dict]:
+def sweep(types: list[str], one: Sweep = sweep_one) -> list[dict]:
     """Sweep some types in this process."""
     rows = []
-    for model_type in types:
+    for name in types:
         try:
-            row, figures = sweep_one(model_type)
-            rows.append({"row": asdict(row), "figures": figures})
+            row, figures = one(name)
+            rows.append({"name": name, "row": asdict(row), "figures": figures})
         except CheckError as failure:
-            rows.append({"failed": model_type, "why": str(failure)})
+            rows.append({"name": name, "failed": name, "why": str(failure)})
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            rows.append({"failed": model_type, "why": why})
+            rows.append({"name": name, "failed": name, "why": why})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def sweep_in_children(types: list[str]) -> list[dict]:
+def sweep_in_children(types: list[str], module: str = "benchmarks.families") -> list[dict]:
     """Sweep in child processes, so that one model's memory or crash is its own."""
     rows = []
     for start in range(0, len(types), CHUNK):
         group = types[start : start + CHUNK]
-        command = [sys.executable, "-m", "benchmarks.families", "--child", *group]
+        command = [sys.executable, "-m", module, "--child", *group]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         rows += found
-        seen = {item.get("failed") or item["row"]["model_type"] for item in found}
+        seen = {item["name"] for item in found}
         missing = [name for name in group if name not in seen]
         tail = " ".join(done.stderr.split())[-300:]
-        rows += [{"failed": name, "why": f"the process ended: {tail}"} for name in missing]
+        rows += [
+            {"name": name, "failed": name, "why": f"the process ended: {tail}"} for name in missing
+        ]
         print(f"{min(start + CHUNK, len(types))}/{len(types)}", file=sys.stderr, flush=True)
     return rows
 

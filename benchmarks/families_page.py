@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trilens.models.families import CORE_SITES, FamilyRow, load_families, spell_short
+from trilens.models.mappings import MappingRow, StackRow, load_mappings
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -79,6 +80,7 @@ def page() -> str:
         lines += [f"## {title}", "", "| type | layers | why |", "|---|---|---|"]
         lines += [*map(_line, groups[key]), ""]
     lines += _sites_not_proven(captured)
+    lines += _mappings()
     return "\n".join(lines)
 
 
@@ -101,6 +103,42 @@ def _sites_not_proven(rows: Sequence[FamilyRow]) -> list[str]:
         for why, names in by_reason.items():
             lines.append(f"| {row.model_type} | {', '.join(names)} | {why} |")
     return [*lines, ""]
+
+
+def _mappings() -> list[str]:
+    """Encoder–decoders, models of sound and masked LMs, stack by stack."""
+    table = load_mappings()
+    counts = table.count()
+    return [
+        "## Encoder–decoders, sound, masked LMs",
+        "",
+        "Every type of `MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING` (seq2seq),"
+        " `MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING` (speech) and",
+        "`MODEL_FOR_MASKED_LM_MAPPING` (masked), each of its stacks ([stacks.md](stacks.md))."
+        " Full means: every residual",
+        "bit-identical to a plain hook in a run of the whole model, self- and cross attention of"
+        " every layer within 1e-5 of",
+        "`output_attentions`, logits unchanged to the bit by edits of factor 1 at every site."
+        " Models that read sound beside",
+        "text (their one stack is called language) are swept on text.",
+        "",
+        f"**{len(table.full_types)} types in full**; of the {len(table.rows)} entries"
+        f" {counts.get('full', 0)} full, {counts.get('partial', 0)} in part,"
+        f" {counts.get('refused', 0)} refused.",
+        "",
+        "| mapping | type | stack | layers | attention | cross attention | not in full, because |",
+        "|---|---|---|---|---|---|---|",
+        *(_stack_line(row, stack) for row in table.rows for stack in row.stacks),
+        "",
+    ]
+
+
+def _stack_line(row: MappingRow, stack: StackRow) -> str:
+    reason = stack.reason.split("; ")[0].replace("|", "\\|") or "–"
+    layers = (
+        f"{stack.n_layers or '–'} | {spell_short(stack.attention)} | {spell_short(stack.cross)}"
+    )
+    return f"| {row.mapping} | {row.model_type} | {stack.name} | {layers} | {reason} |"
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from .analysis.path_patching import path_patch as path_patch
 from .caches.activation import ActivationCache as ActivationCache
 from .caches.activation import FullActivationCache as FullActivationCache
 from .caches.attention import AttentionCache as AttentionCache
+from .caches.cross_attention import CrossAttentionCache as CrossAttentionCache
 from .caches.gate_spec import GateSpec as GateSpec
 from .caches.gates import GateCache as GateCache
 from .caches.sites import SiteCache as SiteCache
@@ -74,7 +75,10 @@ from .lens.gradients import Gradients as Gradients
 from .lens.lens import Lens as Lens
 from .models.families import FamilyTable as FamilyTable
 from .models.families import load_families as load_families
+from .models.mappings import MappingTable as MappingTable
+from .models.mappings import load_mappings as load_mappings
 from .models.rwkv7.convert import convert_rwkv7 as convert_rwkv7
+from .models.tokens import SourceTarget as SourceTarget
 from .planning.matrices import find_matrices as find_matrices
 from .planning.planning import make_plan as make_plan
 from .planning.result import Planned as Planned

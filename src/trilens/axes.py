@@ -163,7 +163,7 @@ SITES: dict[str, SiteSpec] = {
     ),
     "resid_mid": SiteSpec(
         "[seq, d_model]",
-        "residual stream after a block's attention, before its MLP",
+        "residual stream before a block's MLP, after all else that the block adds",
         "resid_pre plus what the parts before the MLP add, bit for bit",
         aliases=("hook_resid_mid", "hook_resid_mid_cross"),
     ),

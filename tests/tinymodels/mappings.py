@@ -1,4 +1,4 @@
-"""Tiny random models for mappings beside causal LMs: encoder–decoders of text and of sound, masked LMs.
+"""Tiny random models for mappings beside causal LMs: encoder–decoders, models of sound, masked LMs.
 
 They are made by the same rules; a table holds what a family needs besides.
 """
@@ -38,7 +38,7 @@ def tiny_config_as(mapping: str, model_type: str) -> PreTrainedConfig:
     given: dict[str, Any] = copy.deepcopy(OVERRIDES.get(model_type, {}))
     if mapping == "masked":
         given.pop("is_decoder", None)
-    if "encoder_layers" in {name for name in dir(cls)} | set(cls.__dataclass_fields__):
+    if "encoder_layers" in set(dir(cls)) | set(cls.__dataclass_fields__):
         given.setdefault("encoder_layers", 2)
     given |= copy.deepcopy(MAPPING_OVERRIDES.get(model_type, {}))
     config = cls(**tiny_kwargs(cls, given))

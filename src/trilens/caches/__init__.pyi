@@ -1,6 +1,7 @@
 from .activation import ActivationCache as ActivationCache
 from .activation import FullActivationCache as FullActivationCache
 from .attention import AttentionCache as AttentionCache
+from .cross_attention import CrossAttentionCache as CrossAttentionCache
 from .gate_spec import GateKind as GateKind
 from .gate_spec import GateSpec as GateSpec
 from .gates import GateCache as GateCache

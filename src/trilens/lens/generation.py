@@ -31,6 +31,7 @@ from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
 from trilens.models.forward_inputs import fitting
 from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.stacks import Stack
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import Prompt, PromptLike
 from trilens.taps.bystanders import standing_by
@@ -99,7 +100,7 @@ def generate(
     asked = read_kept(capture)
     runner.refresh()
     model = runner.model
-    _check_generates(model)
+    _check_generates(model, runner.stack)
     read = runner.read_one(prompt, inputs, special)
     _check_has_ids(read)
     start, most = len(read.ids), decoding.max_new_tokens
@@ -226,8 +227,8 @@ def _scored(model: PreTrainedModel, vocab: int) -> int:
     return min(vocab, head.shape[0]) if isinstance(head, Tensor) and head.ndim == 2 else vocab
 
 
-def _check_generates(model: PreTrainedModel) -> None:
-    """Refuse a model that predicts no next token.
+def _check_generates(model: PreTrainedModel, stack: Stack) -> None:
+    """Refuse a model that predicts no next token, or does not go on from its prompt.
 
     Raises:
         GenerationError: it is no causal language model of transformers.
@@ -237,6 +238,11 @@ def _check_generates(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not generate: it is no causal language model (an "
             "encoder, or a model without an unembedding); open one that is, for example with "
             "AutoModelForCausalLM"
+        )
+    if stack.has_source:
+        raise GenerationError(
+            f"{type(model).__name__} does not go on from its prompt, it answers a source: generate "
+            "with model.generate, and capture with target= the ids that it gave"
         )
 
 

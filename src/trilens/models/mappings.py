@@ -11,7 +11,7 @@ from typing import Any
 from trilens.errors import CorruptFileError
 from trilens.results import Tabular
 
-__all__ = ["MappingRow", "MappingTable", "StackRow", "load_mappings"]
+__all__ = ["MappingRow", "MappingTable", "StackRow", "load_mappings", "row_from"]
 
 _FORMAT = "trilens.mappings"
 _VERSION = 1

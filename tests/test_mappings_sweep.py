@@ -1,0 +1,79 @@
+"""A quick subset of the second sweep; `make sweep` runs every type of the mappings."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinymodels.mappings import MAPPINGS, build_as
+from tinymodels.stack_checks import sweep_as
+from trilens.lens.lens import Lens
+from trilens.models.mappings import MappingTable, load_mappings
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+# One of each mechanism: relative bias, learned positions, experts, two configs, a model put
+# together of two, features of sound either way, samples, encoders of text.
+FULL = (
+    ("seq2seq", "mt5"),
+    ("seq2seq", "bart"),
+    ("seq2seq", "nllb-moe"),
+    ("seq2seq", "t5gemma"),
+    ("seq2seq", "encoder-decoder"),
+    ("seq2seq", "m2m_100"),
+    ("speech", "whisper"),
+    ("speech", "moonshine"),
+    ("speech", "speech_to_text"),
+    ("speech", "speech-encoder-decoder"),
+    ("masked", "modernbert"),
+    ("masked", "roberta"),
+    ("masked", "layoutlm"),
+)
+PARTIAL = (
+    ("seq2seq", "t5gemma2", "in one softmax"),
+    ("speech", "seamless_m4t", "number of positions changes"),
+    ("speech", "dia", "does not run on a plain prompt"),
+)
+REFUSED = (("seq2seq", "bigbird_pegasus"), ("masked", "reformer"))
+
+
+@pytest.mark.parametrize(("mapping", "model_type"), FULL)
+def test_every_stack_is_captured_in_full(mapping: str, model_type: str) -> None:
+    row, figures = sweep_as(mapping, model_type)
+    assert row.outcome == "full", row.reason
+    assert figures, "eager offers its weights here"
+
+
+@pytest.mark.parametrize(("mapping", "model_type", "words"), PARTIAL)
+def test_what_is_captured_in_part_says_why(mapping: str, model_type: str, words: str) -> None:
+    row, _ = sweep_as(mapping, model_type)
+    assert row.outcome == "partial"
+    assert words in row.reason
+
+
+@pytest.mark.parametrize(("mapping", "model_type"), REFUSED)
+def test_what_is_refused_says_why(mapping: str, model_type: str) -> None:
+    row, _ = sweep_as(mapping, model_type)
+    assert row.outcome == "refused"
+    assert row.reason
+    assert "\n" not in row.reason
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_the_shipped_table_is_what_a_lens_finds(model_type: str) -> None:
+    rows = load_mappings().rows
+    row = next(r for r in rows if (r.mapping, r.model_type) == ("seq2seq", model_type))
+    model = build_as("seq2seq", model_type)
+    for stack in row.stacks:
+        lens = Lens(model, stack=stack.name)  # type: ignore[arg-type]
+        assert stack.attention == lens.attention_layers
+        assert stack.cross == lens.cross_attention_layers
+        assert stack.n_layers == lens.n_layers
+
+
+def test_the_shipped_table_covers_every_type_of_the_mappings() -> None:
+    table = load_mappings()
+    names = [(mapping, name) for mapping, types in MAPPINGS.items() for name in types]
+    assert [(row.mapping, row.model_type) for row in table.rows] == names
+    assert len(table.full_types) >= 60
+    assert all(row.reason for row in table.rows if row.outcome != "full")
+    assert MappingTable.from_dict(table.to_dict()) == table
