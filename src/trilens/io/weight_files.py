@@ -182,8 +182,8 @@ def _existing(folder: Path, names: list[str], source: Path) -> tuple[Path, ...]:
 def gguf_way(folder: str, name: str) -> str:
     """How a GGUF file comes into a lens: transformers unpacks it."""
     return (
-        "a GGUF file is not opened here; let transformers unpack it, model = AutoModelForCausalLM."
-        f"from_pretrained({folder!r}, gguf_file={name!r}), and give Lens(model, tokenizer)"
+        "a GGUF file is not opened here; to capture it, "
+        f"Lens.from_pretrained({folder!r}, gguf_file={name!r}), which lets transformers unpack it"
     )
 
 

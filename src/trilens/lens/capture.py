@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from trilens.lens.saved_capture import FORMAT, VERSION, described, rebuilt
 from trilens.numbers import at_least
 from trilens.statistics.probabilities import probabilities
 from trilens.text.alignment import Alignment, align
+from trilens.text.media import Media, positions_of
 from trilens.text.prompt_text import PromptText
 from trilens.text.source import Source
 
@@ -60,6 +62,7 @@ class Capture:
             lens had no tokenizer, and in files from before it was kept.
         hash_checked: of a capture that was loaded: its file named a hash of its content, and fits
             it; False for files from before there were hashes. None for one that was not loaded.
+        media: which tokens stand for images, videos and audio; see `image_positions`.
         source: what the encoder read, of a decoder's capture; None for other captures.
 
     Memory
@@ -73,6 +76,7 @@ class Capture:
     parts: Parts
     hash_checked: bool | None = None
     prompt_text: PromptText | None = None
+    media: tuple[Media, ...] = ()
     source: Source | None = None
 
     def __repr__(self) -> str:
@@ -181,6 +185,27 @@ class Capture:
         """
         return self._written().find(text, self.tokens, occurrence)
 
+    def image_positions(
+        self, number: SupportsIndex = 0, *, tile: SupportsIndex | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The positions of the tokens that stand for an image, laid out as the image is.
+
+        An answer about tokens becomes a map of the image:
+        `cap.attention.attention_from_position(layer, i)[cap.image_positions(0)]`.
+
+        Args:
+            number: of the image among the prompt's images, negative from the end.
+            tile: of an image that was cut into tiles.
+
+        Returns:
+            int64 [rows, cols]; [tokens] where no token belongs to one place of the image.
+
+        Raises:
+            NotStoredError: no token of this prompt stands for an image.
+            OutOfRangeError: no such image or tile; or several tiles, and none is named.
+        """
+        return positions_of(self.media, "image", number, tile)
+
     def align(self, other: Capture) -> Alignment:
         """This prompt's tokens beside another's, such as a corrupted one's.
 
@@ -195,14 +220,13 @@ class Capture:
         if self.prompt_text is not None:
             return self.prompt_text
         ids = self.token_ids.tolist()
-        raise NotStoredError(
-            "the text of this prompt is not known: "
-            + (
-                "it was captured by a lens without a tokenizer; give Lens(model, tokenizer) one"
-                if self.tokens == [f"<{i}>" for i in ids]
-                else "its file is from before texts were kept; capture again"
-            )
-        )
+        if -1 in ids:
+            why = "it was given as vectors (inputs_embeds), which stand for no text"
+        elif any(token == f"<{i}>" for token, i in zip(self.tokens, ids, strict=True)):
+            why = "it was captured by a lens without a tokenizer; give Lens(model, tokenizer) one"
+        else:
+            why = "its file is from before texts were kept; capture again"
+        raise NotStoredError(f"the text of this prompt is not known: {why}")
 
     @property
     def nbytes(self) -> int:
@@ -260,6 +284,7 @@ class Capture:
             "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
             **({} if self.source is None else {"source": self.source.to_dict()}),
             **described(self.parts),
+            **({"media": [each.to_dict() for each in self.media]} if self.media else {}),
         }
         return write_tensors(as_path(path), dict(self._tensors()), manifest)
 
@@ -303,5 +328,9 @@ class Capture:
             hash_checked=manifest["hashed"] is True,
             parts=rebuilt(tensors, manifest, model.n_layers),
             prompt_text=written,
+            media=tuple(
+                Media.from_dict(each, len(tensors["token_ids"]))
+                for each in manifest.get("media", ())
+            ),
             source=None if manifest.get("source") is None else Source.from_dict(manifest["source"]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from trilens.errors import UsageError, ValueRangeError
-from trilens.models.forward_call import device_of, text_config
+from trilens.models.forward_call import device_of, given_arguments, text_config
 from trilens.numbers import at_least, whole_number
 from trilens.taps.undo import run_undone
 
@@ -257,6 +257,8 @@ def run_generate(
     decoding: Decoding,
     tokens: NewTokens,
     processors: Sequence[LogitsProcessor] = (),
+    *,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Generate from one prompt with transformers' own loop; `tokens` sees what comes.
 
@@ -269,9 +271,12 @@ def run_generate(
         decoding: how tokens are chosen.
         tokens: the one that ends the text.
         processors: further ones that choose.
+        arguments: what the first pass is given in place of the ids alone.
     """
     there = ids.reshape(1, -1).to(device_of(model))
     held, put_back_random = model.generation_config, _random_state(there.device)
+    given = given_arguments(model, arguments or {})
+    beside = {name: given[name] for name in arguments or {} if name != "input_ids"}
 
     def put_back() -> None:
         model.generation_config = held
@@ -287,6 +292,7 @@ def run_generate(
             generation_config=decoding.config(int(tokens.extra)),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([tokens]),
+            **beside,
         )
 
     run_undone(generate, put_back)

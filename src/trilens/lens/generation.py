@@ -29,10 +29,12 @@ from trilens.lens.decoding import (
 )
 from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
+from trilens.models.forward_inputs import fitting
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.stacks import Stack
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import Prompt, PromptLike
+from trilens.taps.bystanders import standing_by
 from trilens.taps.edits import Compiled
 from trilens.taps.generating import Passes, generating
 from trilens.taps.recording import CaptureRequest
@@ -85,9 +87,10 @@ class Generation:
 
 def generate(
     runner: Runner,
-    prompt: PromptLike,
+    prompt: PromptLike | None,
     decoding: Decoding,
     *,
+    inputs: object = None,
     edits: Iterable[Edit] | Edit = (),
     capture: Mapping[str, Any] | None = None,
     stream: Stream | None = None,
@@ -98,7 +101,8 @@ def generate(
     runner.refresh()
     model = runner.model
     _check_generates(model, runner.stack)
-    read = runner.read(prompt, special)
+    read = runner.read_one(prompt, inputs, special)
+    _check_has_ids(read)
     start, most = len(read.ids), decoding.max_new_tokens
     _check_length(start, most, runner.max_positions)
     if decoding.stop_texts and runner.tokenizer is None:
@@ -134,7 +138,10 @@ def generate(
     kept = None
     if asked is not None:
         ids = [*read.ids.tolist(), *tokens.new]
-        whole = Prompt(torch.tensor(ids), token_strings(ids, runner.tokenizer))
+        # Images keep the names of their places; what was written is read with what stands before.
+        strings = token_strings(ids, runner.tokenizer)
+        named = read.strings if read.media else strings[:start]
+        whole = Prompt(torch.tensor(ids), (*named, *strings[start:]), media=read.media)
         recording = passes.joined(runner.request([whole], asked))
         kept = runner.captures([whole], recording, asked)[0]
     return Generation(
@@ -173,8 +180,18 @@ def _run(
             passes.grew,
             extra=asked is not None,
         )
-        run_generate(runner.model, prompt.ids, decoding, tokens)
+        given = None if runner.stack.has_source else prompt.arguments
+        with standing_by(runner.proof.bystanders), fitting(runner.model, given):
+            run_generate(runner.model, prompt.ids, decoding, tokens, arguments=given)
     return tokens, passes
+
+
+def _check_has_ids(prompt: Prompt) -> None:
+    if prompt.arguments is not None and "inputs_embeds" in prompt.arguments:
+        raise GenerationError(
+            "inputs holds vectors in place of tokens (inputs_embeds): a text is generated after "
+            "token ids; give input_ids"
+        )
 
 
 def _longest(n: int) -> Prompt:

@@ -14,11 +14,12 @@ from trilens.lens.decoding import Stream, read_decoding
 from trilens.lens.folding import FoldedHead, folded_head
 from trilens.lens.generation import Generation, generate
 from trilens.lens.gradients import Gradients, Metric
+from trilens.lens.inputs import with_target
 from trilens.lens.opened import Opened
 from trilens.lens.request import Asked, Which
 from trilens.lens.stack import Where, stack
 from trilens.lens.unembedding import unembedded
-from trilens.models.tokens import PromptLike, SourceTarget
+from trilens.models.tokens import PromptLike
 from trilens.numbers import at_least
 from trilens.progress import Progress
 from trilens.taps.mode import evaluating
@@ -39,6 +40,9 @@ class Lens(Opened):
         stack: of a model with several stacks of blocks, the one to open: "decoder", "encoder",
             "language", "vision" or "audio", of those in `stacks`; the decoder, or the language
             model, where not given.
+        probe: inputs, as `capture` takes them, that the model is proven on in place of a short
+            made-up text: for a model that runs with images alone, or whose blocks do not all run
+            on text. Every tensor of that one pass is held while it is proven: give a short one.
 
     Raises:
         UsageError: no transformers model, no tokenizer, a weight that is nowhere in memory, or a
@@ -49,8 +53,9 @@ class Lens(Opened):
 
     def capture(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None = None,
         *,
+        inputs: Mapping[str, Any] | None = None,
         target: PromptLike | None = None,
         residual: Which | None = "last",
         attention: bool = False,
@@ -69,6 +74,9 @@ class Lens(Opened):
             prompt: text, a list of token ids, a tensor [seq] or [1, seq], what a tokenizer
                 returned for one prompt (its padding is left out), or chat messages; for the
                 decoder of an encoder–decoder the source, or a `SourceTarget`.
+            inputs: in place of a prompt, what the forward takes: input_ids or inputs_embeds of one
+                prompt, and whatever stands beside them, such as a processor makes of text and
+                images. `Capture.image_positions` says which tokens stand for an image.
             target: what such a decoder reads; as of `SourceTarget`.
             residual: residual stream after each block: of the last token, of all, or none.
             attention: keep each layer's post-rotary queries and keys, of cross attention too.
@@ -90,6 +98,7 @@ class Lens(Opened):
 
         Raises:
             PromptError: empty, too long, out of vocabulary, or text without a tokenizer.
+            UsageError: inputs that the forward does not take, of several prompts, or not finite.
             OutOfRangeError: a layer, or a position for a state, that is not there.
             AttentionPathError: attention was asked of a layer that has none to give.
             CaptureError: an effective attention that the kernel's output does not prove.
@@ -109,8 +118,8 @@ class Lens(Opened):
             states=states,
             sites=sites,
         ).once()
-        given = prompt if target is None else SourceTarget(prompt, target)
-        return self._runner.capture(given, asked, edits, add_special_tokens)
+        prompt, inputs = with_target(prompt, inputs, target)
+        return self._runner.capture(prompt, asked, edits, add_special_tokens, inputs)
 
     def capture_many(
         self,
@@ -193,9 +202,10 @@ class Lens(Opened):
 
     def gradients(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None,
         metric: Metric,
         *,
+        inputs: Mapping[str, Any] | None = None,
         sites: Iterable[str] = ("resid_post",),
         layers: Iterable[SupportsIndex] | None = None,
         edits: Iterable[Edit] | Edit = (),
@@ -207,7 +217,8 @@ class Lens(Opened):
         frozen for the run and get no gradient.
 
         Args:
-            prompt: as `capture` takes it.
+            prompt: as `capture` takes it; None where inputs are given.
+            inputs: as `capture` takes them.
             metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
                 `trilens.analysis` can be given.
             sites: as `capture` takes them.
@@ -223,12 +234,13 @@ class Lens(Opened):
             Every activation of the pass: what training of one batch of this prompt keeps.
         """
         asked = Asked(residual=None, layers=layers, sites=sites).once()
-        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens)
+        return self._runner.gradients(prompt, metric, asked, edits, add_special_tokens, inputs)
 
     def generate(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None = None,
         *,
+        inputs: Mapping[str, Any] | None = None,
         max_new_tokens: SupportsIndex = 40,
         edits: Iterable[Edit] | Edit = (),
         capture: Mapping[str, Any] | None = None,
@@ -244,6 +256,7 @@ class Lens(Opened):
 
         Args:
             prompt: as in `capture`; chat messages end with the start of an answer.
+            inputs: as in `capture`, of token ids.
             max_new_tokens: the most tokens to add.
             edits: applied in every pass; their positions count in the whole text.
             capture: options of `capture`, {} for its defaults: one capture of the whole text, the
@@ -279,6 +292,7 @@ class Lens(Opened):
             capture=capture,
             stream=stream,
             special=add_special_tokens,
+            inputs=inputs,
         )
 
     def batches_safely(self, tokens: int) -> bool:

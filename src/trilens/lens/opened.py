@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Self, SupportsIndex
 
 import torch
@@ -16,7 +17,7 @@ from trilens.models.loading import load
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.stacks import StackName, chosen_stack, stacks_of
 from trilens.models.tokenizers import usable_tokenizer
-from trilens.models.unwrap import is_pipeline, unwrapped
+from trilens.models.unwrap import tokenizer_of, unwrapped
 from trilens.numbers import whole_number
 
 __all__ = ["Opened"]
@@ -29,16 +30,21 @@ class Opened:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, stack: StackName | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        stack: StackName | None = None,
+        probe: Mapping[str, Any] | None = None,
     ) -> None:
-        if tokenizer is None and is_pipeline(model):
-            tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            tokenizer = tokenizer_of(model)
         whole = unwrapped(model)
         self._stack = chosen_stack(whole, stack)
         self.stacks = tuple(stacks_of(whole))
         self.model = self._stack.running(whole)
         self.unused_weights: tuple[str, ...] = ()
-        self._runner = Runner(self.model, usable_tokenizer(tokenizer), self._stack)
+        self._runner = Runner(self.model, usable_tokenizer(tokenizer), self._stack, probe)
 
     @property
     def stack_name(self) -> StackName:
@@ -65,12 +71,16 @@ class Opened:
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         stack: StackName | None = None,
+        probe: Mapping[str, Any] | None = None,
+        gguf_file: str | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id and open it.
 
         Only safetensors are read, never a pickle; code that ships with a checkpoint runs only
         where `trust_remote_code` allows it. `attn_implementation` ("sdpa", "eager" …) is chosen by
-        transformers where not given; `stack` as for `Lens`.
+        transformers where not given; `stack` and `probe` as for `Lens`. `gguf_file` names a
+        GGUF file in the directory, whose weights transformers unpacks, in float32 where `dtype` is
+        "auto".
 
         Raises:
             LoadError: and its subclasses, see `trilens.errors`.
@@ -83,8 +93,9 @@ class Opened:
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            gguf_file=gguf_file,
         )
-        lens = cls(loaded.model, loaded.tokenizer, stack=stack)
+        lens = cls(loaded.model, loaded.tokenizer, stack=stack, probe=probe)
         lens.unused_weights = tuple(loaded.unused)
         return lens
 

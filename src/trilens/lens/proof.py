@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 from trilens.errors import AnatomyError, RecorderError, TrilensError, UsageError
 from trilens.io.messages import reason
 from trilens.models.anatomy import Anatomy, find_anatomy
-from trilens.models.cross_attention import cross_attention, without_cross_attention
-from trilens.models.forward_call import config_numbers, text_config
+from trilens.models.cross_attention import cross_attention, source_in, without_cross_attention
+from trilens.models.forward_call import config_numbers, takes, text_config
 from trilens.models.gates.claims import GateClaims, find_gates
 from trilens.models.offload import unfilled
 from trilens.models.other_lengths import check_lengths
 from trilens.models.sites.claims import SiteClaims, find_sites
 from trilens.models.source_target import Reading
-from trilens.models.stack_probe import probe_of
+from trilens.models.stack_probe import probe_of, probe_with
 from trilens.models.stacks import Stack
 from trilens.models.trace import Trace
+from trilens.taps.bystanders import bystanders_of
 from trilens.taps.mode import evaluating, unchanged
 from trilens.taps.readout import check_readout
 from trilens.taps.recorder import record
@@ -44,6 +45,7 @@ class Proof:
         modules: the model's modules when it was proven.
         cross: per layer, the module that attends to what the encoder made of the source.
         no_cross: of a stack with a source, why other layers have no such attention, in words.
+        bystanders: blocks that did not run on the probe, by path.
     """
 
     anatomy: Anatomy
@@ -53,6 +55,7 @@ class Proof:
     modules: tuple[nn.Module, ...]
     cross: Mapping[int, nn.Module] = field(default_factory=dict)
     no_cross: Mapping[int, str] = field(default_factory=dict)
+    bystanders: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def is_outdated(self, model: nn.Module, vocab: int) -> bool:
         """Whether the model has other modules than those that were proven, or other tokens.
@@ -67,13 +70,19 @@ class Proof:
         return not same or vocab != self.vocab
 
 
-def prove(model: PreTrainedModel, stack: Stack, reading: Reading | None = None) -> Proof:
+def prove(
+    model: PreTrainedModel,
+    stack: Stack,
+    reading: Reading | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Proof:
     """Probe a model and prove the anatomy and gates of one of its stacks.
 
     Args:
         model: what a pass of the stack calls.
         stack: the stack.
         reading: the tokens that it reads; looked up where not given.
+        inputs: what it is proven on; made up where not given.
 
     Raises:
         UsageError: a weight is not in memory, and nothing brings it there.
@@ -83,7 +92,7 @@ def prove(model: PreTrainedModel, stack: Stack, reading: Reading | None = None) 
     reading = reading or Reading.of(model, stack)
     vocab = reading.vocab
     with unchanged(model) as whole, evaluating(model):
-        probe = probe_of(model, stack, reading)
+        probe = probe_of(model, stack, reading) if inputs is None else probe_with(model, inputs)
         seq, arguments = probe.seq, probe.arguments
         try:
             trace, events = record(model, seq, lambda: model(**arguments))
@@ -99,20 +108,22 @@ def prove(model: PreTrainedModel, stack: Stack, reading: Reading | None = None) 
     _check_numbers(trace)
     _check_head(model, trace, vocab)
     width = getattr(text_config(model), "hidden_size", None)
-    trace, crossing = without_cross_attention(trace, probe.source)
+    source = probe.source if inputs is None else source_in(trace)
+    trace, crossing = without_cross_attention(trace, source)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
     with evaluating(model):
         check_readout(model, anatomy, trace, vocab)
     if stack.run == "alone":
         check_lengths(trace, anatomy)
-    cross, no_cross = cross_attention(trace, crossing, anatomy, probe.source)
+    cross, no_cross = cross_attention(trace, crossing, anatomy, source)
     # A layer whose only attention looks at target and source together has none of either.
     other = {layer: why for layer, why in no_cross.items() if layer not in anatomy.attention}
     anatomy = replace(anatomy, other_attention={**other, **anatomy.other_attention})
     with torch.no_grad():
         gates = find_gates(trace, events, anatomy)
         sites = find_sites(trace, events, anatomy, gates)
-    return Proof(anatomy, gates, sites, vocab, tuple(model.modules()), cross, no_cross)
+    unseen = bystanders_of(model, anatomy, trace)
+    return Proof(anatomy, gates, sites, vocab, tuple(model.modules()), cross, no_cross, unseen)
 
 
 def _check_in_memory(model: nn.Module) -> None:
@@ -147,7 +158,7 @@ def _not_run(
             )
         return AnatomyError(
             f"{name} does not run on a plain prompt of {seq} tokens: {type(own).__name__}: "
-            f"{_first_line(own)}{_way_out(model)}"
+            f"{_first_line(own)}{_way_out(model)}{_way_in(model)}"
         )
     return RecorderError(
         f"{name} runs, but not while trilens records it: {reason(error)}{_way_out(model)}; this is "
@@ -179,6 +190,13 @@ def _check_head(model: PreTrainedModel, trace: Trace, vocab: int) -> None:
             f"tokens, not one over the vocabulary ({vocab}) for each: load it as a causal LM, a "
             "masked LM or a bare encoder"
         )
+
+
+def _way_in(model: PreTrainedModel) -> str:
+    """What to do for a model that runs on images alone, or beside them."""
+    if not any(takes(model, name) for name in ("pixel_values", "input_features", "input_values")):
+        return ""
+    return "; where it needs more than text, give Lens(model, probe=processor(…))"
 
 
 def _way_out(model: PreTrainedModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from trilens.errors import UsageError
 from trilens.lens.batching import BatchSafety
 from trilens.lens.capture import Capture
 from trilens.lens.gradients import Gradients, Metric, gradients_of
+from trilens.lens.inputs import prompt_of_inputs, split_target
 from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import Asked, request_of
@@ -21,6 +22,7 @@ from trilens.lens.split import split
 from trilens.lens.stepping import StepSafety
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
+from trilens.models.forward_inputs import fitting, read_inputs
 from trilens.models.gates.effective_proof import effective_patterns
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.source_target import (
@@ -34,10 +36,11 @@ from trilens.models.source_target import (
 from trilens.models.stacks import Stack
 from trilens.models.tokens import Prompt, PromptLike, SourceTarget, pad_id_for
 from trilens.progress import Progress, Step
+from trilens.taps.bystanders import standing_by
 from trilens.taps.edit_knockouts import check_heads
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
-from trilens.taps.mode import evaluating
+from trilens.taps.mode import evaluating, forgetting
 from trilens.taps.passes import run_pass
 from trilens.taps.positions import positions_of
 from trilens.taps.readout import read_out
@@ -61,17 +64,25 @@ class Runner:
         info: what captures say of it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: Stack) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, stack: Stack, probe: object = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stack = stack
+        self._probe = probe
         self._prove()
 
     def _prove(self) -> None:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
         self.reading = Reading.of(self.model, self.stack)
+        inputs = None
+        if self._probe is not None:
+            inputs, _ = read_inputs(
+                self._probe, self.model, vocab=self.vocab, max_positions=self.max_positions
+            )
         with self.lock():
-            self.proof: Proof = prove(self.model, self.stack, self.reading)
+            self.proof: Proof = prove(self.model, self.stack, self.reading, inputs)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
@@ -131,6 +142,31 @@ class Runner:
             return features_prompt(given, positions)
         return how.read(prompt, self.reading.vocab, self.max_positions)
 
+    def read_one(self, prompt: PromptLike | None, inputs: Any, special: bool) -> Prompt:
+        """A prompt, or inputs of the forward; exactly one of them is given."""
+        if (prompt is None) == (inputs is None):
+            raise UsageError(
+                "both a prompt and inputs are given: the inputs hold the prompt's token ids"
+                if inputs is not None
+                else "nothing is given to read: a prompt, or inputs=processor(…)"
+            )
+        if prompt is not None:
+            return self.read(prompt, special)
+        if self.stack.has_source:
+            source, target = split_target(inputs)
+            return self.read(SourceTarget(source, target), special)
+        if not self.vocab:
+            return self.read(inputs, special)
+        with self.lock():
+            return prompt_of_inputs(
+                inputs,
+                self.model,
+                self.proof.anatomy,
+                self.tokenizer,
+                vocab=self.vocab,
+                max_positions=self.max_positions,
+            )
+
     def compiled(
         self, edits: Iterable[Edit] | Edit, lengths: Sequence[int], new_tokens: int = 0
     ) -> Compiled:
@@ -170,7 +206,17 @@ class Runner:
         """One forward pass over a padded batch, as it was recorded."""
         pad = pad_id_for(self.tokenizer, text_config(self.model), max(1, self.vocab))
         arguments = batch_arguments(self.model, prompts, pad, logits=logits)
-        with self.lock(), beyond_positions(self.model, max(wanted.lengths)):
+        given = prompts[0].arguments
+        forgotten = nullcontext() if given is None else forgetting(self.model)
+        unseen = standing_by(self.proof.bystanders)
+        fits = fitting(self.model, given)
+        with (
+            self.lock(),
+            beyond_positions(self.model, max(wanted.lengths)),
+            forgotten,
+            unseen,
+            fits,
+        ):
             recording = run_pass(self.model, self.proof.anatomy, wanted, arguments, edits)
         # A model that writes into tensors it has handed on: from now on keep copies.
         self._copies |= recording.request.copy
@@ -221,11 +267,16 @@ class Runner:
         return split(prompts, recording, effective, logits=asked.logits, info=self.info)
 
     def capture(
-        self, prompt: PromptLike, asked: Asked, edits: Iterable[Edit] | Edit, special: bool
+        self,
+        prompt: PromptLike | None,
+        asked: Asked,
+        edits: Iterable[Edit] | Edit,
+        special: bool,
+        inputs: object = None,
     ) -> Capture:
         """One prompt; as `Lens.capture`."""
         self.refresh()
-        read = self.read(prompt, special)
+        read = self.read_one(prompt, inputs, special)
         compiled = self.compiled(edits, [len(read.ids)])
         found = self.run([read], asked, compiled)[0]
         compiled.check_touched()
@@ -233,15 +284,16 @@ class Runner:
 
     def gradients(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | None,
         metric: Metric,
         asked: Asked,
         edits: Iterable[Edit] | Edit,
         special: bool,
+        inputs: object = None,
     ) -> Gradients:
         """As `Lens.gradients`."""
         self.refresh()
-        read = self.read(prompt, special)
+        read = self.read_one(prompt, inputs, special)
         compiled = self.compiled(edits, [len(read.ids)])
         wanted = replace(self.request([read], asked), gradients=True)
         found = gradients_of(

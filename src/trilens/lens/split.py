@@ -104,6 +104,7 @@ def split(
             model=info,
             parts=parts(row, len(prompt.ids)),
             prompt_text=prompt.text,
+            media=prompt.media,
             source=_source(prompt, recording.source),
         )
         for row, prompt in enumerate(prompts)
@@ -125,7 +126,8 @@ def _source(prompt: Prompt, positions: int | None) -> Source | None:
     """What the encoder read; of positions that are not those of tokens, their numbers."""
     if positions is None or (prompt.source and len(prompt.source.tokens) == positions):
         return prompt.source
-    return frames(positions)
+    seen = prompt.arguments is not None and "pixel_values" in prompt.arguments
+    return frames(positions, "image position" if seen else "frame")
 
 
 def _own(tensor: Tensor, recording: Recording) -> Tensor:

@@ -29,6 +29,7 @@ from trilens.models.config_check import (
     check_counts,
     check_quant_method,
     dry_class,
+    unreadable,
 )
 
 __all__ = [
@@ -319,7 +320,8 @@ def _build_one(
         ) from cause
     except ImportError as cause:
         raise ConfigError(
-            f"{folder} needs a package that is not installed to build {name}: {reason(cause)}"
+            unreadable(folder, config, cause)
+            or f"{folder} needs a package that is not installed to build {name}: {reason(cause)}"
         ) from cause
     except (MemoryError, torch.OutOfMemoryError) as cause:
         raise MemoryShortError(f"memory ran out while loading {folder}: {reason(cause)}") from cause
@@ -329,7 +331,8 @@ def _build_one(
                 f"memory ran out while loading {folder}: {reason(cause)}"
             ) from cause
         raise ConfigError(
-            f"{folder} cannot be built as {name} by transformers {transformers.__version__}: "
+            unreadable(folder, config, cause)
+            or f"{folder} cannot be built as {name} by transformers {transformers.__version__}: "
             f"{reason(cause)}"
         ) from cause
     return model, report

@@ -15,10 +15,17 @@ import torch
 from transformers.quantizers import auto
 
 from trilens.errors import ConfigError
-from trilens.io.messages import clip
+from trilens.io.messages import clip, reason
 from trilens.io.safetensors_header import TensorHeader
 
-__all__ = ["StoredShape", "check_buffers", "check_counts", "check_quant_method", "dry_class"]
+__all__ = [
+    "StoredShape",
+    "check_buffers",
+    "check_counts",
+    "check_quant_method",
+    "dry_class",
+    "unreadable",
+]
 
 _COUNT = re.compile(
     r"(n|num|number|nb)_(\w+_)?(layers?|blocks?|heads?|experts?|groups?|stages?|levels?|buckets?)"
@@ -93,6 +100,25 @@ def check_quant_method(settings: Mapping[str, Any], file: Path) -> None:
             f"{file} has the quant_method {clip(method)}, which is not known here: known are "
             f"{', '.join(sorted(map(str, known)))}; its weights mean nothing without it"
         )
+
+
+def unreadable(folder: Path, config: Any, cause: Exception) -> str:
+    """Why a quantized checkpoint is not read, and what to do; "" for one that is not quantized.
+
+    Its package refuses before weights are read: it is not installed, or wants another device.
+    """
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return ""
+    found = section if isinstance(section, Mapping) else section.to_dict()
+    method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+    if method == "trilens":
+        return ""
+    return (
+        f"{folder} is quantized (quant_method {method!r}) in a way that is not read here: "
+        f"{reason(cause)}; install what it names, load it where it runs and give Lens(model), or "
+        "take the checkpoint that it was made of"
+    )
 
 
 def check_buffers(folder: Path, model: Any, headers: Mapping[str, TensorHeader]) -> None:

@@ -11,7 +11,7 @@ from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.trace import AttentionSite, ModuleCall, Trace
 
-__all__ = ["cross_attention", "without_cross_attention"]
+__all__ = ["cross_attention", "source_in", "without_cross_attention"]
 
 
 def without_cross_attention(
@@ -32,6 +32,15 @@ def without_cross_attention(
     ticks = {site.tick for site in cross}
     own = tuple(site for site in trace.attention if site.tick not in ticks)
     return replace(trace, attention=own, cross=cross), cross
+
+
+def source_in(trace: Trace) -> int | None:
+    """How many positions that are no tokens of the text are attended to; None where there are none.
+
+    Of a model whose text attends to images beside it: all images together.
+    """
+    lengths = {site.seq_k for site in trace.attention if site.seq_q == trace.seq} - {trace.seq}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def cross_attention(

@@ -134,7 +134,11 @@ def ids_of_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> li
         parts = content if isinstance(content, list | tuple) else ()
         odd = [p.get("type") for p in parts if isinstance(p, Mapping) and p.get("type") != "text"]
         if odd:
-            raise UsageError(f"message {number} holds a part of type {odd[0]!r}: only text is read")
+            raise UsageError(
+                f"message {number} holds a part of type {odd[0]!r}: only text is read; for "
+                "images give lens.capture inputs=processor.apply_chat_template(messages, "
+                "tokenize=True, return_dict=True, return_tensors='pt')"
+            )
     plain = [dict(message) for message in messages]
     try:
         found = apply(plain, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -175,8 +179,8 @@ def _refuse_more(encoding: Mapping[str, Any]) -> None:
         if key.endswith("token_type_ids") and not _numbers(_row(value), key).any():
             continue
         raise UsageError(
-            f"prompt holds {key}, which a capture does not give to the model: leave it out, or "
-            "give the token ids alone"
+            f"prompt holds {key}, which is no token id: give lens.capture the whole as inputs=, "
+            "or the token ids alone"
         )
 
 

@@ -61,16 +61,20 @@ def forward_arguments(
         mask: 1 for real tokens, 0 for padding [batch, seq], or None.
         logits: False asks for the last position's logits only, where the model can.
     """
-    known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"input_ids": ids}
-    if mask is not None and "attention_mask" in known:
+    if mask is not None and takes(model, "attention_mask"):
         arguments["attention_mask"] = mask
-    arguments |= pass_options(model)
-    if not logits and "logits_to_keep" in known:
-        # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
-        # index it speaks of logits alone.
-        arguments["logits_to_keep"] = torch.tensor([ids.shape[-1] - 1], device=ids.device)
-    return arguments
+    last = None if logits else ids.shape[-1] - 1
+    return arguments | pass_options(model) | _only_of(model, last)
+
+
+def _only_of(model: PreTrainedModel, position: int | None) -> dict[str, Any]:
+    """Logits of one position alone, where the model can; of all where it is None."""
+    if position is None or not takes(model, "logits_to_keep"):
+        return {}
+    # As a number, it lets gemma4 drop all other positions from its last layers as well; as an
+    # index it speaks of logits alone.
+    return {"logits_to_keep": torch.tensor([position], device=device_of(model))}
 
 
 def pass_options(model: nn.Module) -> dict[str, Any]:
@@ -80,16 +84,20 @@ def pass_options(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def given_arguments(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Any]:
+def given_arguments(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for one pass over what a prompt brings itself, where the model computes."""
     there, dtype = device_of(model), model.dtype
-    return {
-        **{
-            name: value.to(there, dtype if value.is_floating_point() else None)
-            for name, value in given.items()
-        },
-        **pass_options(model),
-    }
+    moved = {name: _moved(value, there, dtype) for name, value in given.items()}
+    return moved | pass_options(model)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_moved(each, device, dtype) for each in value]
+    if not isinstance(value, Tensor):
+        return value
+    # Numbers along one axis, such as seconds of a video's frames, are no activations.
+    return value.to(device, dtype if value.is_floating_point() and value.ndim > 1 else None)
 
 
 def batch_arguments(
@@ -100,7 +108,8 @@ def batch_arguments(
     A prompt that brings arguments of its own is alone in its batch.
     """
     if prompts[0].arguments is not None:
-        return given_arguments(model, prompts[0].arguments)
+        last = None if logits else len(prompts[0].ids) - 1
+        return given_arguments(model, prompts[0].arguments) | _only_of(model, last)
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -43,6 +43,7 @@ from trilens.models.build import (
     read_config,
     read_settings,
 )
+from trilens.models.gguf_loading import build_gguf, gguf_bytes, gguf_path
 from trilens.models.rwkv7 import model as rwkv7
 
 __all__ = ["Loaded", "check_fits", "load", "load_mapped", "load_tokenizer"]
@@ -94,6 +95,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    gguf_file: str | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer from a local directory or the hub.
 
@@ -112,6 +114,8 @@ def load(
             checkpoint runs.
         attn_implementation: the attention function, such as "sdpa" or "eager"; None leaves the
             choice to transformers.
+        gguf_file: the name of a GGUF file in the directory: transformers unpacks its weights, in
+            float32 where dtype is "auto".
 
     Raises:
         UsageError: an argument is wrong.
@@ -140,6 +144,16 @@ def load(
                 f"give one of {known}"
             )
         options["attn_implementation"] = attn_implementation
+    if gguf_file is not None:
+        file = gguf_path(path_or_hub_id, gguf_file)
+        with _LOADING, _quiet():
+            needed_bytes = gguf_bytes(file, target)
+            _check_memory(str(file), needed_bytes, _free_bytes())
+            options["dtype"] = torch.float32 if target == "auto" else target
+            model, tokenizer, unused = build_gguf(file, options)
+            if device is not None:
+                model = _move(model, device)
+        return Loaded(model, tokenizer, str(file), needed_bytes, unused)
     with _LOADING, _quiet():
         rwkv7.register()
         folder, source = local_folder(path_or_hub_id, revision=revision, code=trust_remote_code)

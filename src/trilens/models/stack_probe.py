@@ -16,13 +16,14 @@ from trilens.io.messages import reason
 from trilens.models.forward_call import (
     config_numbers,
     forward_arguments,
+    given_arguments,
     pass_options,
     probe_ids,
 )
 from trilens.models.source_target import Reading
 from trilens.models.stacks import Stack, encoder_of, reads_tokens, source_name
 
-__all__ = ["PROBE_TOKENS", "Probe", "probe_of"]
+__all__ = ["PROBE_TOKENS", "Probe", "probe_of", "probe_with"]
 
 PROBE_TOKENS = 11
 """Tokens in the probe: odd and small, so that no other axis of a model is likely to equal it."""
@@ -79,6 +80,13 @@ def probe_of(model: PreTrainedModel, stack: Stack, reading: Reading) -> Probe:
     target = probe_ids(model, reading.vocab, seq)
     arguments = {**given, "decoder_input_ids": target, **pass_options(model)}
     return Probe(arguments, seq, length)
+
+
+def probe_with(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Probe:
+    """A probe that a caller gives: inputs of the forward pass, checked."""
+    ids = inputs.get("input_ids")
+    seq = int((inputs["inputs_embeds"] if ids is None else ids).shape[1])
+    return Probe(given_arguments(model, inputs), seq)
 
 
 def _length(model: PreTrainedModel, taken: int | None = None) -> int:

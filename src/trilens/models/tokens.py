@@ -32,6 +32,7 @@ from trilens.models.encoded import (
 from trilens.models.positions import text_settings
 from trilens.models.prompt_text import spelled
 from trilens.models.tokenizers import usable_tokenizer
+from trilens.text.media import Media
 from trilens.text.prompt_text import PromptText
 from trilens.text.source import Source
 
@@ -85,15 +86,17 @@ class Prompt:
         ids: [seq] int64, on the CPU
         strings: seq of them
         text: which characters each token covers; None without a tokenizer
-        arguments: what the forward pass is given, where that is not the ids alone: a row each
+        arguments: what the forward pass is given, where that is not the ids alone
         source: what the encoder reads, where it is known before the pass
+        media: which tokens stand for images, videos and audio
     """
 
     ids: torch.Tensor
     strings: tuple[str, ...]
     text: PromptText | None = None
-    arguments: Mapping[str, torch.Tensor] | None = None
+    arguments: Mapping[str, Any] | None = None
     source: Source | None = None
+    media: tuple[Media, ...] = ()
 
 
 def read_prompt(

@@ -9,14 +9,15 @@ from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
 
-__all__ = ["is_pipeline", "unwrapped"]
+__all__ = ["is_pipeline", "tokenizer_of", "unwrapped"]
 
 _ATTRIBUTES = ("_orig_mod", "module")
 """Where torch.compile, and DataParallel and its kin, keep the module that they call."""
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside a pipeline, an adapter, torch.compile or DataParallel.
+    """The transformers model inside a pipeline, an adapter, torch.compile, DataParallel or a
+    sentence-transformers model.
 
     Adapters stand inside the model's own layers, so that the model computes with them.
 
@@ -35,6 +36,15 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return found
 
 
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer that a pipeline or a sentence-transformers model brings; None of another."""
+    if not is_pipeline(model) and _embedded(model) is None:
+        return None
+    found = getattr(model, "tokenizer", None)
+    # A processor of text and images has it inside.
+    return getattr(found, "tokenizer", found)
+
+
 def is_pipeline(model: object) -> bool:
     """Whether it is a pipeline of transformers; asked by name, for their import is slow."""
     return any(cls.__module__.startswith("transformers.pipelines") for cls in type(model).__mro__)
@@ -50,7 +60,7 @@ def _inside(wrapper: object) -> Any:
         if isinstance(wrapper._modules.get(name), nn.Module):
             return wrapper._modules[name]
     if not callable(getattr(model, "get_base_model", None)):
-        return None
+        return _embedded(wrapper)
     kind: Any = getattr(model, "active_peft_config", None)
     if getattr(kind, "is_prompt_learning", False):
         raise UsageError(
@@ -59,3 +69,16 @@ def _inside(wrapper: object) -> Any:
             "(model.get_base_model())"
         )
     return model.get_base_model()
+
+
+def _embedded(wrapper: object) -> Any:
+    """The model whose tokens sentence-transformers pools: it stands in the first of its parts."""
+    if not isinstance(wrapper, nn.Sequential) or not hasattr(wrapper, "tokenizer"):
+        return None
+    parts = wrapper._modules["0"]._modules.values() if len(wrapper) else ()
+    known = [each for each in parts if isinstance(each, PreTrainedModel) or _has_base(each)]
+    return known[0] if len(known) == 1 else None
+
+
+def _has_base(part: object) -> bool:
+    return callable(getattr(part, "get_base_model", None))

@@ -17,7 +17,7 @@ from trilens.models.forward_call import takes
 from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
 from trilens.taps.joined import OVER_PAIRS, PassRecord, attention_of_pass, join_recordings
-from trilens.taps.mode import evaluating
+from trilens.taps.mode import evaluating, forgetting
 from trilens.taps.recording import CaptureRequest, Recording, StateRequest
 from trilens.taps.session import session_of
 from trilens.taps.span import Span
@@ -177,7 +177,7 @@ def generating(
     Raises:
         CaptureError: as `session_of`.
     """
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with evaluating(model), forgetting(model), torch.inference_mode(False), torch.no_grad():
         passes = Passes(wanted, prompt, logits, indexed=takes(model, "logits_to_keep"))
         if wanted is None and edits is None:
             yield passes

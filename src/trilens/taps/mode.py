@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trilens.taps.undo import undone
 
-__all__ = ["evaluating", "frozen", "unchanged"]
+__all__ = ["evaluating", "forgetting", "frozen", "unchanged"]
 
 
 @contextmanager
@@ -48,6 +48,31 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
+
+
+@contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """Put back the tensors that a forward keeps as attributes of its modules.
+
+    Qwen-VL keeps how far an image moved the positions, for the steps that follow; a later pass of
+    vectors alone would read it.
+    """
+    before = {module: _kept(module) for module in model.modules()}
+
+    def put_back() -> None:
+        for module, held in before.items():
+            for name in _kept(module).keys() - held.keys():
+                delattr(module, name)
+            for name, value in held.items():
+                if vars(module).get(name) is not value:
+                    vars(module)[name] = value
+
+    with undone(put_back):
+        yield
+
+
+def _kept(module: nn.Module) -> dict[str, Tensor | None]:
+    return {n: v for n, v in vars(module).items() if v is None or isinstance(v, Tensor)}
 
 
 def _is_compiled(model: nn.Module) -> bool:

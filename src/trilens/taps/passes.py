@@ -55,4 +55,7 @@ def run_pass(
     recording.logits = logits if isinstance(logits, Tensor) else None
     encoded = getattr(output, "encoder_last_hidden_state", None)
     recording.source = encoded.shape[1] if isinstance(encoded, Tensor) else None
+    if recording.cross and recording.source is None:
+        # What text attends to beside itself need not come out of the model.
+        recording.source = next(iter(recording.cross.values())).key.shape[-2]
     return recording

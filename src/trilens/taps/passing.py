@@ -107,7 +107,8 @@ class Session:
             expected = blocks[self.done].path if self.done < len(blocks) else "nothing"
             raise CaptureError(
                 f"a block ran out of order: expected {expected} as layer {self.done}, got a "
-                f"{type(module).__name__}; the model was changed since the lens was made"
+                f"{type(module).__name__}; the model was changed since the lens was made, or "
+                "passes blocks by that ran on what it was proven on (probe=)"
             )
         self.layer = self.done
 

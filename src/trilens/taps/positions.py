@@ -1,8 +1,9 @@
-"""How many positions a stack has of what it is given, where that is not a number of tokens."""
+"""What a stack is given to read: the vectors of its positions, before its first block."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,35 +15,43 @@ from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import given_arguments
 from trilens.models.trace import tensors_in
 from trilens.taps.hooks import hooked
-from trilens.taps.mode import evaluating
+from trilens.taps.mode import evaluating, forgetting
 
-__all__ = ["positions_of"]
+__all__ = ["positions_of", "vectors_of"]
 
 
 class _ReachedError(Exception):
     """The first block began: what comes before it has run, and that is enough."""
 
 
-def positions_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Tensor]) -> int:
-    """The positions that go into the first block; nothing after that runs.
+def vectors_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any]) -> Tensor:
+    """The vectors [positions, d_model] that go into the first block; nothing after that runs.
 
     Raises:
         CaptureError: the first block did not run.
     """
-    seen: list[int] = []
+    seen: list[Tensor] = []
 
     def before(_module: Any, args: Any, kwargs: Any) -> None:
-        stream = next(tensors_in((args, kwargs)))
-        seen.append(int(stream.shape[1 if anatomy.form.batch_first else 0]))
+        seen.append(next(tensors_in((args, kwargs))))
         raise _ReachedError
 
-    with evaluating(model), hooked(model) as hooks, torch.no_grad():
+    with evaluating(model), forgetting(model), hooked(model) as hooks, torch.no_grad():
         hooks.before(anatomy.blocks[0].module, before, with_kwargs=True)
-        try:
+        with suppress(_ReachedError):
             model(**given_arguments(model, given))
-        except _ReachedError:
-            return seen[0]
-    raise CaptureError(
-        f"{anatomy.blocks[0].path}, the first block, did not run on these inputs: the model was "
-        "changed since the lens was made"
-    )
+    if not seen:
+        raise CaptureError(
+            f"{anatomy.blocks[0].path}, the first block, did not run on these inputs: the model "
+            "was changed since the lens was made"
+        )
+    return seen[0][0] if anatomy.form.batch_first else seen[0][:, 0]
+
+
+def positions_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any]) -> int:
+    """The positions that go into the first block.
+
+    Raises:
+        CaptureError: the first block did not run.
+    """
+    return len(vectors_of(model, anatomy, given))

@@ -67,7 +67,7 @@ class Source:
         return cls(tokens, ids, None if text is None else PromptText.from_dict(text))
 
 
-def frames(n: int) -> Source:
+def frames(n: int, what: str = "frame") -> Source:
     """A source of positions that are no tokens, such as frames of sound."""
-    strings = tuple(f"<frame {position}>" for position in range(n))
+    strings = tuple(f"<{what} {position}>" for position in range(n))
     return Source(strings, torch.full((n,), NO_TOKEN, dtype=torch.int64))
