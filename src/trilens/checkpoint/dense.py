@@ -27,6 +27,7 @@ from trilens.io.json import json_bytes
 from trilens.io.listed_folder import check_listed, write_list
 from trilens.io.safetensors_header import TensorHeader
 from trilens.progress import Progress, Step
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.rotation import rotate_back
 
@@ -135,7 +136,7 @@ def _unpacked(job: Job, choice: Choice, header: TensorHeader) -> Tensor:
     parts = {part: job.source.tensor(name) for part, name in job.packed[choice.name].items()}
     cols = header.shape[-2 if choice.transposed else -1]
     two_bit = {
-        part: two_bit_codes(tensor, cols, choice.name, own.storage)
+        part: two_bit_codes(tensor, cols, choice.name, own.storage, levels_of(own.rule))
         if part.endswith("codes")
         else tensor.float()
         for part, tensor in parts.items()

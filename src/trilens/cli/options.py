@@ -240,16 +240,17 @@ FailIf = Annotated[
 
 # Ternary weights
 RuleName: TypeAlias = Literal[
-    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes",
-    "gptq", "gptq_planes", "best", "best_planes",
+    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes", "quad",
+    "gptq", "gptq_planes", "gptq_quad", "best", "best_planes", "best_quad",
 ]  # fmt: skip
 Rule = Annotated[
     RuleName,
     typer.Option(
         "--rule",
         metavar="RULE",
-        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes; "
-        "calibrated: gptq, gptq_planes, best, best_planes.",
+        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes, "
+        "quad (four levels, not ternary); "
+        "calibrated: gptq, gptq_planes, gptq_quad, best, best_planes, best_quad.",
     ),
 ]
 GroupSize = Annotated[

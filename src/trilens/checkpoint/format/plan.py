@@ -17,7 +17,12 @@ from trilens.io.messages import listed
 from trilens.io.paths import as_path
 from trilens.io.sealed import check_seal
 from trilens.printable import as_unicode
-from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
+from trilens.ternary.calibrated.rules import (
+    CALIBRATED_RULES,
+    CalibratedName,
+    check_rule,
+    levels_of,
+)
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
 from trilens.ternary.rules.rules import RuleName
@@ -81,6 +86,7 @@ class TernaryPlan:
         if not isinstance(self.rotate, bool):
             raise UsageError(f"rotate is {self.rotate!r}: pass True or False")
         object.__setattr__(self, "matrices", _entries(self.matrices))
+        _check_levels(self)
         object.__setattr__(self, "per", units.per)
         object.__setattr__(self, "group_size", units.group_size)
         object.__setattr__(self, "keep", _expressions("keep", self.keep))
@@ -215,6 +221,17 @@ class TernaryPlan:
         if isinstance(values, dict) and "plan" in values:
             values = values["plan"]
         return cls.from_dict(values)
+
+
+def _check_levels(plan: TernaryPlan) -> None:
+    """Refuse four levels where a byte holds five codes of three."""
+    rules = {plan.rule, *(entry.rule for entry in plan.matrices.values())}
+    four = sorted(rule for rule in rules if rule != "keep" and levels_of(rule) == 4)
+    if four and plan.storage == "compact":
+        raise UsageError(
+            f"rule {four[0]!r} has four levels, and the storage 'compact' five codes of three "
+            "levels in a byte: take the storage 'two_bit'"
+        )
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:

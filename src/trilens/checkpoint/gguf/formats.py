@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.errors import UsageError
+from trilens.ternary.calibrated.rules import levels_of, n_planes_of
 from trilens.ternary.codecs.gguf_blocks import Q2, TQ1, TQ2
 from trilens.ternary.codecs.packing import Codec
 
@@ -161,10 +162,15 @@ def fitting_plan(plan: TernaryPlan, format: GgufFormat, *, packed: bool) -> Tern
 
 
 def _check_rule(plan: TernaryPlan, format: GgufFormat) -> None:
-    if plan.rule in {"asymmetric", "planes"}:
+    if plan.rule == "asymmetric" or n_planes_of(plan.rule) == 2:
         raise UsageError(
             f"rule {plan.rule!r} does not fit {format.name}, which stores one plane of trits and "
-            "no offsets: take absmean, absmean_refit, twn or exact"
+            "no offsets: take absmean, absmean_refit, twn or exact (quad for gguf-q2_0)"
+        )
+    if levels_of(plan.rule) > format.codec.levels:
+        raise UsageError(
+            f"rule {plan.rule!r} has four levels, and {format.name} holds three: take gguf-q2_0, "
+            "or the rule exact"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -13,6 +13,7 @@ from trilens.checkpoint.format.report import Outcome
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.job import Job
 from trilens.errors import ValueRangeError
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.codecs.rows import expand_rows, unpack_rows
 from trilens.ternary.granularity import Per
 from trilens.ternary.quantize import PerLayerQuant
@@ -38,11 +39,16 @@ class GgufMatrix:
     @property
     def outcome(self) -> tuple[Outcome, str]:
         """What a report calls it, and what is to be said of it."""
+        four = self.quant.levels == 4
+        coded: Outcome = "four levels" if four else "ternary"
         if not self.was_ternary:
-            return "ternary", ""
+            return coded, ""
         if self.relative_error == 0:
-            return "already ternary", ""
-        return "ternary", "its trits are kept, its scale is rounded to float16"
+            return (coded, "its codes and scales are kept") if four else ("already ternary", "")
+        return (
+            coded,
+            f"its {'codes' if four else 'trits'} are kept, its scale is rounded to float16",
+        )
 
 
 def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
@@ -85,9 +91,8 @@ def _unpacked(job: Job, choice: Choice, parts: Mapping[str, str]) -> GgufMatrix:
     grouped = scale.shape[-1] > 1
     group_size = own.group_size if grouped else None
     per: Per = "group" if grouped else "tensor" if scale.shape[-2] == 1 else "row"
-    quant = PerLayerQuant.from_trits(
-        trits, halves, choice.name, group_size=group_size, per=per, scale_dtype="float16"
-    )
-    exact = PerLayerQuant.from_trits(trits, scale, choice.name, group_size=group_size, per=per)
+    options: dict[str, Any] = {"group_size": group_size, "per": per, "levels": levels_of(own.rule)}
+    quant = PerLayerQuant.from_trits(trits, halves, choice.name, scale_dtype="float16", **options)
+    exact = PerLayerQuant.from_trits(trits, scale, choice.name, **options)
     error = 0.0 if torch.equal(halves, scale) else quant.relative_error(exact.reconstruct())
     return GgufMatrix(quant, error, was_ternary=True)
