@@ -20,8 +20,15 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn.functional import gelu
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.activations import GELUTanh, NewGELUActivation, PytorchGELUTanh
+from transformers.activations import (
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    PytorchGELUTanh,
+)
+from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.utils import logging
 
 import trilens
@@ -40,6 +47,7 @@ __all__ = [
 ]
 
 F32 = 0
+_GELU_BY_TANH = (PytorchGELUTanh, GELUTanh, NewGELUActivation, BloomGelu)
 
 
 class Engine:
@@ -134,6 +142,8 @@ def reference(source: Path, folder: Path, plan: trilens.TernaryPlan) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")  # whose products `engine_rounding` sees
     return model.eval()
 
 
@@ -185,13 +195,15 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
     """
 
     def eight_bits(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        (x,) = inputs
+        return (rounded(inputs[0]),)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
         size = 32 if format == "gguf-q2_0" else 256
         blocks = x.reshape(-1, size)
         scale = blocks.abs().amax(1, keepdim=True) / 127
         stored = scale.half().float() if size == 32 else scale
         codes = torch.where(scale > 0, blocks / scale, blocks).round()
-        return ((codes * stored).reshape(x.shape),)
+        return (codes * stored).reshape(x.shape)
 
     def half(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0].half().float(),)
@@ -202,6 +214,21 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
     def brain_float(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0].bfloat16().float(),)
 
+    def by_tanh(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> torch.Tensor:
+        return gelu(inputs[0].half().float(), approximate="tanh").half().float()
+
+    # Experts are dense in memory: their products are seen where they are taken.
+    experts = {
+        p.untyped_storage().data_ptr()
+        for name, p in model.named_parameters()
+        if p.ndim == 3 and "expert" in name
+    }
+    linear = torch.nn.functional.linear
+
+    def of_experts(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        coded = weight.untyped_storage().data_ptr() in experts
+        return linear(rounded(x) if coded else x, weight, bias)
+
     head = model.get_output_embeddings()
     handles = [
         module.register_forward_pre_hook(eight_bits)
@@ -209,14 +236,19 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
         if isinstance(module, TernaryLinear)
     ]
     for module in model.modules():
-        if isinstance(module, PytorchGELUTanh | GELUTanh | NewGELUActivation):
+        if isinstance(module, _GELU_BY_TANH):
             handles.append(module.register_forward_pre_hook(half))
             handles.append(module.register_forward_hook(half_out))
+        elif isinstance(module, GELUActivation | torch.nn.GELU):
+            handles.append(module.register_forward_hook(by_tanh))
+    if experts:
+        torch.nn.functional.linear = of_experts
     if bool((head.weight == head.weight.bfloat16()).all()):
         handles.append(head.register_forward_pre_hook(brain_float))
     try:
         yield
     finally:
+        torch.nn.functional.linear = linear
         for handle in handles:
             handle.remove()
 

@@ -74,6 +74,22 @@ def test_logits_differ_by_the_rounding_of_activations_alone(exported: Any, dense
     assert long.difference < 2 * long.rounding
 
 
+def test_four_levels(tmp_path: Path) -> None:
+    """The rule quad in Q2_0: the level 2, and scales of either sign."""
+    plan = trilens.TernaryPlan(rule="quad", group_size=128, scale_dtype="float16")
+    trilens.ternarize(DEMO, tmp_path / "model.gguf", plan=plan, format="gguf-q2_0")
+    four = reference(DEMO, tmp_path / "four", plan)
+    ids = AutoTokenizer.from_pretrained(DEMO)("".join(TEXTS))["input_ids"][:96]
+    engine = Engine(tmp_path / "model.gguf")
+    try:
+        short = [compare(engine, four, "gguf-q2_0", ids[n : n + 6]) for n in range(0, 96, 6)]
+        assert np.median([one.beyond_rounding for one in short]) < 1e-4
+        long = compare(engine, four, "gguf-q2_0", ids)
+        assert long.difference < 2 * long.rounding < 0.5 * long.spread
+    finally:
+        engine.close()
+
+
 def test_64_greedy_tokens(exported: Any, dense: Any) -> None:
     """One token at a time, as a user generates; a near tie may fall either way."""
     name, _, _, engine = exported

@@ -25,6 +25,7 @@ from trilens.checkpoint.gguf import writer as writing
 from trilens.checkpoint.gguf.families import FAMILIES
 from trilens.checkpoint.gguf.reader import read_gguf
 from trilens.errors import NonFiniteError, UsageError, WriteError
+from trilens.ternary.codecs.gguf_blocks import Q2
 from trilens.ternary.quantize import PerLayerQuant
 
 PLAN = trilens.TernaryPlan(rule="exact", per="row", scale_dtype="float16")
@@ -289,6 +290,36 @@ def test_plans_that_do_not_fit(source: Path, tmp_path: Path, options: Any, words
     assert list(tmp_path.iterdir()) == []
 
 
+def test_four_levels_are_what_q2_0_holds(source: Path, tmp_path: Path) -> None:
+    plan = trilens.TernaryPlan(rule="quad", group_size=128, scale_dtype="float16")
+    report = trilens.ternarize(source, tmp_path / "m.gguf", plan=plan, format="gguf-q2_0")
+    assert {tensor.outcome for tensor in report.coded} == {"four levels"}
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense = load_file(source / "model.safetensors")[name]
+    quant = PerLayerQuant.quantize(dense, name, rule="quad", group_size=128, scale_dtype="float16")
+    file = read_gguf(tmp_path / "m.gguf")
+    entry = file.tensors["blk.0.ffn_up.weight"]
+    found = Q2().decode(file.content.bytes(entry.begin, entry.end), quant.shape)
+    assert np.array_equal(found.trits, quant.trits.numpy())
+    assert found.scales is not None
+    assert np.array_equal(found.scales[:, ::2], quant.scales.reshape(len(found.scales), -1))
+    assert (found.scales < 0).any()
+    assert (found.trits == 2).any()
+    assert len(validate_gguf(tmp_path / "m.gguf").coded) == 7
+    # The same through a checkpoint, and nowhere else.
+    trilens.ternarize(source, tmp_path / "four", plan=plan)
+    again = trilens.ternarize(tmp_path / "four", tmp_path / "n.gguf", format="gguf-q2_0")
+    assert {tensor.reason for tensor in again.coded} == {"its codes and scales are kept"}
+    other = read_gguf(tmp_path / "n.gguf").tensors["blk.0.ffn_up.weight"]
+    assert (tmp_path / "n.gguf").read_bytes()[other.begin : other.end] == (
+        tmp_path / "m.gguf"
+    ).read_bytes()[entry.begin : entry.end]
+    for format in ("gguf-tq1_0", "gguf-tq2_0"):
+        for src, options in ((source, {"plan": plan}), (tmp_path / "four", {})):
+            with pytest.raises(UsageError, match=f"four levels, and {format} holds three"):
+                trilens.ternarize(src, tmp_path / "no.gguf", format=format, **options)
+
+
 def test_places_that_are_refused(source: Path, tmp_path: Path) -> None:
     there = tmp_path / "there.gguf"
     there.write_bytes(b"mine")
@@ -308,8 +339,8 @@ def test_places_that_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
-    other = saved_with_tokenizer(tmp_path / "phi", "phi")
-    with pytest.raises(UsageError, match=f"'phi' is not mapped to GGUF.*{', '.join(FAMILIES)}"):
+    other = saved_with_tokenizer(tmp_path / "other", "helium")
+    with pytest.raises(UsageError, match=f"'helium' is not mapped to GGUF.*{', '.join(FAMILIES)}"):
         trilens.ternarize(other, tmp_path / "m.gguf", format="gguf-tq2_0")
     for rule in ("planes", "exact"):
         options: Any = {"rule": rule, "group_size": 128}

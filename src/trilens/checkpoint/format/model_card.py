@@ -120,7 +120,8 @@ def _facts(report: TernaryReport) -> list[str]:
         f"- Rule: `{plan.rule}`, one scale per {scales}, scales rounded to {plan.scale_dtype}"
         f"{mixed}.",
         f"- {len(report.coded)} matrices are stored as trits −1, 0, +1, in {bits} "
-        "(`planes`: two trits; `quad`: the level 2 too, so not ternary), every one decoded from the file and compared bit for bit.",
+        "(`planes`: two trits; `quad`: the level 2 too, so not ternary), every one decoded from "
+        "the file and compared bit for bit.",
         f"- Tensors: {report.size_bytes:,} bytes, {report.size_bytes_before:,} before; "
         f"{report.bits_per_weight:.2f} bits per weight over all tensors, "
         f"{report.matrix_bits_per_weight:.2f} over the matrices of the blocks.",

@@ -10,7 +10,7 @@ import torch
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import Outcome
-from trilens.checkpoint.format.skeleton import Choice
+from trilens.checkpoint.gguf.slots import Piece
 from trilens.checkpoint.job import Job
 from trilens.errors import ValueRangeError
 from trilens.ternary.calibrated.rules import levels_of
@@ -51,7 +51,7 @@ class GgufMatrix:
         )
 
 
-def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
+def matrix_of(job: Job, piece: Piece, plan: TernaryPlan) -> GgufMatrix:
     """A matrix as trits: coded by the plan, or the trits that are there.
 
     Raises:
@@ -60,9 +60,11 @@ def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
 
     Memory: 1 byte per weight, plus what the rule needs.
     """
+    choice = piece.choice
     if job.packed is not None and choice.name in job.packed:
-        return _unpacked(job, choice, job.packed[choice.name])
+        return _unpacked(job, piece, job.packed[choice.name])
     stored = job.source.tensor(choice.name)
+    stored = stored if piece.expert is None else stored[piece.expert]
     matrix = stored.T if choice.transposed else stored
     plan = plan.of(choice.name)
     quant = PerLayerQuant.quantize(
@@ -76,9 +78,12 @@ def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
     return GgufMatrix(quant, quant.relative_error(matrix), quant.was_ternary)
 
 
-def _unpacked(job: Job, choice: Choice, parts: Mapping[str, str]) -> GgufMatrix:
+def _unpacked(job: Job, piece: Piece, parts: Mapping[str, str]) -> GgufMatrix:
+    choice = piece.choice
     codes, scale = (job.source.tensor(parts[part]) for part in ("codes", "scale"))
-    cols = job.headers[choice.name].shape[0 if choice.transposed else 1]
+    if piece.expert is not None:
+        codes, scale = codes[piece.expert], scale[piece.expert]
+    cols = piece.header.shape[-2 if choice.transposed else -1]
     own = job.plan.of(choice.name)
     trits = expand_rows(codes, cols) if own.storage == "compact" else unpack_rows(codes, cols)
     scale = scale.float()  # in compact checkpoints of their own dtype

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.gguf.families import find_family
 from trilens.checkpoint.gguf.formats import GgufFormat, fitting_plan
-from trilens.checkpoint.gguf.layout import GgufSlot, lay_out
-from trilens.checkpoint.gguf.matrices import matrix_of
+from trilens.checkpoint.gguf.layout import lay_out
+from trilens.checkpoint.gguf.matrices import GgufMatrix, matrix_of
 from trilens.checkpoint.gguf.reader import read_gguf
+from trilens.checkpoint.gguf.slots import GgufSlot, Piece
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
 from trilens.checkpoint.gguf.validation import (
     HASH_KEY,
@@ -71,8 +71,9 @@ def write_gguf(
         NonFiniteError, ValueRangeError: of a matrix; see `matrix_of`.
         WriteError: the file cannot be written.
 
-    Memory: the source is mapped; of the largest matrix up to 3 bytes per weight (trits, moved
-    rows, blocks twice), and what the rule needs. Of kept tensors, up to three times the largest.
+    Memory: the source is mapped; of the largest matrix, or all experts of a layer, up to 3 bytes
+    per weight (trits, moved rows, blocks twice), and what the rule needs. Of kept tensors, up to
+    three times the largest.
     """
     config = job.source.config
     family = find_family(config)
@@ -133,7 +134,7 @@ def _announce(writer: GGUFWriter, plan: TernaryPlan, todo: list[GgufSlot]) -> No
 
 
 def _made(name: str, values: NDArray[np.float32]) -> GgufSlot:
-    return GgufSlot(name, None, 0, values.shape, "F32", values.nbytes, 0, values=values)
+    return GgufSlot(name, (), 0, values.shape, "F32", values.nbytes, 0, values=values)
 
 
 def _write(
@@ -172,27 +173,46 @@ def _write_coded(
     plan: TernaryPlan,
     format: GgufFormat,
 ) -> dict[str, Any]:
-    """Write a matrix as trits, and give what its report says of it."""
-    matrix = matrix_of(job, cast("Choice", slot.choice), plan)
-    quant = matrix.quant
-    trits, scales = quant.trits.numpy(), quant.units.per_block(quant.scales, format.block)
-    if slot.order is not None:
-        trits, scales = trits[slot.order], scales[slot.order]
-    packed = format.encode(trits, scales)
-    found = _put(file, writer, slot, packed).reshape(packed.shape)
-    try:
-        same = format.holds(found, trits, scales)
-    except CorruptFileError as cause:
-        raise WriteError(f"{slot.name} does not decode ({cause}): check the disk") from cause
-    if not same:
-        raise WriteError(f"{slot.name} decodes to other weights than were coded: check the disk")
-    outcome, why = matrix.outcome
+    """Write a matrix, or one for each expert, and give what its report says of it."""
+    coded, measured = [], []
+    for piece in slot.pieces:
+        matrix = matrix_of(job, piece, plan)
+        quant = matrix.quant
+        trits, scales = quant.trits.numpy(), quant.units.per_block(quant.scales, format.block)
+        if slot.order is not None:
+            trits, scales = trits[slot.order], scales[slot.order]
+        coded.append((trits, scales))
+        measured.append((matrix, quant.sparsity))
+    packed = [format.encode(*one) for one in coded]
+    found = _put(file, writer, slot, np.concatenate(packed)).reshape(len(packed), -1)
+    for part, like, one in zip(found, packed, coded, strict=True):
+        _check_holds(format, part.reshape(like.shape), *one, slot.name)
+    outcome, why = _worst(measured).outcome
     return {
         "outcome": outcome,
         "reason": why,
-        "relative_error": matrix.relative_error,
-        "sparsity": quant.sparsity,
+        "relative_error": sum(m.relative_error for m, _ in measured) / len(measured),
+        "sparsity": sum(sparsity for _, sparsity in measured) / len(measured),
     }
+
+
+def _worst(measured: list[tuple[GgufMatrix, float]]) -> GgufMatrix:
+    return max((matrix for matrix, _ in measured), key=lambda matrix: matrix.relative_error)
+
+
+def _check_holds(
+    format: GgufFormat,
+    packed: NDArray[np.uint8],
+    trits: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    name: str,
+) -> None:
+    try:
+        same = format.holds(packed, trits, scales)
+    except CorruptFileError as cause:
+        raise WriteError(f"{name} does not decode ({cause}): check the disk") from cause
+    if not same:
+        raise WriteError(f"{name} decodes to other weights than were coded: check the disk")
 
 
 def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
@@ -202,15 +222,23 @@ def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
     """
     if slot.values is not None or slot.choice is None:
         return np.ascontiguousarray(slot.values).view(np.uint8).reshape(-1)
-    values: Tensor = source.tensor(slot.choice.name)
+    found = [_kept(source, slot, piece) for piece in slot.pieces]
+    values = found[0] if len(found) == 1 else torch.stack(found)
+    return values.contiguous().view(torch.uint8).reshape(-1).numpy()
+
+
+def _kept(source: Checkpoint, slot: GgufSlot, piece: Piece) -> Tensor:
+    values: Tensor = source.tensor(piece.choice.name)
+    if piece.expert is not None:
+        values = values[piece.expert]
     if slot.transposed:
         values = values.T
+    if slot.change is not None:
+        values = slot.change(values)
     if slot.order is not None:
         values = values[torch.from_numpy(slot.order)]
     values = values.to(_FLOAT_DTYPES[slot.type_id])
-    if slot.offset:
-        values = values + slot.offset
-    return values.contiguous().view(torch.uint8).reshape(-1).numpy()
+    return values + slot.offset if slot.offset else values
 
 
 def _put(
