@@ -170,10 +170,12 @@ class Comparison:
     spread: float
 
 
-def compare(engine: Engine, model: Any, format: str, ids: list[int]) -> Comparison:
-    """Run a text through both."""
+def compare(
+    engine: Engine, model: Any, format: str, ids: list[int], *, rounded_head: bool = False
+) -> Comparison:
+    """Run a text through both; where the head is in blocks of 32, its input is rounded too."""
     found, exact = engine.logits(ids), reference_logits(model, ids)
-    with engine_rounding(model, format):
+    with engine_rounding(model, format, rounded_head=rounded_head):
         rounded = reference_logits(model, ids)
     return Comparison(
         float(np.abs(found - exact).max()),
@@ -184,7 +186,7 @@ def compare(engine: Engine, model: Any, format: str, ids: list[int]) -> Comparis
 
 
 @contextmanager
-def engine_rounding(model: Any, format: str) -> Iterator[None]:
+def engine_rounding(model: Any, format: str, *, rounded_head: bool = False) -> Iterator[None]:
     """Inputs of ternary layers rounded as llama.cpp rounds them, for the length of the context.
 
     TQ1_0 and TQ2_0 are multiplied with 8-bit integers and a scale for every 256 of them (Q8_K),
@@ -197,8 +199,10 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
     def eight_bits(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (rounded(inputs[0]),)
 
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        size = 32 if format == "gguf-q2_0" else 256
+    def by_blocks_of_32(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (rounded(inputs[0], 32),)
+
+    def rounded(x: torch.Tensor, size: int = 32 if format == "gguf-q2_0" else 256) -> torch.Tensor:
         blocks = x.reshape(-1, size)
         scale = blocks.abs().amax(1, keepdim=True) / 127
         stored = scale.half().float() if size == 32 else scale
@@ -243,7 +247,9 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
             handles.append(module.register_forward_hook(by_tanh))
     if experts:
         torch.nn.functional.linear = of_experts
-    if bool((head.weight == head.weight.bfloat16()).all()):
+    if rounded_head:
+        handles.append(head.register_forward_pre_hook(by_blocks_of_32))
+    elif bool((head.weight == head.weight.bfloat16()).all()):
         handles.append(head.register_forward_pre_hook(brain_float))
     try:
         yield

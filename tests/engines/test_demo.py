@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from transformers import AutoTokenizer
 
 import trilens
 from engines.engine import Engine, compare, engine_rounding, reference, reference_logits
 from trilens.checkpoint.gguf import FORMATS, validate_gguf
+from trilens.checkpoint.gguf.reader import read_gguf
 
 DEMO = Path(trilens.__file__).parent / "demo" / "transformer"
 PLAN = trilens.TernaryPlan(rule="exact", per="row", scale_dtype="float16")
@@ -88,6 +93,33 @@ def test_four_levels(tmp_path: Path) -> None:
         assert long.difference < 2 * long.rounding < 0.5 * long.spread
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_embeddings_in_fewer_bits(tmp_path: Path, dense: Any, name: Any) -> None:
+    """The engine's logits are those of a model with the embedding that the file holds."""
+    path = tmp_path / "model.gguf"
+    plan = replace(PLAN, embeddings=name)
+    report = trilens.ternarize(DEMO, path, plan=plan, format="gguf-tq2_0")
+    assert report.bits_per_weight < 4.0 if name == "q8_0" else report.bits_per_weight < 3.2
+    entry = read_gguf(path).tensors["token_embd.weight"]
+    raw = np.frombuffer(path.read_bytes()[entry.begin : entry.end], dtype=np.uint8)
+    kind = GGMLQuantizationType(entry.type_id)
+    stored = torch.from_numpy(dequantize(raw.reshape(entry.shape[0], -1), kind))
+    ids = AutoTokenizer.from_pretrained(DEMO)("".join(TEXTS))["input_ids"][:60]
+    table = dense.get_input_embeddings().weight
+    before = table.data.clone()
+    engine = Engine(path)
+    try:
+        table.data.copy_(stored)
+        short = [
+            compare(engine, dense, "gguf-tq2_0", ids[n : n + 6], rounded_head=True)
+            for n in range(0, 60, 6)
+        ]
+    finally:
+        table.data.copy_(before)
+        engine.close()
+    assert np.median([one.beyond_rounding for one in short]) < 1e-4
 
 
 def test_64_greedy_tokens(exported: Any, dense: Any) -> None:

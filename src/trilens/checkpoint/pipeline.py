@@ -217,6 +217,11 @@ def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: Terna
     """Refuse a format that there is not, and a place or a plan that the format does not have."""
     if engine is not None:
         _check_engine(out, plan)
+    elif plan.embeddings != "keep":
+        raise UsageError(
+            f"embeddings {plan.embeddings!r} is for GGUF files, and format {format!r} keeps them "
+            "as they are: leave it out, or take a gguf format"
+        )
     elif format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
     elif out.suffix == ".gguf":

@@ -283,6 +283,10 @@ Storage = Annotated[
     Literal["two_bit", "compact"],
     typer.Option("--storage", help="Codes of 2 bits, or compact: 1.6 bits."),
 ]
+Embeddings = Annotated[
+    Literal["keep", "q8_0", "q4_0"],
+    typer.Option("--embeddings", help="Of a GGUF file, embedding and head: kept, or rounded."),
+]
 Rotate = Annotated[
     bool, typer.Option("--rotate", help="Rotate weights and inputs by a Hadamard matrix first.")
 ]

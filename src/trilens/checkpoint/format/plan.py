@@ -27,9 +27,10 @@ from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
 from trilens.ternary.rules.rules import RuleName
 
-__all__ = ["Storage", "TernaryPlan"]
+__all__ = ["Embeddings", "Storage", "TernaryPlan"]
 
 Storage: TypeAlias = Literal["two_bit", "compact"]
+Embeddings: TypeAlias = Literal["keep", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class TernaryPlan:
         rotate: Turn each matrix and its inputs by a Hadamard rotation (`ternary.rotation`) before
             coding; the layers turn their inputs when they run.
         matrices: What some matrices become, by tensor name: it goes before all other options.
+        embeddings: Of a GGUF file, the embedding and the head: "keep" their dtype, or in blocks of
+            32 with 8 or 4 bits and a float16 scale ("q8_0": 8.5, "q4_0": 4.5 bits per weight).
 
     Raises:
         UsageError: an option that does not exist, or an expression that is not valid.
@@ -69,6 +72,7 @@ class TernaryPlan:
     storage: Storage = "two_bit"
     rotate: bool = False
     matrices: Mapping[str, MatrixPlan] = field(default_factory=dict, hash=False)
+    embeddings: Embeddings = "keep"
 
     def __post_init__(self) -> None:
         """Check every option, and derive what they imply."""
@@ -82,6 +86,10 @@ class TernaryPlan:
         if self.storage not in get_args(Storage):
             raise UsageError(
                 f"storage {self.storage!r} is unknown: pass {', '.join(get_args(Storage))}"
+            )
+        if self.embeddings not in get_args(Embeddings):
+            raise UsageError(
+                f"embeddings {self.embeddings!r} is unknown: pass {', '.join(get_args(Embeddings))}"
             )
         if not isinstance(self.rotate, bool):
             raise UsageError(f"rotate is {self.rotate!r}: pass True or False")
@@ -158,7 +166,7 @@ class TernaryPlan:
         entries = {name: entry.to_dict() for name, entry in self.matrices.items()}
         lists = {"keep": list(self.keep), "only": list(self.only)}
         values |= {**lists, "matrices": entries}
-        silent = {"matrices": {}, "storage": "two_bit", "rotate": False}
+        silent = {"matrices": {}, "storage": "two_bit", "rotate": False, "embeddings": "keep"}
         return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from trilens.checkpoint.format.report import TensorReport
 from trilens.checkpoint.format.skeleton import HOMELESS, Choice, module_at
 from trilens.checkpoint.gguf.families import Family
-from trilens.checkpoint.gguf.formats import FLOAT_TYPES, GgufFormat
+from trilens.checkpoint.gguf.formats import ROUNDED_TYPES, GgufFormat, type_bytes
 from trilens.checkpoint.gguf.slots import GgufSlot, Piece
 from trilens.checkpoint.job import Job
 from trilens.errors import CorruptFileError, UsageError
@@ -32,8 +31,15 @@ _OWN_NAME = "blk."  # the engine's own; no model's begins so
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 # The engine multiplies and convolves with these in float32 alone, whatever their shape.
-_FLOAT_NAMES = ("_norm.weight", ".ssm_conv1d.weight", ".ssm_a", ".ssm_d", ".ffn_gate_inp.weight")
-_FLOAT_NAMES += (".time_mix_lerp_fused.weight",)
+_FLOAT_NAMES = (
+    "_norm.weight",
+    ".ssm_conv1d.weight",
+    ".ssm_a",
+    ".ssm_d",
+    ".ffn_gate_inp.weight",
+    ".time_mix_lerp_fused.weight",
+)
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
 def lay_out(
@@ -232,6 +238,8 @@ def _slot(
     # The engine adds and multiplies vectors in float32 alone.
     in_float32 = len(shape) == 1 or name.endswith(_FLOAT_NAMES) or change is not None
     type_id = _F32 if in_float32 else _TYPE_OF[header.dtype]
+    if name in _EMBEDDINGS and job.plan.embeddings != "keep":
+        type_id = _rounded_type(job.plan.embeddings, name, shape)
     is_norm = len(shape) == 1 and name.endswith(("norm.weight", "norm_2.weight"))
     is_norm = is_norm or (name.endswith("norm.weight") and family.norm_offset != 0)
     stored = {piece.choice.name: piece.header.size_bytes for piece in pieces}
@@ -241,15 +249,30 @@ def _slot(
         type_id=format.type_id if coded else type_id,
         shape=shape,
         dtype=header.dtype,
-        size_bytes=format.codec.size_bytes(shape)
-        if coded
-        else math.prod(shape) * FLOAT_TYPES[type_id][1],
+        size_bytes=format.codec.size_bytes(shape) if coded else type_bytes(type_id, shape) or 0,
         size_bytes_before=sum(stored.values()) // part[1],
         transposed=transposed,
         order=order,
         offset=family.norm_offset if is_norm else 0.0,
         change=change,
     )
+
+
+def _rounded_type(wanted: str, name: str, shape: tuple[int, ...]) -> int:
+    """The number of the type of an embedding or a head in fewer bits.
+
+    Raises:
+        UsageError: its rows are no whole number of blocks.
+    """
+    for number, (known, block, _) in ROUNDED_TYPES.items():
+        if known.lower() == wanted:
+            if shape[-1] % block:
+                raise UsageError(
+                    f"embeddings {wanted!r} does not fit {name}, whose rows of {shape[-1]} weights "
+                    f"are no whole number of blocks of {block}: leave it out"
+                )
+            return number
+    raise UsageError(f"embeddings {wanted!r} is unknown")
 
 
 def _rows(
@@ -260,4 +283,5 @@ def _rows(
     if count == 1:
         return order
     rows = np.arange(shape[0], dtype=np.int64) if order is None else order
-    return rows.reshape(count, -1)[number]
+    each = len(rows) // count
+    return rows[number * each : (number + 1) * each]

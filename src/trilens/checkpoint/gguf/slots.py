@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trilens.checkpoint.format.report import TensorReport
 from trilens.checkpoint.format.skeleton import Choice
-from trilens.checkpoint.gguf.formats import FLOAT_TYPES
+from trilens.checkpoint.gguf.formats import FLOAT_TYPES, ROUNDED_TYPES
 from trilens.checkpoint.gguf.recurrent import Change
 from trilens.io.safetensors_header import TensorHeader
 
@@ -74,6 +74,11 @@ class GgufSlot:
         """Whether it is stored as trits."""
         return self.choice is not None and self.choice.storage != "kept"
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it is stored in fewer bits than it has, in blocks."""
+        return self.type_id in ROUNDED_TYPES
+
     def report(self, **measured: Any) -> TensorReport:
         """The outcome of the tensor, as far as headers show, and what was measured."""
         choice = self.choice
@@ -81,7 +86,7 @@ class GgufSlot:
             "name": self.name if choice is None else choice.name,
             "packed_as": self.name,
             "shape": self.shape,
-            "outcome": "planned" if self.is_coded else "kept",
+            "outcome": "planned" if self.is_coded else "rounded" if self.is_rounded else "kept",
             "reason": self._reason(),
             "is_matrix": choice is not None and choice.is_matrix,
             "size_bytes_before": self.size_bytes_before,
@@ -95,7 +100,9 @@ class GgufSlot:
         notes = [self.choice.reason] if self.choice.reason else []
         if len(self.pieces) > 1:
             notes.append(f"with {len(self.pieces) - 1} others of its kind")
-        if not self.is_coded and FLOAT_TYPES[self.type_id][0] != self.dtype:
+        if self.is_rounded:
+            notes.append(f"stored as {ROUNDED_TYPES[self.type_id][0]}")
+        elif not self.is_coded and FLOAT_TYPES[self.type_id][0] != self.dtype:
             notes.append(f"stored as {FLOAT_TYPES[self.type_id][0]}")
         if self.change is not None:
             notes.append("computed as the engine wants it")

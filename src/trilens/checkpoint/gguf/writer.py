@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.gguf.families import find_family
-from trilens.checkpoint.gguf.formats import GgufFormat, fitting_plan
+from trilens.checkpoint.gguf.formats import GgufFormat, fitting_plan, row_spans
 from trilens.checkpoint.gguf.layout import lay_out
 from trilens.checkpoint.gguf.matrices import GgufMatrix, matrix_of
 from trilens.checkpoint.gguf.reader import read_gguf
@@ -32,7 +33,7 @@ from trilens.checkpoint.gguf.validation import (
 )
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.source import Checkpoint
-from trilens.errors import CorruptFileError, UsageError, WriteError
+from trilens.errors import CorruptFileError, NonFiniteError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.sealed import NO_HASH
 from trilens.progress import Progress, Step
@@ -155,6 +156,8 @@ def _write(
             measured: dict[str, Any] = {}
             if slot.is_coded:
                 measured = _write_coded(file, writer, job, slot, plan, format)
+            elif slot.is_rounded:
+                measured = _write_rounded(file, writer, job.source, slot)
             else:
                 _put(file, writer, slot, _kept_bytes(job.source, slot))
             reports.append(slot.report(decoded_exactly=True, **measured))
@@ -215,6 +218,31 @@ def _check_holds(
         raise WriteError(f"{name} decodes to other weights than were coded: check the disk")
 
 
+def _write_rounded(
+    file: AtomicFile, writer: GGUFWriter, source: Checkpoint, slot: GgufSlot
+) -> dict[str, Any]:
+    """Write an embedding or a head in blocks of fewer bits, and measure what that costs."""
+    kind = GGMLQuantizationType(slot.type_id)
+    (piece,) = slot.pieces
+    dense = _kept(source, slot, piece, torch.float32).contiguous().numpy()
+    packed = np.empty((len(dense), slot.size_bytes // len(dense)), dtype=np.uint8)
+    error = energy = 0.0
+    for first, last in row_spans(*dense.shape):
+        rows = dense[first:last]
+        with np.errstate(over="ignore"):
+            packed[first:last] = quantize(rows, kind)
+        lost = (dequantize(packed[first:last], kind) - rows).astype(np.float64)
+        error += float(np.sum(lost * lost))
+        energy += float(np.sum(rows.astype(np.float64) ** 2))
+    if not np.isfinite(error):
+        raise NonFiniteError(
+            f"tensor {piece.choice.name!r} has NaN, Inf or numbers beyond float16, which cannot be "
+            f"rounded to {kind.name}: keep the embeddings"
+        )
+    _put(file, writer, slot, packed)
+    return {"relative_error": error / energy if energy else 0.0}
+
+
 def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
     """What a kept tensor is in the file.
 
@@ -222,12 +250,14 @@ def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
     """
     if slot.values is not None or slot.choice is None:
         return np.ascontiguousarray(slot.values).view(np.uint8).reshape(-1)
-    found = [_kept(source, slot, piece) for piece in slot.pieces]
+    dtype = _FLOAT_DTYPES[slot.type_id]
+    found = [_kept(source, slot, piece, dtype) for piece in slot.pieces]
     values = found[0] if len(found) == 1 else torch.stack(found)
     return values.contiguous().view(torch.uint8).reshape(-1).numpy()
 
 
-def _kept(source: Checkpoint, slot: GgufSlot, piece: Piece) -> Tensor:
+def _kept(source: Checkpoint, slot: GgufSlot, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """One tensor of the checkpoint as the file has it, before it is rounded."""
     values: Tensor = source.tensor(piece.choice.name)
     if piece.expert is not None:
         values = values[piece.expert]
@@ -237,7 +267,7 @@ def _kept(source: Checkpoint, slot: GgufSlot, piece: Piece) -> Tensor:
         values = slot.change(values)
     if slot.order is not None:
         values = values[torch.from_numpy(slot.order)]
-    values = values.to(_FLOAT_DTYPES[slot.type_id])
+    values = values.to(dtype)
     return values + slot.offset if slot.offset else values
 
 

@@ -211,9 +211,10 @@ def refit_scales(grid: Grid, target: FloatMatrix, hessian: Hessian) -> Grid:
     normal[:, np.arange(size), np.arange(size)] += small[:, None]
     found = np.linalg.solve(normal, (right + small[:, None] * old)[..., None])[..., 0]
     scales = np.broadcast_to(found, (rows, size)).reshape(rows, planes, n_groups).transpose(0, 2, 1)
-    signs = np.where((scales < 0) & (grid.levels == 3), np.int8(-1), np.int8(1))
-    trits = grid.trits * signs.transpose(0, 2, 1)[:, :, grid.groups]
-    better = replace(grid, trits=trits, scales=np.ascontiguousarray(scales * signs))
+    negative = (scales < 0) & (grid.levels == 3)
+    scales = np.ascontiguousarray(np.where(negative, -scales, scales))
+    signs = np.where(negative, np.int8(-1), np.int8(1)).transpose(0, 2, 1)[:, :, grid.groups]
+    better = replace(grid, trits=grid.trits * signs, scales=scales)
     # Of a nearly singular system the solution can be worse than the start.
     return better if loss(better, target, hessian) <= loss(grid, target, hessian) else grid
 
