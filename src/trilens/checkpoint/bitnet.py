@@ -159,8 +159,23 @@ def read_bitnet(
             f"{name} is a BitNet checkpoint ({kind}, {mode}) without a packed matrix: weights of "
             "uint8 beside a weight_scale are needed"
         )
+    if kind == "autobitlinear":
+        _check_no_bias(name, codes, headers)
     divides = kind == "bitlinear"
     return BitNet({n: PackedMatrix(codes[n], scales[n], divides) for n in codes})
+
+
+def _check_no_bias(
+    name: str, codes: Mapping[str, TensorHeader], headers: Mapping[str, TensorHeader]
+) -> None:
+    """Refuse biases of a class that multiplies them by the scale."""
+    for weight in codes:
+        if f"{weight.removesuffix('.weight')}.bias" in headers:
+            raise UsageError(
+                f"{name} is a BitNet checkpoint of class autobitlinear with a bias beside "
+                f"{weight}: transformers multiplies such a bias by the scale, which no ternary "
+                "layer of trilens does; give the checkpoint with plain weights"
+            )
 
 
 def _is_scale(name: str) -> bool:

@@ -326,11 +326,11 @@ Predict = Annotated[
 
 # Results
 To = Annotated[
-    Literal["trilens", "dense", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
+    Literal["trilens", "dense", "hf-bitnet", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
     typer.Option(
         "--to",
-        help="What to write: a ternary checkpoint, dense weights from one, or a GGUF file for "
-        "llama.cpp.",
+        help="What to write: a ternary checkpoint; from one dense weights, or the BitNet layout of "
+        "transformers; or a GGUF file for llama.cpp.",
     ),
 ]
 _OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")

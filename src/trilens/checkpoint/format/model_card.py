@@ -17,7 +17,7 @@ from trilens.printable import one_line
 from trilens.text.markdown import markdown_code, markdown_text
 from trilens.version import __version__
 
-__all__ = ["Origin", "dense_card", "model_card"]
+__all__ = ["Origin", "bitnet_card", "dense_card", "model_card"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,20 @@ def dense_card(report: TernaryReport, origin: Origin) -> str:
         f"{len(report.coded)} matrices of this checkpoint hold the values of ternary weights, "
         f"written as dense ones by trilens {__version__}: it loads and runs as any checkpoint of "
         f"its architecture, at full size. {report.verdict}",
+    ]
+    if origin.has_card:
+        lines += ["", f"The ternary checkpoint's card is [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."]
+    return "\n".join(lines) + "\n"
+
+
+def bitnet_card(report: TernaryReport, origin: Origin) -> str:
+    """README.md of a checkpoint in transformers' own BitNet layout."""
+    lines = [
+        *_header(origin, "BitNet layout"),
+        f"{len(report.coded)} matrices of this checkpoint are trits −1, 0, +1 with one scale each, "
+        f"packed by trilens {__version__} in the layout `bitnet` of transformers, which loads it "
+        "without trilens (with accelerate). Such layers round their input to 8 bits: outputs "
+        f"differ a little from those of the ternary checkpoint. {report.verdict}",
     ]
     if origin.has_card:
         lines += ["", f"The ternary checkpoint's card is [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."]

@@ -27,9 +27,9 @@ class TensorReport:
         packed_as: The name from which those of its packed parts are made.
         shape: Its shape in the source.
         outcome: "ternary": coded by the rule; "four levels": likewise, by a rule with the level 2;
-            "already ternary": its trits and scale were kept
-            exactly; "planned": a dry run; "rounded": to 8 or 4 bits in blocks; "kept": the source's own values; "left out": not in the
-            output, because it does not need it; "dense": trits that are written as dense weights.
+            "already ternary": its trits and scale were kept exactly; "planned": a dry run;
+            "rounded": to 8 or 4 bits in blocks; "kept": the source's own values; "left out": not
+            in the output, because it does not need it; "dense": trits written as dense weights.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.
