@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trilens.checkpoint.auxiliary_files import origin_of, weight_index
-from trilens.checkpoint.coding import Entry, planned
+from trilens.checkpoint.coding import Entry
+from trilens.checkpoint.coding import planned as plan_of
 from trilens.checkpoint.format.model_card import Origin
 from trilens.checkpoint.format.names import CARD_NAME, CONFIG_NAME, DENSE_NAME, SOURCE_CARD_NAME
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
@@ -90,21 +91,32 @@ def write_folder(
             names = [entry for *_, entries in mine for entry in entries]
             with ShardWriter(folder / file.name, names) as writer:
                 for choice, header, entries in mine:
-                    report = replace(_planned(job, choice, header, entries), decoded_exactly=True)
-                    if choice.storage == "kept":
-                        data = job.source.opened(header.file).bytes(header.begin, header.end)
-                        writer.put(writer.slots[choice.name].begin, data)
-                    else:
-                        report = layout.write(report, choice, writer)
-                    reports.append(report)
+                    planned = _planned(job, choice, header, entries)
+                    reports.append(_write(job, layout, planned, choice, header, writer))
                     if progress is not None:
                         progress(Step(len(reports), len(todo), choice.name))
                 writer.commit()
-        report = TernaryReport(job.plan, tuple(reports), note=job.note)
-        for name, data in _small_files(job, layout, report, todo).items():
+        found = TernaryReport(job.plan, tuple(reports), note=job.note)
+        for name, data in _small_files(job, layout, found, todo).items():
             write_bytes(folder / name, data)
         job.source.check_unchanged()
         write_list(folder, DENSE_NAME, layout.kind)
+    return found
+
+
+def _write(
+    job: Job,
+    layout: PlainLayout,
+    planned: TensorReport,
+    choice: Choice,
+    header: TensorHeader,
+    writer: ShardWriter,
+) -> TensorReport:
+    report = replace(planned, decoded_exactly=True)
+    if choice.storage != "kept":
+        return layout.write(report, choice, writer)
+    data = job.source.opened(header.file).bytes(header.begin, header.end)
+    writer.put(writer.slots[choice.name].begin, data)
     return report
 
 
@@ -116,7 +128,7 @@ def _entries(layout: PlainLayout, choice: Choice, header: TensorHeader) -> list[
 
 def _planned(job: Job, choice: Choice, header: TensorHeader, entries: list[Entry]) -> TensorReport:
     size_bytes = sum(entry[3] for entry in entries)
-    return replace(planned(choice, header, job.plan), size_bytes=size_bytes)
+    return replace(plan_of(choice, header, job.plan), size_bytes=size_bytes)
 
 
 def _small_files(

@@ -22,6 +22,7 @@ class GgufTensor:
         shape: Rows first.
         size_bytes: In the file.
         sparsity: Share of zeros among the trits; None for the rest.
+        levels: 3 for trits, 4 where the level 2 is among them; None for the rest.
     """
 
     name: str
@@ -29,6 +30,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     size_bytes: int
     sparsity: float | None = None
+    levels: int | None = None
 
     @property
     def bits_per_weight(self) -> float:

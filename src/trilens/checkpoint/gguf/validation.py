@@ -107,9 +107,9 @@ def _checked(file: GgufFile, entry: GgufEntry) -> GgufTensor:
         _check_scales(file, entry, block_bytes)
         return GgufTensor(entry.name, name, entry.shape, size_bytes)
     codec = next(known.codec for known in FORMATS.values() if known.type_id == entry.type_id)
-    zeros = _count_zeros(file, entry, codec)
+    zeros, levels = _count_zeros(file, entry, codec)
     sparsity = zeros / math.prod(entry.shape)
-    return GgufTensor(entry.name, codec.name, entry.shape, size_bytes, sparsity)
+    return GgufTensor(entry.name, codec.name, entry.shape, size_bytes, sparsity, levels)
 
 
 def _check_scales(file: GgufFile, entry: GgufEntry, block_bytes: int) -> None:
@@ -124,10 +124,11 @@ def _check_scales(file: GgufFile, entry: GgufEntry, block_bytes: int) -> None:
             )
 
 
-def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> int:
+def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> tuple[int, int]:
+    """Zeros among the codes, and how many levels these have."""
     *lead, cols = entry.shape
     rows, row_bytes = math.prod(lead), codec.size_bytes((cols,))
-    zeros = 0
+    zeros, levels = 0, 3
     for first, last in row_spans(rows, cols):
         raw = file.content.bytes(entry.begin + first * row_bytes, entry.begin + last * row_bytes)
         try:
@@ -137,4 +138,5 @@ def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> int:
                 f"tensor {clip(entry.name)} from row {first} on: {cause}"
             ) from cause
         zeros += int((trits == 0).sum())
-    return zeros
+        levels = max(levels, 2 + int(trits.max()))
+    return zeros, levels
