@@ -95,11 +95,12 @@ def read_job(
     source = Checkpoint.open(src, revision=revision, ternary=ternary, tokenizer=tokenizer)
     headers, packed, own, note = source.headers, None, plan, ""
     if source.is_ternary:
-        headers, packed, own, note = _read_packed(source, plan)
+        headers, packed, own, note = _read_packed(source, replace(plan, embeddings="keep"))
+        own = replace(own, embeddings=plan.embeddings)
     elif source.bitnet is not None:
         note = source.bitnet.note
         if source.bitnet.matrices:
-            _check_no_orders(source, replace(plan, storage="two_bit"))
+            _check_no_orders(source, replace(plan, storage="two_bit", embeddings="keep"))
     model = build_skeleton(source.config, headers)
     choices = choose(model, headers)
     check_names(source.name, (choice.name for choice in choices if choice.reason == HOMELESS))

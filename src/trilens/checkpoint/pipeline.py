@@ -29,6 +29,7 @@ from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
+from trilens.checkpoint.hf_bitnet import write_bitnet
 from trilens.checkpoint.job import Job, read_job
 from trilens.checkpoint.output_folder import check_folder, clean_refusal
 from trilens.checkpoint.validation import validate
@@ -54,7 +55,11 @@ _KNOWN_SETTINGS = {
     "weights",
 }
 
-Format = Literal["trilens", "dense", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
+Format = Literal["trilens", "dense", "hf-bitnet", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
+
+
+_PLAIN = {"dense": write_dense, "hf-bitnet": write_bitnet}
+"""Layouts that transformers loads without trilens, made of what `ternarize` wrote."""
 
 
 def ternarize(
@@ -86,7 +91,8 @@ def ternarize(
         plan: what is ternarized, and how; `TernaryPlan()` where not given.
         format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
             "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
-            of an earlier call; "dense": that output with dense weights, see `write_dense`.
+            of an earlier call; "dense": that output with dense weights, see `write_dense`;
+            "hf-bitnet": it in transformers' own BitNet layout, see `write_bitnet`.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
         calibration: the text that calibrated rules look at, and that the damage is measured on;
@@ -122,8 +128,8 @@ def ternarize(
     if format != "trilens":
         _check_unmeasured(format, calibration, sample)
     job = read_job(src, plan, revision=revision, ternary=format != "trilens", tokenizer=tokenizer)
-    if format == "dense":
-        return write_dense(job, out, dry_run=dry_run, progress=progress)
+    if format in _PLAIN:
+        return _PLAIN[format](job, out, dry_run=dry_run, progress=progress)
     if gguf_format is not None:
         _check_trits(job)
         return write_gguf(job, gguf_format, out, dry_run=dry_run, progress=progress)
@@ -217,6 +223,11 @@ def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: Terna
     """Refuse a format that there is not, and a place or a plan that the format does not have."""
     if engine is not None:
         _check_engine(out, plan)
+    elif plan.embeddings != "keep":
+        raise UsageError(
+            f"embeddings {plan.embeddings!r} is for GGUF files, and format {format!r} keeps them "
+            "as they are: leave it out, or take a gguf format"
+        )
     elif format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
     elif out.suffix == ".gguf":
@@ -228,7 +239,8 @@ def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: Terna
 
 def _check_unmeasured(format: str, calibration: Calibration | None, sample: Sample | None) -> None:
     """Refuse a calibration or a sample for what is made from a ternary checkpoint."""
-    result = "dense weights" if format == "dense" else "a GGUF file"
+    results = {"dense": "dense weights", "hf-bitnet": "a BitNet checkpoint"}
+    result = results.get(format, "a GGUF file")
     if calibration is not None:
         raise UsageError(
             f"{result} ({format}) cannot be calibrated: write a directory with the calibration, "

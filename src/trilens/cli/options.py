@@ -240,16 +240,17 @@ FailIf = Annotated[
 
 # Ternary weights
 RuleName: TypeAlias = Literal[
-    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes",
-    "gptq", "gptq_planes", "best", "best_planes",
+    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes", "quad",
+    "gptq", "gptq_planes", "gptq_quad", "best", "best_planes", "best_quad",
 ]  # fmt: skip
 Rule = Annotated[
     RuleName,
     typer.Option(
         "--rule",
         metavar="RULE",
-        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes; "
-        "calibrated: gptq, gptq_planes, best, best_planes.",
+        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes, "
+        "quad (four levels, not ternary); "
+        "calibrated: gptq, gptq_planes, gptq_quad, best, best_planes, best_quad.",
     ),
 ]
 GroupSize = Annotated[
@@ -281,6 +282,10 @@ ScaleDtype = Annotated[
 Storage = Annotated[
     Literal["two_bit", "compact"],
     typer.Option("--storage", help="Codes of 2 bits, or compact: 1.6 bits."),
+]
+Embeddings = Annotated[
+    Literal["keep", "q8_0", "q4_0"],
+    typer.Option("--embeddings", help="Of a GGUF file, embedding and head: kept, or rounded."),
 ]
 Rotate = Annotated[
     bool, typer.Option("--rotate", help="Rotate weights and inputs by a Hadamard matrix first.")
@@ -321,11 +326,11 @@ Predict = Annotated[
 
 # Results
 To = Annotated[
-    Literal["trilens", "dense", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
+    Literal["trilens", "dense", "hf-bitnet", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
     typer.Option(
         "--to",
-        help="What to write: a ternary checkpoint, dense weights from one, or a GGUF file for "
-        "llama.cpp.",
+        help="What to write: a ternary checkpoint; from one dense weights, or the BitNet layout of "
+        "transformers; or a GGUF file for llama.cpp.",
     ),
 ]
 _OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")

@@ -20,6 +20,7 @@ from trilens.io.guarded import sha256_of
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import sweep
 from trilens.io.tensors import write_safetensors
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.codecs.rows import unpack_rows
 from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
@@ -235,6 +236,7 @@ class Store:
                 second_scale=parts.get("second_scale"),
                 rule=matrix.rule,
                 scale_dtype=plan.scale_dtype,
+                levels=levels_of(matrix.rule),
             )
         except (OSError, KeyError, ValueError, TrilensError) as cause:
             raise CorruptFileError(f"{path} does not hold {matrix.name}: {cause}") from cause

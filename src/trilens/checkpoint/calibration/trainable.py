@@ -49,13 +49,17 @@ class TrainableMatrix:
         return rotate_back(total) if self._rotate else total
 
     def result(self) -> PerLayerQuant:
-        """The matrix as it is now, its scales rounded; a negative one turns its trits around."""
+        """The matrix as it is now, its scales rounded; a negative one turns its trits around.
+
+        Of four levels it stays negative.
+        """
         quant, units = self.quant, self.quant.units
         planes, scales = [], []
         with torch.no_grad():
             for trits, values in zip(self._trits, self._scales(), strict=True):
-                signs = torch.where(values < 0, -1, 1).to(torch.int8)
-                flat = values.abs().reshape(-1).double().numpy()
+                turned = (values < 0) & (quant.levels == 3)
+                signs = torch.where(turned, -1, 1).to(torch.int8)
+                flat = (values * signs).reshape(-1).double().numpy()
                 rounded = round_scales(
                     flat, quant.scale_dtype or "float32", quant.name, np.arange(units.count)
                 )
@@ -73,6 +77,7 @@ class TrainableMatrix:
             second_scale=scales[1] if two else None,
             rule=quant.rule,
             scale_dtype=quant.scale_dtype,
+            levels=quant.levels,
         )
         return replace(made, zeroed_units=quant.zeroed_units)
 

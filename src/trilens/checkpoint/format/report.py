@@ -13,7 +13,9 @@ from trilens.results import Tabular
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
-Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out", "dense"]
+Outcome: TypeAlias = Literal[
+    "ternary", "four levels", "already ternary", "planned", "kept", "rounded", "left out", "dense"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +26,10 @@ class TensorReport:
         name: As the source names it.
         packed_as: The name from which those of its packed parts are made.
         shape: Its shape in the source.
-        outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
-            exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
-            output, because it does not need it; "dense": trits that are written as dense weights.
+        outcome: "ternary": coded by the rule; "four levels": likewise, by a rule with the level 2;
+            "already ternary": its trits and scale were kept exactly; "planned": a dry run;
+            "rounded": to 8 or 4 bits in blocks; "kept": the source's own values; "left out": not
+            in the output, because it does not need it; "dense": trits written as dense weights.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.

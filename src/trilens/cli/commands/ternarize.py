@@ -24,6 +24,7 @@ def ternarize(
     only: o.Only = None,
     scale_dtype: o.ScaleDtype = "float32",
     storage: o.Storage = "two_bit",
+    embeddings: o.Embeddings = "keep",
     rotate: o.Rotate = False,
     plan: o.PlanFile = None,
     calibrate: o.Calibrate = None,

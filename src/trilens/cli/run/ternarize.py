@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def run(
     only: list[str] | None,
     scale_dtype: Any,
     storage: Any,
+    embeddings: Any,
     rotate: bool,
     plan: Path | None,
     calibrate: str | None,
@@ -52,6 +53,7 @@ def run(
         "scale_dtype": scale_dtype,
         "storage": storage,
         "rotate": rotate,
+        "embeddings": embeddings,
     }
     entries = TernaryPlan(**options) if plan is None else _read_plan(plan, options)
     fitted = {_CALIBRATIONS.get(name, name): value for name, value in asdict(fitting).items()}
@@ -85,10 +87,12 @@ def run(
 
 
 def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
-    """The plan of a file; options beside it would contradict it."""
-    plain = TernaryPlan()
-    given = [name for name, value in options.items() if value not in {getattr(plain, name), None}]
+    """The plan of a file; options of the blocks' matrices beside it would contradict it."""
+    plain, embeddings = TernaryPlan(), options["embeddings"]
+    others = {name: value for name, value in options.items() if name != "embeddings"}
+    given = [name for name, value in others.items() if value not in {getattr(plain, name), None}]
     if given:
         option = "ignore" if given[0] == "keep" else given[0].replace("_", "-")
         raise UsageError(f"--plan and --{option} are both given: the plan file says it all")
-    return TernaryPlan.load(file)
+    plan = TernaryPlan.load(file)
+    return plan if embeddings == "keep" else replace(plan, embeddings=embeddings)

@@ -14,13 +14,14 @@ from trilens.checkpoint.dense import validate_dense
 from trilens.checkpoint.format.names import DENSE_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.gguf import validate_gguf
+from trilens.checkpoint.hf_bitnet import BITNET_KIND, validate_bitnet
 from trilens.checkpoint.validation import unlisted, validate
 from trilens.cli.console import show_json, status
 from trilens.cli.streams import say
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.listing import extra_files
 from trilens.io.messages import listed
-from trilens.io.sealed import NO_HASH_NOTE
+from trilens.io.sealed import NO_HASH_NOTE, read_sealed
 from trilens.lens.capture import Capture
 from trilens.models.rwkv7.conversion import MANIFEST_NAME as CONVERSION_NAME
 from trilens.models.rwkv7.conversion import validate_conversion
@@ -79,6 +80,8 @@ def _folder(path: Path) -> Checked:
     if (path / CONVERSION_NAME).is_file():
         return _listed(path, validate_conversion(path), "conversion")
     if (path / DENSE_NAME).is_file():
+        if read_sealed(path / DENSE_NAME)[0].get("kind") == BITNET_KIND:
+            return _listed(path, validate_bitnet(path), "BitNet checkpoint")
         return _listed(path, validate_dense(path), "dense checkpoint")
     return _ternary(path)
 

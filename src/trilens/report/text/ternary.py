@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import MappingProxyType
 
 from rich.console import Console
@@ -76,8 +77,12 @@ def gguf_sentence(report: GgufReport) -> str:
             "the file names no hash of its tensors, so that damage to tensors that are not "
             "quantized would not show"
         )
+    four = sum(tensor.levels == 4 for tensor in report.coded)
+    levels = f" ({four} of them the level 2 too, so not ternary)" if four else ""
+    counts = Counter(tensor.type for tensor in report.tensors)
+    types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     return (
         f"Architecture {report.architecture}; {len(report.coded)} of {len(report.tensors)} tensors "
-        f"hold trits, with legal codes and finite scales; {report.bits_per_weight:.2f} bits per "
-        f"weight over all tensors; {hashed}."
+        f"hold trits{levels}, with legal codes and finite scales; {report.bits_per_weight:.2f} "
+        f"bits per weight over all tensors ({types}); {hashed}."
     )
