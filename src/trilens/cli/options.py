@@ -19,6 +19,7 @@ __all__ = [
     "Budget",
     "By",
     "Calibrate",
+    "Calibrations",
     "Chat",
     "Costs",
     "Data",
@@ -30,13 +31,17 @@ __all__ = [
     "EachMatrix",
     "Edits",
     "Effective",
+    "Effort",
     "Evaluate",
+    "EvaluatedAgainst",
+    "Evaluations",
     "FailIf",
     "Field",
     "Format",
     "GroupSize",
     "Ignore",
     "Layers",
+    "Limit",
     "LogitLens",
     "Logits",
     "MaxNewTokens",
@@ -68,6 +73,7 @@ __all__ = [
     "Stop",
     "Storage",
     "Target",
+    "Tasks",
     "Temperature",
     "To",
     "TokenizerFiles",
@@ -86,10 +92,47 @@ Calibrate = Annotated[
         "--calibrate", metavar="TEXT", help=f"Text that calibrated rules are fitted on: {_TEXT}."
     ),
 ]
+Calibrations = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibrate",
+        metavar="TEXT",
+        help=f"Text that calibrated rules are fitted on: {_TEXT}; self: the model writes it. "
+        "May be repeated.",
+    ),
+]
 Evaluate = Annotated[
     str | None,
     typer.Option(
         "--evaluate", metavar="TEXT", help=f"Held-out text to measure the damage on: {_TEXT}."
+    ),
+]
+Evaluations = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--evaluate",
+        metavar="[NAME=]TEXT",
+        help=f"Held-out text to measure the damage on: {_TEXT}. May be repeated.",
+    ),
+]
+EvaluatedAgainst = Annotated[
+    str | None,
+    typer.Option(
+        "--against", metavar="MODEL", help="The model that it was made from: directory or hub id."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="A task of lm-eval. May be repeated."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Examples of each task, at most."),
+]
+Effort = Annotated[
+    Literal["fast", "default", "max"] | None,
+    typer.Option(
+        "--effort", help="How many tokens calibration takes, and how long fitting rules fit."
     ),
 ]
 Field = Annotated[

@@ -16,6 +16,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trilens.errors import UsageError, ValueRangeError
 from trilens.models.forward_call import device_of, text_config
 from trilens.numbers import at_least, whole_number
+from trilens.taps.mode import evaluating
 from trilens.taps.undo import undone
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Forced",
     "NewTokens",
     "Stream",
+    "continue_batch",
     "end_ids_of",
     "new_text",
     "read_decoding",
@@ -279,6 +281,45 @@ def run_generate(
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
+
+
+def continue_batch(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Go on from several prompts of one length at once, with the cache; nothing ends a text.
+
+    A token that ends texts is written as any other, and the model goes on after it. Of the model's
+    generation config nothing counts; it is put back, as the mode and torch's random state are.
+
+    Shapes: ids int64 [batch, seq] → int64 [batch, seq + max_new_tokens], on the CPU
+
+    Args:
+        model: one that generates.
+        ids: the prompts.
+        max_new_tokens: tokens that are written in each row.
+        temperature: 0 for the likeliest token, else tokens are drawn.
+        seed: of what is drawn.
+    """
+    decoding = Decoding(max_new_tokens, temperature, None, None, seed, (), ())
+    there = ids.to(device_of(model))
+    with (
+        evaluating(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _own_config(model),
+        _own_random(there.device, decoding),
+    ):
+        found: Any = model.generate(
+            there,
+            attention_mask=torch.ones_like(there),
+            generation_config=decoding.config(0),
+        )
+    return torch.as_tensor(found).cpu()
 
 
 @contextmanager
