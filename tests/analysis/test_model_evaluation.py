@@ -69,7 +69,7 @@ def test_the_command(ternary: Path, tmp_path: Path) -> None:
     text.write_text("\n".join(json.dumps({"text": document}) for document in CODE.documents))
     base = ["evaluate", str(ternary)]
     given = ["--evaluate", f"mine={text}", "--evaluate", str(text), "--max-tokens", "300"]
-    beside = ["--against", str(demo_path())]
+    beside = ["--made-from", str(demo_path())]
     shown = CliRunner().invoke(app, [*base, *given, *beside])
     assert shown.exit_code == 0, shown.output
     for word in ("mine", "code.jsonl", "same top token", "loops"):
@@ -81,7 +81,7 @@ def test_the_command(ternary: Path, tmp_path: Path) -> None:
     assert one["change"]["ratio"] == two["change"]["ratio"] > 1
     for wrong, words in (
         ([], "--evaluate TEXT"),
-        (["--against", str(demo_path()), "--task", "arc"], "--evaluate TEXT"),
+        (["--made-from", str(demo_path()), "--task", "arc"], "--evaluate TEXT"),
         ([*given, "--limit", "3"], "--task"),
     ):
         refused = CliRunner().invoke(app, [*base, *wrong])

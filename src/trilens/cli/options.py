@@ -33,7 +33,6 @@ __all__ = [
     "Effective",
     "Effort",
     "Evaluate",
-    "EvaluatedAgainst",
     "Evaluations",
     "FailIf",
     "Field",
@@ -44,6 +43,7 @@ __all__ = [
     "Limit",
     "LogitLens",
     "Logits",
+    "MadeFrom",
     "MaxNewTokens",
     "MaxPerplexityRatio",
     "MaxTokens",
@@ -86,39 +86,36 @@ __all__ = [
 # Texts
 _TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
 Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
+_CALIBRATE = f"Text that calibrated rules are fitted on: {_TEXT}, or self: the model writes it."
+_EVALUATE = f"Held-out text to measure the damage on: {_TEXT}."
 Calibrate = Annotated[
     str | None,
-    typer.Option(
-        "--calibrate", metavar="TEXT", help=f"Text that calibrated rules are fitted on: {_TEXT}."
-    ),
+    typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE),
 ]
 Calibrations = Annotated[
     list[str] | None,
     typer.Option(
         "--calibrate",
         metavar="TEXT",
-        help=f"Text that calibrated rules are fitted on: {_TEXT}; self: the model writes it. "
-        "May be repeated.",
+        help=_CALIBRATE,
     ),
 ]
 Evaluate = Annotated[
     str | None,
-    typer.Option(
-        "--evaluate", metavar="TEXT", help=f"Held-out text to measure the damage on: {_TEXT}."
-    ),
+    typer.Option("--evaluate", metavar="TEXT", help=_EVALUATE),
 ]
 Evaluations = Annotated[
     list[str] | None,
     typer.Option(
         "--evaluate",
         metavar="[NAME=]TEXT",
-        help=f"Held-out text to measure the damage on: {_TEXT}. May be repeated.",
+        help=_EVALUATE,
     ),
 ]
-EvaluatedAgainst = Annotated[
+MadeFrom = Annotated[
     str | None,
     typer.Option(
-        "--against", metavar="MODEL", help="The model that it was made from: directory or hub id."
+        "--made-from", metavar="MODEL", help="The model that it was made from: directory or hub id."
     ),
 ]
 Tasks = Annotated[

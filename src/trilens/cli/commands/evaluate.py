@@ -13,7 +13,7 @@ __all__ = ["evaluate"]
 def evaluate(
     model: o.Model,
     evaluate: o.Evaluations = None,
-    against: o.EvaluatedAgainst = None,
+    made_from: o.MadeFrom = None,
     task: o.Tasks = None,
     limit: o.Limit = None,
     max_tokens: o.SampleTokens = 16384,
@@ -26,8 +26,8 @@ def evaluate(
 ) -> None:
     """Measure a model, ternary or not, on texts and tasks.
 
-    Of each text: perplexity, and greedy continuations that run in circles. With --against also the
-    ratio of perplexities, KL, the same top token and the same greedy text. Tasks are those of
+    Of each text: perplexity, and greedy continuations that run in circles. With --made-from also
+    the ratio of perplexities, KL, the same top token and the same greedy text. Tasks are those of
     lm-eval, where it is installed.
     """
     run("evaluate", locals(), failures=(NonFiniteError,))

@@ -25,7 +25,7 @@ def run(
     *,
     model: str,
     evaluate: Sequence[str] | None,
-    against: str | None,
+    made_from: str | None,
     task: Sequence[str] | None,
     limit: int | None,
     max_tokens: int,
@@ -39,8 +39,10 @@ def run(
     check_file(output)
     if not evaluate and not task:
         raise UsageError("nothing to evaluate on: give a text (--evaluate TEXT) or a task (--task)")
-    if against is not None and not evaluate:
-        raise UsageError(f"--against {against} is compared on texts: give one (--evaluate TEXT)")
+    if made_from is not None and not evaluate:
+        raise UsageError(
+            f"--made-from {made_from} is compared on texts: give one (--evaluate TEXT)"
+        )
     if limit is not None and not task:
         raise UsageError("--limit is an option of tasks: add --task NAME")
     samples = [
@@ -48,9 +50,9 @@ def run(
         for name, text in map(named_text, evaluate or ())
     ]
     lens = open_lens(model, loading)
-    other = None if against is None else open_lens(against, replace(loading, revision=None))
+    other = None if made_from is None else open_lens(made_from, replace(loading, revision=None))
     with status("measuring"):
         texts = evaluate_texts(lens, samples, against=other, max_tokens=max_tokens)
     tasks = run_tasks(lens, task, limit=limit, seed=seed or 0) if task else {}
-    found = ModelEvaluation(model, against, texts, tasks)
+    found = ModelEvaluation(model, made_from, texts, tasks)
     show_result(found, print_evaluation, format=format, head=_HEAD, file=output)
