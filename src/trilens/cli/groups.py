@@ -49,6 +49,7 @@ class Fitting:
     """How calibrated rules are fitted; what is not given, `Calibration` decides."""
 
     max_perplexity_ratio: o.MaxPerplexityRatio = None
+    effort: o.Effort = None
     max_tokens: o.MaxTokens = None
     seq_length: o.SeqLength = None
     batch_size: o.BatchSize = None

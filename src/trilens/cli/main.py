@@ -12,6 +12,7 @@ from trilens.cli.commands.capture import capture
 from trilens.cli.commands.compare import compare
 from trilens.cli.commands.convert import convert
 from trilens.cli.commands.demo import demo
+from trilens.cli.commands.evaluate import evaluate
 from trilens.cli.commands.families import families
 from trilens.cli.commands.generate import generate
 from trilens.cli.commands.inspect import inspect
@@ -55,7 +56,7 @@ def _root(
 
 for _command in (
     demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, validate,
-    sensitivity, plan,
+    evaluate, sensitivity, plan,
     families, convert,
 ):  # fmt: skip
     app.command()(flattened(_command))

@@ -19,6 +19,7 @@ __all__ = [
     "Budget",
     "By",
     "Calibrate",
+    "Calibrations",
     "Chat",
     "Costs",
     "Data",
@@ -30,15 +31,19 @@ __all__ = [
     "EachMatrix",
     "Edits",
     "Effective",
+    "Effort",
     "Evaluate",
+    "Evaluations",
     "FailIf",
     "Field",
     "Format",
     "GroupSize",
     "Ignore",
     "Layers",
+    "Limit",
     "LogitLens",
     "Logits",
+    "MadeFrom",
     "MaxNewTokens",
     "MaxPerplexityRatio",
     "MaxTokens",
@@ -68,6 +73,7 @@ __all__ = [
     "Stop",
     "Storage",
     "Target",
+    "Tasks",
     "Temperature",
     "To",
     "TokenizerFiles",
@@ -80,16 +86,50 @@ __all__ = [
 # Texts
 _TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
 Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
+_CALIBRATE = f"Text that calibrated rules are fitted on: {_TEXT}, or self: the model writes it."
+_EVALUATE = f"Held-out text to measure the damage on: {_TEXT}."
 Calibrate = Annotated[
     str | None,
+    typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE),
+]
+Calibrations = Annotated[
+    list[str] | None,
     typer.Option(
-        "--calibrate", metavar="TEXT", help=f"Text that calibrated rules are fitted on: {_TEXT}."
+        "--calibrate",
+        metavar="TEXT",
+        help=_CALIBRATE,
     ),
 ]
 Evaluate = Annotated[
     str | None,
+    typer.Option("--evaluate", metavar="TEXT", help=_EVALUATE),
+]
+Evaluations = Annotated[
+    list[str] | None,
     typer.Option(
-        "--evaluate", metavar="TEXT", help=f"Held-out text to measure the damage on: {_TEXT}."
+        "--evaluate",
+        metavar="[NAME=]TEXT",
+        help=_EVALUATE,
+    ),
+]
+MadeFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--made-from", metavar="MODEL", help="The model that it was made from: directory or hub id."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="A task of lm-eval. May be repeated."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Examples of each task, at most."),
+]
+Effort = Annotated[
+    Literal["fast", "default", "max"] | None,
+    typer.Option(
+        "--effort", help="How many tokens calibration takes, and how long fitting rules fit."
     ),
 ]
 Field = Annotated[

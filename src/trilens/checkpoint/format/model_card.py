@@ -163,9 +163,8 @@ def _command(report: TernaryReport, origin: Origin) -> str:
     if plan.rotate:
         words.append("--rotate")
     if report.damage is not None:
-        words += ["--calibrate", "TEXT"]
-    if report.sample is not None:
-        words += ["--evaluate", report.sample.name]
+        words += ["--calibrate", "self" if report.damage.own_text else "TEXT"]
+    words += [word for sample in report.samples for word in ("--evaluate", sample.name)]
     return _shell(words)
 
 

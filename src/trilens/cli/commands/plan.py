@@ -34,6 +34,6 @@ def plan(
     Under a budget, a bound on the damage, or both. For every matrix: the rule and group size, or
     none. The whole plan is measured in memory on held-out text: --evaluate, or every other document
     of --data. Writes a file for ternarize --plan. With --calibrate the plan may name calibrated
-    rules; ternarize then needs the text, too.
+    rules; ternarize then takes the text, too.
     """
     run("plan", locals())

@@ -27,8 +27,8 @@ def ternarize(
     embeddings: o.Embeddings = "keep",
     rotate: o.Rotate = False,
     plan: o.PlanFile = None,
-    calibrate: o.Calibrate = None,
-    evaluate: o.Evaluate = None,
+    calibrate: o.Calibrations = None,
+    evaluate: o.Evaluations = None,
     fitting: Fitting = Fitting(),
     field: o.Field = "text",
     revision: o.Revision = None,
@@ -41,7 +41,8 @@ def ternarize(
 
     The output is a new directory, or a new .gguf file. Reports each matrix's weight error and, with
     --evaluate, the perplexity before and after. A model that was not trained for ternary weights is
-    usually unusable afterwards. With --calibrate: at most 65536 tokens in sequences of 512; a tenth
-    of the documents is held out where --evaluate is not given.
+    usually unusable afterwards. A calibrated rule looks at --calibrate, or at what the model writes
+    itself: at most 65536 tokens in sequences of 512 (--effort fast: 16384, max: 524288), a tenth of
+    them held out. What it costs is told before it starts.
     """
     run("ternarize", locals(), stopped=_STOPPED)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from trilens.checkpoint.calibration.own_text import SELF, OwnText, write_text
 from trilens.cli.console import check_file, show_result, shown_progress, status, timed
 from trilens.cli.groups import Loading, Sampling
-from trilens.cli.run.dense import open_dense
+from trilens.cli.run.dense import Dense, open_dense
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
 from trilens.planning.calibrated_candidates import hessians_of, with_text
@@ -58,19 +63,10 @@ def run(
         blocks = dense.blocks(documents, sampling)
         candidates: Candidates = data_free
         if calibrate is not None:
-            # The text of --data: without what was set aside of it.
-            texts = (
-                documents if calibrate == data else documents_of(calibrate, field=sampling.field)
-            )
-            texts = tuple(text for text in texts if text not in held_out)
-            if not texts:
-                raise UsageError(
-                    f"all documents of --calibrate {calibrate} are held out: give other text for "
-                    "--calibrate or --evaluate"
-                )
+            fitted = _fitted_on(dense, calibrate, documents, data, held_out, sampling)
             matrices = find_matrices(dense.lens, dense.headers)
             with status("taking the Hessians of the matrices' inputs"):
-                hessians = hessians_of(dense.lens, matrices, dense.blocks(texts, sampling))
+                hessians = hessians_of(dense.lens, matrices, fitted)
             candidates = with_text(hessians)
         with shown_progress() as progress:
             planned = make_plan(
@@ -91,3 +87,37 @@ def run(
             )
         if output is not None:
             planned.save(output)
+
+
+def _fitted_on(
+    dense: Dense,
+    calibrate: str,
+    documents: Sequence[str],
+    data: str,
+    held_out: Sequence[str],
+    sampling: Sampling,
+) -> tuple[Tensor, ...]:
+    """Token blocks of --calibrate: of --data without what was set aside of it, or written now.
+
+    Raises:
+        UsageError: all documents are held out.
+        GenerationError: the model is to write the text, and writes none.
+    """
+    if calibrate == SELF and not Path(calibrate).exists():
+        with status("the model writes its calibration text"):
+            return write_text(
+                dense.lens.model,
+                dense.lens.tokenizer,
+                OwnText(),
+                rows=math.ceil(sampling.max_tokens / sampling.seq_length),
+                length=sampling.seq_length,
+                seed=sampling.seed or 0,
+            )
+    texts = documents if calibrate == data else documents_of(calibrate, field=sampling.field)
+    texts = tuple(text for text in texts if text not in held_out)
+    if not texts:
+        raise UsageError(
+            f"all documents of --calibrate {calibrate} are held out: give other text for "
+            "--calibrate or --evaluate"
+        )
+    return dense.blocks(texts, sampling)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trilens.checkpoint.calibration.cost import cost_of
 from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.own_text import SELF, OwnText
 from trilens.checkpoint.evaluate import Sample
 from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.job import read_job
 from trilens.checkpoint.pipeline import ternarize
 from trilens.cli.console import show_result, shown_progress, timed
 from trilens.cli.groups import Coding, Fitting
-from trilens.cli.run.text import documents_of
+from trilens.cli.run.text import documents_of, named_text
+from trilens.cli.streams import say
 from trilens.errors import UsageError
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.report.text.ternary import REPORT_HEAD, print_report
@@ -36,8 +41,8 @@ def run(
     embeddings: Any,
     rotate: bool,
     plan: Path | None,
-    calibrate: str | None,
-    evaluate: str | None,
+    calibrate: list[str] | None,
+    evaluate: list[str] | None,
     fitting: Fitting,
     field: str,
     revision: str | None,
@@ -57,19 +62,27 @@ def run(
     }
     entries = TernaryPlan(**options) if plan is None else _read_plan(plan, options)
     fitted = {_CALIBRATIONS.get(name, name): value for name, value in asdict(fitting).items()}
-    read = partial(documents_of, field=field)
-    held_out = () if evaluate is None else read(evaluate)
-    calibration = sample = None
     given = {name: value for name, value in fitted.items() if value is not None}
-    if calibrate is not None:
-        calibration = Calibration(read(calibrate), held_out, **given)
-    elif given:
-        raise UsageError(
-            "--max-tokens, --seq-length, --batch-size, --seed and --max-perplexity-ratio are "
-            "options of a calibration: add --calibrate TEXT"
-        )
-    elif evaluate is not None:
-        sample = Sample(Path(evaluate).name, held_out)
+    read = partial(documents_of, field=field)
+    samples = [Sample(name, read(text)) for name, text in map(named_text, evaluate or ())]
+    calibration, bound = None, None
+    if calibrate or entries.calibrated:
+        # A calibrated rule without a text is fitted on what the model writes.
+        calibration = _calibration(calibrate or [SELF], samples, read, given)
+        samples = []
+    else:
+        bound = given.pop("max_perplexity_ratio", None) if samples else None
+        if given:
+            raise UsageError(
+                "--max-tokens, --seq-length, --batch-size, --seed, --effort and "
+                "--max-perplexity-ratio are options of a calibration: add --calibrate TEXT "
+                "(the last one also goes with --evaluate TEXT)"
+            )
+    chosen = None if tokenizer is None else read_tokenizer(tokenizer)
+    if calibration is not None and to == "trilens":
+        job = read_job(model, entries, revision=revision, tokenizer=chosen)
+        if not job.keeps_trits:  # else there is nothing to calibrate, and it is refused
+            say(cost_of(job, calibration).sentence, err=True)
     with timed(None if dry_run else output), shown_progress() as progress:
         report = ternarize(
             model,
@@ -78,12 +91,26 @@ def run(
             format=to,
             dry_run=dry_run,
             revision=revision,
-            tokenizer=None if tokenizer is None else read_tokenizer(tokenizer),
+            tokenizer=chosen,
             calibration=calibration,
-            sample=sample,
+            sample=samples,
+            max_perplexity_ratio=bound,
             progress=progress,
         )
     show_result(report, print_report, format=format, head=REPORT_HEAD)
+
+
+def _calibration(
+    sources: list[str],
+    samples: list[Sample],
+    read: Callable[[str], tuple[str, ...]],
+    given: dict[str, Any],
+) -> Calibration:
+    """The calibration of the texts that were named; a file called "self" comes before the word."""
+    own = [source for source in sources if source == SELF and not Path(source).exists()]
+    texts = tuple(text for source in sources if source not in own for text in read(source))
+    written = OwnText() if own else None
+    return Calibration(texts, tuple(samples), own_text=written, **given)
 
 
 def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
