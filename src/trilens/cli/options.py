@@ -20,6 +20,7 @@ __all__ = [
     "By",
     "Calibrate",
     "Chat",
+    "Corpus",
     "Costs",
     "Data",
     "Debug",
@@ -64,6 +65,7 @@ __all__ = [
     "ScaleDtype",
     "Seed",
     "SeqLength",
+    "Sites",
     "States",
     "Stop",
     "Storage",
@@ -79,7 +81,9 @@ __all__ = [
 
 # Texts
 _TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
-Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
+_DATA = typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")
+Data = Annotated[str, _DATA]
+Corpus = Annotated[str | None, _DATA]
 Calibrate = Annotated[
     str | None,
     typer.Option(
@@ -167,6 +171,12 @@ Target = Annotated[str | None, _TARGET]
 RequiredTarget = Annotated[str, _TARGET]
 Against = Annotated[str | None, _AGAINST]
 RequiredAgainst = Annotated[str, _AGAINST]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        "--sites", metavar="LIST", help="Places of the forward pass: resid_post,attn.z,mlp.gate …"
+    ),
+]
 Parts = Annotated[Literal["component", "head", "neuron"], _BY]
 Effective = Annotated[
     bool, typer.Option("--effective", help="Effective attention of recurrent layers, with signs.")

@@ -1,0 +1,16 @@
+from .batch import TokenBatch as TokenBatch
+from .capture import capture_corpus as capture_corpus
+from .documents import CorpusDocument as CorpusDocument
+from .documents import ReadingReport as ReadingReport
+from .documents import read_corpus as read_corpus
+from .options import StoreOptions as StoreOptions
+from .results import ClassMeans as ClassMeans
+from .results import HeadStatistics as HeadStatistics
+from .results import Moments as Moments
+from .results import Reduced as Reduced
+from .results import TopContexts as TopContexts
+from .store import Store as Store
+from .store import open_store as open_store
+from .validation import StoreCheck as StoreCheck
+from .validation import validate_store as validate_store
+from .values import StoredValues as StoredValues
