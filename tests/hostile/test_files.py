@@ -22,6 +22,7 @@ KILLS = {
     "ternary": (4, 40),
     "gguf": (2, 40),
     "conversion": (4, 60),
+    "store": (4, 60),
 }
 """Of each output, in a normal and in a hostile run."""
 

@@ -1,5 +1,7 @@
 from .batch import TokenBatch as TokenBatch
 from .capture import capture_corpus as capture_corpus
+from .converters import to_dictionary_learning as to_dictionary_learning
+from .converters import to_saelens as to_saelens
 from .documents import CorpusDocument as CorpusDocument
 from .documents import ReadingReport as ReadingReport
 from .documents import read_corpus as read_corpus

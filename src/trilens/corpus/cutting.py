@@ -21,7 +21,6 @@ from trilens.errors import (
     NoTokenizerError,
     PromptError,
     TextError,
-    TokenIdError,
 )
 from trilens.io.atomic import atomic
 from trilens.io.tensors import read_tensors, write_tensors
@@ -172,17 +171,12 @@ def _ids(
     content = document.content
     if is_messages(content):  # a chat of a corpus is whole: no answer begins behind it
         content = ids_of_messages(content, tokenizer, answer=False)
-    try:
-        return token_ids_of(
-            content,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            add_special_tokens=options.add_special_tokens,
-        )
-    except TokenIdError as error:
-        if isinstance(document.content, str):
-            raise TextError(str(error)) from error
-        raise
+    return token_ids_of(
+        content,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        add_special_tokens=options.add_special_tokens,
+    )
 
 
 @dataclass(slots=True)

@@ -113,6 +113,8 @@ def _write(file: AtomicFile, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     flat = tensor.detach().to("cpu").contiguous().resolve_conj().resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:  # one value counts as contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy()
 
 

@@ -85,7 +85,7 @@ def _store(
 ) -> None:
     chosen = chosen_layers(layers, None)
     options = StoreOptions(
-        **({} if sites is None else {"sites": tuple(sites)}),
+        sites=StoreOptions().sites if sites is None else tuple(sites),
         layers=None if chosen is None else tuple(chosen),
         dtype=storing.store_dtype,
         reduce=tuple(name.strip() for name in (storing.reduce or "").split(",") if name.strip()),

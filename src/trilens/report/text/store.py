@@ -8,7 +8,7 @@ from rich.console import Console
 
 from trilens.caches.storage import spell_layers
 from trilens.corpus.store import Store
-from trilens.report.text.tables import Column, print_line, print_table
+from trilens.report.text.tables import Cell, Column, print_line, print_table
 
 __all__ = ["print_store", "store_sentences"]
 
@@ -28,8 +28,8 @@ def print_store(store: Store, console: Console) -> None:
         print_line(console, sentence)
 
 
-def _cells(store: Store) -> list[tuple[str, ...]]:
-    found = []
+def _cells(store: Store) -> list[tuple[Cell, ...]]:
+    found: list[tuple[Cell, ...]] = []
     for name in dict.fromkeys(row["site"] for row in store.table()):
         rows = [row for row in store.table() if row["site"] == name]
         layers = [row["layer"] for row in rows if row["layer"] is not None]
