@@ -96,31 +96,45 @@ def _batches(
     begin: int,
 ) -> Iterator[TokenBatch]:
     total = files.starts[-1]
+    memory: dict[tuple[str, int | None], Tensor] = {}
     for number in range(begin // buffer, -(-total // buffer)):
         first, last = number * buffer, min(total, (number + 1) * buffer)
         pieces = order.pieces(first, last)
         mixed = order.mixed(number, last - first)
         tokens = _numbers(files, pieces)
-        loaded = {site.key: _load(files, site, pieces, last - first) for site in sites}
+        if mixed is None:  # batches are views: each buffer needs memory of its own
+            memory = {}
+        loaded = {site.key: _load(files, site, pieces, last - first, memory) for site in sites}
         for at in range(max(first, begin), last, size):
-            # A start inside a batch of another size goes on at that very token.
             rows = slice(at - first, min(at + size, last) - first)
-            places = rows if mixed is None else mixed[rows]
             yield TokenBatch(
-                {key: values[places] for key, values in loaded.items()},
-                tokens[places],
+                {key: _chosen(values, mixed, rows) for key, values in loaded.items()},
+                _chosen(tokens, mixed, rows),
                 min(at + size, last),
             )
 
 
-def _load(files: RowFiles, site: StoredSite, pieces: list[Piece], n: int) -> Tensor:
-    values = torch.empty((n, *site.shape), dtype=value_dtype(site))
+def _chosen(values: Tensor, mixed: Tensor | None, rows: slice) -> Tensor:
+    return values[rows] if mixed is None else values.index_select(0, mixed[rows])
+
+
+def _load(
+    files: RowFiles,
+    site: StoredSite,
+    pieces: list[Piece],
+    n: int,
+    memory: dict[tuple[str, int | None], Tensor],
+) -> Tensor:
+    values = memory.get(site.key)
+    if values is None or len(values) < n:
+        values = torch.empty((n, *site.shape), dtype=value_dtype(site))
+        memory[site.key] = values
     at = 0
     for piece in pieces:
         length = piece.end - piece.begin
         files.read(site, piece, values[at : at + length])
         at += length
-    return values
+    return values[:n]
 
 
 def _numbers(files: RowFiles, pieces: list[Piece]) -> Tensor:
