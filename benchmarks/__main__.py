@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "startup",
     "overhead",
+    "store",
     "patching",
     "sites",
     "generation",

@@ -17,6 +17,7 @@ PACKAGES = (
     "trilens.analysis",
     "trilens.caches",
     "trilens.checkpoint",
+    "trilens.corpus",
     "trilens.edits",
     "trilens.errors",
     "trilens.planning",

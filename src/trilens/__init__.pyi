@@ -1,6 +1,7 @@
 from . import analysis as analysis
 from . import caches as caches
 from . import checkpoint as checkpoint
+from . import corpus as corpus
 from . import edits as edits
 from . import errors as errors
 from . import planning as planning
@@ -58,6 +59,11 @@ from .checkpoint.gguf.validation import validate_gguf as validate_gguf
 from .checkpoint.lora import enable_lora as enable_lora
 from .checkpoint.pipeline import ternarize as ternarize
 from .checkpoint.validation import validate as validate
+from .corpus.capture import capture_corpus as capture_corpus
+from .corpus.options import StoreOptions as StoreOptions
+from .corpus.store import Store as Store
+from .corpus.store import open_store as open_store
+from .corpus.validation import validate_store as validate_store
 from .demo import demo_path as demo_path
 from .errors import AnatomyError as AnatomyError
 from .errors import CaptureError as CaptureError

@@ -22,6 +22,7 @@ KILLS = {
     "ternary": (4, 25),
     "gguf": (2, 25),
     "conversion": (4, 40),
+    "store": (4, 40),
 }
 """Of each output, in a normal and in a hostile run."""
 

@@ -17,6 +17,7 @@ from trilens.cli.commands.families import families
 from trilens.cli.commands.generate import generate
 from trilens.cli.commands.inspect import inspect
 from trilens.cli.commands.lens import lens
+from trilens.cli.commands.ls import ls
 from trilens.cli.commands.patch import patch
 from trilens.cli.commands.plan import plan
 from trilens.cli.commands.sensitivity import sensitivity
@@ -55,7 +56,7 @@ def _root(
 
 
 for _command in (
-    demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, validate,
+    demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, ls, validate,
     evaluate, sensitivity, plan,
     families, convert,
 ):  # fmt: skip

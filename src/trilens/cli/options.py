@@ -21,6 +21,7 @@ __all__ = [
     "Calibrate",
     "Calibrations",
     "Chat",
+    "Corpus",
     "Costs",
     "Data",
     "Debug",
@@ -69,6 +70,7 @@ __all__ = [
     "ScaleDtype",
     "Seed",
     "SeqLength",
+    "Sites",
     "States",
     "Stop",
     "Storage",
@@ -85,7 +87,9 @@ __all__ = [
 
 # Texts
 _TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
-Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
+_DATA = typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")
+Data = Annotated[str, _DATA]
+Corpus = Annotated[str | None, _DATA]
 _CALIBRATE = f"Text that calibrated rules are fitted on: {_TEXT}, or self: the model writes it."
 _EVALUATE = f"Held-out text to measure the damage on: {_TEXT}."
 Calibrate = Annotated[
@@ -207,6 +211,12 @@ Target = Annotated[str | None, _TARGET]
 RequiredTarget = Annotated[str, _TARGET]
 Against = Annotated[str | None, _AGAINST]
 RequiredAgainst = Annotated[str, _AGAINST]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        "--sites", metavar="LIST", help="Places of the forward pass: resid_post,attn.z,mlp.gate …"
+    ),
+]
 Parts = Annotated[Literal["component", "head", "neuron"], _BY]
 Effective = Annotated[
     bool, typer.Option("--effective", help="Effective attention of recurrent layers, with signs.")
