@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from trilens.analysis.inspection import Inspection
-from trilens.report.text.inspection import signed, visible
 from trilens.report.text.tables import Column, print_table
+from trilens.report.words import signed, visible
 
 __all__ = ["print_side_by_side"]
 
