@@ -51,6 +51,7 @@ __all__ = [
     "PlanFile",
     "Predict",
     "Prompt",
+    "Report",
     "RequiredAgainst",
     "RequiredOutput",
     "RequiredPrompt",
@@ -328,9 +329,15 @@ To = Annotated[
         "llama.cpp.",
     ),
 ]
-_OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")
+_OUTPUT = typer.Option(
+    "-o", "--output", metavar="PATH", help="Where to write the result; .html: as a page."
+)
 Output = Annotated[Path | None, _OUTPUT]
 RequiredOutput = Annotated[Path, _OUTPUT]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write a report as well: one HTML page."),
+]
 Format = Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")]
 TypeName = Annotated[
     str | None,

@@ -42,6 +42,7 @@ def compare(
     trust_remote_code: o.TrustRemoteCode = False,
     attn_implementation: o.AttnImplementation = None,
     tokenizer: o.TokenizerFiles = None,
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

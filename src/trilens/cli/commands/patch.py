@@ -30,6 +30,7 @@ def patch(
     layers: o.Layers = None,
     batch_size: o.BatchSize = 16,
     loading: Loading = Loading(dtype="float32"),
+    output: o.Output = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

@@ -17,6 +17,7 @@ def sensitivity(
     predict: o.Predict = True,
     sampling: Sampling = Sampling(),
     loading: Loading = Loading(dtype="float32"),
+    output: o.Output = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trilens.cli.console import check_file, show_result, shown_progress, status, timed
 from trilens.cli.groups import Loading, Sampling
+from trilens.cli.pages import model_facts, write_page
 from trilens.cli.run.dense import open_dense
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
@@ -37,6 +38,7 @@ def run(
     scale_dtype: Any,
     sampling: Sampling,
     loading: Loading,
+    report: Path | None,
     format: str,
 ) -> None:
     """Make a plan, print it, and write it where it keeps within the bound."""
@@ -48,6 +50,7 @@ def run(
         scale_dtype=scale_dtype,
     )
     check_file(output)
+    check_file(report)
     documents = documents_of(data, field=sampling.field)
     if evaluate is None:
         documents, held_out = set_aside(documents)
@@ -83,6 +86,8 @@ def run(
                 progress=progress,
             )
         show_result(planned, print_plan, format=format)
+        if report is not None:
+            write_page(report, planned, model_facts(model, loading))
         if not planned.holds:
             raise DamageError(
                 f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "

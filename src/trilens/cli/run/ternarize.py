@@ -11,8 +11,9 @@ from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.evaluate import Sample
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.pipeline import ternarize
-from trilens.cli.console import show_result, shown_progress, timed
+from trilens.cli.console import check_file, show_result, shown_progress, timed
 from trilens.cli.groups import Coding, Fitting
+from trilens.cli.pages import write_page
 from trilens.cli.run.text import documents_of
 from trilens.errors import UsageError
 from trilens.models.tokenizer_files import read_tokenizer
@@ -42,9 +43,11 @@ def run(
     revision: str | None,
     tokenizer: Path | None,
     dry_run: bool,
+    report: Path | None,
     format: str,
 ) -> None:
     """Write the copy, print the report."""
+    check_file(report)
     options: dict[str, Any] = {
         **asdict(coding),
         "keep": tuple(ignore or ()),
@@ -69,7 +72,7 @@ def run(
     elif evaluate is not None:
         sample = Sample(Path(evaluate).name, held_out)
     with timed(None if dry_run else output), shown_progress() as progress:
-        report = ternarize(
+        found = ternarize(
             model,
             output,
             plan=entries,
@@ -81,7 +84,9 @@ def run(
             sample=sample,
             progress=progress,
         )
-    show_result(report, print_report, format=format, head=REPORT_HEAD)
+    show_result(found, print_report, format=format, head=REPORT_HEAD)
+    if report is not None:
+        write_page(report, found, {"model": model, "output": str(output)})
 
 
 def _read_plan(file: Path, options: dict[str, Any]) -> TernaryPlan:
