@@ -75,6 +75,7 @@ FLOORS = {
     "cli.errors": 22,
     "cli.groups": 22,
     "cli.options": 22,
+    "cli.pages": 22,
     "cli.run": 23,
     "cli.commands": 23,
     "cli": 24,

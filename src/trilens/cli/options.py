@@ -329,9 +329,7 @@ To = Annotated[
         "llama.cpp.",
     ),
 ]
-_OUTPUT = typer.Option(
-    "-o", "--output", metavar="PATH", help="Where to write the result; .html: as a page."
-)
+_OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")
 Output = Annotated[Path | None, _OUTPUT]
 RequiredOutput = Annotated[Path, _OUTPUT]
 Report = Annotated[

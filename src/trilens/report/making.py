@@ -152,8 +152,8 @@ def _next_section(capture: Capture, lens: Lens | None) -> Section | None:
 
     def text(token: int) -> str:
         if lens is not None:
-            return token_strings([token], lens.tokenizer)[0]
-        return known.get(token, f"#{token}")
+            return str(token_strings([token], lens.tokenizer)[0])
+        return str(known.get(token, f"#{token}"))
 
     found = inspect_capture(capture, name="", top_k=_NEXT, token_text=text)
     table = next_table(found)

@@ -34,6 +34,8 @@ class Chart:
         diverging: values have signs: two colours that part at 0.
         log: the vertical axis is logarithmic.
         link: charts of one name move and zoom together.
+        scale: smallest and largest value of a heatmap's colours; those of its values if not given.
+        width: of the page.
 
     Raises:
         UsageError: a column that the table has not.
@@ -51,6 +53,8 @@ class Chart:
     diverging: bool = False
     log: bool = False
     link: str = ""
+    scale: tuple[float, float] | None = None
+    width: Literal["third", "half", "full"] = "half"
 
     def __post_init__(self) -> None:
         known = [column.name for column in self.table.columns]

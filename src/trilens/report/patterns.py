@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,9 @@ class HeadPatterns:
         size = self.side * (self.side + 1) // 2 if self.causal else self.side**2
         codes = self.codes[at * size : (at + 1) * size].astype(np.float32)
         parts = codes - 128 if self.signed else codes
-        flat = np.sign(parts) * (np.abs(parts) / self.steps) ** 2 * self.scales[at]
+        flat: NDArray[np.float32] = (
+            np.sign(parts) * (np.abs(parts) / self.steps) ** 2 * self.scales[at]
+        )
         if not self.causal:
             return flat.reshape(self.side, self.side)
         found = np.zeros((self.side, self.side), np.float32)
@@ -173,7 +175,7 @@ def _coded(
     return chosen, (table[exact + 256] + offset).astype(np.uint8)
 
 
-def _entropy_bytes(counts: NDArray[np.float64]) -> float:
+def _entropy_bytes(counts: NDArray[Any]) -> float:
     there = counts[counts > 0]
     bits: float = -(there * np.log2(there / there.sum())).sum()
     return bits / 8

@@ -37,6 +37,6 @@ def patch(
     """Patch one prompt's values into another's run, point by point.
 
     Effects are of the logit of --target less that of --against after the last token: 0 is the run
-    that is patched, 1 the one whose values are put in.
+    that is patched, 1 the one whose values are put in. -o patch.html writes a page with a heatmap.
     """
     run("patch", locals())

@@ -24,6 +24,6 @@ def sensitivity(
     """Measure which layers and matrices ternary weights damage.
 
     Each block alone, blocks 0 … i together and each kind of matrix alone are ternarized in memory
-    and restored. Nothing is written.
+    and restored. Nothing is written, but the result with -o; -o sensitivity.html writes a page.
     """
     run("sensitivity", locals())

@@ -235,7 +235,7 @@ def head_section(capture: Capture, kind: str) -> Section | None:
     if not square:
         return None
     patterns = head_patterns(cache, "softmax" if softmax else "effective", square)
-    words = (
+    words: tuple[str, ...] = (
         "One tile per head, queries downwards, keys to the right. Choose a head to see its "
         "pattern, a row of the pattern to see where its token attends to.",
     )

@@ -161,7 +161,15 @@ def _heads(index: RowIndex) -> tuple[Block, ...]:
         rows = tuple((row.layer, row.head, row.after) for row in divergence)
         table = Table((*keys, value), rows, title="attention divergence by head", keys=2)
         blocks.append(
-            Chart(kind="heatmap", table=table, x="head", row="layer", y=("js_nats",), link="heads")
+            Chart(
+                kind="heatmap",
+                table=table,
+                x="head",
+                row="layer",
+                y=("js_nats",),
+                link="heads",
+                width="full",
+            )
         )
     for metric, words in _HEADS.items():
         found = [row for row in index.rows if row.metric == metric and row.head is not None]
@@ -171,14 +179,27 @@ def _heads(index: RowIndex) -> tuple[Block, ...]:
         columns = [
             Column(side, note=note, spell=four_digits) for side in ("before", "after", "change")
         ]
-        rows = tuple((row.layer, row.head, row.before, row.after, row.delta) for row in found)
-        table = Table((*keys, *columns), rows, title=f"{words} by head", keys=2)
-        blocks += [
-            Chart(kind="heatmap", table=table, x="head", row="layer", y=(side,), link="heads",
-                  title=f"{words}: {side}", diverging=side == "change")
-            for side in ("before", "after", "change")
-        ]  # fmt: skip
+        sides = tuple((row.layer, row.head, row.before, row.after, row.delta) for row in found)
+        table = Table((*keys, *columns), sides, title=f"{words} by head", keys=2)
+        blocks += [_side(table, words, side) for side in ("before", "after", "change")]
     return tuple(blocks)
+
+
+def _side(table: Table, words: str, side: str) -> Chart:
+    """Before and after in the same colours."""
+    both = [value for row in table.rows for value in row[2:4]]
+    return Chart(
+        kind="heatmap",
+        table=table,
+        x="head",
+        row="layer",
+        y=(side,),
+        link="heads",
+        title=f"{words}: {side}",
+        diverging=side == "change",
+        scale=None if side == "change" else (min(0.0, *both), max(both) or 1.0),
+        width="third",
+    )
 
 
 def _gates(table: Table) -> tuple[Chart, ...]:

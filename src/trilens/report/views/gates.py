@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from trilens.caches.gates import GateCache
-from trilens.report.page import Chart, Section
+from trilens.report.page import Block, Chart, Section
 from trilens.report.tables import Column, Table
 from trilens.report.views.inspection import decay_note
 from trilens.report.words import horizon, percent
@@ -23,13 +23,13 @@ def gate_section(gates: GateCache, threshold: float = _THRESHOLD) -> Section | N
     rated = [(name, layer) for name, layer in gates if gates.spec(name, layer).kind != "linear"]
     if not rated:
         return None
-    charts = []
+    charts: list[Block] = []
     for name in dict.fromkeys(name for name, _ in rated):
         layers = [layer for each, layer in rated if each == name]
         charts.append(_histogram(gates, name, layers, threshold))
     summary = _summary(gates, rated, threshold)
     horizons = _horizons(gates, rated)
-    blocks = (*charts, *horizons, summary)
+    blocks: tuple[Block, ...] = (*charts, *horizons, summary)
     note = decay_note(name for name, _ in rated)
     words = (
         "How open each gate was, from 0 (closed) to 1 (open): the share of its units with each "

@@ -27,7 +27,7 @@ def patch_way(found: PatchSweep) -> tuple[str, str]:
 
 def patch_grid(found: PatchSweep) -> Table:
     """A row per position or head, a column per layer."""
-    keys = (Column("head"),)
+    keys: tuple[Column, ...] = (Column("head"),)
     if found.by == "position":
         keys = (Column("position"), Column("token", left=True, fold=16))
     columns = (*keys, *(Column(f"layer {i}", spell=_effect) for i in found.layers))

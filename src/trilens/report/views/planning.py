@@ -87,7 +87,12 @@ def _parts(rows: Sequence[SensitivityRow], title: str, notes: tuple[str, ...]) -
     cells = []
     for row in rows:
         prefix = {"block": "block ", "blocks": "blocks 0–"}.get(row.subject, "")
-        cell = (prefix + row.name, row.n_matrices, row.bits_per_weight, row.output_error)
+        cell: tuple[object, ...] = (
+            prefix + row.name,
+            row.n_matrices,
+            row.bits_per_weight,
+            row.output_error,
+        )
         cell += (row.nll_nats, row.kl_nats)
         cells.append((*cell, row.predicted_kl_nats) if predicted else cell)
     return Table(tuple(columns), tuple(cells), title=title, notes=notes)

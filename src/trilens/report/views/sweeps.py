@@ -28,6 +28,7 @@ def patch_sections(found: PatchSweep) -> list[Section]:
         y=("effect",),
         label="" if found.by == "head" else "token",
         diverging=True,
+        width="full",
         words="1: this patch alone brings the whole difference; 0: none of it.",
     )
     return [Section("Effect of each patch", (chart,), patch_way(found), name="effects")]

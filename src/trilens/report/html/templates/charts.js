@@ -102,7 +102,7 @@ const DRAW = {
     const colours = SERIES[scheme()];
     const all = block.y.map((name) => values(table, name));
     const [low, high] = extent(all.flat(), block.log);
-    const pad = xs.length > 1 ? 0 : 0.5;
+    const pad = xs.length > 1 ? (Math.max(...xs) - Math.min(...xs)) * 0.03 : 0.5;
     const found = figure({
       height: 230, x_axis_label: heading(table, block.x), y_axis_label: block.y.length > 1 ? "" : heading(table, block.y[0]),
       x_range: shared(block, "x", range(Math.min(...xs) - pad, Math.max(...xs) + pad)), y_range: new Bokeh.Range1d({ start: low, end: high }),
@@ -177,17 +177,18 @@ const DRAW = {
     const at = column(table, block.y[0]);
     const all = table.rows.map((row) => row[at]).filter((v) => v !== null);
     const high = Math.max(...all.map(Math.abs), 1e-300);
-    const [low, top] = block.diverging ? [-high, high] : [Math.min(0, ...all), Math.max(...all, 0)];
+    const [low, top] = block.scale ?? (block.diverging ? [-high, high] : spread(all));
+    const named = (x) => `${x} ${table.rows.find((row) => row[column(table, block.x)] === x)[column(table, block.label)]}`;
     const paint = painter();
     const pixels = new Uint32Array(rows.length * xs.length);
     grid.forEach((line, i) => line.forEach((row, j) => {
-      if (row && row[at] !== null) pixels[i * xs.length + j] = paint(block.diverging ? row[at] / high : (row[at] - low) / (top - low || 1));
+      if (row && row[at] !== null) pixels[i * xs.length + j] = paint(block.diverging ? row[at] / top : (row[at] - low) / (top - low));
     }));
     const found = figure({
       height: Math.min(900, Math.max(150, 96 + rows.length * 20)), x_axis_label: heading(table, block.x), y_axis_label: heading(table, block.row),
       x_range: shared(block, "x", range(-0.5, xs.length - 0.5)), y_range: shared(block, "y", range(-0.5, rows.length - 0.5)),
     });
-    ticks(found.xaxis, xs, element.clientWidth - 90); ticks(found.yaxis, rows);
+    ticks(found.xaxis, block.label ? xs.map(named) : xs, element.clientWidth - 90); ticks(found.yaxis, rows);
     image(found, pixels, xs.length, rows.length, -0.5, -0.5);
     rampKey(element, low, top, block.diverging);
     return [found, (x, y) => {
@@ -196,6 +197,13 @@ const DRAW = {
     }];
   },
 };
+
+// From 0, unless all values lie far from it and close together: their differences would not show.
+function spread(all) {
+  const [low, high] = [Math.min(...all), Math.max(...all)];
+  if (low > 0.5 * high && high > low) return [low, high];
+  return low === high ? [low - 1, high + 1] : [Math.min(0, low), Math.max(0, high)];
+}
 
 function ticks2(axis, xs) {
   const every = Math.max(1, Math.ceil(xs.length / 16));
