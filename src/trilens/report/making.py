@@ -102,9 +102,11 @@ def capture_page(capture: Capture, *, lens: Lens | None = None, top_k: int = 5) 
             f"this capture holds {held}, of which nothing can be shown: capture with "
             "residual='all', attention=True, gates=True"
         )
-    for part, how in _HOW.items():
-        if not capture.has(part):
-            notes.append(f"no {part}: capture with {how}")
+    notes += [
+        f"no {part}: capture with {how}"
+        for part, how in _HOW.items()
+        if not capture.has(part) and _may_have(part, capture, lens)
+    ]
     tokens = len(capture.tokens)
     return Page(
         title=_short(capture.model.name) or capture.model.model_class,
@@ -134,6 +136,20 @@ def joined(title: str, pages: Mapping[str, Page], *first: Section) -> Page:
         tokens=some.tokens,
         notes=tuple(notes),
     )
+
+
+def _may_have(part: str, capture: Capture, lens: Lens | None) -> bool:
+    """Whether a model has a part; without it: a recurrence has what attention has not."""
+    if lens is not None:
+        layers = {
+            "attention": lens.anatomy.attention,
+            "effective": lens.effective_layers,
+            "states": lens.state_layers,
+            "gates": lens.gate_layers,
+        }
+        return part not in layers or bool(layers[part])
+    other = {"attention": "effective", "effective": "attention", "states": "attention"}
+    return part not in other or not capture.has(other[part])
 
 
 _HOW = {

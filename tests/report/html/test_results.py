@@ -76,6 +76,7 @@ def test_a_recurrence(rwkv7) -> None:
 
 def test_the_last_token_alone(transformer) -> None:
     report = make_report(transformer.capture(PROMPT, logits=None), lens=transformer)
+    assert not [note for note in report.page.notes if "recurrent" in note]  # it has none
     assert kinds(report) == {"Layer by layer": ["profiles"], "Logit lens": ["lens"]}
     assert "no attention: capture with attention=True" in report.page.notes
 

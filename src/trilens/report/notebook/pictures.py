@@ -32,8 +32,9 @@ _BARS = 24
 def _ramp(colours: Sequence[str]) -> NDArray[np.uint8]:
     parts = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours], float)
     at = np.linspace(0, len(colours) - 1, 128)
-    found = [np.interp(at, range(len(colours)), parts[:, i]) for i in range(3)]
-    return np.rint(np.stack(found, 1)).astype(np.uint8)
+    mixed = [np.interp(at, range(len(colours)), parts[:, i]) for i in range(3)]
+    found: Pixels = np.rint(np.stack(mixed, 1)).astype(np.uint8)
+    return found
 
 
 _PALETTE = np.concatenate([_ramp(_ORANGES)[::-1][:127], _ramp(_BLUES), np.full((1, 3), 216)])
@@ -58,7 +59,7 @@ def png(codes: Pixels) -> bytes:
 
 def _coded(shares: NDArray[np.float32]) -> Pixels:
     """Shares in [−1, 1] → palette numbers; NaN is grey."""
-    found = np.rint(127 + np.nan_to_num(shares).clip(-1, 1) * 127).astype(np.uint8)
+    found: Pixels = np.rint(127 + np.nan_to_num(shares).clip(-1, 1) * 127).astype(np.uint8)
     found[np.isnan(shares)] = 255
     return found
 

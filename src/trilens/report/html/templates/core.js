@@ -61,6 +61,9 @@ function scheme() {
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
+// Whether words on a tint of this share need the other ink.
+const strong = (share) => share > (scheme() === "dark" ? 0.66 : 0.85);
+
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function stops(colours) {

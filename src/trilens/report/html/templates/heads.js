@@ -30,14 +30,14 @@ const cellWords = (data, i) => {
 };
 
 // The head that is shown first: the last token's heaviest weight on a token that is neither the
-// first one nor itself nor its neighbour, where a head says least.
+// first one nor near by, where a head says least.
 function telling(data) {
   let [best, found] = [-1, { layer: 0, head: 0 }];
   const q = data.side - 1;
   data.heads.forEach((count, layer) => {
     for (let head = 0; head < count; head++) {
       const h = data.index(layer, head);
-      for (let k = 1; k < q - 1; k++) {
+      for (let k = 1; k <= q - Math.max(3, Math.ceil(data.side / 6)); k++) {
         const size = Math.abs(data.signed ? data.share(data.code(h, q, k)) : data.weight(h, q, k));
         if (size > best) [best, found] = [size, { layer, head }];
       }

@@ -23,7 +23,7 @@ function buildLens(element, block) {
       const rows = layers.map((layer, i) => make("tr", {}, make("th", { scope: "row" }, String(layer)), ...columns.map((p, j) => {
         const share = probabilities[i][start + j][0];
         const text = texts[top[i][start + j][0]];
-        const cell = make("td", { "data-p": p, title: `layer ${layer}, after ${placed(p)}: ${text} ${number(share)}`, class: share > 0.55 ? "strong" : "" }, make("bdi", {}, text));
+        const cell = make("td", { "data-p": p, title: `layer ${layer}, after ${placed(p)}: ${text} ${number(share)}`, class: strong(share) ? "strong" : "" }, make("bdi", {}, text));
         cell.style.setProperty("--w", (share * 0.95).toFixed(3));
         return cell;
       })));
@@ -47,6 +47,7 @@ function buildLens(element, block) {
     if (cell) choose(Number(cell.dataset.p));
   });
   on("token", draw);
+  on("scheme", () => { drawn = ""; draw(); });
   draw();
 }
 

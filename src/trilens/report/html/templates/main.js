@@ -2,6 +2,7 @@
 const redraws = [];
 
 async function drawAll() {
+  document.documentElement.dataset.drawn = scheme();
   for (const key of Object.keys(linked)) delete linked[key];
   for (const element of $$("[data-block]")) {
     const block = page.blocks[element.dataset.block];
@@ -14,6 +15,7 @@ let drawing = Promise.resolve();
 function recolour() {
   drawing = drawing.then(async () => {
     redraws.length = 0;
+    tell("scheme");
     await drawAll();
     for (const again of heads) await again();
   });

@@ -55,7 +55,7 @@ function tintChips(weights, words) {
     const share = Math.sqrt(Math.abs(weights[i] ?? 0) / high);
     chip.style.setProperty("--w", (share * 0.95).toFixed(3));
     chip.classList.toggle("negative", weights[i] < 0);
-    chip.classList.toggle("strong", share > 0.62);
+    chip.classList.toggle("strong", strong(share));
   });
   const line = $("#strip-words");
   if (line) line.textContent = `token ${state.token} of ${page.tokens.length} is chosen; ${words}`;
