@@ -62,7 +62,7 @@ def photograph(page: Page, file: Path, section: str, name: str, height: int) -> 
     page.wait_for_timeout(500)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     out = FOLDER / f"{name}.png"
-    picture.quantize(192, dither=Image.Dither.NONE).save(out, optimize=True)
+    picture.save(out, optimize=True)
     size = out.stat().st_size
     print(f"{out.relative_to(ROOT)}: {size / 1e3:.0f} kB")
     assert size <= MOST_BYTES, f"{out} is larger than {MOST_BYTES} bytes"

@@ -20,7 +20,6 @@ _TITLES: dict[Subject, str] = {
 _BITS = Column(
     "bits/weight",
     words="bits per weight",
-    unit="bits",
     better="smaller",
     note="everything that is stored for the weights",
     spell="{:.3f}".format,

@@ -11,7 +11,6 @@ __all__ = ["gguf_sentence", "gguf_table", "ternary_sentence", "ternary_table"]
 _BITS = Column(
     "bits/weight",
     words="bits per weight",
-    unit="bits",
     better="smaller",
     note="codes, scales and offsets",
     spell="{:.3f}".format,

@@ -16,7 +16,7 @@ const range = (start, end) => new Bokeh.Range1d({ start, end, bounds: [Math.min(
 // As many labels as do not touch: words side by side take their length, under one another a line.
 function ticks(axis, labels, room) {
   const longest = Math.max(...labels.map((label) => short(label).length), 1);
-  const every = Math.max(1, Math.ceil(labels.length / (room ? Math.max(2, room / (longest * 6.5 + 10)) : 40)));
+  const every = Math.max(1, Math.ceil(labels.length / (room ? Math.max(2, room / (longest * 6.5 + 10)) : 64)));
   const shown = labels.map((label, i) => [i, label]).filter(([i]) => i % every === 0);
   axis.ticker = new Bokeh.FixedTicker({ ticks: shown.map(([i]) => i), minor_ticks: [] });
   axis.major_label_overrides = new Map(shown.map(([i, label]) => [i, short(label)]));

@@ -29,8 +29,8 @@ const cellWords = (data, i) => {
   return last > first ? `${first}–${last} ${tokenText(first)}…` : placed(first);
 };
 
-// The head that is shown first: the last token's heaviest weight on a token that is neither the
-// first one nor near by, where a head says least.
+// The head that is shown first: the last token's heaviest weight on a word or number that is neither
+// the first token nor near by, where a head says least.
 function telling(data) {
   let [best, found] = [-1, { layer: 0, head: 0 }];
   const q = data.side - 1;
@@ -38,6 +38,7 @@ function telling(data) {
     for (let head = 0; head < count; head++) {
       const h = data.index(layer, head);
       for (let k = 1; k <= q - Math.max(3, Math.ceil(data.side / 6)); k++) {
+        if (!/[\p{L}\p{N}]/u.test(tokenText(k * data.pool))) continue;
         const size = Math.abs(data.signed ? data.share(data.code(h, q, k)) : data.weight(h, q, k));
         if (size > best) [best, found] = [size, { layer, head }];
       }
