@@ -16,6 +16,7 @@ from trilens.analysis.effect_sweep import EffectSweep
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.analysis.lenses.logit_lens import LogitLens, logit_lens
 from trilens.analysis.patch_result import PatchSweep
+from trilens.caches.activation import FullActivationCache
 from trilens.caches.gates import GateCache
 from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.gguf.report import GgufReport
@@ -45,7 +46,10 @@ from trilens.report.views.weights import plan_sections, sensitivity_sections, te
 from trilens.results import Tabular
 from trilens.version import __version__
 
-__all__ = ["capture_page", "joined", "page_of", "versions"]
+__all__ = ["LENS_TOKENS", "capture_page", "joined", "page_of", "versions"]
+
+LENS_TOKENS = 512
+"""Tokens of a long prompt, its last ones, whose logit lens a page holds."""
 
 _NEXT = 8
 
@@ -83,7 +87,12 @@ def capture_page(capture: Capture, *, lens: Lens | None = None, top_k: int = 5) 
     found = None
     notes = []
     if lens is not None and capture.has("residual"):
-        found = logit_lens(capture, lens, k=top_k)
+        seq = len(capture.tokens)
+        held = isinstance(capture.residual, FullActivationCache) and seq > LENS_TOKENS
+        last = range(seq - LENS_TOKENS, seq) if held else None
+        found = logit_lens(capture, lens, k=top_k, positions=last)
+        if held:
+            notes.append(f"the logit lens is of the last {LENS_TOKENS} tokens")
     elif lens is None:
         notes.append("no logit lens: it needs the model, too")
     sections = [

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from trilens.caches.attention import AttentionCache
 from trilens.caches.patterns.protocol import Pattern
+from trilens.errors import NonFiniteError
 
 __all__ = ["MAX_SIDE", "HeadPatterns", "head_patterns"]
 
@@ -94,6 +95,9 @@ def head_patterns(
 ) -> HeadPatterns:
     """Read every head's pattern once, in blocks.
 
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+
     Args:
         cache: of one prompt; queries and keys are the same tokens.
         kind: what it holds.
@@ -109,6 +113,12 @@ def head_patterns(
     pool = -(-seq // side)
     side = -(-seq // pool)
     pooled = [_pooled(pattern, side, pool) for pattern in patterns]
+    for layer, each in zip(layers, pooled, strict=True):
+        if not np.isfinite(each).all():
+            raise NonFiniteError(
+                f"attention of layer {layer} holds NaN or infinite weights: load the model in "
+                "another dtype"
+            )
     signed = any(bool((each < 0).any()) for each in pooled)
     upper = np.triu_indices(side, 1)
     causal = side > 1 and not any(bool(each[:, upper[0], upper[1]].any()) for each in pooled)

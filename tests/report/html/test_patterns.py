@@ -9,6 +9,7 @@ import torch
 from page_cases import attention
 from trilens.caches.attention import AttentionCache
 from trilens.caches.patterns.protocol import DensePattern
+from trilens.errors import NonFiniteError
 from trilens.report.patterns import head_patterns
 
 
@@ -67,3 +68,10 @@ def test_layers_may_have_different_heads() -> None:
 def test_a_head_without_weights_divides_by_nothing() -> None:
     cache = AttentionCache.from_layers({0: DensePattern(torch.zeros(1, 1, 4, 4))}, n_model_layers=1)
     assert not head_patterns(cache, "softmax", (0,)).weights(0, 0).any()
+
+
+def test_nan_is_no_weight() -> None:
+    weights = torch.full((1, 1, 4, 4), torch.nan)
+    cache = AttentionCache.from_layers({3: DensePattern(weights)}, n_model_layers=4)
+    with pytest.raises(NonFiniteError, match="layer 3 holds NaN"):
+        head_patterns(cache, "softmax", (3,))

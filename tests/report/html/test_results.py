@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import trilens
 from page_cases import data_of
@@ -136,3 +137,17 @@ def test_sensitivity() -> None:
     first, second, _ = data_of(report.html)["blocks"]
     assert (first["kind"], second["kind"]) == ("heatmap", "scatter")
     assert first["table"]["rows"][0][:3] == [2, "mlp.up", 2.3]
+
+
+@pytest.mark.filterwarnings("ignore::trilens.errors.BeyondPositionsWarning")
+def test_a_long_prompt(transformer) -> None:
+    ids = torch.arange(700) % 1000
+    cap = transformer.capture(ids, residual="all", attention=True, logits=None)
+    report = make_report(cap, lens=transformer)
+    blocks = data_of(report.html)["blocks"]
+    heads = next(block for block in blocks if block["is"] == "heads")
+    assert heads["side"] == 350 and heads["pool"] == 2
+    assert any("2 × 2 tokens" in words for s in report.page.sections for words in s.words)
+    lens = next(block for block in blocks if block["is"] == "lens")
+    assert lens["positions"] == [*range(188, 700)]
+    assert "the logit lens is of the last 512 tokens" in report.page.notes

@@ -10,6 +10,7 @@ from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.pages import is_page, model_facts
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of, typed_token
+from trilens.report.making import LENS_TOKENS
 from trilens.report.text.logit_lens import print_logit_lens
 
 __all__ = ["run"]
@@ -44,7 +45,9 @@ def run(
                 # A page has room for every token.
                 residual="all" if is_page(output) else "last",
             )
-            found = logit_lens(cap, lens, k=top_k, target=number, layers=chosen)
+            seq = len(cap.tokens)
+            last = range(max(0, seq - LENS_TOKENS), seq) if is_page(output) else None
+            found = logit_lens(cap, lens, k=top_k, target=number, layers=chosen, positions=last)
         show_result(
             found,
             print_logit_lens,

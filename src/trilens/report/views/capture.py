@@ -20,6 +20,7 @@ from trilens.report.words import four_digits, token_text
 __all__ = ["head_section", "layer_section", "lens_grid", "lens_section", "state_section"]
 
 Values = NDArray[np.float32]
+_LONG = 1024
 _WORDS = {
     "softmax": "Attention",
     "effective": "Effective attention",
@@ -170,8 +171,14 @@ def _caches(capture: Capture) -> list[tuple[AttentionCache, tuple[int, ...]]]:
     cache = capture.parts.attention
     if cache is None:
         return []
-    layers = tuple(i for i in cache.layers if not cache.pattern(i).signed)
+    layers = tuple(i for i in _square(capture, cache) if not cache.pattern(i).signed)
     return [(cache, tuple(i for i in layers if not capture.shares_pattern(i)))]
+
+
+def _square(capture: Capture, cache: AttentionCache) -> tuple[int, ...]:
+    """Layers whose queries and keys are the prompt's tokens."""
+    seq, shapes = len(capture.tokens), {i: cache.pattern(i) for i in cache.layers}
+    return tuple(i for i, each in shapes.items() if each.seq_q == each.seq_k == seq)
 
 
 def _all_tokens(row: Values, seq: int) -> Values:
@@ -183,8 +190,10 @@ def _all_tokens(row: Values, seq: int) -> Values:
 
 
 def _plain(values: Values) -> list[list[float | None]]:
+    digits = 4 if values.shape[1] <= _LONG else 3  # a long prompt has many
     return [
-        [None if not np.isfinite(x) else float(f"{x:.4g}") for x in row] for row in values.tolist()
+        [None if not np.isfinite(x) else float(f"{x:.{digits}g}") for x in row]
+        for row in values.tolist()
     ]
 
 
@@ -228,13 +237,12 @@ def head_section(capture: Capture, kind: str) -> Section | None:
     cache = capture.parts.attention if softmax else capture.parts.effective
     if cache is None:
         return None
-    layers = cache.layers
+    layers = _square(capture, cache)
     if softmax:
         layers = tuple(i for i in layers if not capture.shares_pattern(i))
-    square = tuple(i for i in layers if cache.pattern(i).seq_q == cache.pattern(i).seq_k)
-    if not square:
+    if not layers:
         return None
-    patterns = head_patterns(cache, "softmax" if softmax else "effective", square)
+    patterns = head_patterns(cache, "softmax" if softmax else "effective", layers)
     words: tuple[str, ...] = (
         "One tile per head, queries downwards, keys to the right. Choose a head to see its "
         "pattern, a row of the pattern to see where its token attends to.",
@@ -244,7 +252,7 @@ def head_section(capture: Capture, kind: str) -> Section | None:
             "What a recurrence gives each value, written as if it attended: weights have signs, "
             "and rows do not sum to 1.",
         )
-    block = Heads(patterns, _head_table(cache, square, signed=patterns.signed))
+    block = Heads(patterns, _head_table(cache, layers, signed=patterns.signed))
     return Section(_WORDS[kind], (block,), (*words, patterns.note), name=f"heads-{kind}")
 
 

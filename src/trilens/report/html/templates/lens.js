@@ -36,7 +36,7 @@ function buildLens(element, block) {
       if (left < box.scrollLeft + 60 || left + chosen.offsetWidth > box.scrollLeft + box.clientWidth) box.scrollLeft = left - box.clientWidth / 2;
     }
     const j = positions.indexOf(state.token);
-    if (j < 0) { detail.replaceChildren(make("p", { class: "words" }, "This capture holds the residual stream of other tokens.")); return; }
+    if (j < 0) { detail.replaceChildren(make("p", { class: "words" }, "The report does not hold this token's predictions.")); return; }
     const columns = [{ title: "layer" }, ...top[0][j].map((_, k) => ({ title: `prediction ${k + 1}`, left: true }))];
     const rows = layers.map((layer, i) => [layer, ...top[i][j].map((id, k) => `${texts[id]}  ${probabilities[i][j][k].toFixed(2)}`)]);
     detail.replaceChildren(make("h3", {}, `After token ${placed(state.token)}`), make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "predictions of each layer" }, plainTable(columns, rows.reverse())));
