@@ -77,6 +77,7 @@ FLOORS = {
     "cli.groups": 22,
     "cli.options": 22,
     "cli.store_options": 22,
+    "cli.pages": 22,
     "cli.run": 23,
     "cli.commands": 23,
     "cli": 24,

@@ -94,6 +94,8 @@ from .planning.sensitivity import Sensitivity as Sensitivity
 from .planning.sensitivity import measure_sensitivity as measure_sensitivity
 from .progress import Progress as Progress
 from .progress import Step as Step
+from .report.html.report import Report as Report
+from .report.html.report import make_report as make_report
 from .statistics.gating import GatingAccumulator as GatingAccumulator
 from .statistics.gating import GatingAnalysis as GatingAnalysis
 from .statistics.ranks import rank_correlation as rank_correlation

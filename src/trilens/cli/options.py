@@ -57,6 +57,7 @@ __all__ = [
     "PlanFile",
     "Predict",
     "Prompt",
+    "Report",
     "RequiredAgainst",
     "RequiredOutput",
     "RequiredPrompt",
@@ -386,6 +387,10 @@ To = Annotated[
 _OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")
 Output = Annotated[Path | None, _OUTPUT]
 RequiredOutput = Annotated[Path, _OUTPUT]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write a report as well: one HTML page."),
+]
 Format = Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")]
 TypeName = Annotated[
     str | None,

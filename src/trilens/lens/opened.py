@@ -19,11 +19,12 @@ from trilens.models.stacks import StackName, chosen_stack, stacks_of
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.unwrap import tokenizer_of, unwrapped
 from trilens.numbers import whole_number
+from trilens.results import Shown
 
 __all__ = ["Opened"]
 
 
-class Opened:
+class Opened(Shown):
     """A model with its tokenizer, and what is proven of it.
 
     Args and errors are those of `Lens`.

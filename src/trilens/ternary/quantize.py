@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import DtypeError, ShapeError, UsageError, ValueRangeError
+from trilens.results import Shown
 from trilens.ternary.granularity import Per, Span, Units, resolve_units
 from trilens.ternary.rules.coder import Coded, ScaleDtype, code_units
 from trilens.ternary.rules.kernels import kernels_for, parallel_map
@@ -26,7 +27,7 @@ Scale: TypeAlias = "float | NDArray[np.float32]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PerLayerQuant:
+class PerLayerQuant(Shown):
     """A weight tensor as trits: Ŵ = scale · trit, for the tensor, each row or each group of a row.
 
     Three rules add to that: "asymmetric" an offset, "planes" a second plane of trits, "quad" the

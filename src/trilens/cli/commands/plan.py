@@ -26,6 +26,7 @@ def plan(
     scale_dtype: o.ScaleDtype = "float16",
     sampling: Sampling = Sampling(max_tokens=2048),
     loading: Loading = Loading(dtype="float32"),
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

@@ -34,6 +34,7 @@ def ternarize(
     revision: o.Revision = None,
     tokenizer: o.TokenizerFiles = None,
     dry_run: o.DryRun = False,
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

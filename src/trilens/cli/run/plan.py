@@ -12,6 +12,7 @@ from torch import Tensor
 from trilens.checkpoint.calibration.own_text import SELF, OwnText, write_text
 from trilens.cli.console import check_file, show_result, shown_progress, status, timed
 from trilens.cli.groups import Loading, Sampling
+from trilens.cli.pages import model_facts, write_page
 from trilens.cli.run.dense import Dense, open_dense
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
@@ -42,6 +43,7 @@ def run(
     scale_dtype: Any,
     sampling: Sampling,
     loading: Loading,
+    report: Path | None,
     format: str,
 ) -> None:
     """Make a plan, print it, and write it where it keeps within the bound."""
@@ -53,6 +55,7 @@ def run(
         scale_dtype=scale_dtype,
     )
     check_file(output)
+    check_file(report)
     documents = documents_of(data, field=sampling.field)
     if evaluate is None:
         documents, held_out = set_aside(documents)
@@ -79,6 +82,8 @@ def run(
                 progress=progress,
             )
         show_result(planned, print_plan, format=format)
+        if report is not None:
+            write_page(report, planned, model_facts(model, loading))
         if not planned.holds:
             raise DamageError(
                 f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "

@@ -15,8 +15,9 @@ from trilens.checkpoint.evaluate import Sample
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.job import read_job
 from trilens.checkpoint.pipeline import ternarize
-from trilens.cli.console import show_result, shown_progress, timed
+from trilens.cli.console import check_file, show_result, shown_progress, timed
 from trilens.cli.groups import Coding, Fitting
+from trilens.cli.pages import write_page
 from trilens.cli.run.text import documents_of, named_text
 from trilens.cli.streams import say
 from trilens.errors import UsageError
@@ -48,9 +49,11 @@ def run(
     revision: str | None,
     tokenizer: Path | None,
     dry_run: bool,
+    report: Path | None,
     format: str,
 ) -> None:
     """Write the copy, print the report."""
+    check_file(report)
     options: dict[str, Any] = {
         **asdict(coding),
         "keep": tuple(ignore or ()),
@@ -84,7 +87,7 @@ def run(
         if not job.keeps_trits:  # else there is nothing to calibrate, and it is refused
             say(cost_of(job, calibration).sentence, err=True)
     with timed(None if dry_run else output), shown_progress() as progress:
-        report = ternarize(
+        found = ternarize(
             model,
             output,
             plan=entries,
@@ -97,7 +100,9 @@ def run(
             max_perplexity_ratio=bound,
             progress=progress,
         )
-    show_result(report, print_report, format=format, head=REPORT_HEAD)
+    show_result(found, print_report, format=format, head=REPORT_HEAD)
+    if report is not None:
+        write_page(report, found, {"model": model, "output": str(output)})
 
 
 def _calibration(
