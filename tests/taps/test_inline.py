@@ -327,6 +327,23 @@ def test_what_no_form_gives_back_is_kept_as_weights_up_to_a_size(
     assert len(lens.capture(ids, attention=True, layers=[0, 1]).attention.layers) == 2
 
 
+def test_weights_that_no_product_applies_are_refused_by_name() -> None:
+    """Heads are summed up key by key: nothing shows that the softmax weighs these values."""
+
+    def summed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.softmax(torch.matmul(query, key.transpose(-1, -2)) / 4 + mask, -1)
+        return (weights[..., None] * value[:, :, None]).sum(-2), weights
+
+    model = build("gptj")
+    for block in model.transformer.h:
+        block.attn._attn = summed
+    lens = Lens(model)
+    assert lens.attention_layers == ()
+    with pytest.raises(AttentionPathError, match="in its own code, where no matrix product"):
+        lens.capture(prompt_ids("gptj", TOKENS), attention=True)
+    assert lens.capture(prompt_ids("gptj", TOKENS), residual="all").residual.layers == (0, 1, 2, 3)
+
+
 def test_another_way_than_on_the_probe_is_refused() -> None:
     model = build("gptj")
     lens, ids = Lens(model), prompt_ids("gptj", TOKENS)
