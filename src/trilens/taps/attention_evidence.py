@@ -47,9 +47,7 @@ class Evidence:
         return self.excess <= 1
 
 
-def weights_evidence(
-    pattern: SoftmaxPattern, weights: Tensor, few: int | None = None
-) -> Evidence:
+def weights_evidence(pattern: SoftmaxPattern, weights: Tensor, few: int | None = None) -> Evidence:
     """The candidate against the returned weights [batch, heads, seq_q, seq_k].
 
     `few` compares so many rows alone, the last one among them.
