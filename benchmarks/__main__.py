@@ -9,6 +9,7 @@ NAMES = (
     "startup",
     "overhead",
     "store",
+    "inline_overhead",
     "patching",
     "sites",
     "generation",

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import AttentionPathError
-from trilens.taps.attention_evidence import output_error, weights_evidence
+from trilens.taps.attention_evidence import FEW, output_error, weights_evidence
 from trilens.taps.inline.follower import inline_attention
 from trilens.taps.registry import AttentionCall
 
@@ -87,7 +87,7 @@ def _inline_pattern(call: AttentionCall) -> Pattern:
         causal=bool(call.options.get("is_causal")),
         bias=call.options.get("position_bias"),
     )
-    if call.weights is None or weights_evidence(pattern, call.weights).holds:
+    if call.weights is None or weights_evidence(pattern, call.weights, FEW).holds:
         return pattern
     return DensePattern(call.weights.detach())
 
