@@ -193,13 +193,13 @@ def _choose(trace: Trace) -> tuple[Chain, Norm, Tensor]:
                     break
         if ends:
             break
-    rounds = None if ends else rounds_of(trace, holds_one)
-    if rounds is not None:
-        for hidden in trace.last_hidden:
+    if not ends:
+        rounds = rounds_of(trace, holds_one)
+        for hidden in trace.last_hidden if rounds is not None else ():
+            assert rounds is not None
             norm = final_norm(trace, rounds.last, rounds.calls[-1].end, hidden)
             if norm is not None:
                 return rounds, norm, hidden
-    if not ends:
         raise _why_not(trace, chains)
     # Outermost first: a block's own inner chains are shorter pieces of the same way.
     best = min(ends, key=lambda end: (end[0].calls[0].path.count("."), -len(end[0].calls)))
