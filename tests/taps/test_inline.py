@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
+from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
 
 from tinymodels import build, prompt_ids
 from tinymodels.checks import check_capture
+from tinymodels.generic import tiny_kwargs
 from tinymodels.weights import redraw
 from tolerances import assert_near
 from trilens.caches.patterns.protocol import DensePattern
@@ -359,6 +361,26 @@ def test_another_way_than_on_the_probe_is_refused() -> None:
         lens.capture(ids, attention=True)
     attention._attn = own
     assert lens.capture(ids, attention=True).attention.layers == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("model_type", ["mpnet", "deberta", "convbert", "tapas", "ibert"])
+def test_masked_models(model_type: str) -> None:
+    """Relative biases, disentangled attention, convolutions beside heads, integer projections."""
+    config_type = CONFIG_MAPPING[model_type]
+    model = AutoModelForMaskedLM.from_config(config_type(**tiny_kwargs(config_type, {}))).eval()
+    redraw(model, 0)
+    lens, ids = Lens(model), prompt_ids(model_type, TOKENS)
+    found = lens.capture(ids, attention=True)
+    with torch.no_grad():
+        plain = model(input_ids=ids, output_attentions=True)
+    assert torch.equal(found.logits, plain.logits[0])
+    assert found.attention.layers == tuple(range(lens.n_layers))
+    for layer in found.attention.layers:
+        weights = plain.attentions[layer]
+        weights = weights[0] if isinstance(weights, tuple) else weights
+        assert_near(found.attention.get_layer(layer), weights, TOLERANCE)
+    beside = model_type == "ibert"
+    assert ("beside what it projects" in lens.why_no_site("attn.head_out", 0)) == beside
 
 
 @pytest.mark.parametrize("equation", ["ibnd,jbnd->bnij", "bnid,bnjd->bnij", "nbid,bnjd->nbij"])

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trilens.models.trace import tensors_in
-
-__all__ = ["by_head", "is_projection", "projection_bias", "projection_weight"]
+__all__ = ["by_head", "gives_tensor", "is_projection", "projection_bias", "projection_weight"]
 
 
 @torch.no_grad()
@@ -29,7 +27,8 @@ def projection_weight(projection: nn.Module, width: int) -> Tensor:
     dtype = like.dtype if like.is_floating_point() else torch.float32
     # What brings offloaded weights into memory for a call brings its input to them.
     unit = torch.eye(width, dtype=dtype, device="cpu" if like.is_meta else like.device)
-    return _given(projection, unit[None])[0] - projection_bias(projection, unit)
+    made: Tensor = projection(unit[None])[0] - projection_bias(projection, unit)
+    return made
 
 
 @torch.no_grad()
@@ -40,12 +39,19 @@ def projection_bias(projection: nn.Module, value: Tensor) -> Tensor:
         projection: the linear map.
         value: an input of it, for dtype, device and width.
     """
-    return _given(projection, value.new_zeros((1, 1, value.shape[-1]))).reshape(-1)
+    made: Tensor = projection(value.new_zeros((1, 1, value.shape[-1])))
+    return made.reshape(-1)
 
 
-def _given(projection: nn.Module, x: Tensor) -> Tensor:
-    """What a linear map gives; a quantized one may hand on a scale beside it."""
-    return next(tensors_in(projection(x)))
+@torch.no_grad()
+def gives_tensor(projection: nn.Module, value: Tensor) -> bool:
+    """Whether a module gives one tensor and nothing beside it (integer arithmetic: a scale).
+
+    Args:
+        projection: the module.
+        value: an input of it, for dtype, device and width.
+    """
+    return isinstance(projection(value.new_zeros((1, 1, value.shape[-1]))), Tensor)
 
 
 def is_projection(module: nn.Module) -> bool:

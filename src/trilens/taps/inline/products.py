@@ -108,7 +108,7 @@ def by_head(tensor: Tensor, batch: int) -> Tensor | None:
     if tensor.dim() == 4:
         return tensor
     if tensor.dim() == 3 and batch and tensor.shape[0] % batch == 0:
-        return tensor.view(batch, -1, *tensor.shape[1:])
+        return tensor.view(batch, tensor.shape[0] // batch, *tensor.shape[1:])
     return None
 
 
