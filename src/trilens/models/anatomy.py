@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, finfo, nn
+from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import listed
@@ -25,13 +25,11 @@ from trilens.models.chain import Chain, chains_of, rounds_of
 from trilens.models.final_norm import Norm, final_norm, norm_behind_code, read_out_by
 from trilens.models.follow import ways
 from trilens.models.logit_relation import relate
+from trilens.models.own_code import why_not_inline
 from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
 from trilens.models.trace import AttentionSite, ModuleCall, Trace, parent_path
 
 __all__ = ["Anatomy", "Block", "chains", "find_anatomy"]
-
-_EPS = 64
-"""Roundings of the largest term that products of weights and values may differ by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +265,7 @@ def _attention_by_layer(
                 "can be read; load the model with attn_implementation='sdpa' or 'eager'"
             )
         elif len(inside) == 1 and inside[0].product is not None:
-            why = _why_not_inline(inside[0])
+            why = why_not_inline(inside[0])
             if why:
                 other[layer] = why
                 continue
@@ -290,19 +288,6 @@ def _are_read_by_registry(inside: Sequence[AttentionSite]) -> bool:
     if not inside or any(site.product is not None for site in inside):
         return False
     return len({site.path for site in inside}) == 1 or attend_over_same(inside)
-
-
-def _why_not_inline(site: AttentionSite) -> str:
-    """Why a model's own attention is not proven; "" where it is."""
-    z = site.output
-    if site.error is None or z is None:
-        return f"{site.path} computes attention in a form that shows no output by head"
-    if not site.error <= _EPS * finfo(z.dtype).eps:
-        return (
-            f"{site.path} computes attention in its own code, and weights times values is not "
-            f"what it goes on with: they differ by {site.error:.1g} of its largest terms"
-        )
-    return ""
 
 
 def _why_not(trace: Trace, chains: list[Chain]) -> AnatomyError:

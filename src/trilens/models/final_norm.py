@@ -42,7 +42,8 @@ class Norm:
 
 def final_norm(trace: Trace, last: Tensor, after: int, hidden: Tensor) -> Norm | None:
     """The way from the last block's output to the last hidden state; None where there is none."""
-    if same(last, hidden):
+    # Streams [seq, batch, d_model] are turned round before they are handed out.
+    if same(last, hidden) or _same_flat(last, hidden):
         return Norm(after)
     first = next((c for c in trace.calls if c.start > after and carried(last, c)), None)
     if first is None:

@@ -153,7 +153,11 @@ class Session:
     def attend_across(self, call: AttentionCall) -> None:
         """Keep the queries and keys of an attention call to the encoder's positions."""
         layer = self.layer
-        if self.mine() and layer is not None and self.request.cross.get(layer) is call.module:
+        if not self.mine() or layer is None or layer not in self.request.cross:
+            return
+        if self.request.cross[layer].module is call.module:
+            call = settled(call)
+            self.pairs.check(call, layer)
             self.recording.cross[layer] = self.keep_call(call)
 
     def keep_call(self, call: AttentionCall) -> AttentionCall:

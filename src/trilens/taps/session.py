@@ -93,6 +93,8 @@ def session_of(
         session.sums.place(hooks)
         # After the sums: of two that watch functions, the one that begins later has to end first.
         InlineTap(session, own, session.attend, editor).place(hooks)
+        crossing = {c.module: c.product for c in request.cross.values() if c.product is not None}
+        InlineTap(session, crossing, session.attend_across, None).place(hooks)
         session.sites.place_outputs(hooks)
         for module in blocks:
             hooks.after(module, session.leave_block)
@@ -125,9 +127,10 @@ def session_of(
         if attending - own.keys():
             keys = attention_keys(model, attending - own.keys())
             hooks.enter(REGISTRY.watch(keys, session.attend, editor))
-        if request.cross:
-            across = attention_keys(model, request.cross.values())
-            hooks.enter(REGISTRY.watch(across, session.attend_across))
+        across = [each.module for each in request.cross.values() if each.product is None]
+        if across:
+            watched = attention_keys(model, across)
+            hooks.enter(REGISTRY.watch(watched, session.attend_across))
         yield session
 
 

@@ -178,7 +178,8 @@ class Follower:
     def _after_product(self, product: Product, weights: Weights | None, result: Tensor) -> Tensor:
         if weights is not None:
             return self._finish(product, weights, result)
-        if product.left.shape[-2] == self.seq <= product.right.shape[-1]:
+        known = self.open[-1].module in self.expected
+        if product.left.shape[-2] == self.seq and (known or self.seq <= product.right.shape[-1]):
             depth = tuple(self.open)
             key = product.right.transpose(-1, -2)
             number, opaque = self.products - 1, product.alpha == 0
