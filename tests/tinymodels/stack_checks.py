@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from tinymodels import prompt_ids
 from tinymodels.checks import TOLERANCE, equal, hooked_run, need
-from tinymodels.mappings import build_as
+from tinymodels.mappings import MAPPINGS, build_as
+from tinymodels.overrides_images import NOT_BUILT
 from trilens.edits import Scale
 from trilens.errors import TrilensError
 from trilens.lens.capture import Capture
@@ -38,6 +39,9 @@ def sweep_as(mapping: str, model_type: str) -> tuple[MappingRow, dict[str, float
     Returns:
         The row for the table, and the largest measured differences.
     """
+    if model_type in NOT_BUILT:
+        row = StackRow("language", "refused", 0, (), (), NOT_BUILT[model_type])
+        return MappingRow(mapping, model_type, MAPPINGS[mapping][model_type], (row,)), {}
     model = build_as(mapping, model_type)
     figures: dict[str, float] = {}
     stacks: list[StackRow] = []
