@@ -48,7 +48,12 @@ IMAGE_OVERRIDES: dict[str, dict[str, Any]] = {
             "hidden_size": 32,
         },
     },
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 16]}},
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [32, 16],
+            "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]},
+        }
+    },
     "fast_vlm": {"vision_config": _SIGLIP},
     "florence2": {
         "vision_config": {
@@ -103,6 +108,8 @@ IMAGE_OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": _MROPE},
         "vision_config": {"embed_dim": 32, "hidden_size": 64, "num_heads": 2},
     },
+    # Its eager attention takes as many keys as queries.
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
 

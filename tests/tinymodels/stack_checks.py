@@ -30,6 +30,8 @@ _WEIGHTS = {
     "decoder": ("decoder_attentions",),
     "encoder": ("encoder_attentions",),
     "language": ("attentions",),
+    "vision": ("attentions",),
+    "audio": ("attentions",),
 }
 
 
@@ -47,8 +49,8 @@ def sweep_as(mapping: str, model_type: str) -> tuple[MappingRow, dict[str, float
     stacks: list[StackRow] = []
     for name, stack in stacks_of(model).items():
         # What does not run as a whole can be compared with the part that runs.
-        refused = any(row.outcome == "refused" for row in stacks)
-        whole = stack.running(model) if refused else model
+        apart = name in ("vision", "audio") or any(row.outcome == "refused" for row in stacks)
+        whole = stack.running(model) if apart else model
         stacks.append(_stack(model, name, figures, whole))
     return MappingRow(mapping, model_type, type(model).__name__, tuple(stacks)), figures
 
