@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tinymodels import build, prompt_ids
-from tinymodels.checks import attention_vs_eager, check_capture
+from tinymodels.checks import attention_vs_eager, check_capture, hooked_run
 from tinymodels.images import IMAGE, build_image_model, image_inputs
+from tinymodels.mappings import build_as
 from tolerances import assert_near
 from trilens import Capture, Lens
 from trilens.edits import Knockout, Scale, Steer
 from trilens.errors import (
+    AnatomyError,
     CaptureError,
     DtypeError,
     EmptyPromptError,
@@ -174,6 +176,67 @@ def test_text_that_attends_to_images_beside_it() -> None:
     with pytest.raises(CaptureError, match=r"layers\.1 runs on these inputs.*probe=inputs"):
         plain_lens.capture(inputs=inputs)
     assert not model.model.language_model.layers[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3", "pixtral"])
+def test_a_vision_tower_is_a_stack_of_its_own(name: str) -> None:
+    model = build_image_model(name)
+    lens = Lens(model, stack="vision")
+    assert lens.stacks == ("language", "vision")
+    assert lens.model is not model
+    pixels = image_inputs(name)["pixel_values"]
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[:1]
+    kwargs = {"pixel_values": pixels}
+    capture = lens.capture(inputs=kwargs, residual="all", attention=True, sites=["mlp.out"])
+    _, seen = hooked_run(lens.model, [block.path for block in lens.anatomy.blocks], kwargs)
+    for layer, stream in enumerate(seen):
+        assert torch.equal(capture.residual[layer], stream[0])
+    difference = attention_vs_eager(lens, capture, kwargs)
+    assert difference is not None
+    assert difference <= 1e-5
+    assert capture.tokens[1] == "<image position 1>"
+    assert lens.site_layers["mlp.out"] == (0, 1)
+    if name != "pixtral":  # which reads several images as one row
+        two = {"pixel_values": pixels.expand(2, -1, -1, -1)}
+        with pytest.raises(ShapeError, match="2 prompts or images"):
+            lens.capture(inputs=two)
+    with pytest.raises(UsageError, match=r"'vision' is not one of .*'language'"):
+        Lens(build("llama"), stack="vision")
+    with pytest.raises(UsageError, match=r"probe= is of a model that runs as a whole"):
+        Lens(model, stack="vision", probe=kwargs)
+
+
+def test_an_encoder_decoder_takes_inputs_too() -> None:
+    sound = Lens(build_as("speech", "whisper"))
+    features = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[1, 11, 12]])
+    given = {"input_features": features, "decoder_input_ids": target}
+    found = sound.capture(inputs=given, residual="all")
+    expected = sound.capture({"input_features": features}, target=target, residual="all")
+    assert torch.equal(found.logits, expected.logits)
+    assert found.tokens == expected.tokens
+    text = Lens(build_as("seq2seq", "t5"))
+    source = {"input_ids": prompt_ids("", 9), "attention_mask": torch.ones(1, 9)}
+    found = text.capture(inputs={**source, "decoder_input_ids": target})
+    assert torch.equal(found.logits, text.capture(source["input_ids"], target=target).logits)
+    assert torch.equal(text.capture(inputs=source, target=target).logits, found.logits)
+
+
+def test_a_model_that_runs_with_images_alone_is_proven_on_them() -> None:
+    model = build_as("image", "blip-2")
+    with pytest.raises(AnatomyError, match=r"'pixel_values'; where it needs more.*probe="):
+        Lens(model)
+    queries = model.config.num_query_tokens
+    token = model.config.image_token_index
+    ids = torch.cat([torch.full((queries,), token), prompt_ids("", 9)[0]])[None]
+    size = model.config.vision_config.image_size
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, size, size)}
+    lens = Lens(model, probe=inputs)
+    with torch.no_grad():
+        plain = model(**inputs, use_cache=False).logits
+    capture = lens.capture(inputs=inputs, residual="all", attention=True)
+    check_capture(lens, plain, capture, {**inputs, "use_cache": False})
+    assert capture.tokens[0] == "<image 0: token 0>"
 
 
 def test_which_patch_a_word_attends_to_is_one_question(llava: Lens) -> None:

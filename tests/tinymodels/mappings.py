@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from tinymodels.generic import tiny_kwargs
 from tinymodels.overrides import AMEND, OVERRIDES
+from tinymodels.overrides_images import IMAGE_OVERRIDES
 from tinymodels.overrides_mappings import MAPPING_OVERRIDES, parts_of
 from tinymodels.weights import redraw
 
@@ -25,6 +26,7 @@ MAPPINGS: dict[str, dict[str, str]] = {
     "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "speech": dict(modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
     "masked": dict(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "image": dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
 }
 """Per mapping, the class of each type."""
 
@@ -40,8 +42,11 @@ def tiny_config_as(mapping: str, model_type: str) -> PreTrainedConfig:
         given.pop("is_decoder", None)
     if "encoder_layers" in set(dir(cls)) | set(cls.__dataclass_fields__):
         given.setdefault("encoder_layers", 2)
-    given |= copy.deepcopy(MAPPING_OVERRIDES.get(model_type, {}))
-    config = cls(**tiny_kwargs(cls, given))
+    beside = IMAGE_OVERRIDES if mapping == "image" else MAPPING_OVERRIDES
+    given |= copy.deepcopy(beside.get(model_type, {}))
+    # A nested config that names its type is of that type, not of the class's usual one.
+    typed = {k: v for k, v in given.items() if isinstance(v, dict) and "model_type" in v}
+    config = cls(**{**tiny_kwargs(cls, given), **typed})
     if model_type in AMEND:
         AMEND[model_type](config)
     return config

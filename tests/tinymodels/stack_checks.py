@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from tinymodels import prompt_ids
 from tinymodels.checks import TOLERANCE, equal, hooked_run, need
-from tinymodels.mappings import build_as
+from tinymodels.mappings import MAPPINGS, build_as
+from tinymodels.overrides_images import NOT_BUILT
 from trilens.edits import Scale
 from trilens.errors import TrilensError
 from trilens.lens.capture import Capture
@@ -29,6 +30,8 @@ _WEIGHTS = {
     "decoder": ("decoder_attentions",),
     "encoder": ("encoder_attentions",),
     "language": ("attentions",),
+    "vision": ("attentions",),
+    "audio": ("attentions",),
 }
 
 
@@ -38,13 +41,16 @@ def sweep_as(mapping: str, model_type: str) -> tuple[MappingRow, dict[str, float
     Returns:
         The row for the table, and the largest measured differences.
     """
+    if model_type in NOT_BUILT:
+        row = StackRow("language", "refused", 0, (), (), NOT_BUILT[model_type])
+        return MappingRow(mapping, model_type, MAPPINGS[mapping][model_type], (row,)), {}
     model = build_as(mapping, model_type)
     figures: dict[str, float] = {}
     stacks: list[StackRow] = []
     for name, stack in stacks_of(model).items():
         # What does not run as a whole can be compared with the part that runs.
-        refused = any(row.outcome == "refused" for row in stacks)
-        whole = stack.running(model) if refused else model
+        apart = name in ("vision", "audio") or any(row.outcome == "refused" for row in stacks)
+        whole = stack.running(model) if apart else model
         stacks.append(_stack(model, name, figures, whole))
     return MappingRow(mapping, model_type, type(model).__name__, tuple(stacks)), figures
 

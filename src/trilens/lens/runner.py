@@ -77,6 +77,11 @@ class Runner:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
         self.reading = Reading.of(self.model, self.stack)
         inputs = None
+        if self._probe is not None and self.stack.run != "model":
+            raise UsageError(
+                f"probe= is of a model that runs as a whole: the {self.stack.name} is proven on "
+                "what its configuration says; leave it out"
+            )
         if self._probe is not None:
             inputs, _ = read_inputs(
                 self._probe, self.model, vocab=self.vocab, max_positions=self.max_positions

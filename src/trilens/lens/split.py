@@ -26,7 +26,7 @@ from trilens.models.sites.site import SiteKey
 from trilens.models.tokens import Prompt
 from trilens.taps.attention import pattern_of
 from trilens.taps.recording import CaptureRequest, Recording
-from trilens.text.source import Source, frames
+from trilens.text.source import Source, frames, place_name
 
 __all__ = ["split"]
 
@@ -126,8 +126,7 @@ def _source(prompt: Prompt, positions: int | None) -> Source | None:
     """What the encoder read; of positions that are not those of tokens, their numbers."""
     if positions is None or (prompt.source and len(prompt.source.tokens) == positions):
         return prompt.source
-    seen = prompt.arguments is not None and "pixel_values" in prompt.arguments
-    return frames(positions, "image position" if seen else "frame")
+    return frames(positions, place_name(prompt.arguments or {}))
 
 
 def _own(tensor: Tensor, recording: Recording) -> Tensor:

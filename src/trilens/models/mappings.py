@@ -43,7 +43,7 @@ class MappingRow:
     """One model type of one of transformers' mappings.
 
     Attributes:
-        mapping: "seq2seq", "speech" or "masked".
+        mapping: "seq2seq", "speech", "masked" or "image" (image and text to text).
         stacks: each stack that the model has.
     """
 

@@ -16,7 +16,7 @@ from trilens.io.messages import listed, reason
 from trilens.models.positions import max_positions_of
 from trilens.models.stacks import Stack, encoder_of, reads_tokens, source_name
 from trilens.models.tokens import Prompt, PromptLike, SourceTarget, read_prompt, vocab_size_of
-from trilens.text.source import Source, frames
+from trilens.text.source import Source, frames, place_name
 
 __all__ = [
     "ReadOptions",
@@ -212,5 +212,5 @@ def _tensors(prompt: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def features_prompt(arguments: Mapping[str, Tensor], positions: int) -> Prompt:
     """What a stack reads that is no tokens."""
-    made = frames(positions)
+    made = frames(positions, place_name(arguments))
     return Prompt(made.token_ids, made.tokens, None, arguments)

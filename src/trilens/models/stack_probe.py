@@ -35,6 +35,7 @@ _WIDTHS = re.compile(r"mel|feat|in_channels|input_dim|input_size")
 _ENOUGH = 13
 """Positions of a source: more than the target's tokens, where an encoder can give them."""
 _FEWEST = 3
+_SMALL_IMAGE = 224
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,11 @@ def _features(encoder: nn.Module) -> tuple[dict[str, Tensor], int]:
 
 def _shapes(encoder: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes that an encoder of sound may read: samples, or frames of features either way."""
-    widths, lengths = list(_widths(encoder)), list(_FRAMES)
     config = getattr(encoder, "config", None)
+    if source_name(encoder) == "pixel_values":
+        yield from _image_shapes(config)
+        return
+    widths, lengths = list(_widths(encoder)), list(_FRAMES)
     # Some encoders read a stretch of sound of one length only.
     most = getattr(config, "max_source_positions", None)
     if isinstance(most, int):
@@ -145,6 +149,16 @@ def _shapes(encoder: nn.Module) -> Iterator[tuple[int, ...]]:
             yield (1, frames, width)
     for samples in lengths:
         yield (1, samples)
+
+
+def _image_shapes(config: Any) -> Iterator[tuple[int, ...]]:
+    """One image of the size that the configuration names, and a small one."""
+    size = getattr(config, "image_size", None)
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(config, "num_channels", None) or 3
+    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        yield (1, channels, *sides)
+    yield (1, channels, _SMALL_IMAGE, _SMALL_IMAGE)
 
 
 def _widths(encoder: nn.Module) -> Iterator[int]:

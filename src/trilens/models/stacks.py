@@ -34,6 +34,13 @@ STACKS: tuple[StackName, ...] = ("decoder", "encoder", "language", "vision", "au
 
 Run = Literal["model", "alone", "with source"]
 
+_TOWERS: dict[str, StackName] = {
+    "pixel_values": "vision",
+    "input_features": "audio",
+    "input_values": "audio",
+}
+"""What a tower beside a language model reads first, and the stack that it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -73,11 +80,23 @@ def stacks_of(model: PreTrainedModel) -> Mapping[str, Stack]:
     """The stacks that a lens may be opened on, by name; the first one where none is named."""
     encoder = encoder_of(model)
     if encoder is None:
-        return {"language": Stack("language", "", "model")}
+        return {"language": Stack("language", "", "model"), **_towers(model)}
     path = _path_of(encoder, model)
     found = {"decoder": Stack("decoder", _path_of(model.get_decoder(), model), "with source")}
     if isinstance(encoder, PreTrainedModel):
         found["encoder"] = Stack("encoder", path, "alone")
+    return found
+
+
+def _towers(model: PreTrainedModel) -> dict[str, Stack]:
+    """The models in a model that read pixels or sound by themselves; the outermost of each kind."""
+    found: dict[str, Stack] = {}
+    for path, module in model.named_modules():
+        if module is model or not isinstance(module, PreTrainedModel):
+            continue
+        name = _TOWERS.get(source_name(module))
+        if name is not None:
+            found.setdefault(name, Stack(name, path, "alone"))
     return found
 
 
@@ -123,7 +142,7 @@ def encoder_of(model: PreTrainedModel) -> nn.Module | None:
 
 def source_name(module: nn.Module) -> str:
     """What a forward pass calls the thing that it reads."""
-    return next(iter(inspect.signature(module.forward).parameters))
+    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def reads_tokens(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.errors import CaptureError
+from trilens.errors import CaptureError, ShapeError
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import given_arguments
 from trilens.models.trace import tensors_in
@@ -29,6 +29,7 @@ def vectors_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any
 
     Raises:
         CaptureError: the first block did not run.
+        ShapeError: several prompts, or several images of a vision tower.
     """
     seen: list[Tensor] = []
 
@@ -45,7 +46,10 @@ def vectors_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any
             f"{anatomy.blocks[0].path}, the first block, did not run on these inputs: the model "
             "was changed since the lens was made"
         )
-    return seen[0][0] if anatomy.form.batch_first else seen[0][:, 0]
+    rows = seen[0] if anatomy.form.batch_first else seen[0].transpose(0, 1)
+    if len(rows) != 1:
+        raise ShapeError(f"inputs hold {len(rows)} prompts or images: this stack is given one")
+    return rows[0]
 
 
 def positions_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, SupportsIndex
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from trilens.errors import NotStoredError
 from trilens.text.prompt_text import PromptText
 
-__all__ = ["NO_TOKEN", "Source", "frames"]
+__all__ = ["NO_TOKEN", "Source", "frames", "place_name"]
 
 NO_TOKEN = -1
 """The id of a position that is no token, such as a piece of sound."""
@@ -65,6 +66,11 @@ class Source:
             raise ValueError("tokens and ids of the source differ in number")
         text = plain.get("text")
         return cls(tokens, ids, None if text is None else PromptText.from_dict(text))
+
+
+def place_name(arguments: Mapping[str, Any]) -> str:
+    """What a position is called that is no token, by what the forward pass is given."""
+    return "image position" if any("pixel" in name for name in arguments) else "frame"
 
 
 def frames(n: int, what: str = "frame") -> Source:
