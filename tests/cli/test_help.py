@@ -42,7 +42,7 @@ def test_no_arguments_are_the_help() -> None:
         ("capture", "last|all|none"),
         ("compare", "auto|float32|bfloat16|float16|float64"),
         ("ternarize", "trilens|dense|hf-bitnet|gguf-tq2_0|gguf-tq1_0|gguf-q2_0"),
-            ("ternarize", "keep|q8_0|q4_0"),
+        ("ternarize", "keep|q8_0|q4_0"),
         ("ternarize", "two_bit|compact"),
         ("ternarize", "tensor|row|group"),
         ("plan", "measured|predicted"),
