@@ -23,6 +23,7 @@ NAMES = (
     "planes",
     "checkpoint",
     "calibrated",
+    "self_calibration",
     "plan",
     "what_survives",
     "checkpoint_2gb",

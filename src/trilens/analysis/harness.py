@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from trilens.errors import UsageError
@@ -33,8 +34,8 @@ def run_tasks(
     Memory: the model, and the logits of one example.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
+        harness: Any = import_module("lm_eval")
+        wrapper: Any = import_module("lm_eval.models.huggingface").HFLM
     except ImportError as cause:
         raise UsageError(
             f"tasks are run by lm-eval, which is not installed ({reason(cause)}): "
@@ -44,8 +45,8 @@ def run_tasks(
         raise UsageError("tasks are texts, and this model came without a tokenizer: name one")
     try:
         with evaluating(lens.model):
-            found: Any = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=lens.model, tokenizer=lens.tokenizer, batch_size=1),
+            found: Any = harness.simple_evaluate(
+                model=wrapper(pretrained=lens.model, tokenizer=lens.tokenizer, batch_size=1),
                 tasks=list(tasks),
                 limit=limit,
                 random_seed=seed,

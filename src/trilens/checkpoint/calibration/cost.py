@@ -38,7 +38,7 @@ class CalibrationCost(Tabular):
         effort: Its word.
         tokens: To calibrate on, at most.
         written_tokens: Tokens that the model writes itself, some of them to measure on.
-        evaluation_tokens: To measure on, at most, beside what it writes.
+        evaluation_tokens: To measure on, at most.
         weights: Of the model.
         operations: For each part of the work, multiplications and additions.
         seconds: All of them at the rate of this machine now.
@@ -132,7 +132,7 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
         calibration.effort,
         tokens,
         (rows + apart) * length,
-        measured - apart * length,
+        measured,
         weights,
         parts,
         seconds,
