@@ -35,6 +35,7 @@ def capture(
     states: o.States = False,
     layers: o.Layers = None,
     logits: o.Logits = "last",
+    edit: o.Edits = None,
     storing: Storing = Storing(),
     loading: Loading = Loading(),
     debug: o.Debug = False,

@@ -26,6 +26,7 @@ def inspect(
     top_k: o.TopK = 3,
     effective: o.Effective = False,
     states: o.States = False,
+    edit: o.Edits = None,
     output: o.Output = None,
     format: o.Format = "table",
     loading: Loading = Loading(),

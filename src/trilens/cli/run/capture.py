@@ -14,6 +14,7 @@ from trilens.cli.run.text import DEMO, documents_of
 from trilens.cli.streams import say
 from trilens.corpus.capture import capture_corpus
 from trilens.corpus.options import StoreOptions
+from trilens.edits import parse_edit
 from trilens.errors import UsageError
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.report.text.store import store_sentences
@@ -38,6 +39,7 @@ def run(
     states: bool,
     layers: str | None,
     logits: Which,
+    edit: list[str] | None,
     storing: Storing,
     loading: Loading,
 ) -> None:
@@ -46,16 +48,18 @@ def run(
     if (prompt is None) == (data is None):
         raise UsageError("capture needs either a prompt, --prompt TEXT, or a corpus, --data TEXT")
     if prompt is None:
-        if chat or attention or gates or effective or states:
+        if chat or attention or gates or effective or states or edit:
             raise UsageError(
-                "--chat, --attention, --gates, --effective and --states are of one prompt: of a "
-                "corpus name --sites and --reduce"
+                "--chat, --attention, --gates, --effective, --states and --edit are of one prompt: "
+                "of a corpus name --sites and --reduce"
             )
         _store(model, str(data), names, output, layers, storing, loading)
         return
     if storing != Storing():
         raise UsageError("options of a store are of a corpus: name it with --data TEXT")
     check_file(output)
+    # Read first: a typing mistake should not cost the time of a load.
+    edits = [parse_edit(text) for text in edit or ()]
     with timed(output):
         lens = open_lens(model, loading)
         with status("capturing"):
@@ -69,6 +73,7 @@ def run(
                 logits=None if logits == "none" else logits,
                 states=states,
                 sites=names or (),
+                edits=edits,
             )
         capture.save(output)
         say(repr(capture))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.pages import is_page, model_facts, write_page
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
+from trilens.edits import Edit, parse_edit
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.io.hub import file_refusal
 from trilens.io.paths import as_path
@@ -38,19 +40,21 @@ def run(
     top_k: int,
     effective: bool,
     states: bool,
+    edit: list[str] | None,
     output: Path | None,
     format: str,
     loading: Loading,
 ) -> None:
     """Inspect and print, or write to a file."""
     check_file(output, format)
+    edits = tuple(parse_edit(text) for text in edit or ())
     with timed(output):
         if as_path(model, "model").is_file() and Path(model).suffix.lower() != ".gguf":
             if Path(model).suffix.lower() in _WEIGHTS:
                 raise file_refusal(Path(model))
             needless = {
                 "--prompt": prompt, "--chat": chat, "--layers": layers, "--effective": effective,
-                "--states": states, "--device-map": loading.device_map,
+                "--states": states, "--edit": edit, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
                 "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
                 "--attn-implementation": loading.attn_implementation,
@@ -71,7 +75,10 @@ def run(
             lens = open_lens(model, loading)
             if output is not None and is_page(output):
                 page = inspect_page(
-                    lens, prompt_of(prompt, chat=chat), chosen_layers(layers, lens.n_layers)
+                    lens,
+                    prompt_of(prompt, chat=chat),
+                    chosen_layers(layers, lens.n_layers),
+                    edits,
                 )
                 write_page(output, page, model_facts(model, loading))
                 return
@@ -84,6 +91,7 @@ def run(
                 top_k,
                 effective=effective,
                 states=states,
+                edits=edits,
             )
         show_result(inspection, print_inspection, format=format, file=output)
 
@@ -93,7 +101,9 @@ def _saved(file: Path) -> Page:
     return replace(page, title=file.name)
 
 
-def inspect_page(lens: Lens, prompt: PromptLike, layers: list[int] | None) -> Page:
+def inspect_page(
+    lens: Lens, prompt: PromptLike, layers: list[int] | None, edits: Sequence[Edit] = ()
+) -> Page:
     """Capture all that this model has of a prompt, as a page; what it has not is a note."""
     asked = range(lens.n_layers) if layers is None else layers
     attention, gates, notes = _what_there_is(lens, asked)
@@ -109,6 +119,7 @@ def inspect_page(lens: Lens, prompt: PromptLike, layers: list[int] | None) -> Pa
             effective=effective,
             states=states,
             layers=layers,
+            edits=edits,
         )
 
     with status("capturing"):
@@ -120,7 +131,11 @@ def inspect_page(lens: Lens, prompt: PromptLike, layers: list[int] | None) -> Pa
     with status(f"summarising {len(capture.token_ids)} tokens"):
         page = capture_page(capture, lens=lens)
     # What this model has not is no reason to capture again.
-    return replace(page, notes=tuple(notes))
+    return replace(page, notes=(*notes, *map(_edited, edits)))
+
+
+def _edited(edit: Edit) -> str:
+    return f"edited: {edit}"
 
 
 def _inspect_saved(file: Path, top_k: int) -> Inspection:
@@ -150,6 +165,7 @@ def inspect_prompt(
     *,
     effective: bool,
     states: bool = False,
+    edits: Sequence[Edit] = (),
 ) -> Inspection:
     """Capture what this model has of a prompt and summarise it; what it has not is a note."""
     chosen = chosen_layers(layers, lens.n_layers)
@@ -164,6 +180,8 @@ def inspect_prompt(
     elif recurrent:
         notes.append("recurrent layers: --effective shows what they attend to")
 
+    notes += map(_edited, edits)
+
     def run_once(gates: bool) -> Capture:
         with status(f"capturing {name}"):
             return lens.capture(
@@ -173,6 +191,7 @@ def inspect_prompt(
                 effective=effective,
                 layers=chosen,
                 states=states,
+                edits=edits,
             )
 
     try:
