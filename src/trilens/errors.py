@@ -34,7 +34,7 @@
     │   └── MemoryShortError     the weights need more memory than is free
     ├── AnatomyError             blocks, final norm or unembedding could not be proven
     │   ├── RecorderError        the model runs, but not while its probe is recorded
-    │   └── SeveralStreamsError  the residual has more than one stream
+    │   └── SeveralStreamsError  several residual streams that could not be told apart or read out
     ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
     ├── RestoreError             weights that were replaced for a while did not come back
@@ -269,7 +269,7 @@ class RecorderError(AnatomyError):
 
 
 class SeveralStreamsError(AnatomyError):
-    """The residual has more than one stream, so that "the residual after block i" is undefined."""
+    """The residual has several streams that could not be told apart or read out."""
 
 
 class DamageError(TrilensError):

@@ -310,7 +310,8 @@ class Lens(Opened):
         """The logits that the model's own final norm and unembedding make of a residual stream.
 
         Args:
-            residual: [..., d_model], for example `resid_post` of any layer.
+            residual: [..., d_model], for example `resid_post` of any layer; of several residual
+                streams their readout, `cap.residual.readout(layer)`.
             tokens: only of these token ids: a slice, or int64 [n].
 
         Returns:

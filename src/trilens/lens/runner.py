@@ -232,8 +232,7 @@ class Runner:
         anatomy = self.proof.anatomy
         if anatomy.n_streams == 1:
             return
-        seq = max(recording.request.lengths)
-        with self.lock(), beyond_positions(self.model, seq), evaluating(self.model):
+        with self.lock(), evaluating(self.model):
             for layer, streams in recording.residual.items():
                 last = recording.request.residual == "last"
                 text = streams[:, None] if last else streams

@@ -50,16 +50,14 @@ def read_out(model: PreTrainedModel, anatomy: Anatomy, streams: Tensor, vocab: i
         return streams
     held = anatomy.form.write(streams)
     if anatomy.readout is None:
-        return _by_own_code(model, anatomy, held, (len(streams), streams.shape[1]), vocab)
+        return _by_own_code(model, anatomy, held, vocab)
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in anatomy.readout:
         held = next(tensors_in(modules[path](held)))
     return held if anatomy.form.batch_first else held.transpose(0, 1)
 
 
-def _by_own_code(
-    model: PreTrainedModel, anatomy: Anatomy, held: Tensor, axes: tuple[int, int], vocab: int
-) -> Tensor:
+def _by_own_code(model: PreTrainedModel, anatomy: Anatomy, held: Tensor, vocab: int) -> Tensor:
     thread, last = threading.get_ident(), anatomy.blocks[-1].module
     passed: list[bool] = []
     found: list[Tensor] = []
@@ -79,9 +77,9 @@ def _by_own_code(
             found.append(next(tensors_in((args, kwargs))))
             raise _StopError
 
-    # Any plain token will do: nothing of it reaches the streams that are read out.
-    token = probe_ids(model, vocab, 1, seed=1)
-    arguments = forward_arguments(model, token.expand(axes).contiguous(), None)
+    # One plain token will do: nothing of it reaches the streams that are read out, and what the
+    # model makes of its input before the blocks costs nothing so.
+    arguments = forward_arguments(model, probe_ids(model, vocab, 1, seed=1), None)
     norm = model.get_submodule(anatomy.final_norm[0])
     handle = norm.register_forward_pre_hook(stop, with_kwargs=True)
     blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
