@@ -36,7 +36,7 @@ PARTIAL = (
     ("speech", "seamless_m4t", "number of positions changes"),
     ("speech", "dia", "does not run on a plain prompt"),
 )
-REFUSED = (("seq2seq", "bigbird_pegasus"), ("masked", "reformer"))
+REFUSED = (("masked", "big_bird"), ("masked", "reformer"))
 
 
 @pytest.mark.parametrize(("mapping", "model_type"), FULL)
