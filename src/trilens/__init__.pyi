@@ -48,6 +48,7 @@ from .caches.sites import SiteCache as SiteCache
 from .caches.states import StateCache as StateCache
 from .caches.states import StateSpec as StateSpec
 from .checkpoint.calibration.options import Calibration as Calibration
+from .checkpoint.folded_rotation import fold_rotation as fold_rotation
 from .checkpoint.format.matrix_plan import MatrixPlan as MatrixPlan
 from .checkpoint.format.plan import TernaryPlan as TernaryPlan
 from .checkpoint.format.report import TernaryReport as TernaryReport

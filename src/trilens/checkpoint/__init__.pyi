@@ -1,5 +1,7 @@
 from .calibration.options import Calibration as Calibration
 from .evaluate import Sample as Sample
+from .folded_rotation import FoldReport as FoldReport
+from .folded_rotation import fold_rotation as fold_rotation
 from .format.damage import Damage as Damage
 from .format.matrix_plan import MatrixPlan as MatrixPlan
 from .format.plan import TernaryPlan as TernaryPlan
