@@ -51,6 +51,7 @@ from .caches.states import StateCache as StateCache
 from .caches.states import StateSpec as StateSpec
 from .checkpoint.calibration.options import Calibration as Calibration
 from .checkpoint.calibration.own_text import OwnText as OwnText
+from .checkpoint.folded_rotation import fold_rotation as fold_rotation
 from .checkpoint.format.matrix_plan import MatrixPlan as MatrixPlan
 from .checkpoint.format.plan import TernaryPlan as TernaryPlan
 from .checkpoint.format.report import TernaryReport as TernaryReport

@@ -549,6 +549,7 @@ class TestFromTrits:
             offset=quant.offset,
             second_trits=quant.second_trits,
             second_scale=quant.second_scale,
+            levels=quant.levels,
             **options,
         )
         assert torch.equal(again.reconstruct(), quant.reconstruct())

@@ -1,6 +1,8 @@
 from .calibration.options import Calibration as Calibration
 from .calibration.own_text import OwnText as OwnText
 from .evaluate import Sample as Sample
+from .folded_rotation import FoldReport as FoldReport
+from .folded_rotation import fold_rotation as fold_rotation
 from .format.damage import Damage as Damage
 from .format.matrix_plan import MatrixPlan as MatrixPlan
 from .format.plan import TernaryPlan as TernaryPlan
