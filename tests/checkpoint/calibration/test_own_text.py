@@ -28,6 +28,7 @@ from trilens.checkpoint.job import read_job
 from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.errors import (
+    AnatomyError,
     CorruptFileError,
     DamageError,
     GenerationError,
@@ -214,8 +215,30 @@ def test_a_model_that_overflows_is_named(tmp_path: Path) -> None:
     source = tiny("llama", tmp_path / "src")
     model = load(source)
     model.lm_head.weight.data[3] = float("nan")
-    model.save_pretrained(source)
     with pytest.raises(NonFiniteError, match="own calibration text"):
+        write_text(model, None, PLAIN, rows=2, length=6, seed=0)
+    model.save_pretrained(source)
+    with pytest.raises(AnatomyError, match="gives NaN on a plain prompt"):
+        ternarize(source, tmp_path / "out", plan=GPTQ, calibration=own())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_calibrated_writes_nothing_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks hand on more than the residual stream, which is known first."""
+
+    def written(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("the text was written")
+
+    monkeypatch.setattr(run, "write_text", written)
+    source = tiny("llama", tmp_path / "src")
+
+    def refused(*_args: Any) -> None:
+        raise AnatomyError("cannot be run one by one")
+
+    monkeypatch.setattr(run.BlockRunner, "_prove", refused)
+    with pytest.raises(AnatomyError, match="one by one"):
         ternarize(source, tmp_path / "out", plan=GPTQ, calibration=own())
     assert not (tmp_path / "out").exists()
 

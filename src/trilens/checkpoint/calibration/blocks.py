@@ -9,7 +9,7 @@ is proven on a short probe before anything else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,12 +60,19 @@ class BlockRunner:
     Args:
         model: in eval mode; its parts outside the blocks are made float32.
         anatomy: its proven parts.
+        before: called when the proof has held and the model is still as it was loaded.
 
     Raises:
         AnatomyError: the blocks cannot be run one by one; the message names what differs.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        *,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model = model
         self.anatomy = anatomy
         self._blocks = [block.module for block in anatomy.blocks]
@@ -73,6 +80,7 @@ class BlockRunner:
         self._check_structure()
         with evaluating(model), torch.no_grad():
             self._prove()
+        before()
         self._widen()
 
     @property

@@ -92,11 +92,17 @@ def run_calibration(
     if source.given_tokenizer is not None:
         tokenizer = source.given_tokenizer
     longest = configured_positions(model)
-    written = _written(model, tokenizer, calibration, longest, store, progress)
-    drawn = draw(calibration, tokenizer, longest=longest, written=written)
     anatomy = prove(model, only_stack(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
-    runner = BlockRunner(model, anatomy)
+    texts: list[Drawn] = []
+
+    def take_text() -> None:
+        """What the model writes takes its time: not before it is known that it can be used."""
+        written = _written(model, tokenizer, calibration, longest, store, progress)
+        texts.append(draw(calibration, tokenizer, longest=longest, written=written))
+
+    runner = BlockRunner(model, anatomy, before=take_text)
+    drawn = texts[0]
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or find_effort(calibration.effort).seeded(calibration.seed)
     check = source.check_unchanged
