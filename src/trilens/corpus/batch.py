@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -22,6 +23,8 @@ _BLOCK = 256
 _BUFFER_TOKENS = 1 << 16
 
 Int = NDArray[np.int64]
+_Key = tuple[str, int | None]
+_Memory = dict[_Key, Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,22 +99,33 @@ def _batches(
     begin: int,
 ) -> Iterator[TokenBatch]:
     total = files.starts[-1]
-    memory: dict[tuple[str, int | None], Tensor] = {}
-    for number in range(begin // buffer, -(-total // buffer)):
+    numbers = range(begin // buffer, -(-total // buffer))
+    # Two memories in turn: one is read into while batches are taken from the other.
+    memories: tuple[_Memory, _Memory] = ({}, {})
+
+    def load(number: int) -> tuple[Tensor | None, Tensor, dict[_Key, Tensor]]:
         first, last = number * buffer, min(total, (number + 1) * buffer)
-        pieces = order.pieces(first, last)
-        mixed = order.mixed(number, last - first)
-        tokens = _numbers(files, pieces)
-        if mixed is None:  # batches are views: each buffer needs memory of its own
-            memory = {}
-        loaded = {site.key: _load(files, site, pieces, last - first, memory) for site in sites}
-        for at in range(max(first, begin), last, size):
-            rows = slice(at - first, min(at + size, last) - first)
-            yield TokenBatch(
-                {key: _chosen(values, mixed, rows) for key, values in loaded.items()},
-                _chosen(tokens, mixed, rows),
-                min(at + size, last),
-            )
+        pieces, mixed = order.pieces(first, last), order.mixed(number, last - first)
+        # In the order of the corpus batches are views, and need memory of their own.
+        memory = {} if mixed is None else memories[number % 2]
+        found = {site.key: _load(files, site, pieces, last - first, memory) for site in sites}
+        return mixed, _numbers(files, pieces), found
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(load, numbers.start) if numbers else None
+        for number in numbers:
+            assert ahead is not None
+            mixed, tokens, loaded = ahead.result()
+            if number + 1 in numbers:
+                ahead = reader.submit(load, number + 1)
+            first, last = number * buffer, min(total, (number + 1) * buffer)
+            for at in range(max(first, begin), last, size):
+                rows = slice(at - first, min(at + size, last) - first)
+                yield TokenBatch(
+                    {key: _chosen(values, mixed, rows) for key, values in loaded.items()},
+                    _chosen(tokens, mixed, rows),
+                    min(at + size, last),
+                )
 
 
 def _chosen(values: Tensor, mixed: Tensor | None, rows: slice) -> Tensor:
@@ -123,7 +137,7 @@ def _load(
     site: StoredSite,
     pieces: list[Piece],
     n: int,
-    memory: dict[tuple[str, int | None], Tensor],
+    memory: _Memory,
 ) -> Tensor:
     values = memory.get(site.key)
     if values is None or len(values) < n:

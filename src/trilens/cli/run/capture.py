@@ -46,7 +46,10 @@ def run(
     """Capture and save."""
     names = None if sites is None else [name.strip() for name in sites.split(",")]
     if (prompt is None) == (data is None):
-        raise UsageError("capture needs either a prompt, --prompt TEXT, or a corpus, --data TEXT")
+        raise UsageError(
+            "capture needs either a prompt, --prompt TEXT, or a corpus, --data TEXT (trilens "
+            "capture --help lists the options)"
+        )
     if prompt is None:
         if chat or attention or gates or effective or states or edit:
             raise UsageError(
