@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 import trilens
 from page_cases import data_of
@@ -142,7 +143,7 @@ def test_sensitivity() -> None:
 @pytest.mark.filterwarnings("ignore::trilens.errors.BeyondPositionsWarning")
 def test_a_long_prompt(transformer) -> None:
     ids = torch.arange(700) % 1000
-    cap = transformer.capture(ids, residual="all", attention=True, logits=None)
+    cap = transformer.capture(ids, residual="all", attention=True, logits=None, layers=[3])
     report = make_report(cap, lens=transformer)
     blocks = data_of(report.html)["blocks"]
     heads = next(block for block in blocks if block["is"] == "heads")
@@ -151,3 +152,17 @@ def test_a_long_prompt(transformer) -> None:
     lens = next(block for block in blocks if block["is"] == "lens")
     assert lens["positions"] == [*range(188, 700)]
     assert "the logit lens is of the last 512 tokens" in report.page.notes
+
+
+def test_an_encoder_without_an_unembedding(transformer) -> None:
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=100,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lens = trilens.Lens(BertModel(config).eval())
+    report = make_report(lens.capture([1, 2, 3, 4], residual="all", attention=True), lens=lens)
+    assert kinds(report) == {"Attention": ["heads"], "Layer by layer": ["profiles"]}
+    assert "no logit lens: this model has no unembedding" in report.page.notes
+    heads = data_of(report.html)["blocks"][0]
+    assert not heads["causal"]
