@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import tinymodels
 import trilens
 from page_cases import data_of
 from trilens.analysis.patch_result import PatchSweep
+from trilens.cli.run.inspect import inspect_page
 from trilens.errors import IncomparableError, UsageError
 from trilens.planning.sensitivity import Sensitivity, SensitivityRow
-from trilens.report.html.report import make_report
+from trilens.report.html.report import Report, make_report
 
 PROMPT = "def area(r):\n    return r"
 
@@ -166,3 +168,12 @@ def test_an_encoder_without_an_unembedding(transformer) -> None:
     assert "no logit lens: this model has no unembedding" in report.page.notes
     heads = data_of(report.html)["blocks"][0]
     assert not heads["causal"]
+
+
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "falcon_h1", "mixtral"])
+def test_hybrids_and_experts(model_type: str) -> None:
+    lens = trilens.Lens(tinymodels.build(model_type))
+    report = Report(inspect_page(lens, tinymodels.prompt_ids(model_type, 12), None))
+    found = kinds(report)
+    assert found["Attention"] == ["heads"] and "chart" in found["Gates"]
+    assert ("Effective attention" in found) == bool(lens.effective_layers)
