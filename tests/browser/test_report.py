@@ -164,6 +164,11 @@ def test_a_phone_and_paper(opened, report, tmp_path) -> None:
     screenshot(page, "report-phone")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.pdf(path=tmp_path / "report.pdf")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.wait_for_timeout(1000)
+    screenshot(page, "report-print")
+    ink = "getComputedStyle(document.body).color"
+    assert page.evaluate(ink) == "rgb(28, 33, 40)"  # dark on white, whatever the screen's scheme
     found.quiet()
 
 

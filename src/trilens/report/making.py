@@ -14,7 +14,7 @@ from trilens.analysis.comparison.series import ComparisonSeries
 from trilens.analysis.direct_attribution import Attribution
 from trilens.analysis.effect_sweep import EffectSweep
 from trilens.analysis.inspection import Inspection, inspect_capture
-from trilens.analysis.lenses.logit_lens import LogitLens, logit_lens
+from trilens.analysis.lenses.logit_lens import LogitLens, logit_lens, same_model
 from trilens.analysis.patch_result import PatchSweep
 from trilens.caches.activation import FullActivationCache
 from trilens.caches.gates import GateCache
@@ -86,15 +86,18 @@ def capture_page(capture: Capture, *, lens: Lens | None = None, top_k: int = 5) 
     """
     found = None
     notes = []
-    if lens is not None and capture.has("residual"):
-        seq = len(capture.tokens)
-        held = isinstance(capture.residual, FullActivationCache) and seq > LENS_TOKENS
-        last = range(seq - LENS_TOKENS, seq) if held else None
-        found = logit_lens(capture, lens, k=top_k, positions=last)
-        if held:
-            notes.append(f"the logit lens is of the last {LENS_TOKENS} tokens")
-    elif lens is None:
+    if lens is None:
         notes.append("no logit lens: it needs the model, too")
+    elif not lens.anatomy.unembedding:
+        same_model(capture.model, lens, "capture")
+        notes.append("no logit lens: this model has no unembedding")
+    elif capture.has("residual"):
+        seq = len(capture.tokens)
+        is_long = isinstance(capture.residual, FullActivationCache) and seq > LENS_TOKENS
+        last = range(seq - LENS_TOKENS, seq) if is_long else None
+        found = logit_lens(capture, lens, k=top_k, positions=last)
+        if is_long:
+            notes.append(f"the logit lens is of the last {LENS_TOKENS} tokens")
     sections = [
         _next_section(capture, lens),
         head_section(capture, "softmax"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
+import tinymodels
 import trilens
 from page_cases import data_of
 from trilens.analysis.patch_result import PatchSweep
+from trilens.cli.run.inspect import inspect_page
 from trilens.errors import IncomparableError, UsageError
 from trilens.planning.sensitivity import Sensitivity, SensitivityRow
-from trilens.report.html.report import make_report
+from trilens.report.html.report import Report, make_report
 
 PROMPT = "def area(r):\n    return r"
 
@@ -142,7 +145,7 @@ def test_sensitivity() -> None:
 @pytest.mark.filterwarnings("ignore::trilens.errors.BeyondPositionsWarning")
 def test_a_long_prompt(transformer) -> None:
     ids = torch.arange(700) % 1000
-    cap = transformer.capture(ids, residual="all", attention=True, logits=None)
+    cap = transformer.capture(ids, residual="all", attention=True, logits=None, layers=[3])
     report = make_report(cap, lens=transformer)
     blocks = data_of(report.html)["blocks"]
     heads = next(block for block in blocks if block["is"] == "heads")
@@ -151,3 +154,26 @@ def test_a_long_prompt(transformer) -> None:
     lens = next(block for block in blocks if block["is"] == "lens")
     assert lens["positions"] == [*range(188, 700)]
     assert "the logit lens is of the last 512 tokens" in report.page.notes
+
+
+def test_an_encoder_without_an_unembedding(transformer) -> None:
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=100,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lens = trilens.Lens(BertModel(config).eval())
+    report = make_report(lens.capture([1, 2, 3, 4], residual="all", attention=True), lens=lens)
+    assert kinds(report) == {"Attention": ["heads"], "Layer by layer": ["profiles"]}
+    assert "no logit lens: this model has no unembedding" in report.page.notes
+    heads = data_of(report.html)["blocks"][0]
+    assert not heads["causal"]
+
+
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "falcon_h1", "mixtral"])
+def test_hybrids_and_experts(model_type: str) -> None:
+    lens = trilens.Lens(tinymodels.build(model_type))
+    report = Report(inspect_page(lens, tinymodels.prompt_ids(model_type, 12), None))
+    found = kinds(report)
+    assert found["Attention"] == ["heads"] and "chart" in found["Gates"]
+    assert ("Effective attention" in found) == bool(lens.effective_layers)

@@ -252,11 +252,13 @@ def head_section(capture: Capture, kind: str) -> Section | None:
             "What a recurrence gives each value, written as if it attended: weights have signs, "
             "and rows do not sum to 1.",
         )
-    block = Heads(patterns, _head_table(cache, layers, signed=patterns.signed))
+    block = Heads(patterns, _head_table(cache, layers))
     return Section(_WORDS[kind], (block,), (*words, patterns.note), name=f"heads-{kind}")
 
 
-def _head_table(cache: AttentionCache, layers: tuple[int, ...], *, signed: bool) -> Table:
+def _head_table(cache: AttentionCache, layers: tuple[int, ...]) -> Table:
+    # Weights that may have signs are not asked as others, also where none happens to be negative.
+    signed = any(cache.pattern(layer).signed for layer in layers)
     asked = cache.relu_l1() if signed else cache
     note = "of its positive weights, scaled to sum 1" if signed else "mean over the prompt's tokens"
     rows = []

@@ -56,6 +56,7 @@ const SERIES = {
 };
 
 function scheme() {
+  if (matchMedia("print").matches) return "light"; // paper is white
   const asked = document.documentElement.dataset.scheme;
   if (asked) return asked;
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";

@@ -184,9 +184,10 @@ async function buildHeads(element, block, codes) {
     for (let q = 0; q < n; q++) for (let k = 0; k < n; k++) pixels[(n - 1 - q) * n + k] = paint(data.share(data.code(h, q, k)));
     if (patternPaint) { patternPaint(pixels); return; }
     const plot = $(".pattern", element);
-    const found = figure({ height: Math.min(560, Math.max(320, plot.clientWidth - 40)), x_range: range(0, n), y_range: range(0, n), x_axis_label: "key", y_axis_label: "query" });
+    const size = Math.min(560, Math.max(320, plot.clientWidth - 40));
+    const found = figure({ height: size, x_range: range(0, n), y_range: range(0, n), x_axis_label: "key", y_axis_label: "query" });
     patternPaint = image(found, pixels, n, n, 0, 0);
-    const every = Math.max(1, Math.ceil(n / 28));
+    const every = Math.max(1, Math.ceil(n / Math.min(28, (size - 160) / 13))); // a line of text each
     const shown = [...Array(n).keys()].filter((i) => i % every === 0);
     const words = (i) => (data.pool > 1 ? String(i * data.pool) : n <= 64 ? short(placed(i), 12) : String(i));
     found.xaxis.ticker = new Bokeh.FixedTicker({ ticks: shown.map((i) => i + 0.5), minor_ticks: [] });

@@ -2,7 +2,6 @@
 const redraws = [];
 
 async function drawAll() {
-  document.documentElement.dataset.drawn = scheme();
   for (const key of Object.keys(linked)) delete linked[key];
   for (const element of $$("[data-block]")) {
     const block = page.blocks[element.dataset.block];
@@ -34,7 +33,7 @@ function wireSchemes() {
       recolour();
     });
   }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", recolour);
   $("#copy")?.addEventListener("click", async () => {
     const text = $("#command").textContent;
     try { await navigator.clipboard.writeText(text); } catch { getSelection().selectAllChildren($("#command")); }
