@@ -142,12 +142,19 @@ def encoder_of(model: PreTrainedModel) -> nn.Module | None:
 
 def source_name(module: nn.Module) -> str:
     """What a forward pass calls the thing that it reads."""
-    return next(iter(inspect.signature(module.forward).parameters), "")
+    return next(iter(_named_parameters(module)), "input_ids")
 
 
 def reads_tokens(module: nn.Module) -> bool:
-    """Whether a forward pass reads token ids."""
-    return "input_ids" in inspect.signature(module.forward).parameters
+    """Whether a forward pass reads token ids; one that names nothing it takes is taken to."""
+    named = _named_parameters(module)
+    return not named or "input_ids" in named
+
+
+def _named_parameters(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind not in various]
 
 
 def _path_of(module: nn.Module, model: nn.Module) -> str:

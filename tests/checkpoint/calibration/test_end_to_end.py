@@ -20,6 +20,7 @@ from trilens.checkpoint.calibration.streams import Stream, batches_of, write_str
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.lens.proof import prove
+from trilens.models.stacks import only_stack
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rotation import rotate, rotate_back
 
@@ -76,7 +77,7 @@ def kl(model: Any, given: dict[str, Any], batches: Any) -> torch.Tensor:
 @pytest.fixture
 def parts(tmp_path: Path) -> Any:
     model = model_of("llama", tmp_path)
-    runner = BlockRunner(model, prove(model, 100).anatomy)
+    runner = BlockRunner(model, prove(model, only_stack(model)).anatomy)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 100, (20, 24), generator=generator)
     batches = batches_of(list(ids), 4)

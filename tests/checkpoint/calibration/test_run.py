@@ -31,6 +31,7 @@ from trilens.demo import demo_path
 from trilens.errors import CorruptFileError, DamageError, NonFiniteError, TextError, UsageError
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.lens.proof import prove
+from trilens.models.stacks import only_stack
 from trilens.progress import Step
 
 
@@ -365,7 +366,7 @@ def test_a_gguf_file_keeps_calibrated_trits(tmp_path: Path) -> None:
 
 def test_the_runner_leaves_no_hook_behind(small_demo: Path) -> None:
     model = load(small_demo)
-    anatomy = prove(model, 2048).anatomy
+    anatomy = prove(model, only_stack(model)).anatomy
     runner = BlockRunner(model, anatomy)
     ids = torch.arange(20)[None]
     runner.call(1, ids)
