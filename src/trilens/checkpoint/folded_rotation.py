@@ -175,6 +175,7 @@ def _roles(
     model: nn.Module, seen: _Seen, blocks: list[str], width: int
 ) -> tuple[list[str], list[str], dict[str, list[str]]]:
     """Readers, writers, and the readers of each norm."""
+    layers: dict[str, Any] = dict(model.named_modules())
     by_output = {_place(output): path for path, (_, output) in seen.norms.items()}
     norms: dict[str, list[str]] = {path: [] for path in seen.norms}
     readers, writers = [], []
@@ -183,7 +184,7 @@ def _roles(
         if norm is not None:
             norms[norm].append(path)
             readers.append(path)
-        elif model.get_submodule(path).weight.shape[0] == width and any(
+        elif layers[path].weight.shape[0] == width and any(
             path.startswith(f"{block}.") for block in blocks
         ):
             writers.append(path)
@@ -201,7 +202,7 @@ def _place(values: Tensor) -> tuple[int, int]:
     return values.data_ptr(), values.numel()
 
 
-def _factors(path: str, norm: nn.Module, seen: _Seen) -> tuple[Tensor, float]:
+def _factors(path: str, norm: Any, seen: _Seen) -> tuple[Tensor, float]:
     """What an RMS norm multiplies channels by, and the weight of a norm that multiplies by 1.
 
     Raises:
