@@ -171,7 +171,7 @@ def test_trits_move_where_that_helps(parts: Any, rotate: bool) -> None:
     few = FitOptions(whole_passes=6)
     scales = whole.fit_end_to_end(runner, blocks, batches, dense, few)
     said: list[float] = []
-    freed = replace(few, trit_passes=12, trit_rate=0.05)
+    freed = replace(few, trit_passes=12, trit_travel=2.4)
     found = whole.fit_end_to_end(runner, blocks, batches, dense, freed, said.append)
     assert found.kl_nats < 0.9 * scales.kl_nats
     assert said == sorted(said) and said[0] >= 0 and said[-1] < 1
@@ -192,7 +192,7 @@ def test_wild_latents_are_thrown_away(parts: Any) -> None:
     blocks = coded(runner, PLAN)
     few = FitOptions(whole_passes=4)
     scales = whole.fit_end_to_end(runner, blocks, batches, dense, few)
-    wild = replace(few, trit_passes=5, trit_rate=1.0)
+    wild = replace(few, trit_passes=5, trit_travel=20.0)
     seen: list[float] = []
     found = whole.fit_end_to_end(runner, blocks, batches, dense, wild, seen.append)
     assert found.kl_nats == scales.kl_nats and found.trit_changes == 0

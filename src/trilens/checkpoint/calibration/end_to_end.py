@@ -296,9 +296,9 @@ class _Fit:
         groups: list[dict[str, Any]] = [
             {"params": [tensor for part in parts for tensor in part.trainable], "lr": rate}
         ]
-        groups += [{"params": latents, "lr": options.trit_rate}] if latents else []
-        adam = torch.optim.Adam(groups)
         n_steps = passes * len(self.text)
+        groups += [{"params": latents, "lr": options.trit_travel / n_steps}] if latents else []
+        adam = torch.optim.Adam(groups)
         falling = torch.optim.lr_scheduler.LambdaLR(
             adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, n / n_steps)))
         )
