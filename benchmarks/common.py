@@ -89,7 +89,11 @@ def main_of_kinds(
         print(kind, result)
 
 
-def _rounds(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _rounds(
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one round that is not counted."""
     for run in runs.values():
         run()
@@ -97,9 +101,9 @@ def _rounds(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     for _ in range(rounds):
         for name, run in runs.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -117,14 +121,20 @@ def add_running(
     return missing
 
 
-def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def ratios(
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, float]]:
     """Run all in turn, round by round, and compare each with the first of its own round.
+
+    `time.process_time` as the clock counts this process alone, where the machine is shared.
 
     Returns:
         Per name the median seconds, and median, lowest and highest ratio to the first of the runs.
         A ratio within one round is free of the machine's drift.
     """
-    seconds = _rounds(runs, rounds)
+    seconds = _rounds(runs, rounds, clock)
     first = next(iter(seconds.values()))
     found = {}
     for name, values in seconds.items():

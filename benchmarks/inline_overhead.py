@@ -4,12 +4,13 @@ A Bloom (ALiBi, heads folded into the batch) and a GPT-J (rotary, scores in floa
 parameters with random weights, 512 tokens: one forward pass with residual, attention and gates
 against the plain pass. What is kept per token is said too, and the weights that it stands for.
 
-    python -m benchmarks.inline_overhead [--rounds N]
+    python -m benchmarks.inline_overhead [--rounds N] [--cpu]
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,22 +48,24 @@ def gptj_88m() -> PreTrainedModel:
     return GPTJForCausalLM(config).eval()
 
 
-def measure(model: PreTrainedModel, rounds: int) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """The ratios of one model, and the bytes that its capture keeps."""
     ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     lens = Lens(model)
+    gated = bool(lens.gate_layers)
     runs: dict[str, Callable[[], Any]] = {
         "plain": plain_pass(model, ids),
         "trilens": lambda: lens.capture(ids, residual="last", attention=True, gates=gated),
         "trilens, residual": lambda: lens.capture(ids, residual="last"),
     }
-    gated = bool(lens.gate_layers)
     attention = lens.capture(ids, attention=True).attention
     return {
         "parameters": sum(each.numel() for each in model.parameters()),
         "attention_bytes": attention.nbytes,
         "weights_bytes": sum(attention[layer].dense_bytes for layer in attention.layers),
-        "runs": ratios(runs, rounds),
+        "runs": ratios(runs, rounds, clock),
     }
 
 
@@ -70,10 +73,15 @@ def main() -> None:
     """Measure and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--cpu", action="store_true", help="seconds of this process, one thread")
+    options = parser.parse_args()
+    clock = time.process_time if options.cpu else time.perf_counter
+    if options.cpu:
+        torch.set_num_threads(1)
     models = {"Bloom": bloom_88m(), "GPT-J": gptj_88m()}
-    found = {name: measure(model, rounds) for name, model in models.items()}
-    save("inline_overhead", {"tokens": TOKENS, "rounds": rounds, "models": found})
+    found = {name: measure(model, options.rounds, clock) for name, model in models.items()}
+    setting = {"tokens": TOKENS, "rounds": options.rounds, "clock": clock.__name__}
+    save("inline_overhead", {**setting, "models": found})
 
 
 if __name__ == "__main__":
