@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "startup",
     "overhead",
+    "inline_overhead",
     "patching",
     "sites",
     "generation",

@@ -5,7 +5,8 @@ TrilensError that names the reason. Anything else is a failure of trilens.
 
     python -m benchmarks.families [TYPE ...] [--write]
 
-`--write` renews the table that ships with the package (`trilens families`) and the last result.
+`--write` renews the table that ships with the package (`trilens families`) and the last result; of
+some types, their rows alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tinymodels import TYPES  # noqa: E402
 from tinymodels.checks import CheckError, sweep_one  # noqa: E402
-from trilens.models.families import FamilyTable  # noqa: E402
+from trilens.models.families import FamilyTable, load_families  # noqa: E402
 
 Sweep = Callable[[str], tuple[Any, dict[str, Any]]]
 """Captures one type: its row, and what was measured."""
@@ -75,6 +76,28 @@ def sweep_in_children(types: list[str], module: str = "benchmarks.families") -> 
     return rows
 
 
+def merged(
+    table: FamilyTable, figures: dict[str, dict], failed: list[dict]
+) -> tuple[FamilyTable, dict[str, dict], list[dict]]:
+    """The last whole sweep with the rows of some types renewed.
+
+    Raises:
+        SystemExit: the last sweep ran on other versions.
+    """
+    last, held = load_families(), json.loads(LAST.read_text())
+    if (last.transformers, last.torch) != (table.transformers, table.torch):
+        raise SystemExit("the last sweep ran on other versions: sweep all types")
+    new = {row.model_type: row for row in table.rows}
+    swept = new.keys() | {row["failed"] for row in failed}
+    rows = [new.get(row.model_type, row) for row in last.rows]
+    rows += [new[name] for name in new.keys() - {row.model_type for row in last.rows}]
+    rows.sort(key=lambda row: TYPES.index(row.model_type))
+    failed = [*failed, *(row for row in held["failed"] if row["failed"] not in swept)]
+    figures = {**held["figures"], **figures}
+    figures = {row.model_type: figures[row.model_type] for row in rows}
+    return replace(table, rows=tuple(rows)), figures, failed
+
+
 def main() -> int:
     """Run the sweep and say what it found."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,9 +128,12 @@ def main() -> int:
         print(f"{key}: worst {max(worst, default=0.0):.2e} over {len(worst)} types")
     for row in failed:
         print(f"FAILED {row['failed']}: {row['why']}")
-    if options.write and not options.types:
+    if options.write:
         LAST.parent.mkdir(exist_ok=True)
         figures = {row["row"]["model_type"]: row["figures"] for row in rows if "row" in row}
+        if options.types:
+            table, figures, failed = merged(table, figures, failed)
+            counts = {key: getattr(table, f"n_{key}") for key in counts}
         kept = {"outcomes": table.count(), **counts, "failed": failed, "figures": figures}
         LAST.write_text(json.dumps(kept, indent=1) + "\n")
         SHIPPED.write_text(json.dumps(table.to_dict(), indent=1) + "\n")

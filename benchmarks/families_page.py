@@ -49,10 +49,10 @@ def page() -> str:
         " `capture`",
         "(effective attention, a product over all tokens: 2e-5).",
         "",
-        f"- **{counts['full']} in full**: the residual stream of every block and every softmax "
-        "attention layer",
-        f"- **{counts['residual']} without attention**: recurrent, or attention that does not go "
-        "through transformers' registry",
+        f"- **{counts['full']} in full**: the residual stream of every block, every softmax "
+        "attention layer, and of every recurrence its",
+        f"  effective attention, gates and state ({table.n_recurrent_only} have recurrences alone)",
+        f"- **{counts['residual']} without attention**: one line below says why",
         f"- **{counts['refused']} refused** by an error that names the reason",
         f"- **{table.n_gated} with proven gates**",
         f"- **{table.n_effective} with proven effective attention** in their recurrent layers; no"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinymodels import TYPES, build
-from tinymodels.checks import family_sites, sweep_one
+from tinymodels.checks import family_sites, sweep_one, why_not_full
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families
@@ -40,7 +40,10 @@ FULL = (
     "electra",
     "whisper",
 )
-RESIDUAL = ("mamba", "rwkv", "xlstm", "bloom", "gptj", "xlnet", "longcat_flash")
+# Attention in the model's own code: heads folded into the batch, fused, a window, an einsum.
+INLINE = ("bloom", "falcon", "gpt_neo", "gptj", "xglm", "xlnet")
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+RESIDUAL = ("longcat_flash",)
 REFUSED = {
     "deepseek_v4": SeveralStreamsError,
     "gemma3n_text": SeveralStreamsError,
@@ -52,12 +55,33 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("model_type", FULL)
+@pytest.mark.parametrize("model_type", (*FULL, *INLINE))
 def test_captured_in_full(model_type: str) -> None:
     row, figures = sweep_one(model_type)
     assert row.outcome == "full", row.reason
     assert row.attention
     assert figures["attention_vs_eager"] is not None, "eager offers its weights here"
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_a_recurrence_alone_is_captured_in_full(model_type: str) -> None:
+    row, _ = sweep_one(model_type)
+    assert row.outcome == "full", row.reason
+    assert row.attention == ()
+    assert row.effective == row.states == tuple(range(row.n_layers))
+    gated = {layer for gate in row.gates if gate.name.startswith("mixer.") for layer in gate.layers}
+    assert gated == set(row.states)
+
+
+def test_a_recurrence_that_lacks_something_is_not_captured_in_full() -> None:
+    lens = Lens(build("mamba"))
+    every = lens.effective_layers
+    assert why_not_full(lens, attention=False, effective=every, states=every) == ""
+    for what, options in (
+        ("effective attention", {"effective": every[1:], "states": every}),
+        ("state", {"effective": every, "states": every[1:]}),
+    ):
+        assert f"no proven {what}" in why_not_full(lens, attention=False, **options)
 
 
 @pytest.mark.parametrize("model_type", RESIDUAL)
@@ -74,7 +98,9 @@ def test_refused_by_name(model_type: str, error: type[Exception]) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "mamba", "gpt_oss", "zamba2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3_next", "mamba", "gpt_oss", "zamba2", "bloom"]
+)
 def test_the_shipped_table_is_what_a_lens_finds(model_type: str) -> None:
     row = next(row for row in load_families().rows if row.model_type == model_type)
     lens = Lens(build(model_type))
@@ -84,6 +110,7 @@ def test_the_shipped_table_is_what_a_lens_finds(model_type: str) -> None:
     assert found == lens.gate_layers
     assert row.attention == lens.attention_layers
     assert row.effective == lens.effective_layers
+    assert row.states == lens.state_layers
     assert row.n_layers == lens.n_layers
     assert (row.sites, row.no_sites) == family_sites(lens)
 
@@ -92,7 +119,8 @@ def test_the_shipped_table_covers_every_type() -> None:
     table = load_families()
     assert [row.model_type for row in table.rows] == list(TYPES)
     counts = table.count()
-    assert counts["full"] >= 130
+    assert counts["full"] >= 165
+    assert table.n_recurrent_only >= 5
     assert table.n_gated >= 30
     assert table.n_effective >= 16
     assert table.n_sited >= 120

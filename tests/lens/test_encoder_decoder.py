@@ -16,8 +16,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tinymodels.mappings import build_as
+from trilens.analysis.comparison.run import compare
 from trilens.edits import Scale
 from trilens.errors import GenerationError, NotStoredError, PromptError, UsageError
+from trilens.evaluation.reference import ReferenceLogits
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.tokens import SourceTarget
@@ -199,6 +201,23 @@ def test_an_encoder_of_sound_has_frames_for_tokens() -> None:
     assert torch.equal(own, whole.encoder_last_hidden_state[0])
 
 
+@pytest.mark.parametrize("lengths", [(7, 4), (3, 9), (1, 1)])
+def test_cross_attention_in_a_models_own_code_is_what_it_returns(lengths: tuple[int, int]) -> None:
+    model = build_as("seq2seq", "mvp")
+    source, target = (torch.arange(10, 10 + n)[None] for n in lengths)
+    capture = Lens(model).capture(source, target=target, attention=True)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = model(input_ids=source, decoder_input_ids=target, output_attentions=True)
+    for layer in range(4):
+        ours = capture.cross_attention.get_layer(layer)
+        assert ours is not None
+        assert float((ours - plain.cross_attentions[layer]).abs().max()) <= 1e-6
+        own = capture.attention.get_layer(layer)
+        assert own is not None
+        assert float((own - plain.decoder_attentions[layer]).abs().max()) <= 1e-6
+
+
 CASES: tuple[tuple[str, dict[str, Any], type[Exception], str], ...] = (
     ("whisper", {"prompt": SOURCE}, UsageError, "reads no tokens but input_features"),
     ("whisper", {"prompt": {"pixels": torch.zeros(1, 3)}}, UsageError, "takes no pixels"),
@@ -226,6 +245,15 @@ def test_a_model_without_a_source_takes_no_target() -> None:
 def test_a_decoder_that_answers_a_source_does_not_generate_here() -> None:
     with pytest.raises(GenerationError, match=r"answers a source.*target="):
         t5().generate(SOURCE)
+
+
+def test_decoders_that_answer_a_source_are_not_compared_on_texts() -> None:
+    with pytest.raises(UsageError, match=r"predicts a target of a source.*stack='encoder'"):
+        compare(t5(), t5(), [SOURCE])
+    with pytest.raises(UsageError, match="predicts a target of a source"):
+        ReferenceLogits(t5(), [torch.tensor(SOURCE)])
+    encoder = Lens(t5().model, stack="encoder")
+    assert compare(encoder, encoder, [SOURCE, SOURCE[:4]]).n_tokens == 11
 
 
 def test_a_checkpoint_opens_on_either_stack(tmp_path: Path) -> None:

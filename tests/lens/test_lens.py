@@ -167,15 +167,6 @@ def test_attention_of_a_model_without_it() -> None:
         lens.capture(prompt_ids("mamba"), attention=True)
 
 
-def test_attention_outside_the_registry_is_said() -> None:
-    lens = Lens(build("bloom"))
-    with pytest.raises(
-        AttentionPathError, match=r"h\.0\.self_attention computes attention outside"
-    ):
-        lens.capture(prompt_ids("bloom"), attention=True)
-    assert lens.capture(prompt_ids("bloom")).residual.n_layers == 4
-
-
 def test_hybrid_numbers_layers_as_the_model_does() -> None:
     lens = Lens(build("qwen3_next"))
     cap = lens.capture(prompt_ids("qwen3_next"), attention=True)

@@ -77,6 +77,8 @@ def attention_vs_eager(lens: Lens, capture: Capture, kwargs: dict[str, Any]) -> 
     model = copy.deepcopy(lens.model)
     try:
         model.set_attn_implementation("eager")
+        # Falcon keeps "sdpa", and adds its bool mask as a number where it is asked for weights.
+        model.config._attn_implementation = "eager"
         output = model(**kwargs, output_attentions=True)
     except (ValueError, TypeError, NotImplementedError, AttributeError):
         return None
@@ -175,13 +177,12 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
     figures["batches"] = lens.batches_safely(TOKENS)
     with torch.no_grad():
         need(equal(model(**kwargs).logits, plain), "the plain run changed after the captures")
-    reason = ""
-    if not attention:
-        reason = next(iter(anatomy.other_attention.values()), "no softmax attention layers")
+    states = state_layers(lens, ids)
+    reason = why_not_full(lens, attention=attention, effective=effective, states=states)
     row = FamilyRow(
         model_type=model_type,
         model_class=name,
-        outcome="full" if attention else "residual",
+        outcome="residual" if reason else "full",
         n_layers=lens.n_layers,
         attention=lens.attention_layers,
         effective=effective,
@@ -190,8 +191,36 @@ def sweep_one(model_type: str) -> tuple[FamilyRow, dict[str, Any]]:
         no_effective=no_effective,
         sites=sites,
         no_sites=no_sites,
+        states=states,
     )
     return row, figures
+
+
+def state_layers(lens: Lens, ids: Tensor) -> tuple[int, ...]:
+    """Recurrent layers whose state a capture holds: each is proven by what was read of it."""
+    if not lens.state_layers:
+        return ()
+    found = lens.capture(ids, states=[0, TOKENS // 2, -1], residual=None, logits=None)
+    need(found.states.layers == lens.state_layers, f"states of layers {found.states.layers} only")
+    return found.states.layers
+
+
+def why_not_full(
+    lens: Lens, *, attention: bool, effective: tuple[int, ...], states: tuple[int, ...]
+) -> str:
+    """What a capture of the type lacks: an attention, or a recurrence's own; "" for nothing."""
+    claims = lens._runner.proof.gates
+    if lens.anatomy.other_attention:
+        return next(iter(lens.anatomy.other_attention.values()))
+    if not attention and not claims.recurrences:
+        return "no softmax attention layers, and no recurrence that is known"
+    gated = {layer for name, layer in claims.gates if name.startswith("mixer.")}
+    for layer in claims.recurrences:
+        parts = (("effective attention", effective), ("state", states), ("gate", gated))
+        for what, layers in parts:
+            if layer not in layers:
+                return f"the recurrence of layer {layer} has no proven {what}"
+    return ""
 
 
 def family_sites(lens: Lens) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

@@ -60,6 +60,7 @@ class ReferenceLogits:
         block_length: Tokens of the longest block.
 
     Raises:
+        UsageError: the lens is on a decoder that answers a source.
         EmptyPromptError: no block with a token to predict.
         TooLargeError: the unchanged logits would take more than 4 GB.
         NonFiniteError: the unchanged model gives NaN or Inf.
@@ -68,6 +69,7 @@ class ReferenceLogits:
     """
 
     def __init__(self, lens: Lens, blocks: Sequence[Tensor]) -> None:
+        lens.check_reads_texts()
         self._lens = lens
         usable = [block.reshape(-1) for block in blocks if block.numel() >= 2]
         if not usable:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trilens.axes import site_name
+from trilens.errors import UsageError
 from trilens.lens.runner import Runner
 from trilens.lens.sites import layers_of, why_no_site
 from trilens.models.anatomy import Anatomy
@@ -50,6 +51,23 @@ class Opened:
     def stack_name(self) -> StackName:
         """The stack that is captured, one of `stacks`."""
         return self._stack.name
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether a prompt is a source and a target: of an encoder–decoder's decoder."""
+        return self._stack.has_source
+
+    def check_reads_texts(self) -> None:
+        """Refuse where a text alone is no prompt: what is measured on texts has no target.
+
+        Raises:
+            UsageError: the lens is on a decoder that answers a source.
+        """
+        if self.reads_source:
+            raise UsageError(
+                f"{type(self.model).__name__} predicts a target of a source, and a text is one of "
+                "both: open its encoder (stack='encoder'), or a model with one stack"
+            )
 
     @property
     def tokenizer(self) -> Any:

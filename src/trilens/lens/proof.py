@@ -18,7 +18,12 @@ from transformers import PreTrainedModel
 from trilens.errors import AnatomyError, RecorderError, TrilensError, UsageError
 from trilens.io.messages import reason
 from trilens.models.anatomy import Anatomy, find_anatomy
-from trilens.models.cross_attention import cross_attention, source_in, without_cross_attention
+from trilens.models.cross_attention import (
+    CrossAttention,
+    cross_attention,
+    source_in,
+    without_cross_attention,
+)
 from trilens.models.forward_call import config_numbers, takes, text_config
 from trilens.models.gates.claims import GateClaims, find_gates
 from trilens.models.offload import unfilled
@@ -42,7 +47,7 @@ class Proof:
     Attributes:
         vocab: rows of the input embedding.
         modules: the model's modules when it was proven.
-        cross: per layer, the module that attends to what the encoder made of the source.
+        cross: per layer, its attention to what the encoder made of the source.
         no_cross: of a stack with a source, why other layers have no such attention, in words.
         bystanders: blocks that did not run on the probe, by path.
     """
@@ -52,7 +57,7 @@ class Proof:
     sites: SiteClaims
     vocab: int
     modules: tuple[nn.Module, ...]
-    cross: Mapping[int, nn.Module] = field(default_factory=dict)
+    cross: Mapping[int, CrossAttention] = field(default_factory=dict)
     no_cross: Mapping[int, str] = field(default_factory=dict)
     bystanders: Mapping[str, nn.Module] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ What they find is returned with the facts that prove it. What they can't prove i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import listed
 from trilens.models.logit_relation import relate
+from trilens.models.own_code import why_not_inline
 from trilens.models.trace import ModuleCall, Trace, parent_path, same
 
 __all__ = ["Anatomy", "Block", "chains", "find_anatomy"]
@@ -59,6 +60,8 @@ class Anatomy:
         attention: per layer, the module that calls the attention registry there.
         other_attention: per layer, attention that goes another way, in words.
         facts: what the probe proved, in words.
+        inline: per layer whose module computes attention in its own code, which of the module's
+            products gives the scores; -1 for a fused function.
     """
 
     blocks: tuple[Block, ...]
@@ -73,6 +76,7 @@ class Anatomy:
     attention: dict[int, str]
     other_attention: dict[int, str]
     facts: tuple[str, ...]
+    inline: dict[int, int] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -124,7 +128,12 @@ def find_anatomy(
             + (f" × {head.scale:g}" if head.scale != 1.0 else "")
             + (f", capped: {head.softcap:g}·tanh(x/{head.softcap:g})" if head.softcap else "")
         )
-    attention, other = _attention_by_layer(trace, chain)
+    attention, other, inline = _attention_by_layer(trace, chain)
+    if inline:
+        facts.append(
+            f"attention of {len(inline)} blocks is computed in their own code: weights of a "
+            "softmax over [seq, seq] times values"
+        )
     return Anatomy(
         blocks=tuple(
             Block(call.path, call.module, index)
@@ -141,6 +150,7 @@ def find_anatomy(
         attention=attention,
         other_attention=other,
         facts=tuple(facts),
+        inline=inline,
     )
 
 
@@ -231,7 +241,8 @@ class _Norm:
 def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
     """The way from the last block's output to the last hidden state; None where there is none."""
     after = chain.calls[-1].end
-    if same(chain.last, hidden):
+    # Streams [seq, batch, d_model] are turned round before they are handed out.
+    if same(chain.last, hidden) or _same_flat(chain.last, hidden):
         return _Norm(after)
     first = next((c for c in trace.calls if c.start > after and _carried(chain.last, c)), None)
     if first is None:
@@ -322,11 +333,14 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
     )
 
 
-def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], dict[int, str]]:
+def _attention_by_layer(
+    trace: Trace, chain: _Chain
+) -> tuple[dict[int, str], dict[int, str], dict[int, int]]:
     sites: dict[int, str] = {}
     other: dict[int, str] = {}
+    inline: dict[int, int] = {}
     for layer, call in enumerate(chain.calls):
-        inside = [site for site in trace.attention if call.start < site.tick < call.end]
+        inside = trace.attention_in(call)
         strays = {site.path for site in trace.softmax if call.start < site.tick < call.end}
         unread = sorted({site.key for site in inside if not site.readable})
         if unread:
@@ -334,14 +348,23 @@ def _attention_by_layer(trace: Trace, chain: _Chain) -> tuple[dict[int, str], di
                 f"attention implementation {unread[0]!r} gives neither weights nor arguments that "
                 "can be read; load the model with attn_implementation='sdpa' or 'eager'"
             )
-        elif len({site.path for site in inside}) == 1:
+        elif len(inside) == 1 and inside[0].product is not None:
+            why = why_not_inline(inside[0])
+            if why:
+                other[layer] = why
+                continue
+            sites[layer], inline[layer] = inside[0].path, inside[0].product
+        elif len({site.path for site in inside}) == 1 and inside[0].product is None:
             sites[layer] = inside[0].path
         elif inside:
             paths = listed(site.path for site in inside)
             other[layer] = f"{len(inside)} attention calls in one block ({paths})"
         elif strays:
-            other[layer] = f"{listed(sorted(strays))} computes attention outside the registry"
-    return sites, other
+            other[layer] = (
+                f"{listed(sorted(strays))} computes attention in its own code, where no matrix "
+                "product of queries and keys leads to its softmax and on to values"
+            )
+    return sites, other, inline
 
 
 def _why_not(trace: Trace, chains: list[_Chain]) -> AnatomyError:

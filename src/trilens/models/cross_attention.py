@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
+from trilens.models.own_code import why_not_inline
 from trilens.models.trace import AttentionSite, ModuleCall, Trace
 
-__all__ = ["cross_attention", "source_in", "without_cross_attention"]
+__all__ = ["CrossAttention", "cross_attention", "source_in", "without_cross_attention"]
+
+
+@dataclass(frozen=True, slots=True)
+class CrossAttention:
+    """Attention of a decoder's block to the source.
+
+    Attributes:
+        module: that computes it.
+        product: of attention in the module's own code, which of its products gives the scores, -1
+            for a fused function; None where it goes through the registry.
+    """
+
+    module: nn.Module
+    product: int | None = None
 
 
 def without_cross_attention(
@@ -45,8 +60,8 @@ def source_in(trace: Trace) -> int | None:
 
 def cross_attention(
     trace: Trace, sites: Sequence[AttentionSite], anatomy: Anatomy, source: int | None
-) -> tuple[dict[int, nn.Module], dict[int, str]]:
-    """Per layer, the module of its one cross attention call whose pattern can be read.
+) -> tuple[dict[int, CrossAttention], dict[int, str]]:
+    """Per layer, its one cross attention call, where the pattern can be read.
 
     Args:
         trace: of the probe.
@@ -55,12 +70,12 @@ def cross_attention(
         source: positions of the source; None for a model without one.
 
     Returns:
-        The modules; and of other layers why there is none, in words.
+        What was found; and of other layers why there is none, in words.
     """
     if source is None:
         return {}, {}
     modules = {call.path: call.module for call in trace.calls}
-    found: dict[int, nn.Module] = {}
+    found: dict[int, CrossAttention] = {}
     reasons: dict[int, str] = {}
     for layer, call in enumerate(_calls(trace, anatomy)):
         inside = [site for site in sites if call.start < site.tick < call.end]
@@ -77,12 +92,16 @@ def cross_attention(
                 "of either alone"
             )
         elif len(inside) == 1:
-            found[layer] = modules[inside[0].path]
+            why = "" if inside[0].product is None else why_not_inline(inside[0])
+            if why:
+                reasons[layer] = why
+            else:
+                found[layer] = CrossAttention(modules[inside[0].path], inside[0].product)
         elif inside:
             paths = listed(site.path for site in inside)
             reasons[layer] = f"{len(inside)} cross attention calls in one block ({paths})"
         else:
-            reasons[layer] = "no call of an attention function looks at the source's positions"
+            reasons[layer] = "no attention that can be followed looks at the source's positions"
     return found, reasons
 
 

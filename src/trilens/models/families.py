@@ -62,8 +62,9 @@ class FamilyRow:
     """One model type in the sweep.
 
     Attributes:
-        outcome: "full" (residual of every block, every softmax attention layer), "residual"
-            (attention goes a way that can't be captured, or there is none) or "refused".
+        outcome: "full" (residual of every block, every softmax attention layer; of every recurrence
+            effective attention, gates and state), "residual" (one of these can't be captured) or
+            "refused".
         attention: layers with captured softmax attention.
         effective: recurrent layers with proven effective attention.
         gates: proven gates.
@@ -71,6 +72,7 @@ class FamilyRow:
         no_effective: why a recurrent layer has no effective attention; empty where there is none.
         sites: names of the sites that are proven in every layer that has such a place.
         no_sites: names of those that are refused in a layer, each with the first reason.
+        states: recurrent layers with a proven state.
     """
 
     model_type: str
@@ -84,6 +86,7 @@ class FamilyRow:
     no_effective: str = ""
     sites: tuple[str, ...] = ()
     no_sites: tuple[tuple[str, str], ...] = ()
+    states: tuple[int, ...] = ()
 
     @property
     def has_core_sites(self) -> bool:
@@ -103,6 +106,11 @@ class FamilyTable(Tabular):
     def count(self) -> dict[str, int]:
         """Rows per outcome."""
         return dict(Counter(row.outcome for row in self.rows))
+
+    @property
+    def n_recurrent_only(self) -> int:
+        """Types captured in full that have no softmax attention."""
+        return sum(1 for row in self.rows if row.outcome == "full" and not row.attention)
 
     @property
     def n_gated(self) -> int:
@@ -167,6 +175,7 @@ def _row(plain: dict[str, Any]) -> FamilyRow:
         for gate in plain["gates"]
     )
     layers = {key: tuple(plain[key]) for key in ("attention", "effective")}
+    layers["states"] = tuple(plain.get("states", ()))
     no_sites = tuple((name, why) for name, why in plain.get("no_sites", ()))
     sites = {"sites": tuple(plain.get("sites", ())), "no_sites": no_sites}
     return FamilyRow(**{**plain, **layers, **sites, "gates": gates})

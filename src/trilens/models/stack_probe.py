@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ _LENGTHS = (PROBE_TOKENS, 13, 17, 19, 23, 29, 31)
 _FRAMES = (203, 1607, 16_007)
 """Lengths of made-up sound: encoders shorten it by up to some thousand times."""
 _WIDTHS = re.compile(r"mel|feat|in_channels|input_dim|input_size")
+_ENOUGH = 13
+"""Positions of a source: more than the target's tokens, where an encoder can give them."""
 _FEWEST = 3
 _SMALL_IMAGE = 224
 
@@ -73,11 +75,12 @@ def probe_of(model: PreTrainedModel, stack: Stack, reading: Reading) -> Probe:
         raise AnatomyError(f"{type(model).__name__} has no encoder any more: open it again")
     given: dict[str, Tensor]
     if reads_tokens(encoder):
-        length = _length(model)
+        # A source longer than the target: attention has at least as many keys as queries.
+        length = _length(model, reversed(_LENGTHS))
         given = {"input_ids": probe_ids(model, reading.source_vocab, length, seed=1)}
     else:
         given, length = _features(encoder)
-    seq = _length(model, length)
+    seq = _length(model, [n for n in _LENGTHS if n != length])
     target = probe_ids(model, reading.vocab, seq)
     arguments = {**given, "decoder_input_ids": target, **pass_options(model)}
     return Probe(arguments, seq, length)
@@ -90,15 +93,17 @@ def probe_with(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Probe:
     return Probe(given_arguments(model, inputs), seq)
 
 
-def _length(model: PreTrainedModel, taken: int | None = None) -> int:
+def _length(model: PreTrainedModel, lengths: Iterable[int] = _LENGTHS) -> int:
+    """The first of some lengths that no axis of the model is likely to equal."""
     axes = {int(value) for value in config_numbers(model) if value == int(value)}
-    free = [n for n in _LENGTHS if n != taken]
-    return next((n for n in free if n not in axes), free[-1])
+    given = list(lengths)
+    return next((n for n in given if n not in axes), given[-1])
 
 
 def _features(encoder: nn.Module) -> tuple[dict[str, Tensor], int]:
     """Made-up input that runs through an encoder, and how many positions it makes of it."""
     name, error = source_name(encoder), ""
+    found: tuple[dict[str, Tensor], int] | None = None
     weight = next(each for each in encoder.parameters() if each.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     for shape in _shapes(encoder):
@@ -113,8 +118,14 @@ def _features(encoder: nn.Module) -> tuple[dict[str, Tensor], int]:
             continue
         hidden = getattr(output, "last_hidden_state", output)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        if isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] >= _FEWEST:
-            return given, int(hidden.shape[1])
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] < _FEWEST:
+            continue
+        if found is None or hidden.shape[1] > found[1]:
+            found = given, int(hidden.shape[1])
+        if found[1] >= _ENOUGH:
+            return found
+    if found is not None:
+        return found
     raise AnatomyError(
         f"the encoder {type(encoder).__name__} reads {name}, and no made-up input of the shapes "
         f"that its configuration speaks of runs through it ({error})"

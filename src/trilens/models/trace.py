@@ -132,7 +132,7 @@ class ModuleCall:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One call of an attention function through the registry.
+    """One call of attention: through the registry, or in a module's own code.
 
     Attributes:
         key: the implementation's name.
@@ -142,6 +142,8 @@ class AttentionSite:
         error: largest |pattern · value − output| over the largest pattern · |value|, for the
             pattern that is read from the call; None where there is none to compare.
         has_scores: whether that pattern is rebuilt from scores.
+        product: of attention in the module's own code, which of the module's products gives the
+            scores, -1 for a fused function; None where it goes through the registry.
     """
 
     path: str
@@ -156,6 +158,7 @@ class AttentionSite:
     output: Tensor | None = None
     error: float | None = None
     has_scores: bool = False
+    product: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,6 +227,11 @@ class Trace:
     def inside(self, call: ModuleCall) -> list[ModuleCall]:
         """The calls that ran inside the given one, in order of their start."""
         return [other for other in self.calls if call.encloses(other)]
+
+    def attention_in(self, call: ModuleCall) -> list[AttentionSite]:
+        """The attention calls inside a module's call: a model's own code where no other is."""
+        inside = [site for site in self.attention if call.start < site.tick < call.end]
+        return [site for site in inside if site.product is None] or inside
 
     def find(self, ticks: Iterable[int], call: ModuleCall) -> list[int]:
         """The ticks that fall inside a call."""

@@ -10,23 +10,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.errors import AttentionPathError
-from trilens.taps.attention_evidence import output_error, weights_evidence
+from trilens.taps.attention_evidence import FEW, output_error, weights_evidence
+from trilens.taps.inline.follower import inline_attention
 from trilens.taps.registry import AttentionCall
 
-__all__ = ["is_readable", "pattern_of"]
+__all__ = ["is_readable", "pattern_of", "settled"]
 
 
 def is_readable(call: AttentionCall) -> bool:
     """Whether `pattern_of` has something to read a pattern from."""
-    return call.function is sdpa_attention_forward or call.weights is not None
+    fused = call.function is sdpa_attention_forward
+    return fused or call.weights is not None or call.proven
 
 
 _SINK_NAME = re.compile("sink|^s_aux$")
@@ -47,6 +50,8 @@ def pattern_of(call: AttentionCall) -> Pattern:
         return DensePattern(call.weights.detach())
     if call.function is sdpa_attention_forward:
         return _sdpa_pattern(call)
+    if call.proven or call.function is inline_attention:
+        return _inline_pattern(call)
     if call.weights is None:
         raise AttentionPathError(
             f"attention implementation {call.implementation!r} gives neither weights nor arguments "
@@ -56,6 +61,35 @@ def pattern_of(call: AttentionCall) -> Pattern:
     if best is None:
         return DensePattern(call.weights.detach())
     return _with_later_sink(best, call)
+
+
+def settled(call: AttentionCall) -> AttentionCall:
+    """A call that a capture keeps: without weights where its arguments give them back."""
+    if call.function is not inline_attention or call.proven or call.edited:
+        return call
+    if isinstance(_inline_pattern(call), SoftmaxPattern):
+        return replace(call, weights=None, value=None, output=None, proven=True)
+    return replace(call, value=None, output=None)
+
+
+@torch.no_grad()
+def _inline_pattern(call: AttentionCall) -> Pattern:
+    """The pattern of a module's own code: every term of its scores was followed, or none is."""
+    if "opaque" in call.options:
+        if call.weights is None:
+            raise AttentionPathError("attention in a module's own code gave no weights")
+        return DensePattern(call.weights.detach())
+    pattern = SoftmaxPattern(
+        call.query,
+        call.key,
+        scaling=_scaling(call),
+        mask=call.mask,
+        causal=bool(call.options.get("is_causal")),
+        bias=call.options.get("position_bias"),
+    )
+    if call.weights is None or weights_evidence(pattern, call.weights, FEW).holds:
+        return pattern
+    return DensePattern(call.weights.detach())
 
 
 def _sdpa_pattern(call: AttentionCall) -> SoftmaxPattern:

@@ -16,12 +16,14 @@ from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.taps.registry import AttentionCall
 
-__all__ = ["Evidence", "output_error", "value_error", "weights_evidence"]
+__all__ = ["FEW", "Evidence", "output_error", "value_error", "weights_evidence"]
 
 # So many rows average the rounding of half precision to where a small sink mass shows; the first
 # ones have few keys, where a sink takes most.
 _FIRST_ROWS = 8
 _ROWS = 32
+FEW = 5
+"""Rows by which a pattern is checked whose every term was followed: each capture pays for them."""
 
 _ALLOWED = 1e-5
 _ALLOWED_EPS = 4
@@ -45,15 +47,17 @@ class Evidence:
         return self.excess <= 1
 
 
-def weights_evidence(pattern: SoftmaxPattern, weights: Tensor) -> Evidence:
+def weights_evidence(pattern: SoftmaxPattern, weights: Tensor, few: int | None = None) -> Evidence:
     """The candidate against the returned weights [batch, heads, seq_q, seq_k].
+
+    `few` compares so many rows alone, the last one among them.
 
     A row may be off by a total variation of 1e-5; in half precision by four roundings of 1 and, as
     the function may have rounded its scores, by what that does to the row: at most
     Σ w (1 − w) |δ|, with δ two roundings of the score.
     """
     excess, squares, count = 0.0, 0.0, 0
-    for batch, rows, ours in _compared(pattern):
+    for batch, rows, ours in _compared(pattern, few):
         theirs = weights[batch][:, rows].to(ours.dtype)
         if ours.shape != theirs.shape:
             return Evidence(math.inf, math.inf)
@@ -120,15 +124,20 @@ def value_error(pattern: Pattern, call: AttentionCall) -> float | None:
     return worst / largest if largest > 0 else None
 
 
-def _compared(pattern: SoftmaxPattern) -> Iterator[tuple[int, list[int], Tensor]]:
-    rows = _rows(pattern.seq_q)
+def _compared(
+    pattern: SoftmaxPattern, few: int | None = None
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    rows = _rows(pattern.seq_q) if few is None else _spread(pattern.seq_q, few)
     for batch in range(pattern.batch):
         yield batch, rows, pattern.rows(rows, batch=batch)
 
 
 def _rows(seq: int) -> list[int]:
-    spread = (step * (seq - 1) // (_ROWS - 1) for step in range(_ROWS))
-    return sorted({*range(min(seq, _FIRST_ROWS)), *spread})
+    return sorted({*range(min(seq, _FIRST_ROWS)), *_spread(seq, _ROWS)})
+
+
+def _spread(seq: int, count: int) -> list[int]:
+    return sorted({step * (seq - 1) // (count - 1) for step in range(count)})
 
 
 def _allowed(

@@ -52,22 +52,39 @@ class AttentionTaps:
 
     def before(self, given: AttentionArguments) -> AttentionArguments:
         """What the function is called with instead; the same object where nothing changes."""
-        if not self.run.mine() or self.run.layer is None:
-            return given
-        span = self.run.span
+        query, key, value = self.query(given.query), self.key(given.key), self.value(given.value)
+        if query is not given.query or key is not given.key or value is not given.value:
+            given = replace(given, query=query, key=key, value=value)
+        mask = self.mask(given)
+        return given if mask is given.mask else replace(given, mask=mask)
+
+    def query(self, tensor: Tensor) -> Tensor:
+        """The queries that are used instead; the same object where nothing changes."""
         for spot in self._live("query"):
-            query = self.taps.at(spot, given.query)
-            given = given if query is given.query else replace(given, query=query)
+            tensor = self.taps.at(spot, tensor)
+        return tensor
+
+    def key(self, tensor: Tensor) -> Tensor:
+        """The keys that are used instead."""
         for spot in self._live("key"):
-            key = self._cached(spot, given.key)
-            given = given if key is given.key else replace(given, key=key)
+            tensor = self._cached(spot, tensor)
+        return tensor
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """The values that are used instead."""
         for spot in self._live("value"):
-            value = self._cached(spot, given.value)
-            given = given if value is given.value else replace(given, value=value)
-        for cut in self.edits.cuts.get(self.run.layer, ()):
-            mask = self._cut(cut, given, span)
+            tensor = self._cached(spot, tensor)
+        return tensor
+
+    def mask(self, given: AttentionArguments) -> Any:
+        """The mask that is used instead."""
+        layer = self.run.layer
+        if not self.run.mine() or layer is None:
+            return given.mask
+        for cut in self.edits.cuts.get(layer, ()):
+            mask = self._cut(cut, given, self.run.span)
             given = given if mask is given.mask else replace(given, mask=mask)
-        return given
+        return given.mask
 
     def after(self, call: AttentionCall) -> AttentionCall:
         """The call with what it gives instead; the same object where nothing changes."""
@@ -83,6 +100,8 @@ class AttentionTaps:
         return call
 
     def _live(self, part: str) -> list[Spot]:
+        if not self.run.mine():
+            return []
         return [s for s in self.spots if s.site.layer == self.run.layer and s.tap.part == part]
 
     def _cached(self, spot: Spot, tensor: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ from trilens.models.gates.recurrent_states import states_of
 from trilens.models.gates.site import GateSite, GateSource
 from trilens.models.sites.site import SiteKey, title_of
 from trilens.models.trace import same, tensors_in
+from trilens.taps.attention import settled
 from trilens.taps.attention_taps import AttentionTaps
 from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
+from trilens.taps.inline.memory import KeptPairs
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import AttentionCall
 from trilens.taps.site_taps import SiteTaps
@@ -78,6 +80,7 @@ class Session:
         self.references: list[tuple[Tensor, int]] = []
         self.counts: dict[tuple[int, TapKey], int] = {}
         self.entry: dict[str, Any] | None = None
+        self.pairs = KeptPairs()
         self.sites.begin()
         self.sums.begin()
 
@@ -141,12 +144,18 @@ class Session:
                 f"layer {layer} calls attention twice with different queries or keys: it has no "
                 "single attention pattern"
             )
+        call = settled(call)
+        self.pairs.check(call, layer)
         self.recording.attention[layer] = self.keep_call(call)
 
     def attend_across(self, call: AttentionCall) -> None:
         """Keep the queries and keys of an attention call to the encoder's positions."""
         layer = self.layer
-        if self.mine() and layer is not None and self.request.cross.get(layer) is call.module:
+        if not self.mine() or layer is None or layer not in self.request.cross:
+            return
+        if self.request.cross[layer].module is call.module:
+            call = settled(call)
+            self.pairs.check(call, layer)
             self.recording.cross[layer] = self.keep_call(call)
 
     def keep_call(self, call: AttentionCall) -> AttentionCall:

@@ -36,6 +36,7 @@ from trilens.taps.attention import is_readable, pattern_of
 from trilens.taps.attention_evidence import value_error
 from trilens.taps.functions import FunctionCalls
 from trilens.taps.hooks import hooked
+from trilens.taps.inline.follower import Follower
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.overwritten import Overwritten, Seen
 from trilens.taps.recorded_sums import RecordedSums
@@ -76,6 +77,9 @@ class _Recorder:
         self.sums = RecordedSums(seq, self.weights, self.overwritten)
         self.attention: list[AttentionSite] = []
         self.softmax: list[SoftmaxSite] = []
+        self.inline: list[tuple[int, AttentionCall, int]] = []
+        self.follower = Follower(self.attended_inline)
+        self.follower.begin(1, seq)
         self.events = GateEvents()
         self.kernels: list[tuple[str, int]] = []
         # Storage of a gating call's output, and of its copies → the call's number. The tensors
@@ -90,9 +94,11 @@ class _Recorder:
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = [self.overwritten.see(t) for t in (*tensors_in(args), *tensors_in(kwargs))]
         self.open.append((module, self.clock(), inputs))
+        self.follower.enter(module)
 
     def after(self, module: nn.Module, _args: Any, output: Any) -> None:
         _, start, inputs = self.open.pop()
+        self.follower.leave()
         outputs = [self.overwritten.see(tensor) for tensor in tensors_in(output)]
         call = ModuleCall(
             self.paths[module],
@@ -124,10 +130,23 @@ class _Recorder:
         # The function ran just now: the softmaxes inside it are the registry's own.
         path = self.paths[call.module]
         self.softmax = [site for site in self.softmax if site.path != path]
+        self.inline = [each for each in self.inline if each[1].module is not call.module]
+        self.attention.append(self._site(call, self.clock(), None))
+
+    def attended_inline(self, call: AttentionCall, product: int) -> None:
+        """A module computed attention in its own code, or a function of the registry did."""
+        self.inline.append((self.clock(), call, product))
+
+    def finished_attention(self) -> tuple[AttentionSite, ...]:
+        """All attention calls, in order."""
+        own = [self._site(call, tick, product) for tick, call, product in self.inline]
+        return tuple(sorted((*self.attention, *own), key=lambda site: site.tick))
+
+    def _site(self, call: AttentionCall, tick: int, product: int | None) -> AttentionSite:
         error, has_scores = _pattern_error(call)
-        site = AttentionSite(
-            path,
-            self.clock(),
+        return AttentionSite(
+            self.paths[call.module],
+            tick,
             call.implementation,
             call.query.shape[-2],
             call.key.shape[-2],
@@ -138,21 +157,22 @@ class _Recorder:
             call.output,
             error,
             has_scores,
+            product,
         )
-        self.attention.append(site)
 
     def before_function(
-        self, name: str, args: tuple[Any, ...], _options: dict[str, Any]
+        self, name: str, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, ...]:
         """Keeps what a recorded tensor holds before it is written into."""
         self.sums.before(name, args)
-        return args
+        return self.follower.before(name, args, options)
 
     def after_function(
         self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any
     ) -> Any:
         """Notes a call; what it gave goes on as it is."""
         self.function(name, args, options, result)
+        self.follower.after(name, args, options, result)
         return result
 
     def function(
@@ -287,7 +307,7 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
     trace = Trace(
         seq=seq,
         calls=calls,
-        attention=tuple(recorder.attention),
+        attention=recorder.finished_attention(),
         softmax=tuple(recorder.softmax),
         logits=logits if isinstance(logits, Tensor) else None,
         last_hidden=hidden,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trilens.caches.patterns.protocol import Pattern
+from trilens.models.cross_attention import CrossAttention
 from trilens.models.gates.kernels import KernelRecord
 from trilens.models.gates.mixers import Boundary
 from trilens.models.gates.recurrent_states import LayerState
@@ -54,7 +55,7 @@ class CaptureRequest:
         gradients: keep sites as they are in the graph, so that gradients reach them.
         prompts: tokens of each row's prompt, where the pass does not hold just those.
         numbers: of the rows' prompts among those that edits were made ready for.
-        cross: modules whose attention to the encoder's positions is requested, by layer.
+        cross: layers whose attention to the encoder's positions is requested.
         absent_cross: why other layers have no such attention in this capture.
     """
 
@@ -73,7 +74,7 @@ class CaptureRequest:
     gradients: bool = False
     prompts: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
-    cross: Mapping[int, nn.Module] = field(default_factory=dict)
+    cross: Mapping[int, CrossAttention] = field(default_factory=dict)
     absent_cross: Mapping[int, str] = field(default_factory=dict)
 
     def span(self, start: int) -> Span:

@@ -48,6 +48,7 @@ class AttentionCall:
 
     Attributes:
         edited: the weights are what an edit made of the function's.
+        proven: query, key, mask and options gave back the weights, which are not kept.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class AttentionCall:
     value: Tensor | None = None
     output: Tensor | None = None
     edited: bool = False
+    proven: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

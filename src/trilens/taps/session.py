@@ -17,6 +17,7 @@ from trilens.models.gates.kernels import DECODE_KERNELS, KERNEL_GATES
 from trilens.taps.edits import Compiled
 from trilens.taps.gate_check import watch_gates
 from trilens.taps.hooks import hooked
+from trilens.taps.inline.tap import InlineTap, inline_modules
 from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
 from trilens.taps.passing import Session
 from trilens.taps.recording import CaptureRequest, Recording
@@ -82,8 +83,17 @@ def session_of(
         blocks = {id(block.module): block.module for block in anatomy.blocks}.values()
         for module in blocks:
             hooks.before(module, session.enter_block)
+        edited = session.calls.modules(model, anatomy)
+        paths = {anatomy.attention[layer] for layer in request.attention}
+        attending = edited | {model.get_submodule(path) for path in paths}
+        editor = session.calls if edited else None
+        own = {m: n for m, n in inline_modules(model, anatomy).items() if m in attending}
         session.sites.place_inputs(hooks)
         session.sums.place(hooks)
+        # After the sums: of two that watch functions, the one that begins later has to end first.
+        InlineTap(session, own, session.attend, editor).place(hooks)
+        crossing = {c.module: c.product for c in request.cross.values() if c.product is not None}
+        InlineTap(session, crossing, session.attend_across, None).place(hooks)
         session.sites.place_outputs(hooks)
         for module in blocks:
             hooks.after(module, session.leave_block)
@@ -112,16 +122,13 @@ def session_of(
             watcher = KernelWatcher(_nothing, session.leave_kernel, edit)
             kernels |= {DECODE_KERNELS[name] for name in kernels & DECODE_KERNELS.keys()}
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
-        edited = session.calls.modules(model, anatomy)
-        paths = {anatomy.attention[layer] for layer in request.attention}
-        attending = edited | {model.get_submodule(path) for path in paths}
-        if attending:
-            keys = attention_keys(model, attending)
-            editor = session.calls if edited else None
+        if attending - own.keys():
+            keys = attention_keys(model, attending - own.keys())
             hooks.enter(REGISTRY.watch(keys, session.attend, editor))
-        if request.cross:
-            across = attention_keys(model, request.cross.values())
-            hooks.enter(REGISTRY.watch(across, session.attend_across))
+        across = [each.module for each in request.cross.values() if each.product is None]
+        if across:
+            watched = attention_keys(model, across)
+            hooks.enter(REGISTRY.watch(watched, session.attend_across))
         yield session
 
 

@@ -339,7 +339,7 @@ def test_the_embedding_and_the_final_norm_are_where_a_model_begins_and_ends(
         ("falcon", "resid_mid", True, "parallel"),
         ("mamba", "resid_mid", True, "no MLP"),
         ("mamba", "attn.z", True, "no softmax attention"),
-        ("gptj", "attn.z", False, "outside the registry"),
+        ("xlnet", "attn.out", False, "no output projection reads"),
         ("diffllama", "attn.out", False, "2 times"),
         ("mixtral", "mlp.post", False, "routed experts"),
         ("gpt2", "mlp.gate", False, "no activation module whose output times"),

@@ -315,15 +315,20 @@ class _Run:
 
 
 def as_lens(model: Lens | str | Path) -> Lens:
-    """A lens as it is; a directory or hub id loaded."""
-    if isinstance(model, Lens):
-        return model
-    if not isinstance(model, str | Path):
+    """A lens as it is; a directory or hub id loaded.
+
+    Raises:
+        UsageError: none of these, or one whose prompts are pairs.
+    """
+    if isinstance(model, str | Path):
+        model = Lens.from_pretrained(str(model))
+    if not isinstance(model, Lens):
         raise UsageError(
             f"a model to compare is a {type(model).__name__}: give a Lens, a checkpoint directory "
             "or a hub id"
         )
-    return Lens.from_pretrained(str(model))
+    model.check_reads_texts()
+    return model
 
 
 def _read(

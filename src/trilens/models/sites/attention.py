@@ -8,7 +8,7 @@ from torch import Tensor
 from trilens.models.gates.block import BlockView
 from trilens.models.gates.site import Layout, find_columns, layout_of
 from trilens.models.sites.found import Found
-from trilens.models.sites.head_out import by_head, is_projection, projection_bias
+from trilens.models.sites.head_out import by_head, gives_tensor, is_projection, projection_bias
 from trilens.models.sites.site import Tap
 from trilens.models.sites.streams import BlockStreams, is_norm_like
 from trilens.models.trace import AttentionSite, ModuleCall, same
@@ -163,6 +163,11 @@ def _claim_projection(
     layout = layout_of(y, view.seq)
     if layout is not None:
         found.claim("attn.out", tap, layout, (streams.d_model,), overwritten=written)
+    if not gives_tensor(projection.module, x):
+        found.refuse(
+            ("attn.head_out",), f"{projection.path} gives something beside what it projects"
+        )
+        return
     heads = z.shape[2]
     # PROMOTE: the identity is one of numbers; the model's rounding is what is allowed for. Also,
     # products of half precision take several times as long on a CPU.

@@ -92,7 +92,7 @@ class _Layer:
         else:
             tap = streams.input_tap(streams.block, base)
             _claim_stream("resid_pre", streams, tap, streams.block.read[base], found)
-        calls = [s for s in self.trace.attention if self._mine(s.tick)]
+        calls = self.trace.attention_in(self.view.block)
         site = calls[0] if len(calls) == 1 else None
         projection = None if site is None else attention.find_projection(self.view, streams, site)
         if site is None:
@@ -122,7 +122,7 @@ class _Layer:
     def _find_in_parts(self, parts: Parts) -> None:
         found, streams = self.found, self.streams
         kinds = tuple(dict.fromkeys(kind for part in parts.parts for kind in part.kinds))
-        calls = [s for s in self.trace.attention if self._mine(s.tick)]
+        calls = self.trace.attention_in(self.view.block)
         absent: dict[Kind, tuple[str, bool]] = {
             "attn": (self._why_no_attention(calls), self._has_none(calls)),
             "mixer": ("the layer has no recurrent mixer", not self.view.kernels),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["by_head", "is_projection", "projection_bias", "projection_weight"]
+__all__ = ["by_head", "gives_tensor", "is_projection", "projection_bias", "projection_weight"]
 
 
 @torch.no_grad()
@@ -41,6 +41,17 @@ def projection_bias(projection: nn.Module, value: Tensor) -> Tensor:
     """
     made: Tensor = projection(value.new_zeros((1, 1, value.shape[-1])))
     return made.reshape(-1)
+
+
+@torch.no_grad()
+def gives_tensor(projection: nn.Module, value: Tensor) -> bool:
+    """Whether a module gives one tensor and nothing beside it (integer arithmetic: a scale).
+
+    Args:
+        projection: the module.
+        value: an input of it, for dtype, device and width.
+    """
+    return isinstance(projection(value.new_zeros((1, 1, value.shape[-1]))), Tensor)
 
 
 def is_projection(module: nn.Module) -> bool:

@@ -63,6 +63,7 @@ def _details(row: FamilyRow) -> list[tuple[str, str]]:
         ("layers", f"{row.n_layers or '–'} in the tiny model that was swept"),
         ("softmax", spell_short(row.attention)),
         ("effective", spell_short(row.effective)),
+        ("states", spell_short(row.states)),
         *(("gate", str(gate)) for gate in row.gates),
         ("sites", ", ".join(row.sites) or "–"),
     ]
