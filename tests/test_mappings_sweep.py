@@ -40,7 +40,7 @@ PARTIAL = (
     ("speech", "dia", "does not run on a plain prompt"),
     ("image", "mllama", "no made-up input"),
 )
-REFUSED = (("seq2seq", "bigbird_pegasus"), ("masked", "reformer"))
+REFUSED = (("masked", "big_bird"), ("masked", "reformer"))
 
 
 @pytest.mark.parametrize(("mapping", "model_type"), FULL)
