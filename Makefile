@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-hostile test-numerics test-engines test-gpu check check-pythons bench sweep format clean
+.PHONY: demo test test-hostile test-numerics test-engines test-gpu test-browser check check-pythons bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,7 +12,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready
-	@$(VENV)/bin/trilens demo
+	@$(VENV)/bin/trilens demo --report demo.html
 
 # One process a core, one thread each: the models are too small for more.
 test: $(VENV)/.ready
@@ -58,6 +58,14 @@ $(VENV)/.gpu: $(VENV)/.ready
 # Without a GPU in Triton's interpreter.
 test-gpu: $(VENV)/.gpu
 	$(PY) -m pytest tests/gpu
+
+# A Chromium of the system (apt-get install chromium), without which `test` skips these.
+$(VENV)/.browser: $(VENV)/.ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	@touch $@
+
+test-browser: $(VENV)/.browser
+	TRILENS_BROWSER=1 $(PY) -m pytest tests/browser
 
 # Other Pythons of this machine, without torch.
 check-pythons:

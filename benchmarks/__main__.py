@@ -8,6 +8,7 @@ import sys
 NAMES = (
     "startup",
     "overhead",
+    "store",
     "inline_overhead",
     "patching",
     "sites",
@@ -22,6 +23,7 @@ NAMES = (
     "planes",
     "checkpoint",
     "calibrated",
+    "self_calibration",
     "plan",
     "what_survives",
     "checkpoint_2gb",

@@ -6,14 +6,18 @@ import importlib
 import inspect
 from pathlib import Path
 
-__all__ = ["PACKAGES", "PAGE", "names", "page"]
+from trilens.axes import SITES
+
+__all__ = ["PACKAGES", "PAGE", "SITES_PAGE", "names", "page", "sites_table"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+SITES_PAGE = PAGE.with_name("sites.md")
 PACKAGES = (
     "trilens",
     "trilens.analysis",
     "trilens.caches",
     "trilens.checkpoint",
+    "trilens.corpus",
     "trilens.edits",
     "trilens.errors",
     "trilens.planning",
@@ -61,5 +65,17 @@ def page() -> str:
     return "".join(parts)
 
 
+def sites_table() -> str:
+    """The table of sites, as docs/sites.md ends with it."""
+    rows = ["| site | axes | where | what proves it | other names |", "|---|---|---|---|---|"]
+    for name, spec in SITES.items():
+        aliases = ", ".join(f"`{alias}`" for alias in spec.aliases) or "–"
+        axes = spec.axes if spec.per_layer else f"{spec.axes}, once"
+        rows.append(f"| `{name}` | {axes} | {spec.where} | {spec.proof} | {aliases} |")
+    return "\n".join(rows) + "\n"
+
+
 if __name__ == "__main__":
+    text = SITES_PAGE.read_text(encoding="utf-8")
+    SITES_PAGE.write_text(text.partition("| site |")[0] + sites_table(), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import trilens
-from api_page import PACKAGES, PAGE, names, page
+from api_page import PACKAGES, PAGE, SITES_PAGE, names, page, sites_table
 
 # Where a class of torch or transformers fixes the signature.
 FOREIGN = {"TernaryLinear", "TrilensConfig"}
@@ -104,3 +104,7 @@ def test_options_are_given_by_keyword(name: str) -> None:
 @pytest.mark.parametrize("name", CALLABLES)
 def test_every_public_callable_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(CALLABLES[name]), name
+
+
+def test_the_page_of_sites_is_made_from_their_table() -> None:
+    assert SITES_PAGE.read_text(encoding="utf-8").endswith("\n\n" + sites_table())

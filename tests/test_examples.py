@@ -18,10 +18,12 @@ def run(name: str) -> dict[str, Any]:
 def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
+        "class_means",
         "induction_heads",
         "logit_lens",
         "patching",
         "probe",
+        "sparse_autoencoder",
         "state_knockout",
         "steering",
         "ternary_circuit",
@@ -69,3 +71,13 @@ def test_layers_settle_and_a_translation_helps() -> None:
     assert shown["rank"] == 0
     assert max(shown["tuned"].held_out_errors) < min(shown["tuned"].untranslated_errors)
     assert len(repr(shown["tuned"])) < 200
+
+
+def test_a_sparse_autoencoder_from_a_store() -> None:
+    shown = run("sparse_autoencoder")
+    assert shown["explained"] > 0.7
+    assert int((shown["active"] > 0).sum()) > shown["WIDTH"] // 4
+
+
+def test_means_tell_classes_apart() -> None:
+    assert max(run("class_means")["accuracies"]) > 0.9

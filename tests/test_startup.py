@@ -42,7 +42,7 @@ def test_trilens_loads_nothing_but_its_hooks() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["analysis", "caches", "checkpoint", "edits", "planning", "ternary"]
+    "package", ["analysis", "caches", "checkpoint", "corpus", "edits", "planning", "ternary"]
 )
 def test_a_package_loads_when_its_names_are_used(package: str) -> None:
     assert "torch" not in loaded(f"import trilens.{package}")

@@ -6,7 +6,7 @@ import pytest
 
 from tinymodels import TYPES, build
 from tinymodels.checks import family_sites, sweep_one, why_not_full
-from trilens.errors import AnatomyError, SeveralStreamsError
+from trilens.errors import AnatomyError
 from trilens.lens.lens import Lens
 from trilens.models.families import load_families
 
@@ -43,16 +43,16 @@ FULL = (
 # Attention in the model's own code: heads folded into the batch, fused, a window, an einsum.
 INLINE = ("bloom", "falcon", "gpt_neo", "gptj", "xglm", "xlnet")
 RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
-RESIDUAL = ("longcat_flash",)
 REFUSED = {
-    "deepseek_v4": SeveralStreamsError,
-    "gemma3n_text": SeveralStreamsError,
-    "qwen4_exp_text": SeveralStreamsError,
     "reformer": AnatomyError,
     "big_bird": AnatomyError,
     "blt": AnatomyError,
     "xlm": AnatomyError,
+    "cpmant": AnatomyError,
 }
+STREAMS = ("deepseek_v4", "gemma3n_text", "qwen4_exp_text")
+SEVERAL = ("longcat_flash", "hrm_text")
+"""Several attentions in one block; blocks that run in several rounds."""
 
 
 @pytest.mark.parametrize("model_type", (*FULL, *INLINE))
@@ -84,11 +84,12 @@ def test_a_recurrence_that_lacks_something_is_not_captured_in_full() -> None:
         assert f"no proven {what}" in why_not_full(lens, attention=False, **options)
 
 
-@pytest.mark.parametrize("model_type", RESIDUAL)
-def test_captured_without_attention(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", (*STREAMS, *SEVERAL))
+def test_captured_with_streams_parts_and_rounds(model_type: str) -> None:
     row, _ = sweep_one(model_type)
-    assert row.outcome == "residual"
-    assert row.reason
+    assert row.outcome == "full", row.reason
+    assert len(row.attention) == row.n_layers or row.effective
+    assert (model_type in STREAMS) == any(gate.name == "stream.write" for gate in row.gates)
 
 
 @pytest.mark.parametrize(("model_type", "error"), REFUSED.items())

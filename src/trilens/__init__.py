@@ -16,7 +16,9 @@ end_when_interrupted()  # the imports below are most of the command's start
 from lazy_loader import attach_stub  # noqa: E402
 
 from trilens.registration import register  # noqa: E402
+from trilens.report.registration import register_views  # noqa: E402
 
 __getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
 
 register()
+register_views()

@@ -1,6 +1,7 @@
 from . import analysis as analysis
 from . import caches as caches
 from . import checkpoint as checkpoint
+from . import corpus as corpus
 from . import edits as edits
 from . import errors as errors
 from . import planning as planning
@@ -49,6 +50,7 @@ from .caches.sites import SiteCache as SiteCache
 from .caches.states import StateCache as StateCache
 from .caches.states import StateSpec as StateSpec
 from .checkpoint.calibration.options import Calibration as Calibration
+from .checkpoint.calibration.own_text import OwnText as OwnText
 from .checkpoint.format.matrix_plan import MatrixPlan as MatrixPlan
 from .checkpoint.format.plan import TernaryPlan as TernaryPlan
 from .checkpoint.format.report import TernaryReport as TernaryReport
@@ -57,6 +59,11 @@ from .checkpoint.gguf.validation import validate_gguf as validate_gguf
 from .checkpoint.lora import enable_lora as enable_lora
 from .checkpoint.pipeline import ternarize as ternarize
 from .checkpoint.validation import validate as validate
+from .corpus.capture import capture_corpus as capture_corpus
+from .corpus.options import StoreOptions as StoreOptions
+from .corpus.store import Store as Store
+from .corpus.store import open_store as open_store
+from .corpus.validation import validate_store as validate_store
 from .demo import demo_path as demo_path
 from .errors import AnatomyError as AnatomyError
 from .errors import CaptureError as CaptureError
@@ -87,6 +94,8 @@ from .planning.sensitivity import Sensitivity as Sensitivity
 from .planning.sensitivity import measure_sensitivity as measure_sensitivity
 from .progress import Progress as Progress
 from .progress import Step as Step
+from .report.html.report import Report as Report
+from .report.html.report import make_report as make_report
 from .statistics.gating import GatingAccumulator as GatingAccumulator
 from .statistics.gating import GatingAnalysis as GatingAnalysis
 from .statistics.ranks import rank_correlation as rank_correlation

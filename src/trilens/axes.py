@@ -4,6 +4,8 @@ Shapes
     batch   prompts in one forward pass
     seq     tokens of one prompt; seq_q query positions, seq_k key positions
     d_model width of the residual stream
+    streams residual streams, where a model keeps several: a site of the residual is
+            [seq, streams, d_model] there
     heads   query heads; kv_heads key/value heads; d_head width of one head
     units   gate units: channels, heads, states or experts, flattened in row-major order
     vocab   tokens the unembedding knows
@@ -22,7 +24,7 @@ from difflib import get_close_matches
 from trilens.errors import UnknownSiteError
 from trilens.printable import bounded, escaped
 
-__all__ = ["GATE_SITES", "SITES", "SITE_ORDER", "SiteSpec", "site_name"]
+__all__ = ["GATE_SITES", "RESIDUALS", "SITES", "SITE_ORDER", "SiteSpec", "site_name"]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -43,6 +45,9 @@ GATE_SITES: dict[str, str] = {
     "mixer.value_mix": "share of the first block's values in a block's own",
     "mixer.input": "gate on what enters a recurrence",
     "mixer.recurrence": "gate on a recurrence's decay",
+    "stream.read": "weights by which a block's parts read one vector of several residual streams",
+    "stream.write": "weights by which what a block's parts give is written into each stream",
+    "stream.mix": "weights by which a block's parts pass the residual streams on to each other",
 }
 
 
@@ -78,6 +83,11 @@ SITES: dict[str, SiteSpec] = {
         "residual stream before a block",
         "the output of the block before, bit for bit",
         aliases=("hook_resid_pre", "layers_input"),
+    ),
+    "attn.read": SiteSpec(
+        "[seq, d_model]",
+        "what attention reads of several residual streams, before its norm",
+        "what a module that is given the streams hands on to attention",
     ),
     "attn.q": SiteSpec(
         "[seq, heads, d_head]",
@@ -167,6 +177,11 @@ SITES: dict[str, SiteSpec] = {
         "resid_pre plus what the parts before the MLP add, bit for bit",
         aliases=("hook_resid_mid", "hook_resid_mid_cross"),
     ),
+    "mlp.read": SiteSpec(
+        "[seq, d_model]",
+        "what a block's MLP reads of several residual streams, before its norm",
+        "what a module that is given the streams hands on to the MLP",
+    ),
     "mlp.in": SiteSpec(
         "[seq, d_model]",
         "what a block's MLP reads",
@@ -207,6 +222,11 @@ SITES: dict[str, SiteSpec] = {
         "logits of a router",
         "the router's probabilities are made of them",
     ),
+    "mixer.read": SiteSpec(
+        "[seq, d_model]",
+        "what a recurrent mixer reads of several residual streams, before its norm",
+        "what a module that is given the streams hands on to the mixer",
+    ),
     "mixer.in": SiteSpec(
         "[seq, d_model]", "what a recurrent mixer reads", "input of the module that runs it"
     ),
@@ -233,6 +253,9 @@ SITES: dict[str, SiteSpec] = {
     ),
 }
 """Every named place of the forward pass, in the order in which a block passes them."""
+
+RESIDUALS = ("resid_pre", "resid_mid", "resid_post")
+"""Sites of the residual: of a model with several streams their value has an axis of streams."""
 
 SITE_ORDER: dict[str, int] = {name: number for number, name in enumerate(SITES)}
 """Name of a site → its place in that order."""

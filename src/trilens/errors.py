@@ -44,6 +44,7 @@
         ├── SiteError            a site that is not proven in a layer
         ├── AttentionPathError   attention that goes through no supported path
         ├── ModifiedInPlaceError a captured tensor was overwritten by the model
+        ├── ShardError           a shard of a store that could not be captured
         ├── RecurrentStateError  a recurrent state that is not there or not proven
         └── UnclaimedGateError   a layer gates in a way that no rule knows
 
@@ -93,6 +94,7 @@ __all__ = [
     "RestoreError",
     "SeveralStreamsError",
     "ShapeError",
+    "ShardError",
     "SilentSiteError",
     "SiteError",
     "TextError",
@@ -300,6 +302,10 @@ class MetricError(UsageError):
 
 class SiteError(CaptureError):
     """A site that a layer has not, or that is not proven there."""
+
+
+class ShardError(CaptureError):
+    """A shard of a store that could not be captured."""
 
 
 class AttentionPathError(CaptureError):

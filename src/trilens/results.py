@@ -1,15 +1,47 @@
-"""What every result can do: give its table as rows, itself as JSON values, the table to pandas."""
+"""What results can do: give a table as rows, values for JSON and pandas, show themselves."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from trilens.errors import UsageError
 
-__all__ = ["Tabular"]
+__all__ = ["Shown", "Tabular"]
 
 
-class Tabular:
+class Shown:
+    """What shows itself in a notebook.
+
+    How, the report knows, which stands above: `report/registration.py` enters it here.
+    """
+
+    __slots__ = ()
+
+    _static: ClassVar[Callable[[object], str] | None] = None
+    _interactive: ClassVar[Callable[[object, dict[str, Any]], None] | None] = None
+
+    def _repr_html_(self) -> str | None:
+        """A picture and a table, without scripts; None where there is nothing to draw."""
+        render = Shown._static
+        return None if render is None else render(self)
+
+    def show(self, **options: Any) -> None:
+        """Show the report in a notebook, as it opens from a file.
+
+        Args:
+            options: of `make_report`: `lens=` of a capture, `title=`, `facts=`.
+
+        Raises:
+            UsageError: not in a notebook, or nothing that a report is made of.
+        """
+        display = Shown._interactive
+        if display is None:
+            raise UsageError("nothing shows results here: import trilens first")
+        display(self, options)
+
+
+class Tabular(Shown):
     """A result with a table."""
 
     __slots__ = ()

@@ -189,6 +189,11 @@ def test_another_variant_is_refused_by_name(
             UsageError,
             r"\[256, 1\]: one floating-point number",
         ),
+        (
+            lambda s: s.update({GATE.replace("weight", "bias"): torch.ones(256)}),
+            UsageError,
+            f"a bias beside {GATE}: transformers multiplies such a bias by the scale",
+        ),
         (lambda s: s.pop(f"{GATE}_scale"), CorruptFileError, "no scale for them"),
         (lambda s: s.pop(GATE), CorruptFileError, f"no {GATE}"),
         (lambda s: s.update({GATE: s[GATE] | 3}), CorruptFileError, "code 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from importlib import import_module
 from typing import get_args, get_type_hints
 
@@ -12,8 +13,9 @@ import typer
 from trilens.analysis.comparison import run as comparison
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.pipeline import Format
-from trilens.cli import groups, options
+from trilens.cli import groups, options, store_options
 from trilens.cli.main import app
+from trilens.corpus.options import REDUCERS, StoredDtype, StoreOptions
 from trilens.models import loading
 from trilens.planning.result import Costs
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES
@@ -42,10 +44,12 @@ def choices(alias: object) -> set[str]:
         ("To", set(get_args(Format))),
         ("Dtype", set(loading._DTYPES)),
         ("LogitLens", set(comparison._LENSES)),
+        ("StoreDtype", set(get_args(StoredDtype))),
     ],
 )
 def test_choices_are_the_librarys(option: str, known: set[str]) -> None:
-    assert choices(getattr(options, option)) == known
+    declared = options if option in options.__all__ else store_options
+    assert choices(getattr(declared, option)) == known
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -86,6 +90,18 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
     ]
 
 
+def test_reducers_in_the_help_are_the_librarys() -> None:
+    (info,) = store_options.Reduce.__metadata__
+    assert set(re.findall(r"[a-z_]+", info.help.partition(":")[2])) == set(REDUCERS)
+
+
+def test_the_defaults_of_a_store_are_the_librarys() -> None:
+    group, own = groups.Storing(), StoreOptions()
+    assert (group.seq_length, group.store_dtype) == (own.context, own.dtype)
+    for name in ("batch_tokens", "shard_tokens", "threads", "values", "max_tokens"):
+        assert getattr(group, name) == getattr(own, name)
+
+
 def test_an_option_means_the_same_everywhere() -> None:
     helps: dict[str, set[str]] = {}
     for callback in COMMANDS.values():
@@ -107,7 +123,8 @@ def test_no_declared_option_is_forgotten() -> None:
         for hint in get_type_hints(callback, include_extras=True).values()
         for info in getattr(hint, "__metadata__", ())
     }
-    for name in options.__all__:
-        (info,) = getattr(options, name).__metadata__
-        assert isinstance(info, typer.models.ParameterInfo)
-        assert id(info) in used, name
+    for module in (options, store_options):
+        for name in module.__all__:
+            (info,) = getattr(module, name).__metadata__
+            assert isinstance(info, typer.models.ParameterInfo)
+            assert id(info) in used, name

@@ -20,8 +20,15 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn.functional import gelu
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.activations import GELUTanh, NewGELUActivation, PytorchGELUTanh
+from transformers.activations import (
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    PytorchGELUTanh,
+)
+from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.utils import logging
 
 import trilens
@@ -40,6 +47,7 @@ __all__ = [
 ]
 
 F32 = 0
+_GELU_BY_TANH = (PytorchGELUTanh, GELUTanh, NewGELUActivation, BloomGelu)
 
 
 class Engine:
@@ -134,6 +142,8 @@ def reference(source: Path, folder: Path, plan: trilens.TernaryPlan) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")  # whose products `engine_rounding` sees
     return model.eval()
 
 
@@ -160,10 +170,12 @@ class Comparison:
     spread: float
 
 
-def compare(engine: Engine, model: Any, format: str, ids: list[int]) -> Comparison:
-    """Run a text through both."""
+def compare(
+    engine: Engine, model: Any, format: str, ids: list[int], *, rounded_head: bool = False
+) -> Comparison:
+    """Run a text through both; where the head is in blocks of 32, its input is rounded too."""
     found, exact = engine.logits(ids), reference_logits(model, ids)
-    with engine_rounding(model, format):
+    with engine_rounding(model, format, rounded_head=rounded_head):
         rounded = reference_logits(model, ids)
     return Comparison(
         float(np.abs(found - exact).max()),
@@ -174,7 +186,7 @@ def compare(engine: Engine, model: Any, format: str, ids: list[int]) -> Comparis
 
 
 @contextmanager
-def engine_rounding(model: Any, format: str) -> Iterator[None]:
+def engine_rounding(model: Any, format: str, *, rounded_head: bool = False) -> Iterator[None]:
     """Inputs of ternary layers rounded as llama.cpp rounds them, for the length of the context.
 
     TQ1_0 and TQ2_0 are multiplied with 8-bit integers and a scale for every 256 of them (Q8_K),
@@ -185,13 +197,17 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
     """
 
     def eight_bits(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        (x,) = inputs
-        size = 32 if format == "gguf-q2_0" else 256
+        return (rounded(inputs[0]),)
+
+    def by_blocks_of_32(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (rounded(inputs[0], 32),)
+
+    def rounded(x: torch.Tensor, size: int = 32 if format == "gguf-q2_0" else 256) -> torch.Tensor:
         blocks = x.reshape(-1, size)
         scale = blocks.abs().amax(1, keepdim=True) / 127
         stored = scale.half().float() if size == 32 else scale
         codes = torch.where(scale > 0, blocks / scale, blocks).round()
-        return ((codes * stored).reshape(x.shape),)
+        return (codes * stored).reshape(x.shape)
 
     def half(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0].half().float(),)
@@ -202,6 +218,21 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
     def brain_float(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0].bfloat16().float(),)
 
+    def by_tanh(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> torch.Tensor:
+        return gelu(inputs[0].half().float(), approximate="tanh").half().float()
+
+    # Experts are dense in memory: their products are seen where they are taken.
+    experts = {
+        p.untyped_storage().data_ptr()
+        for name, p in model.named_parameters()
+        if p.ndim == 3 and "expert" in name
+    }
+    linear = torch.nn.functional.linear
+
+    def of_experts(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        coded = weight.untyped_storage().data_ptr() in experts
+        return linear(rounded(x) if coded else x, weight, bias)
+
     head = model.get_output_embeddings()
     handles = [
         module.register_forward_pre_hook(eight_bits)
@@ -209,14 +240,21 @@ def engine_rounding(model: Any, format: str) -> Iterator[None]:
         if isinstance(module, TernaryLinear)
     ]
     for module in model.modules():
-        if isinstance(module, PytorchGELUTanh | GELUTanh | NewGELUActivation):
+        if isinstance(module, _GELU_BY_TANH):
             handles.append(module.register_forward_pre_hook(half))
             handles.append(module.register_forward_hook(half_out))
-    if bool((head.weight == head.weight.bfloat16()).all()):
+        elif isinstance(module, GELUActivation | torch.nn.GELU):
+            handles.append(module.register_forward_hook(by_tanh))
+    if experts:
+        torch.nn.functional.linear = of_experts
+    if rounded_head:
+        handles.append(head.register_forward_pre_hook(by_blocks_of_32))
+    elif bool((head.weight == head.weight.bfloat16()).all()):
         handles.append(head.register_forward_pre_hook(brain_float))
     try:
         yield
     finally:
+        torch.nn.functional.linear = linear
         for handle in handles:
             handle.remove()
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from transformers import AutoTokenizer
 
 import trilens
 from engines.engine import Engine, compare, engine_rounding, reference, reference_logits
 from trilens.checkpoint.gguf import FORMATS, validate_gguf
+from trilens.checkpoint.gguf.reader import read_gguf
 
 DEMO = Path(trilens.__file__).parent / "demo" / "transformer"
 PLAN = trilens.TernaryPlan(rule="exact", per="row", scale_dtype="float16")
@@ -72,6 +77,49 @@ def test_logits_differ_by_the_rounding_of_activations_alone(exported: Any, dense
     assert 0 < long.rounding < 0.25 * long.spread
     # Two roundings of the same size in different places: at most their sum.
     assert long.difference < 2 * long.rounding
+
+
+def test_four_levels(tmp_path: Path) -> None:
+    """The rule quad in Q2_0: the level 2, and scales of either sign."""
+    plan = trilens.TernaryPlan(rule="quad", group_size=128, scale_dtype="float16")
+    trilens.ternarize(DEMO, tmp_path / "model.gguf", plan=plan, format="gguf-q2_0")
+    four = reference(DEMO, tmp_path / "four", plan)
+    ids = AutoTokenizer.from_pretrained(DEMO)("".join(TEXTS))["input_ids"][:96]
+    engine = Engine(tmp_path / "model.gguf")
+    try:
+        short = [compare(engine, four, "gguf-q2_0", ids[n : n + 6]) for n in range(0, 96, 6)]
+        assert np.median([one.beyond_rounding for one in short]) < 1e-4
+        long = compare(engine, four, "gguf-q2_0", ids)
+        assert long.difference < 2 * long.rounding < 0.5 * long.spread
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_embeddings_in_fewer_bits(tmp_path: Path, dense: Any, name: Any) -> None:
+    """The engine's logits are those of a model with the embedding that the file holds."""
+    path = tmp_path / "model.gguf"
+    plan = replace(PLAN, embeddings=name)
+    report = trilens.ternarize(DEMO, path, plan=plan, format="gguf-tq2_0")
+    assert report.bits_per_weight < 4.0 if name == "q8_0" else report.bits_per_weight < 3.2
+    entry = read_gguf(path).tensors["token_embd.weight"]
+    raw = np.frombuffer(path.read_bytes()[entry.begin : entry.end], dtype=np.uint8)
+    kind = GGMLQuantizationType(entry.type_id)
+    stored = torch.from_numpy(dequantize(raw.reshape(entry.shape[0], -1), kind))
+    ids = AutoTokenizer.from_pretrained(DEMO)("".join(TEXTS))["input_ids"][:60]
+    table = dense.get_input_embeddings().weight
+    before = table.data.clone()
+    engine = Engine(path)
+    try:
+        table.data.copy_(stored)
+        short = [
+            compare(engine, dense, "gguf-tq2_0", ids[n : n + 6], rounded_head=True)
+            for n in range(0, 60, 6)
+        ]
+    finally:
+        table.data.copy_(before)
+        engine.close()
+    assert np.median([one.beyond_rounding for one in short]) < 1e-4
 
 
 def test_64_greedy_tokens(exported: Any, dense: Any) -> None:

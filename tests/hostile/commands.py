@@ -111,6 +111,11 @@ def _sound(parameter: Any, whole: dict[str, Path], place: Path) -> tuple[str, ..
         "rule": ("absmean", "twn", "exact", "planes", "gptq", "best"), "per": ("tensor", "row"),
         "to": ("trilens", "dense", "gguf-tq2_0"), "storage": ("two_bit", "compact"),
         "scale_dtype": ("float16", "float32"), "costs": ("measured", "predicted"),
+        "target": ("cat", "#3"), "against": ("sat", "#4"), "max_new_tokens": ("1", "3"),
+        "clean": ("the cat sat",), "corrupted": ("the mat sat",), "temperature": ("0", "1.0"),
+        "site": ("resid_post", "attn.z"), "direction": ("denoise", "noise"), "stop": ("mat",),
+        "edit": ("scale:resid_post@0 factor=0.5",), "top_p": ("0.9",),
+        "by": ("component", "head", "position"),
     }  # fmt: skip
     return fixed.get(str(parameter.name), ())
 

@@ -30,6 +30,7 @@ def kill_everywhere(root: Path, name: str, n_kills: int, seed: int = 0) -> dict[
     """Kill a writer of this output at n places, spread over its calls; look, and run again."""
     output = OUTPUTS[name]
     root.mkdir(exist_ok=True)
+    output.ready()
     sources, place, counts = root / "sources", root / "work" / output.name, root / "count"
     assert wait(child(lambda: prepare(sources, {name}))) == RIGHT
     wanted = both_versions(output, sources, place)

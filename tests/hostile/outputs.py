@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from checkpoint_cases import saved
+from corpus_cases import id_documents, tiny_lens, tiny_store
 from gguf_cases import saved_with_tokenizer
 from hostile.processes import RIGHT, child, wait
 from rwkv7_published import published_tensors
@@ -29,11 +30,13 @@ class Output:
         write: Makes version 0 or 1 at a place, from what `prepare` made in a folder.
         name: Of the place.
         replaces: One output takes the place of another; otherwise the place must be free.
+        ready: Loads what its writers share, before they are forked.
     """
 
     write: Callable[[Path, int, Path], object]
     name: str
     replaces: bool = False
+    ready: Callable[[], object] = lambda: None
 
 
 def prepare(root: Path, names: set[str]) -> None:
@@ -58,6 +61,10 @@ def prepare(root: Path, names: set[str]) -> None:
             torch.save(shifted, root / f"published {which}.pth")
 
 
+def _store(_root: Path, which: int, out: Path) -> None:
+    tiny_store(out, id_documents(6, longest=24, seed=which), shard_tokens=32, reduce=("mean",))
+
+
 _PLANS = (TernaryPlan(), TernaryPlan("twn", per="row"))
 
 OUTPUTS = {
@@ -79,6 +86,7 @@ OUTPUTS = {
     "conversion": Output(
         lambda root, which, out: convert_rwkv7(root / f"published {which}.pth", out), "out"
     ),
+    "store": Output(_store, "store", ready=tiny_lens),
 }
 
 

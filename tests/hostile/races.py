@@ -26,6 +26,7 @@ def race(root: Path, name: str, n_rounds: int) -> dict[str, Any]:
     """Run two writers of this output at once, many times."""
     output = OUTPUTS[name]
     root.mkdir(exist_ok=True)
+    output.ready()
     sources, place = root / "sources", root / "work" / output.name
     assert wait(child(lambda: prepare(sources, {name}))) == RIGHT
     wanted = both_versions(output, sources, place)

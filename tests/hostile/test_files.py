@@ -17,11 +17,12 @@ from hostile.scale import FULL, scaled
 
 TESTS = Path(__file__).resolve().parent.parent
 KILLS = {
-    "capture": (4, 60),
-    "comparison": (4, 40),
-    "ternary": (4, 40),
-    "gguf": (2, 40),
-    "conversion": (4, 60),
+    "capture": (4, 40),
+    "comparison": (4, 25),
+    "ternary": (4, 25),
+    "gguf": (2, 25),
+    "conversion": (4, 40),
+    "store": (4, 40),
 }
 """Of each output, in a normal and in a hostile run."""
 

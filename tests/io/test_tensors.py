@@ -81,6 +81,12 @@ def test_every_dtype_and_layout_comes_back(tmp_path: Path) -> None:
         write_tensors(path, {"a": torch.ones(1, dtype=torch.complex128)}, MANIFEST)
 
 
+def test_one_value_of_any_stride_is_written(tmp_path: Path) -> None:
+    column = torch.tensor([[5, 6, 7]])[:, 0].as_strided((1,), (3,))
+    path = write_tensors(tmp_path / "x.tlc", {"one": column}, MANIFEST)
+    assert read_tensors(path, "test.kind", 3)[0]["one"].tolist() == [5]
+
+
 def test_every_wrong_bit_is_caught(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "x", {"a": torch.ones(2)}, MANIFEST)
     whole = path.read_bytes()

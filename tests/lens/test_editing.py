@@ -253,9 +253,87 @@ def test_sites_of_other_tools_are_understood() -> None:
     assert found["blocks.1.attn.hook_z"].shape[0] == 17
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "afmoe", "hunyuan_v1_moe"])
+def test_an_expert_is_ablated_inside_a_router_that_hands_its_logits_out(
+    model_type: str, dtype: torch.dtype
+) -> None:
+    """The logits are a by-product: the choice of experts is made of them in the router."""
+    lens, ids = Lens(build(model_type, dtype=dtype)), prompt_ids(model_type, 17)
+    layer = lens.site_layers["router"][-1]
+    plain = lens.capture(ids, gates=True)
+    assert torch.equal(logits(lens, ids, Scale("router", 1.0)), plain.logits)
+    best = int(plain.gates.get("router", layer).mean(0).argmax())
+    edit = Ablate("router", layer=layer, units=[best])
+    without = lens.capture(ids, gates=True, edits=edit)
+    assert float(without.gates.get("router", layer)[:, best].max()) == 0
+    assert not torch.equal(without.logits, plain.logits)
+    assert torch.equal(logits(lens, ids), plain.logits)
+
+
+def test_an_ablated_expert_is_what_a_router_of_our_own_would_leave_out() -> None:
+    lens, ids = lens_of("mixtral")
+    router = lens.model.model.layers[1].mlp.gate
+    edited = logits(lens, ids, Ablate("router", layer=1, units=[2]))
+    forward = router.forward
+
+    def masked(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+        rows[:, 2] = -torch.inf
+        values, chosen = rows.softmax(-1).topk(router.top_k, dim=-1)
+        return rows, values / values.sum(-1, keepdim=True), chosen
+
+    router.forward = masked
+    try:
+        torch.testing.assert_close(logits(lens, ids), edited, rtol=1e-5, atol=1e-5)
+    finally:
+        router.forward = forward
+
+
 def test_logits_that_a_router_only_hands_out_are_not_edited() -> None:
     """They are read, but the choice of experts was made of them before."""
-    lens, ids = lens_of("mixtral")
-    assert lens.capture(ids, sites=["router"]).sites["router", 0].shape[0] == 17
+    lens, ids = lens_of("llama4_text")
+    layer = lens.site_layers["router"][0]
+    assert lens.capture(ids, sites=["router"]).sites["router", layer].shape[0] == 17
     with pytest.raises(EditError, match="beside what it has made of them"):
-        logits(lens, ids, Ablate("router", units=[0]))
+        logits(lens, ids, Ablate("router", layer=layer, units=[0]))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
+def test_a_pattern_scaled_to_nothing_and_renormalised_is_a_knockout(model_type: str) -> None:
+    """But for sinks, whose share a knockout gives the other keys as well."""
+    lens, ids = lens_of(model_type)
+    edge = {"layer": 1, "heads": [1]}
+    scaled = Scale("attn.pattern", 0.0, positions=[-1, 7], keys=[3, 5], renormalise=True, **edge)
+    cut = Knockout(queries=[-1, 7], keys=[3, 5], **edge)
+    if model_type == "gpt_oss":
+        pattern = lens.capture(ids, sites=["attn.pattern"]).sites["attn.pattern", 1]
+        changed = lens.capture(ids, sites=["attn.pattern"], edits=scaled).sites["attn.pattern", 1]
+        torch.testing.assert_close(changed.sum(-1), pattern.sum(-1))
+        assert float(changed[1, 7, [3, 5]].abs().max()) == 0
+        return
+    torch.testing.assert_close(logits(lens, ids, scaled), logits(lens, ids, cut))
+    alone = logits(
+        lens, ids.flatten()[:11], Scale("attn.pattern", 0.5, keys=-2, positions=-1, **edge)
+    )
+    some = Scale("attn.pattern", 0.5, keys=PerPrompt([[], [9]]), positions=-1, **edge)
+    found = list(lens.capture_many([ids.flatten(), ids.flatten()[:11]], edits=some))
+    torch.testing.assert_close(found[1].logits, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (Scale("attn.z", 0.5, keys=[1]), "keys are named of attn.scores and attn.pattern"),
+        (Scale("attn.z", 0.5, renormalise=True), "attn.z has none: leave it out"),
+        (Scale("attn.pattern", -1.0, renormalise=True), "factor -1 is out of range"),
+        (
+            Scale("attn.pattern", 0.0, positions=0, keys=0, renormalise=True),
+            "nothing is left of a query's attention weights",
+        ),
+    ],
+)
+def test_what_cannot_be_renormalised_is_refused(edit: Scale, words: str) -> None:
+    lens, ids = lens_of("llama")
+    with pytest.raises(EditError, match=words):
+        logits(lens, ids, edit)

@@ -342,3 +342,15 @@ def test_messages_are_prompts() -> None:
     bos = lens.tokenizer.bos_token_id
     assert ids.count(bos) <= 1
     assert found.prompt_tokens == len(ids) - 3
+
+
+def test_a_model_that_reads_more_ids_than_it_gives_generates() -> None:
+    """Rows of an embedding that are padding have no score: the probe forces no such token."""
+    model = build("inkling_text")
+    model.config.unpadded_vocab_size = 90
+    lens, ids = Lens(model), prompt_ids("inkling_text", 9) % 90
+    found = lens.generate(ids, max_new_tokens=4)
+    tokens = ids.reshape(1, -1)
+    with torch.no_grad():
+        plain = model.generate(tokens, max_new_tokens=4, do_sample=False)[0, tokens.shape[1] :]
+    assert list(found.token_ids)[-4:] == plain.tolist()

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from tinymodels import build, prompt_ids
 from trilens.edits import Custom, Scale
-from trilens.errors import MetricError, SiteError
+from trilens.errors import MetricError
 from trilens.lens.lens import Lens
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
 STEP = 1e-3
-NO_GRADIENT = ("attn.scores", "attn.pattern")
+BY_QUERY = ("attn.scores", "attn.pattern")
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def metric(logits: Tensor) -> Tensor:
 def test_gradients_are_what_differences_of_runs_give(model_type: str) -> None:
     """In float64, along a random direction; norms of several families compute in float32."""
     lens, ids = Lens(build(model_type, dtype=torch.float64)), prompt_ids(model_type, 13)
-    names = [n for n in lens.site_layers if n not in (*NO_GRADIENT, "router")]
+    names = [n for n in lens.site_layers if n != "router"]
     found = lens.gradients(ids, metric, sites=names)
     generator = torch.Generator().manual_seed(0)
     for name in names:
@@ -35,8 +35,10 @@ def test_gradients_are_what_differences_of_runs_give(model_type: str) -> None:
         layer = layers[0] if layers else None
         value = found.values[name, layer]
         direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        # An edit sees a token's row of every head.
+        by_token = direction.transpose(0, 1) if name in BY_QUERY else direction
 
-        def moved(sign: float, name: str = name, layer: int | None = layer, d: Tensor = direction):
+        def moved(sign: float, name: str = name, layer: int | None = layer, d: Tensor = by_token):
             move = Custom(name, lambda x: x + sign * STEP * d.reshape(x.shape), layers=layer)
             return float(metric(lens.capture(ids, residual=None, edits=move).logits))
 
@@ -95,7 +97,17 @@ def test_a_metric_that_gives_no_scalar_is_refused(given, words: str) -> None:
         lens.gradients(ids, given)
 
 
-def test_patterns_have_no_gradient() -> None:
+def test_gradients_of_a_pattern_change_nothing_else() -> None:
     lens, ids = Lens(build("llama")), prompt_ids("llama", 9)
-    with pytest.raises(SiteError, match="has no gradient"):
-        lens.gradients(ids, metric, sites=["attn.pattern"])
+    names = ["resid_post", "attn.q_rot", "attn.v"]
+    plain = lens.gradients(ids, metric, sites=names)
+    beside = lens.gradients(ids, metric, sites=[*names, *BY_QUERY])
+    assert beside.metric == plain.metric
+    for name in names:
+        for layer in range(lens.n_layers):
+            one, other = beside.gradients[name, layer], plain.gradients[name, layer]
+            torch.testing.assert_close(one, other)
+    # What a query does not see has no gradient in its score, and one in its weight.
+    score = beside.gradients["attn.scores", 0]
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    assert bool((score[:, hidden] == 0).all()) and bool(score.isfinite().all())

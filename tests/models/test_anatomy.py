@@ -123,19 +123,37 @@ class _TwoStreams(nn.Module):
         return torch.stack([self.block(one, **kwargs), two + one], dim=2)
 
 
-def test_several_streams_are_refused_by_name() -> None:
+def _two_streams(norm: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).eval()
     model.model.layers = nn.ModuleList(_TwoStreams(block) for block in model.model.layers)
-
-    class Split(nn.Module):
-        def forward(self, hidden):
-            return hidden
-
     original = model.model.embed_tokens.forward
     model.model.embed_tokens.forward = lambda ids: torch.stack([original(ids)] * 2, dim=2)
     model.model.rotary_emb.forward = _rotary(model.model.rotary_emb)
-    model.model.norm = _First(model.model.norm)
-    with pytest.raises(SeveralStreamsError, match=r"several streams: model\.layers\.0"):
+    model.model.norm = norm(model.model.norm)
+    return model
+
+
+def test_several_streams_are_read_out_by_the_module_behind_the_blocks() -> None:
+    lens = Lens(_two_streams(_First))
+    assert (lens.n_streams, lens.d_model, lens.anatomy.readout) == (2, 32, ("model.norm",))
+    cap = lens.capture([1, 2, 3, 4], residual="all")
+    assert cap.residual[2].shape == (4, 2, 32)
+    assert torch.equal(cap.residual.readout(2), lens.model.model.norm.norm(cap.residual[2][:, 0]))
+    assert_near(lens.unembed(cap.residual.readout(2)), cap.logits, 1e-6)
+
+
+def test_streams_whose_readout_looks_at_other_tokens_are_refused() -> None:
+    with pytest.raises(SeveralStreamsError, match="the readout of one token is another one beside"):
+        Lens(_two_streams(_Mean))
+
+
+def test_streams_without_a_readout_are_refused_by_name() -> None:
+    model = _two_streams(_Both)
+    model.lm_head = nn.Linear(64, 80, bias=False)
+    with pytest.raises(
+        SeveralStreamsError, match=r"model\.layers\.2 .* no module makes one vector"
+    ):
         Lens(model)
 
 
@@ -146,6 +164,18 @@ class _First(nn.Module):
 
     def forward(self, hidden):
         return self.norm(hidden[:, :, 0])
+
+
+class _Mean(_First):
+    def forward(self, hidden):
+        return super().forward(hidden) + hidden.mean((1, 2))[:, None]
+
+
+class _Both(_First):
+    """Gives the head both streams side by side."""
+
+    def forward(self, hidden):
+        return self.norm(hidden).flatten(2)
 
 
 def _rotary(rotary: nn.Module):

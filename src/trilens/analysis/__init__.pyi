@@ -6,6 +6,7 @@ from .comparison.run import CompareOptions as CompareOptions
 from .comparison.run import compare as compare
 from .comparison.series import ComparisonSeries as ComparisonSeries
 from .comparison.series import compare_series as compare_series
+from .harness import run_tasks as run_tasks
 from .heads import HeadScore as HeadScore
 from .heads import HeadScores as HeadScores
 from .heads import head_scores as head_scores
@@ -21,3 +22,6 @@ from .metrics import logit_diff as logit_diff
 from .metrics import loss as loss
 from .metrics import metric_of as metric_of
 from .metrics import target_prob as target_prob
+from .model_evaluation import ModelEvaluation as ModelEvaluation
+from .model_evaluation import TextEvaluation as TextEvaluation
+from .model_evaluation import evaluate_texts as evaluate_texts

@@ -55,6 +55,11 @@ def copying_scores(
             "with residual='all'"
         )
     none = torch.full((pattern.heads,), torch.nan, dtype=torch.float64)
+    if lens.n_streams > 1:
+        return none, (
+            f"layer {layer}: what attention gives goes into {lens.n_streams} residual streams, so "
+            "that its heads have no direct effect of their own"
+        )
     if (_SITE, layer) not in cap.sites and lens.why_no_site(_SITE, layer):
         return none, f"layer {layer} has no {_SITE}: {lens.why_no_site(_SITE, layer)}"
     heads = cap.sites[_SITE, layer]

@@ -146,6 +146,7 @@ def attribute(
         k: of neurons the largest by size that have parts of their own.
 
     Raises:
+        UsageError: the model keeps several residual streams.
         NotStoredError: the capture lacks a site or the residual stream; says what to capture.
         CaptureError: the parts do not sum to the residual stream (norms on the stream itself, as
             in BERT), or the norm or unembedding cannot be folded.
@@ -154,6 +155,12 @@ def attribute(
         OutOfRangeError: no such position.
     """
     same_model(cap.model, lens, "the capture")
+    if lens.n_streams > 1:
+        raise UsageError(
+            f"{cap.model.model_class} keeps {lens.n_streams} residual streams, which its blocks "
+            "mix and weigh anew: what a part adds has no share of a logit of its own; follow it by "
+            "edits (path_patch, attribution_patch), or read the readouts (logit_lens)"
+        )
     names = attribution_sites(lens, by)
     count = at_least(1, k, "k")
     at = check_index(position, len(cap.token_ids), "position", "the prompt", negative=True)

@@ -250,7 +250,7 @@ def _row(capture: Capture, layer: int, top_k: int, threshold: float) -> LayerRow
         gates=tuple(
             _summary(name, gates.analyse(name, layer, threshold), threshold)
             for name in found
-            if gates is not None and gates.spec(name, layer).kind != "linear"
+            if gates is not None and gates.spec(name, layer).has_openness
         ),
         effective=_effective(capture, layer, last, top_k) if layer in recurrent else (),
         states=_states(capture, layer),

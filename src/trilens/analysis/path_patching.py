@@ -38,6 +38,7 @@ Node = tuple[str, SupportsIndex | None] | tuple[str, SupportsIndex | None, Suppo
 _Place = tuple[str, int | None, int | None]
 
 _BESIDE = {
+    "mixer.read": "attn.read",
     "mixer.in": "attn.q",
     "mixer.out": "attn.out",
     "mixer.add": "attn.add",

@@ -13,6 +13,7 @@ from torch import Tensor
 from trilens.caches.indices import check_index
 from trilens.caches.patterns.channel.heads import ChannelHeadsPattern
 from trilens.caches.patterns.channel.pattern import ChannelPattern, DecayedSoftmaxPattern
+from trilens.caches.patterns.parts import PartsPattern
 from trilens.caches.patterns.protocol import DensePattern, Device, Moved, Pattern
 from trilens.caches.patterns.recurrent.pattern import RecurrentPattern
 from trilens.caches.patterns.relu_l1 import ReluL1Pattern
@@ -56,6 +57,8 @@ def rebuild_pattern(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) ->
     kind = params.get("kind")
     if kind == "relu_l1":
         return ReluL1Pattern(rebuild_pattern(tensors, params["base"]), causal=params["causal"])
+    if kind == "parts":
+        return PartsPattern.rebuild(tensors, params["parts"], rebuild_pattern)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UsageError(f"pattern kind {kind!r} is unknown: the kinds are {', '.join(_KINDS)}")
     return _KINDS[kind].rebuild(tensors, params)
@@ -193,6 +196,17 @@ class AttentionCache(ByLayer):
                 why = f"this model has layers 0–{n - 1}"
             raise absent_layer(number, self, self.layers, why=why)
         return self._layers[number]
+
+    def parts(self, layer: SupportsIndex) -> dict[str, range]:
+        """The heads of each module that attends in a layer, by its name in the block.
+
+        Empty where one module attends, as in nearly all models.
+
+        Raises:
+            AbsentLayerError, OutOfRangeError: as `pattern`.
+        """
+        pattern = self.pattern(layer)
+        return pattern.parts if isinstance(pattern, PartsPattern) else {}
 
     def __getitem__(self, layer: SupportsIndex) -> Pattern:
         return self.pattern(layer)

@@ -25,9 +25,10 @@ UNARY_FUNCTIONS: Mapping[str, GateFunction] = MappingProxyType(
 )
 """Every function of the stored tensor alone."""
 
-GateKind = Literal["sigmoid", "activation", "decay", "step", "linear", "router"]
+GateKind = Literal["sigmoid", "activation", "decay", "step", "linear", "router", "mix"]
 """What a gate is: a sigmoid, another activation, a recurrence's decay or step size dt, a router of
-experts, or "linear": a product without a function or with an unbounded one, so without openness."""
+experts, weights that mix residual streams, or "linear": a product without a function or with an
+unbounded one, so without openness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,11 @@ class GateSpec:
     def units(self) -> int:
         """How many units a token has: the product of `shape`."""
         return math.prod(self.shape)
+
+    @property
+    def has_openness(self) -> bool:
+        """Whether its values say how open the gate is."""
+        return bool(self.rate) or UNARY_FUNCTIONS[self.function].openness is not None
 
     @property
     def stored_units(self) -> int:

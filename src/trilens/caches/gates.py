@@ -16,12 +16,13 @@ from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_la
 from trilens.errors import DtypeError, NotStoredError, ShapeError, UsageError, ValueRangeError
 from trilens.io.messages import listed
 from trilens.numbers import whole_number
+from trilens.results import Shown
 from trilens.statistics.gating import GatingAnalysis
 
 __all__ = ["GateCache", "GateKind", "GateSpec"]
 
 
-class GateCache:
+class GateCache(Shown):
     """The gates of one capture: pre-activations per (name, layer), and what each of them is.
 
     Sealed: a capture makes it, nothing is added afterwards. Layer numbers are the model's own.

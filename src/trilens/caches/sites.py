@@ -8,7 +8,7 @@ from typing import Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from trilens.axes import SITE_ORDER, SITES, site_name
+from trilens.axes import RESIDUALS, SITE_ORDER, SITES, site_name
 from trilens.caches.derived import Derived, rebuild_derived
 from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import AbsentLayerError, NotStoredError, UsageError
@@ -106,7 +106,11 @@ class SiteCache:
         Raises:
             UnknownSiteError: no site has this name.
         """
-        return SITES[plain_name(name)].axes
+        site = plain_name(name)
+        held = (tensor for key, tensor in self._stored.items() if key[0] == site)
+        if site in RESIDUALS and any(tensor.dim() > 2 for tensor in held):
+            return "[seq, streams, d_model]"
+        return SITES[site].axes
 
     def __getitem__(self, key: str | tuple[str, SupportsIndex | None]) -> Tensor:
         """The value of a site, of one prompt.

@@ -13,6 +13,7 @@ from torch import Tensor
 from trilens.errors import AbsentLayerError, UsageError
 from trilens.io.messages import listed
 from trilens.numbers import whole_number
+from trilens.results import Shown
 
 __all__ = [
     "ByLayer",
@@ -100,7 +101,7 @@ def absent_layer(
     )
 
 
-class ByLayer:
+class ByLayer(Shown):
     """A cache as a mapping from layer numbers: `len`, iteration and `in` are about the numbers."""
 
     __slots__ = ()

@@ -1,11 +1,12 @@
 from .calibration.options import Calibration as Calibration
+from .calibration.own_text import OwnText as OwnText
 from .evaluate import Sample as Sample
 from .format.damage import Damage as Damage
 from .format.matrix_plan import MatrixPlan as MatrixPlan
 from .format.plan import TernaryPlan as TernaryPlan
-from .format.report import SampleReport as SampleReport
 from .format.report import TensorReport as TensorReport
 from .format.report import TernaryReport as TernaryReport
+from .format.sample import SampleReport as SampleReport
 from .gguf.report import GgufReport as GgufReport
 from .gguf.report import GgufTensor as GgufTensor
 from .gguf.validation import validate_gguf as validate_gguf

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trilens.checkpoint.coding import CODES_PER_BYTE
 from trilens.errors import ConfigError, CorruptFileError
-from trilens.ternary.calibrated.rules import n_planes_of
+from trilens.ternary.calibrated.rules import levels_of, n_planes_of
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, pack_rows
 from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear
 
@@ -50,6 +50,7 @@ class Arriving(TernaryLinear):
             group_size=self.group_size,
             transposed=self.transposed,
             rotated=self.rotated,
+            levels=self.levels,
             device="meta",
             dtype=self._like.dtype,
         )
@@ -99,6 +100,7 @@ def packed_like(
         has_second=n_planes_of(options["rule"]) == 2,
         transposed=transposed,
         rotated=rotated,
+        levels=levels_of(options["rule"]),
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
@@ -125,12 +127,12 @@ def dense_like(layer: TernaryLinear, dtype: torch.dtype | None) -> nn.Module:
     return new.train(layer.training)
 
 
-def two_bit_codes(codes: Tensor, cols: int, name: str, storage: str) -> Tensor:
+def two_bit_codes(codes: Tensor, cols: int, name: str, storage: str, levels: int = 3) -> Tensor:
     """Codes as they lie in memory, from those of the file; illegal ones are refused."""
     if storage == "compact":
         if not is_compact(codes):
             raise CorruptFileError(f"{name} holds a byte above 242: five trits make at most that")
         return pack_rows(expand_rows(codes.cpu(), cols)).to(codes.device)
-    if holds_code_3(codes):
+    if levels == 3 and holds_code_3(codes):
         raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
     return codes

@@ -143,6 +143,22 @@ def read_bitnet(
             )
         if weight not in codes:
             raise CorruptFileError(f"{name} has {scale.name}, and no {weight}")
+    _check_packed(name, codes, scales)
+    if not codes:
+        raise UsageError(
+            f"{name} is a BitNet checkpoint ({kind}, {mode}) without a packed matrix: weights of "
+            "uint8 beside a weight_scale are needed"
+        )
+    if kind == "autobitlinear":
+        _check_no_bias(name, codes, headers)
+    divides = kind == "bitlinear"
+    return BitNet({n: PackedMatrix(codes[n], scales[n], divides) for n in codes})
+
+
+def _check_packed(
+    name: str, codes: Mapping[str, TensorHeader], scales: Mapping[str, TensorHeader]
+) -> None:
+    """Refuse codes without a scale of one number."""
     for weight, packed in codes.items():
         if weight not in scales:
             raise CorruptFileError(f"{name} has packed trits in {weight}, and no scale for them")
@@ -154,13 +170,19 @@ def read_bitnet(
             )
         if len(packed.shape) != 2 or 0 in packed.shape:
             raise CorruptFileError(f"{weight} has shape {list(packed.shape)}: no packed matrix")
-    if not codes:
-        raise UsageError(
-            f"{name} is a BitNet checkpoint ({kind}, {mode}) without a packed matrix: weights of "
-            "uint8 beside a weight_scale are needed"
-        )
-    divides = kind == "bitlinear"
-    return BitNet({n: PackedMatrix(codes[n], scales[n], divides) for n in codes})
+
+
+def _check_no_bias(
+    name: str, codes: Mapping[str, TensorHeader], headers: Mapping[str, TensorHeader]
+) -> None:
+    """Refuse biases of a class that multiplies them by the scale."""
+    for weight in codes:
+        if f"{weight.removesuffix('.weight')}.bias" in headers:
+            raise UsageError(
+                f"{name} is a BitNet checkpoint of class autobitlinear with a bias beside "
+                f"{weight}: transformers multiplies such a bias by the scale, which no ternary "
+                "layer of trilens does; give the checkpoint with plain weights"
+            )
 
 
 def _is_scale(name: str) -> bool:

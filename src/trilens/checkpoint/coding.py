@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -13,15 +14,15 @@ from torch import Tensor
 
 from trilens.checkpoint.format.names import part_name
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
-from trilens.checkpoint.format.report import TensorReport
+from trilens.checkpoint.format.report import Outcome, TensorReport
 from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.rotation import to_be_coded
 from trilens.checkpoint.source import Checkpoint
 from trilens.errors import WriteError
 from trilens.io.safetensors_header import TensorHeader
-from trilens.ternary.calibrated.rules import n_planes_of
-from trilens.ternary.codecs.packing import Base3, TwoBit
+from trilens.ternary.calibrated.rules import levels_of, n_planes_of
+from trilens.ternary.codecs.packing import Base3, Codec, FourLevels, TwoBit
 from trilens.ternary.codecs.rows import compact_rows, pack_rows
 from trilens.ternary.granularity import resolve_units
 from trilens.ternary.quantize import PerLayerQuant, Scale
@@ -48,6 +49,7 @@ Entry = tuple[str, str, tuple[int, ...], int]
 
 _ROWS_WEIGHTS = 1 << 20  # weights packed and compared together
 
+_CODED: dict[int, Outcome] = {3: "ternary", 4: "four levels"}
 _DECODED = "packed in the file, unpacked when loaded"
 _FITTED = "fitted to the dense block's outputs"
 
@@ -220,7 +222,7 @@ def code_tensor(
     reasons = [report.reason, f"coded by its weights alone: {other_rule}" if other_rule else ""]
     return replace(
         report,
-        outcome="already ternary" if was_ternary else "ternary",
+        outcome="already ternary" if was_ternary else _CODED[levels_of(plan.rule)],
         reason="; ".join(filter(None, reasons)),
         relative_error=error / energy if energy else 0.0,
         sparsity=zeros / len(matrices),
@@ -233,7 +235,7 @@ def code_tensor(
 def _write_matrix(
     writer: ShardWriter, name: str, quant: PerLayerQuant, index: int, storage: Storage
 ) -> None:
-    _write_codes(writer, part_name(name, "codes"), quant.trits, index, storage)
+    _write_codes(writer, part_name(name, "codes"), quant.trits, index, storage, quant.levels)
     if quant.second_trits is not None:
         _write_codes(writer, part_name(name, "second_codes"), quant.second_trits, index, storage)
     scales: dict[str, Scale | None] = {
@@ -254,11 +256,19 @@ def _write_matrix(
 
 
 def _write_codes(
-    writer: ShardWriter, name: str, trits: Tensor, index: int, storage: Storage
+    writer: ShardWriter,
+    name: str,
+    trits: Tensor,
+    index: int,
+    storage: Storage,
+    levels: int = 3,
 ) -> None:
     rows, cols = trits.shape
     in_byte = CODES_PER_BYTE[storage]
-    pack, codec = (pack_rows, TwoBit()) if storage == "two_bit" else (compact_rows, Base3())
+    pack: Callable[[Tensor], Tensor] = compact_rows
+    codec: Codec = Base3()
+    if storage == "two_bit":
+        pack, codec = partial(pack_rows, levels=levels), TwoBit() if levels == 3 else FourLevels()
     row_bytes = math.ceil(cols / in_byte)
     begin = writer.slots[name].begin + index * rows * row_bytes
 

@@ -26,6 +26,7 @@ from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.format.skeleton import module_at
 from trilens.errors import ConfigError, CorruptFileError
 from trilens.io.weight_files import GUARD_NAME
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear
 from trilens.ternary.rotation import rotate_back
 
@@ -147,7 +148,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             module = module_at(model, name.rpartition(".")[0])
             rotated = bool(getattr(module, "is_transposed", False))
             cols = held.shape[-2 if rotated else -1]
-            dense = self._dense(parts, name, held.dtype, cols, self._group_size(name, model))
+            dense = self._dense(parts, name, held.dtype, cols, self.config.of(name, model))
             return {name: dense.transpose(-1, -2).contiguous() if rotated else dense}
         found: dict[str, Any] = {}
         for key, value in input_dict.items():
@@ -155,15 +156,11 @@ class Unpack(ConversionOps):  # type: ignore[misc]
             if part not in PARTS:
                 found[key] = value
             elif part == "codes":
-                group_size = self._group_size(name, model)
+                options = self.config.of(name, model)
                 found[f"{stem}.weight"] = [
-                    self._dense(parts, key, held.dtype, self._cols(parts, name, model), group_size)
+                    self._dense(parts, key, held.dtype, self._cols(parts, name, model), options)
                     for parts in _collect(input_dict, f"{stem}.")
                 ]
-        return found
-
-    def _group_size(self, name: str, model: Any) -> int | None:
-        found: int | None = self.config.of(name, model)["group_size"]
         return found
 
     def _cols(self, parts: dict[str, Tensor], name: str, model: Any) -> int:
@@ -177,17 +174,17 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         name: str,
         dtype: torch.dtype,
         cols: int,
-        group_size: int | None,
+        options: Mapping[str, Any],
     ) -> Tensor:
         if parts["codes"].is_meta:  # shapes without values
             return torch.empty((*parts["codes"].shape[:-1], cols), dtype=dtype, device="meta")
         two_bit = {
-            part: two_bit_codes(tensor, cols, name, self.config.storage)
+            part: two_bit_codes(tensor, cols, name, self.config.storage, levels_of(options["rule"]))
             if part.endswith("codes")
             else tensor
             for part, tensor in parts.items()
         }
-        packed = Packed(**two_bit, cols=cols, group_size=group_size)
+        packed = Packed(**two_bit, cols=cols, group_size=options["group_size"])
         if self.config.rotation is None:
             return packed.dense(dtype)
         return rotate_back(packed.dense()).to(dtype)

@@ -95,11 +95,14 @@ def read_job(
     source = Checkpoint.open(src, revision=revision, ternary=ternary, tokenizer=tokenizer)
     headers, packed, own, note = source.headers, None, plan, ""
     if source.is_ternary:
-        headers, packed, own, note = _read_packed(source, plan)
+        headers, packed, own, note = _read_packed(source, replace(plan, embeddings="keep"))
+        own = replace(own, embeddings=plan.embeddings)
     elif source.bitnet is not None:
         note = source.bitnet.note
         if source.bitnet.matrices:
-            _check_no_orders(source, replace(plan, storage="two_bit"))
+            _check_no_orders(source, replace(plan, storage="two_bit", embeddings="keep"))
+    elif source.float8 is not None:
+        note = source.float8.note
     model = build_skeleton(source.config, headers)
     choices = choose(model, headers)
     check_names(source.name, (choice.name for choice in choices if choice.reason == HOMELESS))
@@ -138,10 +141,9 @@ def _check_no_orders(source: Checkpoint, plan: TernaryPlan) -> None:
 
 
 def _check_all_coded(job: Job) -> None:
-    """Refuse packed matrices of a BitNet checkpoint that have no place as ternary ones."""
-    packed = job.source.bitnet.matrices if job.source.bitnet is not None else {}
+    """Refuse packed or float8 matrices that have no place as ternary ones."""
     for choice in job.choices:
-        if choice.name in packed and choice.storage == "kept":
+        if choice.name in job.source.decoded and choice.storage == "kept":
             raise UsageError(
                 f"{job.source.name} stores {choice.name} packed, where trilens keeps weights as "
                 f"they are ({choice.reason}): give the checkpoint with plain weights"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trilens.checkpoint.auxiliary_files import origin_of, write_side_files
+from trilens.checkpoint.calibration.aftermath import gone_on, write_own_text
 from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.calibration.own_text import OwnText, check_writes
 from trilens.checkpoint.calibration.rollback import rollback
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.coding import code_tensor, entries, planned
 from trilens.checkpoint.dense import write_dense
-from trilens.checkpoint.evaluate import Baseline, Sample
+from trilens.checkpoint.evaluate import Blocks, Sample, compare_checkpoints, read_samples
 from trilens.checkpoint.format.damage import Damage, check_damage
 from trilens.checkpoint.format.manifest import Journal, Order, manifest_bytes, read_manifest
 from trilens.checkpoint.format.model_card import model_card
@@ -29,10 +33,11 @@ from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.format.shards import ShardWriter
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
+from trilens.checkpoint.hf_bitnet import write_bitnet
 from trilens.checkpoint.job import Job, read_job
 from trilens.checkpoint.output_folder import check_folder, clean_refusal
 from trilens.checkpoint.validation import validate
-from trilens.errors import UsageError, WriteError
+from trilens.errors import DamageError, UsageError, ValueRangeError, WriteError
 from trilens.io.atomic import locked_folder, write_bytes
 from trilens.io.paths import as_path
 from trilens.progress import Progress, Step
@@ -54,7 +59,11 @@ _KNOWN_SETTINGS = {
     "weights",
 }
 
-Format = Literal["trilens", "dense", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
+Format = Literal["trilens", "dense", "hf-bitnet", "gguf-tq1_0", "gguf-tq2_0", "gguf-q2_0"]
+
+
+_PLAIN = {"dense": write_dense, "hf-bitnet": write_bitnet}
+"""Layouts that transformers loads without trilens, made of what `ternarize` wrote."""
 
 
 def ternarize(
@@ -66,7 +75,8 @@ def ternarize(
     dry_run: bool = False,
     revision: str | None = None,
     calibration: Calibration | None = None,
-    sample: Sample | None = None,
+    sample: Sample | Sequence[Sample] | None = None,
+    max_perplexity_ratio: float | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> TernaryReport:
@@ -86,13 +96,16 @@ def ternarize(
         plan: what is ternarized, and how; `TernaryPlan()` where not given.
         format: "trilens": packed two-bit codes and float32 scales in safetensors; "gguf-tq2_0",
             "gguf-tq1_0", "gguf-q2_0": one file for llama.cpp, whose source may also be the output
-            of an earlier call; "dense": that output with dense weights, see `write_dense`.
+            of an earlier call; "dense": that output with dense weights, see `write_dense`;
+            "hf-bitnet": it in transformers' own BitNet layout, see `write_bitnet`.
         dry_run: read headers only, and report what would be stored.
         revision: of a hub id.
         calibration: the text that calibrated rules look at, and that the damage is measured on;
-            without one only the rules that need no data can be asked.
-        sample: a text on which source and result are measured; the finding stands in the report
-            and in the model card.
+            a plan with such rules and no calibration: what the model writes itself.
+        sample: a text, or several, on which source and result are measured; what each says stands
+            in the report and in the model card.
+        max_perplexity_ratio: the largest ratio of perplexities that is left, on the worst of the
+            samples; of a calibration's texts see `Calibration`.
         tokenizer: goes before the source's own, for a sample or a calibration, and is written into
             the output; one of transformers, or what `--tokenizer` reads.
         progress: called with each block while a calibration runs, then with each tensor written.
@@ -107,23 +120,26 @@ def ternarize(
         NonFiniteError: NaN or Inf among the weights of a matrix; nothing is left behind.
         ValueRangeError: a scale that its dtype cannot hold; nothing is left behind.
         WriteError: the output cannot be written, or another run writes it.
-        DamageError: the perplexity rises by more than the calibration's `max_perplexity_ratio`;
-            nothing is left behind.
+        DamageError: the perplexity rises by more than `max_perplexity_ratio`, here or of the
+            calibration; nothing is left behind.
+        GenerationError: the model is to write its own calibration text, and writes none.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
     Memory: tensors are read one by one: up to 3 × the largest one for bfloat16 sources, and what
     the rule needs (`PerLayerQuant.quantize`). A calibration maps the source. With a sample the
-    whole model is loaded, once before and once after.
+    whole model is loaded before, and both models after.
     """
     plan, gguf_format = plan or TernaryPlan(), find_format(format)
+    samples = (sample,) if isinstance(sample, Sample) else tuple(sample or ())
+    _check_bound(max_perplexity_ratio, samples)
     out = as_path(dst, "output")
     _check_format(format, gguf_format, out, plan)
     if format != "trilens":
-        _check_unmeasured(format, calibration, sample)
+        _check_unmeasured(format, calibration, samples)
     job = read_job(src, plan, revision=revision, ternary=format != "trilens", tokenizer=tokenizer)
-    if format == "dense":
-        return write_dense(job, out, dry_run=dry_run, progress=progress)
+    if format in _PLAIN:
+        return _PLAIN[format](job, out, dry_run=dry_run, progress=progress)
     if gguf_format is not None:
         _check_trits(job)
         return write_gguf(job, gguf_format, out, dry_run=dry_run, progress=progress)
@@ -133,15 +149,14 @@ def ternarize(
             "calibration out"
         )
     _check_names(job)
-    if job.plan.calibrated and calibration is None and not dry_run:
+    if job.plan.calibrated and calibration is None:
+        calibration = Calibration(own_text=OwnText())
+    if calibration is not None and calibration.own_text is not None:
+        check_writes(job.model)
+    if dry_run and samples:
         raise UsageError(
-            f"rule {job.plan.calibrated[0]!r} looks at what the matrices get: give a calibration "
-            "text (calibration=Calibration.from_source(…), --calibrate)"
-        )
-    if dry_run and sample is not None:
-        raise UsageError(
-            f"sample {sample.name!r} cannot be measured in a dry run, which writes no model: leave "
-            "one of them out"
+            f"sample {samples[0].name!r} cannot be measured in a dry run, which writes no model: "
+            "leave one of them out"
         )
     if dry_run:
         tensors = [planned(*pair, job.plan) for pair in job.pairs]
@@ -155,29 +170,34 @@ def ternarize(
             *job.source.cards,
         ],
         job.plan,
-        sample.sha256 if sample else None,
+        _samples_sha256(samples),
         None if calibration is None else calibration.to_dict(),
         job.source.given_sha256,
     )
+    bound = None if calibration is None else calibration.max_perplexity_ratio
+    bounds = (bound, max_perplexity_ratio)
     if (out / MANIFEST_NAME).is_file():
-        return _finished(out, order, calibration)
-    # Measured first: a sample that is no good is refused before anything is written.
-    baseline = Baseline.of(sample, job.source.folder, tokenizer=tokenizer) if sample else None
+        return _finished(out, order, bounds)
+    # Read first: a sample that is no good is refused before anything is written.
+    texts = read_samples(samples, job.source.folder, tokenizer=tokenizer) if samples else ()
     with locked_folder(out):
         check_folder(out, job.source.folder)
         if (out / MANIFEST_NAME).is_file():  # another run has ended meanwhile
-            return _finished(out, order, calibration)
+            return _finished(out, order, bounds)
         _check_space(out, job)
         journal = Journal(out, order)
         with clean_refusal(out, journal):
-            return _write(out, job, order, journal, calibration, baseline, progress)
+            return _write(
+                out, job, order, journal, calibration, texts, max_perplexity_ratio, progress
+            )
 
 
-def _finished(out: Path, order: Order, calibration: Calibration | None) -> TernaryReport:
+def _finished(out: Path, order: Order, bounds: tuple[float | None, float | None]) -> TernaryReport:
     order.check_same(read_manifest(out), out / MANIFEST_NAME)
     (out / JOURNAL_NAME).unlink(missing_ok=True)
     found = validate(out)
-    check_damage(found.damage, calibration, written=True)
+    for damage, bound in zip((found.damage, found.sample), bounds, strict=True):
+        check_damage(damage, bound, written=True)
     return found
 
 
@@ -187,7 +207,8 @@ def _write(
     order: Order,
     journal: Journal,
     calibration: Calibration | None,
-    baseline: Baseline | None,
+    texts: tuple[Blocks, ...],
+    highest: float | None,
     progress: Progress | None,
 ) -> TernaryReport:
     before: Store | None = None
@@ -198,8 +219,17 @@ def _write(
     digests |= write_side_files(out, job)
     job.source.check_unchanged()
     order.check_copied(digests, job.source.side_files)
-    measured = baseline.against(out) if baseline else None
-    report = TernaryReport(job.plan, tuple(tensors), sample=measured, damage=damage, note=job.note)
+    measured = compare_checkpoints(texts, job.source.folder, out) if texts else ()
+    if before is not None and damage is not None:
+        digests |= write_own_text(out, before)
+        damage = gone_on(out, job, before, damage)
+    report = TernaryReport(job.plan, tuple(tensors), samples=measured, damage=damage, note=job.note)
+    try:
+        check_damage(report.sample, highest)
+    except DamageError:
+        for name in digests:
+            (out / name).unlink(missing_ok=True)
+        raise
     card = model_card(report, origin_of(job))
     digests[CARD_NAME] = write_bytes(out / CARD_NAME, card.encode())
     files = {
@@ -217,6 +247,11 @@ def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: Terna
     """Refuse a format that there is not, and a place or a plan that the format does not have."""
     if engine is not None:
         _check_engine(out, plan)
+    elif plan.embeddings != "keep":
+        raise UsageError(
+            f"embeddings {plan.embeddings!r} is for GGUF files, and format {format!r} keeps them "
+            "as they are: leave it out, or take a gguf format"
+        )
     elif format not in get_args(Format):
         raise UsageError(f"format {format!r} is unknown: there are {', '.join(get_args(Format))}")
     elif out.suffix == ".gguf":
@@ -226,15 +261,40 @@ def _check_format(format: str, engine: GgufFormat | None, out: Path, plan: Terna
         )
 
 
-def _check_unmeasured(format: str, calibration: Calibration | None, sample: Sample | None) -> None:
+def _check_bound(bound: Any, samples: Sequence[Sample]) -> None:
+    """Refuse a bound that is none, or that bounds nothing."""
+    if bound is None:
+        return
+    if isinstance(bound, bool) or not (isinstance(bound, int | float) and bound > 0):
+        raise ValueRangeError(
+            f"max_perplexity_ratio is {bound!r}: a number above 0 is needed, such as 1.5"
+        )
+    if not samples:
+        raise UsageError(
+            f"max_perplexity_ratio {bound:g} bounds what is measured on a sample: give one "
+            "(sample=…, --evaluate TEXT)"
+        )
+
+
+def _samples_sha256(samples: Sequence[Sample]) -> str | None:
+    """Hash of all samples: of a single one its own."""
+    if len(samples) < 2:
+        return samples[0].sha256 if samples else None
+    return hashlib.sha256("".join(sample.sha256 for sample in samples).encode()).hexdigest()
+
+
+def _check_unmeasured(
+    format: str, calibration: Calibration | None, samples: Sequence[Sample]
+) -> None:
     """Refuse a calibration or a sample for what is made from a ternary checkpoint."""
-    result = "dense weights" if format == "dense" else "a GGUF file"
+    results = {"dense": "dense weights", "hf-bitnet": "a BitNet checkpoint"}
+    result = results.get(format, "a GGUF file")
     if calibration is not None:
         raise UsageError(
             f"{result} ({format}) cannot be calibrated: write a directory with the calibration, "
             f"then {result} from that directory, which keeps every trit"
         )
-    if sample is not None:
+    if samples:
         raise UsageError(
             f"a sample cannot be measured on {result} ({format}): write a directory with the "
             f"sample, then {result} from that directory, which keeps every trit"

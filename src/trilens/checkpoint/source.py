@@ -14,7 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.checkpoint.bitnet import BITNET, BitNet, read_bitnet
+from trilens.checkpoint.bitnet import BITNET, BitNet, PackedMatrix, read_bitnet
+from trilens.checkpoint.float8 import (
+    FLOAT8_DTYPES,
+    Float8,
+    Float8Matrix,
+    is_float8,
+    read_float8,
+)
 from trilens.checkpoint.format.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -43,6 +50,7 @@ _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    **FLOAT8_DTYPES,
 }
 
 
@@ -56,12 +64,13 @@ class Checkpoint:
     Attributes:
         folder: Where it is.
         name: What errors call it: a hub id or a path.
-        settings: config.json as it stands; of a BitNet checkpoint without its quantization.
+        settings: config.json as it stands; of a BitNet or float8 one without its quantization.
         config: transformers' configuration.
         files: The weight files.
-        headers: Every stored tensor; packed matrices of a BitNet checkpoint as the model has them.
+        headers: Every stored tensor; packed and float8 matrices as the model has them.
         stamps: What config.json and the weight files were like before they were read.
         bitnet: Of a BitNet checkpoint, what is packed.
+        float8: Of a float8 checkpoint, what is stored so.
         given_tokenizer: The tokenizer that goes before its own; None where its own is taken.
         given_files: The files of that tokenizer.
     """
@@ -74,6 +83,7 @@ class Checkpoint:
     headers: dict[str, TensorHeader]
     stamps: dict[Path, Stamp]
     bitnet: BitNet | None = None
+    float8: Float8 | None = None
     given_tokenizer: Any = None
     given_files: Mapping[str, bytes] = field(default_factory=dict)
     _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
@@ -97,7 +107,8 @@ class Checkpoint:
             tokenizer: goes before its own.
 
         Raises:
-            UsageError: it is quantized already, and not as BitNet; a tokenizer without files.
+            UsageError: it is quantized already, and not as BitNet or to float8; a tokenizer
+                without files.
             LoadError: it cannot be read, or is damaged; see `trilens.errors`.
         """
         rwkv7.register()
@@ -106,7 +117,8 @@ class Checkpoint:
         packed = settings.get("quantization_config")
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         own = ternary and isinstance(packed, dict) and method == QUANT_METHOD
-        foreign = packed if isinstance(packed, dict) and method == BITNET else None
+        known = isinstance(packed, dict) and (method == BITNET or is_float8(packed))
+        foreign = packed if known else None
         if packed is not None and not own and foreign is None:
             also = ", or one that trilens ternarize wrote" if ternary else ""
             raise UsageError(
@@ -117,18 +129,21 @@ class Checkpoint:
         stamps = {file: Stamp.of(file) for file in (folder / CONFIG_NAME, *listing.files)}
         config, _ = read_config(folder, settings, trusted=False)
         headers = listed_headers(folder, listing)
-        bitnet = None
+        bitnet = float8 = None
         if foreign is not None:
             # Without it the skeleton is that of plain weights, and is checked as such.
             settings = {k: v for k, v in settings.items() if k != "quantization_config"}
             del config.quantization_config
-            bitnet = read_bitnet(name, foreign, headers)
-            headers = bitnet.plain_headers(headers)
+            if method == BITNET:
+                bitnet = read_bitnet(name, foreign, headers)
+                headers = bitnet.plain_headers(headers)
+            else:
+                float8 = read_float8(name, foreign, headers)
+                headers = float8.plain_headers(headers)
         check_fits(folder, config, headers)
         given = {} if tokenizer is None else tokenizer_files(tokenizer)
-        return cls(
-            folder, name, settings, config, listing.files, headers, stamps, bitnet, tokenizer, given
-        )
+        parts = (folder, name, settings, config, listing.files, headers, stamps)
+        return cls(*parts, bitnet, float8, tokenizer, given)
 
     @property
     def is_ternary(self) -> bool:
@@ -210,14 +225,21 @@ class Checkpoint:
         Raises:
             CorruptFileError: the file was cut off meanwhile, or holds illegal codes.
         """
-        if self.bitnet is not None and name in self.bitnet.matrices:
-            packed = self.bitnet.matrices[name]
+        packed = self.decoded.get(name)
+        if packed is not None:
             codes, scale = (
                 tensor_of(part, self.opened(part.file)) for part in (packed.codes, packed.scale)
             )
             return packed.dense(codes, scale)
         header = self.headers[name]
         return tensor_of(header, self.opened(header.file))
+
+    @property
+    def decoded(self) -> Mapping[str, PackedMatrix | Float8Matrix]:
+        """The matrices that are stored otherwise than the model has them, and decoded when read."""
+        if self.bitnet is not None:
+            return self.bitnet.matrices
+        return {} if self.float8 is None else self.float8.matrices
 
     def borrowed_tensor(self, name: str) -> Tensor:
         """A stored tensor, valid until the next one of its file is borrowed.
@@ -226,7 +248,7 @@ class Checkpoint:
 
         Raises: as `tensor`.
         """
-        if self.bitnet is not None and name in self.bitnet.matrices:
+        if name in self.decoded:
             return self.tensor(name)
         header = self.headers[name]
         return as_tensor(header, self.opened(header.file).borrow(header.begin, header.end))
@@ -236,7 +258,7 @@ class Checkpoint:
 
         Shapes: → [*shape]
         """
-        if self.bitnet is not None and name in self.bitnet.matrices:
+        if name in self.decoded:
             return self.tensor(name)
         header = self.headers[name]
         if header.file not in self._mapped:

@@ -11,7 +11,7 @@ import torch
 from trilens.checkpoint.coding import CODES_PER_BYTE, packed_parts
 from trilens.checkpoint.format.manifest import read_manifest
 from trilens.checkpoint.format.names import CONFIG_NAME, MANIFEST_NAME, QUANT_METHOD, find_parts
-from trilens.checkpoint.format.plan import Storage, TernaryPlan
+from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.source import tensor_of
 from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, TrilensError
@@ -24,6 +24,7 @@ from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
 from trilens.models.build import read_config
 from trilens.models.loading import check_fits
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, unpack_rows
 
 __all__ = ["unlisted", "validate"]
@@ -130,7 +131,7 @@ def _check_coded(
     for part, header in found.items():
         file = opened[header.file]
         if part.endswith("codes"):
-            part_zeros, part_codes = _count_codes(tensor, header, file, plan.storage)
+            part_zeros, part_codes = _count_codes(tensor, header, file, plan)
             zeros, n_codes = zeros + part_zeros, n_codes + part_codes
         elif header.dtype != wanted[part]:
             raise CorruptFileError(
@@ -145,14 +146,14 @@ def _check_coded(
 
 
 def _count_codes(
-    tensor: TensorReport, header: TensorHeader, file: OpenFile, storage: Storage
+    tensor: TensorReport, header: TensorHeader, file: OpenFile, plan: TernaryPlan
 ) -> tuple[int, int]:
     """Zeros and trits of one tensor of codes, which are legal."""
     if header.dtype != "U8" or len(header.shape) != len(tensor.shape):
         raise CorruptFileError(
             f"{header.name} is no tensor of codes: {header.dtype} {header.shape}"
         )
-    in_byte = CODES_PER_BYTE[storage]
+    in_byte = CODES_PER_BYTE[plan.storage]
     *lead, rows, row_bytes = header.shape
     cols = next((n for n in tensor.shape[-2:][::-1] if math.ceil(n / in_byte) == row_bytes
                  and rows * n == math.prod(tensor.shape[-2:])), None)  # fmt: skip
@@ -164,23 +165,23 @@ def _count_codes(
     step = max(1, _CHUNK_BYTES // row_bytes) * row_bytes
     for begin in range(header.begin, header.end, step):
         raw = file.bytes(begin, min(begin + step, header.end))
-        trits = _trits(torch.from_numpy(raw).reshape(-1, row_bytes), header.name, storage)
+        trits = _trits(torch.from_numpy(raw).reshape(-1, row_bytes), header.name, plan)
         if trits[:, cols:].any():
             raise CorruptFileError(f"{header.name} holds trits past the end of its rows")
         zeros += trits[:, :cols].numel() - int(torch.count_nonzero(trits[:, :cols]))
     return zeros, math.prod(tensor.shape)
 
 
-def _trits(codes: torch.Tensor, name: str, storage: Storage) -> torch.Tensor:
+def _trits(codes: torch.Tensor, name: str, plan: TernaryPlan) -> torch.Tensor:
     """All trits of some rows, with what fills them up.
 
     Shapes: codes uint8 [rows, bytes] → int8 [rows, 4 or 5 × bytes]
     """
-    row_trits = CODES_PER_BYTE[storage] * codes.shape[-1]
-    if storage == "compact":
+    row_trits = CODES_PER_BYTE[plan.storage] * codes.shape[-1]
+    if plan.storage == "compact":
         if not is_compact(codes):
             raise CorruptFileError(f"{name} holds a byte above 242: five trits make at most that")
         return expand_rows(codes, row_trits)
-    if holds_code_3(codes):
+    if levels_of(plan.rule) == 3 and holds_code_3(codes):
         raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
     return unpack_rows(codes, row_trits)

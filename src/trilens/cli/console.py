@@ -22,6 +22,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from trilens.cli.pages import check_page, is_page, write_page
 from trilens.cli.streams import say
 from trilens.errors import UsageError
 from trilens.io.atomic import write_bytes
@@ -75,22 +76,30 @@ def show_result(
     head: Mapping[str, Any] = MappingProxyType({}),
     file: Path | None = None,
     pipe_width: int = _PIPE_WIDTH,
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Show a result as --format asks: as JSON, `head` first, or drawn as tables."""
-    if format == "json":
+    """Show a result as --format asks: as JSON, `head` first, or drawn as tables.
+
+    A file whose name ends in .html becomes a page; its header has the `facts`.
+    """
+    if file is not None and is_page(file):
+        write_page(file, result, facts)
+    elif format == "json":
         show_json({**head, **result.to_dict()}, file=file)
     else:
         show(lambda console: draw(result, console), file=file, pipe_width=pipe_width)
 
 
-def check_file(file: Path | None) -> None:
+def check_file(file: Path | None, format: str = "table") -> None:
     """Refuse, before any work, an output that can't become a file.
 
     Raises:
-        UsageError: a folder, a device or a pipe is there, or the folder does not exist.
+        UsageError: a folder, a device or a pipe is there, or the folder does not exist; or it is a
+            page, and the format JSON.
     """
     if file is None:
         return
+    check_page(file, format)
     if file.is_dir():
         raise UsageError(f"output {file} is a directory: name a file")
     if file.exists() and not file.is_file():

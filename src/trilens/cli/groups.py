@@ -9,8 +9,9 @@ from functools import wraps
 from typing import Any, get_type_hints
 
 from trilens.cli import options as o
+from trilens.cli import store_options as so
 
-__all__ = ["Coding", "Fitting", "Loading", "Sampling", "flattened"]
+__all__ = ["Coding", "Fitting", "Loading", "Sampling", "Storing", "flattened"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,32 @@ class Fitting:
     """How calibrated rules are fitted; what is not given, `Calibration` decides."""
 
     max_perplexity_ratio: o.MaxPerplexityRatio = None
+    effort: o.Effort = None
     max_tokens: o.MaxTokens = None
     seq_length: o.SeqLength = None
     batch_size: o.BatchSize = None
     seed: o.Seed = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storing:
+    """What is kept of a whole corpus, and who captures it."""
+
+    store_dtype: so.StoreDtype = "auto"
+    reduce: so.Reduce = None
+    values: so.StoreValues = True
+    field: o.Field = "text"
+    label: so.Label = None
+    strict: so.Strict = False
+    max_tokens: o.MaxTokens = None
+    seq_length: o.SampleLength = 512
+    batch_tokens: so.BatchTokens = 4096
+    shard_tokens: so.ShardTokens = 32768
+    threads: so.Threads = 1
+    workers: so.Workers = 1
+    ray: so.Ray = None
+    gpus_per_worker: so.GpusPerWorker = 0.0
+    overwrite: so.Overwrite = False
 
 
 def flattened(command: Callable[..., None]) -> Callable[..., None]:

@@ -12,10 +12,12 @@ from trilens.cli.commands.capture import capture
 from trilens.cli.commands.compare import compare
 from trilens.cli.commands.convert import convert
 from trilens.cli.commands.demo import demo
+from trilens.cli.commands.evaluate import evaluate
 from trilens.cli.commands.families import families
 from trilens.cli.commands.generate import generate
 from trilens.cli.commands.inspect import inspect
 from trilens.cli.commands.lens import lens
+from trilens.cli.commands.ls import ls
 from trilens.cli.commands.patch import patch
 from trilens.cli.commands.plan import plan
 from trilens.cli.commands.sensitivity import sensitivity
@@ -54,8 +56,8 @@ def _root(
 
 
 for _command in (
-    demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, validate,
-    sensitivity, plan,
+    demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, ls, validate,
+    evaluate, sensitivity, plan,
     families, convert,
 ):  # fmt: skip
     app.command()(flattened(_command))

@@ -19,7 +19,9 @@ __all__ = [
     "Budget",
     "By",
     "Calibrate",
+    "Calibrations",
     "Chat",
+    "Corpus",
     "Costs",
     "Data",
     "Debug",
@@ -30,15 +32,19 @@ __all__ = [
     "EachMatrix",
     "Edits",
     "Effective",
+    "Effort",
     "Evaluate",
+    "Evaluations",
     "FailIf",
     "Field",
     "Format",
     "GroupSize",
     "Ignore",
     "Layers",
+    "Limit",
     "LogitLens",
     "Logits",
+    "MadeFrom",
     "MaxNewTokens",
     "MaxPerplexityRatio",
     "MaxTokens",
@@ -51,6 +57,7 @@ __all__ = [
     "PlanFile",
     "Predict",
     "Prompt",
+    "Report",
     "RequiredAgainst",
     "RequiredOutput",
     "RequiredPrompt",
@@ -64,10 +71,12 @@ __all__ = [
     "ScaleDtype",
     "Seed",
     "SeqLength",
+    "Sites",
     "States",
     "Stop",
     "Storage",
     "Target",
+    "Tasks",
     "Temperature",
     "To",
     "TokenizerFiles",
@@ -79,17 +88,53 @@ __all__ = [
 
 # Texts
 _TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
-Data = Annotated[str, typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")]
+_DATA = typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")
+Data = Annotated[str, _DATA]
+Corpus = Annotated[str | None, _DATA]
+_CALIBRATE = f"Text that calibrated rules are fitted on: {_TEXT}, or self: the model writes it."
+_EVALUATE = f"Held-out text to measure the damage on: {_TEXT}."
 Calibrate = Annotated[
     str | None,
+    typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE),
+]
+Calibrations = Annotated[
+    list[str] | None,
     typer.Option(
-        "--calibrate", metavar="TEXT", help=f"Text that calibrated rules are fitted on: {_TEXT}."
+        "--calibrate",
+        metavar="TEXT",
+        help=_CALIBRATE,
     ),
 ]
 Evaluate = Annotated[
     str | None,
+    typer.Option("--evaluate", metavar="TEXT", help=_EVALUATE),
+]
+Evaluations = Annotated[
+    list[str] | None,
     typer.Option(
-        "--evaluate", metavar="TEXT", help=f"Held-out text to measure the damage on: {_TEXT}."
+        "--evaluate",
+        metavar="[NAME=]TEXT",
+        help=_EVALUATE,
+    ),
+]
+MadeFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--made-from", metavar="MODEL", help="The model that it was made from: directory or hub id."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="A task of lm-eval. May be repeated."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Examples of each task, at most."),
+]
+Effort = Annotated[
+    Literal["fast", "default", "max"] | None,
+    typer.Option(
+        "--effort", help="How many tokens calibration takes, and how long fitting rules fit."
     ),
 ]
 Field = Annotated[
@@ -167,6 +212,12 @@ Target = Annotated[str | None, _TARGET]
 RequiredTarget = Annotated[str, _TARGET]
 Against = Annotated[str | None, _AGAINST]
 RequiredAgainst = Annotated[str, _AGAINST]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        "--sites", metavar="LIST", help="Places of the forward pass: resid_post,attn.z,mlp.gate …"
+    ),
+]
 Parts = Annotated[Literal["component", "head", "neuron"], _BY]
 Effective = Annotated[
     bool, typer.Option("--effective", help="Effective attention of recurrent layers, with signs.")
@@ -240,16 +291,17 @@ FailIf = Annotated[
 
 # Ternary weights
 RuleName: TypeAlias = Literal[
-    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes",
-    "gptq", "gptq_planes", "best", "best_planes",
+    "absmean", "absmean_refit", "twn", "exact", "asymmetric", "planes", "quad",
+    "gptq", "gptq_planes", "gptq_quad", "best", "best_planes", "best_quad",
 ]  # fmt: skip
 Rule = Annotated[
     RuleName,
     typer.Option(
         "--rule",
         metavar="RULE",
-        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes; "
-        "calibrated: gptq, gptq_planes, best, best_planes.",
+        help="Quantization rule: absmean, absmean_refit, twn, exact, asymmetric, planes, "
+        "quad (four levels, not ternary); "
+        "calibrated: gptq, gptq_planes, gptq_quad, best, best_planes, best_quad.",
     ),
 ]
 GroupSize = Annotated[
@@ -281,6 +333,10 @@ ScaleDtype = Annotated[
 Storage = Annotated[
     Literal["two_bit", "compact"],
     typer.Option("--storage", help="Codes of 2 bits, or compact: 1.6 bits."),
+]
+Embeddings = Annotated[
+    Literal["keep", "q8_0", "q4_0"],
+    typer.Option("--embeddings", help="Of a GGUF file, embedding and head: kept, or rounded."),
 ]
 Rotate = Annotated[
     bool, typer.Option("--rotate", help="Rotate weights and inputs by a Hadamard matrix first.")
@@ -321,16 +377,20 @@ Predict = Annotated[
 
 # Results
 To = Annotated[
-    Literal["trilens", "dense", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
+    Literal["trilens", "dense", "hf-bitnet", "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0"],
     typer.Option(
         "--to",
-        help="What to write: a ternary checkpoint, dense weights from one, or a GGUF file for "
-        "llama.cpp.",
+        help="What to write: a ternary checkpoint; from one dense weights, or the BitNet layout of "
+        "transformers; or a GGUF file for llama.cpp.",
     ),
 ]
 _OUTPUT = typer.Option("-o", "--output", metavar="PATH", help="Where to write the result.")
 Output = Annotated[Path | None, _OUTPUT]
 RequiredOutput = Annotated[Path, _OUTPUT]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write a report as well: one HTML page."),
+]
 Format = Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")]
 TypeName = Annotated[
     str | None,

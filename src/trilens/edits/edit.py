@@ -86,11 +86,13 @@ class SiteEdit(Edit):
         site: its name, a gate's name, or another tool's name for it ("blocks.5.hook_resid_post"
             names layer 5 too).
         units: entries of the value's last axis, one or several: channels, neurons, experts.
+        streams: of the residual of a model with several streams, one or several; None for all.
         positions: which tokens; None for all, those that are generated among them.
     """
 
     site: str
     units: Numbers = field(default=None, kw_only=True)
+    streams: Numbers = field(default=None, kw_only=True)
     positions: Positions = field(default=None, kw_only=True)
 
     def __post_init__(self, layer: SupportsIndex | None) -> None:
@@ -106,6 +108,7 @@ class SiteEdit(Edit):
             self,
             site=name,
             units=read_numbers(self.units, "unit"),
+            streams=read_numbers(self.streams, "stream"),
             positions=read_positions(self.positions),
         )
 
@@ -115,8 +118,9 @@ class Steer(SiteEdit):
     """Add scale · vector to the value of each token.
 
     Attributes:
-        vector: [width] for every token (of a site with heads: for every head), or
-            [heads, width]; width and heads are those that the edit names.
+        vector: [width] for every token (of a site with heads: for every head; of several residual
+            streams: for every stream), or [heads, width] or [streams, width]; they are those that
+            the edit names.
         scale: factor on the vector; 0 leaves every bit as it is.
         renormalise: keep the norm that each token's vector had, along the last axis.
     """
@@ -219,15 +223,25 @@ class Scale(SiteEdit):
 
     Attributes:
         factor: 1 leaves every bit as it is.
+        keys: of attn.pattern and attn.scores: the keys whose weights are multiplied, None for all;
+            `positions` names the queries.
+        renormalise: of attn.pattern: each query's weights are then scaled to the sum they had.
     """
 
     kind: ClassVar[str] = "scale"
 
     factor: float
+    keys: Positions = field(default=None, kw_only=True)
+    renormalise: bool = field(default=False, kw_only=True)
 
     def __post_init__(self, layer: SupportsIndex | None) -> None:
         SiteEdit.__post_init__(self, layer)
-        _set(self, factor=read_number(self.factor, "factor"))
+        _set(
+            self,
+            factor=read_number(self.factor, "factor"),
+            keys=read_positions(self.keys),
+            renormalise=_flag(self.renormalise, "renormalise"),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

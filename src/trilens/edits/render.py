@@ -1,4 +1,4 @@
-"""The text form of an edit: ``kind:site@layers#heads%units[positions] option=value …``."""
+"""The text form of an edit: ``kind:site@layers#heads~streams%units[positions] option=value …``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trilens.edits.values import TensorFile, is_source
 
 __all__ = ["MARKS", "edit_text"]
 
-MARKS = {"@": "layers", "#": "heads", "%": "units"}
+MARKS = {"@": "layers", "#": "heads", "~": "streams", "%": "units"}
 """What stands before each list of numbers."""
 
 _HEAD = {"site", "positions", *MARKS.values()}

@@ -23,9 +23,9 @@ from trilens.io.messages import clip
 
 __all__ = ["parse_edit"]
 
-_FORM = "KIND:SITE@LAYERS#HEADS%UNITS[POSITIONS] OPTION=VALUE …"
-_HEAD = re.compile(r"([a-z]+)(?::([^@#%\[\]]*))?((?:[@#%][^@#%\[\]]*)*)(?:\[([^\[\]]*)\])?")
-_PART = re.compile(r"([@#%])([^@#%]*)")
+_FORM = "KIND:SITE@LAYERS#HEADS~STREAMS%UNITS[POSITIONS] OPTION=VALUE …"
+_HEAD = re.compile(r"([a-z]+)(?::([^@#~%\[\]]*))?((?:[@#~%][^@#~%\[\]]*)*)(?:\[([^\[\]]*)\])?")
+_PART = re.compile(r"([@#~%])([^@#~%]*)")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})")
 _INT = re.compile(r"[-−]?[0-9]{1,18}")
@@ -37,10 +37,10 @@ def parse_edit(text: str) -> Edit:
     """Read an edit in its text form.
 
     Args:
-        text: ``KIND:SITE``, then ``@`` layers, ``#`` heads and ``%`` units (``5``, ``1,3``,
-            ``0-4``), ``[positions]`` (``-1``, ``0,3``, ``2:8``, ``last``, ``prompt``,
-            ``generated``, ``*``; ``[|0||2:4]`` gives one entry for each prompt), and options. A
-            tensor is a file: ``file.npy`` or ``file.safetensors:name``.
+        text: ``KIND:SITE``, then ``@`` layers, ``#`` heads, ``~`` residual streams and ``%`` units
+            (``5``, ``1,3``, ``0-4``), ``[positions]`` (``-1``, ``0,3``, ``2:8``, ``last``,
+            ``prompt``, ``generated``, ``*``; ``[|0||2:4]`` gives one entry for each prompt), and
+            options. A tensor is a file: ``file.npy`` or ``file.safetensors:name``.
 
     Raises:
         EditError: what cannot be read, and what may stand there.
@@ -58,7 +58,7 @@ def _parse(text: str) -> Edit:
         what = "it is empty" if not text.strip() else str(error).lower()
         raise EditError(f"{what}; the form is {_FORM}") from None
     match = _HEAD.fullmatch(head)
-    kind = re.split(r"[:@#%\[]", head)[0]
+    kind = re.split(r"[:@#~%\[]", head)[0]
     if kind not in _KINDS:
         near = get_close_matches(kind[:40], _KINDS, n=1)
         raise EditError(
@@ -82,8 +82,8 @@ def _parse(text: str) -> Edit:
         name = MARKS[mark]
         if name in given:
             raise EditError(f"{name} ({mark}) stand twice")
-        if cls is Knockout and name == "units":
-            raise EditError("a knockout has no units: name heads with #")
+        if cls is Knockout and name in ("units", "streams"):
+            raise EditError(f"a knockout has no {name}: name heads with #")
         given[name] = _numbers(numbers, name)
     if positions is not None:
         if cls is Knockout:
@@ -198,7 +198,7 @@ _KINDS: dict[str, tuple[type[Any], _Readers, str | None]] = {
     "ablate": (Ablate, {"method": _text, "reference": _file, "seed": _whole}, None),
     "knockout": (Knockout, {"queries": _positions, "keys": _positions}, None),
     "patch": (Patch, {"source": _file, "source_positions": _positions}, "source"),
-    "scale": (Scale, {"factor": _number}, "factor"),
+    "scale": (Scale, {"factor": _number, "keys": _positions, "renormalise": _flag}, "factor"),
     "project": (Project, {"directions": _file, "onto": _flag}, "directions"),
     "replace": (Replace, {"value": _number_or_file}, "value"),
 }

@@ -163,7 +163,7 @@ class OpenFile:
             CorruptFileError: the file ends before.
         """
         found = np.empty(end - begin, dtype=np.uint8)
-        self._read(found, begin)
+        self.fill(found, begin)
         return found
 
     def borrow(self, begin: int, end: int) -> NDArray[np.uint8]:
@@ -177,10 +177,15 @@ class OpenFile:
         if self._scratch.size < end - begin:
             self._scratch = np.empty(end - begin, dtype=np.uint8)
         found = self._scratch[: end - begin]
-        self._read(found, begin)
+        self.fill(found, begin)
         return found
 
-    def _read(self, found: NDArray[np.uint8], begin: int) -> None:
+    def fill(self, found: NDArray[np.uint8], begin: int) -> None:
+        """Read into memory of the caller's, contiguous and as long as what is read.
+
+        Raises:
+            CorruptFileError: the file ends before.
+        """
         view = found.data
         done = 0
         while done < len(view):

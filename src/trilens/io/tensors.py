@@ -21,7 +21,7 @@ from trilens.io.safetensors_header import TensorHeader, header_of
 from trilens.io.safetensors_layout import layout
 from trilens.io.sealed import NO_HASH, unsealed
 
-__all__ = ["read_entry", "read_tensors", "write_safetensors", "write_tensors"]
+__all__ = ["read_entry", "read_head", "read_tensors", "write_safetensors", "write_tensors"]
 
 _KEY = "trilens"
 _HASH = "trilens.sha256"
@@ -113,6 +113,8 @@ def _write(file: AtomicFile, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     flat = tensor.detach().to("cpu").contiguous().resolve_conj().resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:  # one value counts as contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy()
 
 
@@ -142,6 +144,29 @@ def read_entry(path: Path, stream: BufferedReader, name: str, entry: TensorHeade
     return values
 
 
+def read_head(path: Path, kind: str, version: int) -> tuple[dict[str, Any], str]:
+    """The manifest of what `write_tensors` wrote, and the hash that it names; no tensor is read.
+
+    Raises:
+        CorruptFileError: missing, cut off, of another kind, or of another version.
+    """
+    with open_regular(path) as stream:
+        metadata = header_of(path, stream).metadata
+    return _manifest(path, metadata, kind, version), metadata.get(_HASH, "")
+
+
+def _manifest(path: Path, metadata: Mapping[str, str], kind: str, version: int) -> dict[str, Any]:
+    manifest = parse_json(metadata.get(_KEY, "null"), f"manifest of {path}", non_finite=True)
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise CorruptFileError(f"{path} is a safetensors file, but not a {kind}")
+    if manifest.get("version") != version:
+        raise CorruptFileError(
+            f"{path} is {kind} version {manifest.get('version')}: this trilens reads version "
+            f"{version}"
+        )
+    return manifest
+
+
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote, and check its hash.
 
@@ -164,14 +189,7 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         for name, entry in header.tensors.items():
             tensors[name] = values = read_entry(path, stream, name, entry)
             digest.update(_bytes_of(values).data)
-    manifest = parse_json(header.metadata.get(_KEY, "null"), f"manifest of {path}", non_finite=True)
-    if not isinstance(manifest, dict) or manifest.get("format") != kind:
-        raise CorruptFileError(f"{path} is a safetensors file, but not a {kind}")
-    if manifest.get("version") != version:
-        raise CorruptFileError(
-            f"{path} is {kind} version {manifest.get('version')}: this trilens reads version "
-            f"{version}"
-        )
+    manifest = _manifest(path, header.metadata, kind, version)
     manifest.setdefault(_HASHED, False)
     if (claim or manifest[_HASHED] is not False) and digest.hexdigest() != claim:
         raise CorruptFileError(f"{path} is damaged: its content does not fit its own hash")

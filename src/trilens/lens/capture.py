@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -26,6 +26,7 @@ from trilens.io.typed import typed
 from trilens.lens.parts import ModelInfo, Parts
 from trilens.lens.saved_capture import FORMAT, VERSION, described, rebuilt
 from trilens.numbers import at_least
+from trilens.results import Shown
 from trilens.statistics.probabilities import probabilities
 from trilens.text.alignment import Alignment, align
 from trilens.text.media import Media, positions_of
@@ -47,7 +48,7 @@ _HOW = {
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Capture:
+class Capture(Shown):
     """One prompt, one forward pass, no padding anywhere.
 
     `residual`, `attention`, `effective`, `gates`, `states` and `sites` raise where they were not
@@ -280,7 +281,7 @@ class Capture:
             "format": FORMAT,
             "version": VERSION,
             "tokens": self.tokens,
-            "model": asdict(self.model),
+            "model": self.model.to_dict(),
             "text": None if self.prompt_text is None else self.prompt_text.to_dict(),
             **({} if self.source is None else {"source": self.source.to_dict()}),
             **described(self.parts),

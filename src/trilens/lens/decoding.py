@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -16,13 +15,15 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trilens.errors import UsageError, ValueRangeError
 from trilens.models.forward_call import device_of, given_arguments, text_config
 from trilens.numbers import at_least, whole_number
-from trilens.taps.undo import undone
+from trilens.taps.mode import evaluating
+from trilens.taps.undo import run_undone
 
 __all__ = [
     "Decoding",
     "Forced",
     "NewTokens",
     "Stream",
+    "continue_batch",
     "end_ids_of",
     "new_text",
     "read_decoding",
@@ -277,7 +278,8 @@ def run_generate(
     there = ids.reshape(1, -1).to(device_of(model))
     given = given_arguments(model, arguments or {})
     beside = {name: given[name] for name in arguments or {} if name != "input_ids"}
-    with _own_config(model), _own_random(there.device, decoding):
+
+    def generate() -> None:
         model.generate(
             there,
             generation_config=decoding.config(int(tokens.extra)),
@@ -286,25 +288,76 @@ def run_generate(
             **beside,
         )
 
+    _run_alone(model, there.device, decoding, generate)
 
-@contextmanager
-def _own_config(model: PreTrainedModel) -> Iterator[None]:
-    held = model.generation_config
+
+def continue_batch(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Go on from several prompts of one length at once, with the cache; nothing ends a text.
+
+    A token that ends texts is written as any other, and the model goes on after it. Of the model's
+    generation config nothing counts; it is put back, as the mode and torch's random state are.
+
+    Shapes: ids int64 [batch, seq] → int64 [batch, seq + max_new_tokens], on the CPU
+
+    Args:
+        model: one that generates.
+        ids: the prompts.
+        max_new_tokens: tokens that are written in each row.
+        temperature: 0 for the likeliest token, else tokens are drawn.
+        seed: of what is drawn.
+    """
+    decoding = Decoding(max_new_tokens, temperature, None, None, seed, (), ())
+    there = ids.to(device_of(model))
+    found: list[Any] = []
+
+    def generate() -> None:
+        made = model.generate(
+            there,
+            attention_mask=torch.ones_like(there),
+            generation_config=decoding.config(0),
+        )
+        found.append(made)
+
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        _run_alone(model, there.device, decoding, generate)
+    return torch.as_tensor(found[0]).cpu()
+
+
+def _run_alone(
+    model: PreTrainedModel, device: torch.device, decoding: Decoding, generate: Callable[[], None]
+) -> None:
+    """Generate without the model's generation config; it and torch's random state are put back."""
+    held, put_back_random = model.generation_config, _random_state(device)
 
     def put_back() -> None:
         model.generation_config = held
+        put_back_random()
 
-    with undone(put_back):
+    def alone() -> None:
         # What a caller leaves open, transformers takes from here.
         model.generation_config = GenerationConfig()
-        yield
+        if decoding.temperature > 0:
+            torch.manual_seed(decoding.seed)
+        generate()
+
+    run_undone(alone, put_back)
 
 
-@contextmanager
-def _own_random(device: torch.device, decoding: Decoding) -> Iterator[None]:
-    if decoding.temperature == 0:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(decoding.seed)
-        yield
+def _random_state(device: torch.device) -> Callable[[], None]:
+    """Puts torch's random state back to what it is now."""
+    here = torch.get_rng_state()
+    there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        torch.set_rng_state(here)
+        if there is not None:
+            torch.cuda.set_rng_state(there, device)
+
+    return put_back

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from trilens.caches.derived import Derived, HeadOut
 from trilens.caches.sites import SiteCache
-from trilens.errors import MetricError, SiteError
+from trilens.errors import MetricError
 from trilens.models.sites.claims import SiteClaims
 from trilens.models.sites.head_out import projection_weight
-from trilens.models.sites.site import Site, SiteKey, title_of
+from trilens.models.sites.site import Site, SiteKey
 from trilens.models.tokens import Prompt
 from trilens.taps.recording import CaptureRequest, Recording
 
@@ -86,15 +86,8 @@ def gradients_of(
         metric: of the logits.
 
     Raises:
-        SiteError: attn.scores and attn.pattern, which no kernel hands on.
         MetricError: as `scalar_of`.
     """
-    for name, layer in wanted.sites:
-        if name in ("attn.scores", "attn.pattern"):
-            raise SiteError(
-                f"{title_of((name, layer))} has no gradient: attention kernels do not hand it on; "
-                "ask for attn.q_rot, attn.k_rot, attn.v or attn.z"
-            )
     recording = run(replace(wanted, sites={**wanted.sites, **_outputs(wanted, claims)}))
     if recording.logits is None:
         raise MetricError("the model gives no logits: a metric of them has no value")

@@ -221,14 +221,14 @@ class Lens(Opened):
             inputs: as `capture` takes them.
             metric: of the logits [seq, vocab], float32: a scalar tensor. Those of
                 `trilens.analysis` can be given.
-            sites: as `capture` takes them; not attn.scores and attn.pattern.
+            sites: as `capture` takes them.
             layers: layer numbers; all where not given.
             edits: as `capture` takes them.
             add_special_tokens: as `capture` takes it.
 
         Raises:
             MetricError: the metric gives no finite scalar, or does not depend on the logits.
-            SiteError: a site that is not proven in the layers asked, or has no gradient.
+            SiteError: a site that is not proven in the layers asked.
 
         Memory
             Every activation of the pass: what training of one batch of this prompt keeps.

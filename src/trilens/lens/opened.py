@@ -20,11 +20,12 @@ from trilens.models.stacks import StackName, chosen_stack, stacks_of
 from trilens.models.tokenizers import usable_tokenizer
 from trilens.models.unwrap import tokenizer_of, unwrapped
 from trilens.numbers import whole_number
+from trilens.results import Shown
 
 __all__ = ["Opened"]
 
 
-class Opened:
+class Opened(Shown):
     """A model with its tokenizer, and what is proven of it.
 
     Args and errors are those of `Lens`.
@@ -133,6 +134,11 @@ class Opened:
         return self.anatomy.d_model
 
     @property
+    def n_streams(self) -> int:
+        """Number of residual streams: 1 but for models that keep several."""
+        return self.anatomy.n_streams
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers whose softmax attention can be captured."""
         return tuple(self.anatomy.attention)
@@ -187,4 +193,5 @@ class Opened:
 
     def __repr__(self) -> str:
         name = type(self.model).__name__
-        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model})"
+        streams = f", {self.n_streams} streams" if self.n_streams > 1 else ""
+        return f"Lens({name}, {self.n_layers} layers, d_model {self.d_model}{streams})"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ __all__ = ["ModelInfo", "Parts"]
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Which model a capture came from."""
+    """Which model a capture came from; `n_streams` is 1 but for several residual streams."""
 
     name: str
     model_class: str
@@ -29,6 +30,14 @@ class ModelInfo:
     n_layers: int
     d_model: int
     dtype: str
+    n_streams: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a file names it: one stream is what files without the entry have."""
+        plain = asdict(self)
+        if self.n_streams == 1:
+            del plain["n_streams"]
+        return plain
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -88,6 +97,8 @@ class Parts:
         if self.residual is not None:
             for layer in self.residual.layers:
                 yield f"residual.{layer}", self.residual[layer]
+                if self.residual.n_streams > 1:
+                    yield f"readout.{layer}", self.residual.readout(layer)
         yield from self._pattern_tensors()
         if self.gates is not None:
             for name in self.gates.names:

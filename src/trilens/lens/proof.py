@@ -35,6 +35,7 @@ from trilens.models.stacks import Stack
 from trilens.models.trace import Trace
 from trilens.taps.bystanders import bystanders_of
 from trilens.taps.mode import evaluating, unchanged
+from trilens.taps.readout import check_readout
 from trilens.taps.recorder import record
 
 __all__ = ["Proof", "prove"]
@@ -115,6 +116,8 @@ def prove(
     source = probe.source if inputs is None else source_in(trace)
     trace, crossing = without_cross_attention(trace, source)
     anatomy = find_anatomy(trace, constants=config_numbers(model), width=width)
+    with evaluating(model):
+        check_readout(model, anatomy, trace, vocab)
     if stack.run == "alone":
         check_lengths(trace, anatomy)
     cross, no_cross = cross_attention(trace, crossing, anatomy, source)
@@ -152,6 +155,12 @@ def _not_run(
             model(**arguments)
     # Whatever the model raises of itself is what its caller has to see.
     except Exception as own:  # noqa: BLE001
+        codebooks = getattr(text_config(model), "num_codebooks", None) or 1
+        if codebooks > 1:
+            return AnatomyError(
+                f"{name} reads {codebooks} codebooks of audio at each position, not one token: a "
+                f"plain prompt is none for it ({type(own).__name__}: {_first_line(own)})"
+            )
         return AnatomyError(
             f"{name} does not run on a plain prompt of {seq} tokens: {type(own).__name__}: "
             f"{_first_line(own)}{_way_out(model)}{_way_in(model)}"

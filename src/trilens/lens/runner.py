@@ -37,11 +37,13 @@ from trilens.models.stacks import Stack
 from trilens.models.tokens import Prompt, PromptLike, SourceTarget, pad_id_for
 from trilens.progress import Progress, Step
 from trilens.taps.bystanders import standing_by
+from trilens.taps.edit_knockouts import check_heads
 from trilens.taps.edits import Compiled, compile_edits
 from trilens.taps.lock import CaptureLock
-from trilens.taps.mode import forgetting
+from trilens.taps.mode import evaluating, forgetting
 from trilens.taps.passes import run_pass
 from trilens.taps.positions import positions_of
+from trilens.taps.readout import read_out
 from trilens.taps.recording import CaptureRequest, Recording
 
 __all__ = ["Runner"]
@@ -122,6 +124,7 @@ class Runner:
             model_type=str(getattr(config, "model_type", "")),
             n_layers=anatomy.n_layers,
             d_model=anatomy.d_model,
+            n_streams=anatomy.n_streams,
             dtype=str(self.model.dtype).removeprefix("torch."),
         )
 
@@ -178,8 +181,10 @@ class Runner:
             EditError: an edit that cannot be made.
         """
         claims = self.proof.gates
+        given = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        check_heads(given, self.proof.anatomy)
         return compile_edits(
-            (edits,) if isinstance(edits, Edit) else tuple(edits),
+            given,
             self.proof.sites,
             model=self.info,
             prompts=lengths,
@@ -222,6 +227,19 @@ class Runner:
         self._copies |= recording.request.copy
         return recording
 
+    def read_out(self, recording: Recording) -> None:
+        """Note what the final norm would read of several residual streams, layer by layer."""
+        anatomy = self.proof.anatomy
+        if anatomy.n_streams == 1:
+            return
+        seq = max(recording.request.lengths)
+        with self.lock(), beyond_positions(self.model, seq), evaluating(self.model):
+            for layer, streams in recording.residual.items():
+                last = recording.request.residual == "last"
+                text = streams[:, None] if last else streams
+                made = read_out(self.model, anatomy, text, self.vocab)
+                recording.readouts[layer] = made[:, 0] if last else made
+
     def run(
         self, prompts: Sequence[Prompt], asked: Asked, edits: Compiled | None = None, first: int = 0
     ) -> list[Capture]:
@@ -236,6 +254,12 @@ class Runner:
         numbers = tuple(range(first, first + len(prompts)))
         wanted = replace(self.request(prompts, asked), numbers=numbers)
         recording = self.record(prompts, wanted, edits, logits=asked.logits is not None)
+        if len(prompts) > 1 and recording.has_other_keys:
+            return [
+                found
+                for number, prompt in enumerate(prompts, first)
+                for found in self.run([prompt], asked, edits, number)
+            ]
         return self.captures(prompts, recording, asked)
 
     def captures(
@@ -243,6 +267,7 @@ class Runner:
     ) -> list[Capture]:
         """One capture per prompt of what was recorded."""
         lengths = recording.request.lengths
+        self.read_out(recording)
         effective = effective_patterns(recording.kernels, lengths, self._effective_proven)
         return split(prompts, recording, effective, logits=asked.logits, info=self.info)
 

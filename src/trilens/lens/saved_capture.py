@@ -68,11 +68,14 @@ def rebuilt(tensors: dict[str, Tensor], manifest: dict[str, Any], n_model_layers
         kind: {} for kind in ("attention", "effective", "cross_attention", "gates", "states")
     }
     residual: dict[int, Tensor] = {}
+    readouts: dict[int, Tensor] = {}
     at_sites: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "residual":
             residual[int(rest)] = tensor
+        elif kind == "readout":
+            readouts[int(rest)] = tensor
         elif kind == "sites":
             at_sites[rest] = tensor
         elif kind in held:
@@ -88,7 +91,9 @@ def rebuilt(tensors: dict[str, Tensor], manifest: dict[str, Any], n_model_layers
     kind = manifest["residual"]
     return Parts(
         logits=tensors.get("logits"),
-        residual=None if kind is None else kinds[kind].from_layers(residual),
+        residual=None
+        if kind is None
+        else kinds[kind].from_layers(residual, readouts=readouts or None),
         attention=attention,
         effective=_attention("effective", held, manifest, n_model_layers, attention),
         gates=_gates(held["gates"], manifest["gates"]),

@@ -12,6 +12,7 @@ from trilens.caches.attention import AttentionCache
 from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.derived import Derived, HeadOut, PatternValue
 from trilens.caches.gates import GateCache
+from trilens.caches.patterns.parts import PartsPattern
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
 from trilens.caches.sites import SiteCache
@@ -49,6 +50,10 @@ def split(
     """
     softmax: dict[int, Pattern] = {**recording.patterns}
     softmax |= {layer: pattern_of(call) for layer, call in recording.attention.items()}
+    softmax |= {
+        layer: PartsPattern({name: pattern_of(call) for name, call in calls.items()})
+        for layer, calls in recording.parts.items()
+    }
     shared, asked = SharedMasks(), recording.request
 
     def parts(row: int, length: int) -> Parts:
@@ -137,12 +142,14 @@ def _logits(recording: Recording, row: int, length: int, *, last: bool) -> Tenso
 
 
 def _residual(recording: Recording, row: int, length: int) -> ActivationCache | FullActivationCache:
-    streams = recording.residual.items()
-    if recording.request.residual == "all":
-        return FullActivationCache.from_layers(
-            {i: _own(stream[row, :length], recording) for i, stream in streams}
-        )
-    return ActivationCache.from_layers({i: _own(last[row], recording) for i, last in streams})
+    def rows(held: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        if recording.request.residual == "all":
+            return {i: _own(each[row, :length], recording) for i, each in held.items()}
+        return {i: _own(last[row], recording) for i, last in held.items()}
+
+    kind = FullActivationCache if recording.request.residual == "all" else ActivationCache
+    readouts = rows(recording.readouts) if recording.readouts else None
+    return kind.from_layers(rows(recording.residual), readouts=readouts)
 
 
 def _unpadded(

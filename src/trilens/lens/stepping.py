@@ -80,6 +80,11 @@ def _measure(ids: Tensor, model: PreTrainedModel, by_steps: BySteps, at_once: At
     """Why the model can't be generated from, "" where it can."""
     name, prompt = type(model).__name__, max(1, len(ids) - _STEPS)
     try:
+        whole = at_once(ids)
+        if int(ids.max()) >= whole.shape[-1]:
+            # A model may read more ids than it can give: padding of its embedding.
+            ids = ids % whole.shape[-1]
+            whole = at_once(ids)
         steps = by_steps(ids, prompt)
     except TrilensError as error:
         return str(error)
@@ -89,7 +94,6 @@ def _measure(ids: Tensor, model: PreTrainedModel, by_steps: BySteps, at_once: At
             f"{name} does not generate: a plain prompt of {prompt} tokens fails "
             f"({reason(error)}); capture texts with lens.capture"
         )
-    whole = at_once(ids)
     off, allowed = deviation(steps[prompt:], whole[prompt:]), _tolerance(model.dtype)
     # Not off > allowed: a NaN proves nothing.
     if off <= allowed:

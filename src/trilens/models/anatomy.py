@@ -3,7 +3,8 @@
 The rules read what one probe did, never a family's name:
 
 - blocks: sibling modules called in a row, each one's output the next one's input, bit for bit;
-- final norm: what turned the last block's output into the model's last hidden state;
+- final norm: what turned the last block's output into the model's last hidden state; of several
+  residual streams the readout is a step before it, which makes one vector of them;
 - unembedding: the outermost module that takes the last hidden state and gives the logits, up to a
   constant factor or a tanh cap that is measured on the probe.
 
@@ -12,21 +13,23 @@ What they find is returned with the facts that prove it. What they can't prove i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from torch import Tensor, nn
 
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import listed
+from trilens.models.attention_parts import attend_over_same, attention_parts
+from trilens.models.chain import Chain, chains_of, rounds_of
+from trilens.models.final_norm import Norm, final_norm, norm_behind_code, read_out_by
+from trilens.models.follow import ways
 from trilens.models.logit_relation import relate
 from trilens.models.own_code import why_not_inline
-from trilens.models.trace import ModuleCall, Trace, parent_path, same
+from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
+from trilens.models.trace import AttentionSite, ModuleCall, Trace, parent_path
 
 __all__ = ["Anatomy", "Block", "chains", "find_anatomy"]
-
-_LONGEST_WAY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +50,22 @@ class Anatomy:
 
     Attributes:
         blocks: one per layer, in the order in which they run.
-        d_model: width of the residual stream.
-        batch_first: whether the residual is [batch, seq, d_model] (else [seq, batch, d_model]).
-        final_norm: paths of the modules between the last block and the last hidden state; empty
-            where the last block's output is the last hidden state.
+        form: where the residual stream, or each of several, is in what a block hands on.
+        readout: paths of the modules that make one vector of several streams; None where the
+            model's own code does. Empty for a single stream.
+        final_norm: paths of the modules between the last block (of several streams, the readout)
+            and the last hidden state; empty where that is the last hidden state.
         final_scale: factor on the last block's output before the final norm (1 nearly always).
         unembedding: paths of the modules from the last hidden state to the logits; empty for a
             bare encoder.
         logit_scale: factor between the unembedding's output and the logits.
         logit_softcap: c in c·tanh(x/c), or None.
         vocab: width of the logits, or None.
-        attention: per layer, the module that calls the attention registry there.
+        attention: per layer, the module that calls the attention registry there; the first of
+            several.
+        attention_parts: all of them, of the layers where several do.
+        starts: layers that begin a round of a model that runs its stacks several times: their
+            stream is a sum of what earlier rounds gave, not the output of the layer before.
         other_attention: per layer, attention that goes another way, in words.
         facts: what the probe proved, in words.
         inline: per layer whose module computes attention in its own code, which of the module's
@@ -65,8 +73,8 @@ class Anatomy:
     """
 
     blocks: tuple[Block, ...]
-    d_model: int
-    batch_first: bool
+    form: StreamForm
+    readout: tuple[str, ...] | None
     final_norm: tuple[str, ...]
     final_scale: float
     unembedding: tuple[str, ...]
@@ -77,21 +85,27 @@ class Anatomy:
     other_attention: dict[int, str]
     facts: tuple[str, ...]
     inline: dict[int, int] = field(default_factory=dict)
+    attention_parts: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    starts: tuple[int, ...] = ()
 
     @property
     def n_layers(self) -> int:
         """Number of layers."""
         return len(self.blocks)
 
-
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    calls: tuple[ModuleCall, ...]
-    output_index: tuple[int, ...]
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.form.d_model
 
     @property
-    def last(self) -> Tensor:
-        return self.calls[-1].outputs[self.output_index[-1]]
+    def n_streams(self) -> int:
+        """Number of residual streams."""
+        return self.form.n_streams
+
+    def attends(self, layer: int) -> tuple[str, ...]:
+        """The modules that call the attention registry in a layer."""
+        return self.attention_parts.get(layer, (self.attention[layer],))
 
 
 def find_anatomy(
@@ -105,22 +119,25 @@ def find_anatomy(
         width: the config's hidden size: a stream that is a multiple of it holds several.
 
     Raises:
-        SeveralStreamsError: blocks pass on a residual of rank 4, or two residual streams.
+        SeveralStreamsError: several residual streams that could not be told apart or read out.
         AnatomyError: no chain of blocks, or its end is not the last hidden state.
     """
     chain, norm, hidden = _choose(trace)
     last = chain.last
-    if width is not None and last.shape[-1] != width and last.shape[-1] % width == 0:
+    first = next((t for t in chain.calls[0].read if t.shape == last.shape), None)
+    form = form_of(last, trace.seq, width, first)
+    if isinstance(form, str):
         raise SeveralStreamsError(
-            f"the residual has several streams: {chain.calls[-1].path} passes on width "
-            f"{last.shape[-1]}, {last.shape[-1] // width} × the model's hidden size {width}; "
-            "a single residual stream [batch, seq, d_model] is needed"
+            f"the residual has several streams: {chain.calls[-1].path} passes on width {form}"
         )
+    readout, final = read_out_by(trace, form, norm, chain.calls[-1], last)
     facts = [
-        f"{len(chain.calls)} blocks in {parent_path(chain.calls[0].path) or 'the model'}: "
-        "each block's output is the next one's input, bit for bit",
+        chain.fact,
         f"last hidden state = {' → '.join(norm.path) or 'the output'} of the last block",
     ]
+    if form.n_streams > 1:
+        how = "the model's own code" if readout is None else " → ".join(readout)
+        facts.append(f"{form.n_streams} residual streams, read out by {how}")
     head = _unembedding(trace, hidden, norm.end, constants)
     if head.path:
         facts.append(
@@ -134,14 +151,15 @@ def find_anatomy(
             f"attention of {len(inline)} blocks is computed in their own code: weights of a "
             "softmax over [seq, seq] times values"
         )
+    parts = attention_parts(trace, chain.calls, attention)
     return Anatomy(
         blocks=tuple(
             Block(call.path, call.module, index)
             for call, index in zip(chain.calls, chain.output_index, strict=True)
         ),
-        d_model=last.shape[-1],
-        batch_first=last.shape[-2] == trace.seq,
-        final_norm=norm.path,
+        form=form,
+        readout=readout,
+        final_norm=final,
         final_scale=norm.scale,
         unembedding=head.path,
         logit_scale=head.scale,
@@ -151,24 +169,35 @@ def find_anatomy(
         other_attention=other,
         facts=tuple(facts),
         inline=inline,
+        attention_parts=parts,
+        starts=chain.starts,
     )
 
 
-def _is_stream(tensor: Tensor, seq: int) -> bool:
-    return tensor.is_floating_point() and tensor.dim() == 3 and sorted(tensor.shape[:2]) == [1, seq]
-
-
-def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
+def _choose(trace: Trace) -> tuple[Chain, Norm, Tensor]:
     """The outermost chain of sibling modules that ends in the last hidden state."""
-    chains = _chains(trace)
+    chains: list[Chain] = []
     ends = []
-    for chain in chains:
-        for hidden in trace.last_hidden:
-            norm = _final_norm(trace, chain, hidden)
-            if norm is not None:
-                ends.append((chain, norm, hidden))
-                break
+    for holds in (holds_one, holds_several):
+        found = chains_of(trace, holds)
+        chains += found
+        for chain in found:
+            for hidden in trace.last_hidden:
+                norm = final_norm(trace, chain.last, chain.calls[-1].end, hidden)
+                if norm is None and holds is holds_several:
+                    norm = norm_behind_code(trace, chain.last, chain.calls[-1].end, hidden)
+                if norm is not None:
+                    ends.append((chain, norm, hidden))
+                    break
+        if ends:
+            break
     if not ends:
+        rounds = rounds_of(trace, holds_one)
+        for hidden in trace.last_hidden if rounds is not None else ():
+            assert rounds is not None
+            norm = final_norm(trace, rounds.last, rounds.calls[-1].end, hidden)
+            if norm is not None:
+                return rounds, norm, hidden
         raise _why_not(trace, chains)
     # Outermost first: a block's own inner chains are shorter pieces of the same way.
     best = min(ends, key=lambda end: (end[0].calls[0].path.count("."), -len(end[0].calls)))
@@ -185,120 +214,7 @@ def _choose(trace: Trace) -> tuple[_Chain, _Norm, Tensor]:
 
 def chains(trace: Trace) -> list[tuple[ModuleCall, ...]]:
     """Runs of sibling modules in which every output is the next input."""
-    return [chain.calls for chain in _chains(trace)]
-
-
-def _chains(trace: Trace) -> list[_Chain]:
-    """Runs of sibling modules in which every output is the next input."""
-    groups: dict[str, list[ModuleCall]] = {}
-    for call in trace.calls:
-        parent, _, name = call.path.rpartition(".")
-        if name.isdigit() and any(_is_stream(tensor, trace.seq) for tensor in call.outputs):
-            groups.setdefault(parent, []).append(call)
-    found = []
-    for calls in groups.values():
-        chain = _link(calls, trace.seq)
-        if chain is not None:
-            found.append(chain)
-    return found
-
-
-def _link(calls: list[ModuleCall], seq: int) -> _Chain | None:
-    index: list[int] = []
-    for call, following in pairwise(calls):
-        if following.start < call.end:
-            return None
-        streams = [(i, t) for i, t in enumerate(call.outputs) if _is_stream(t, seq)]
-        linked = next((i for i, tensor in streams if _carried(tensor, following) is not None), None)
-        if linked is None:
-            return None
-        index.append(linked)
-    fallback = next(i for i, t in enumerate(calls[-1].outputs) if _is_stream(t, seq))
-    index.append(index[-1] if index and index[-1] < len(calls[-1].outputs) else fallback)
-    return _Chain(tuple(calls), tuple(index))
-
-
-def _carried(tensor: Tensor, call: ModuleCall) -> float | None:
-    """The constant times which a call takes the tensor, or None.
-
-    RWKV-4 halves its residual stream every few blocks in inference; the blocks' weights make up
-    for it. The stream is still one chain.
-    """
-    if call.takes(tensor):
-        return 1.0
-    return next((c.scale for item in call.inputs if (c := relate(tensor, item)) is not None), None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    """last hidden state = modules(scale · last block's output)."""
-
-    end: int
-    path: tuple[str, ...] = ()
-    scale: float = 1.0
-
-
-def _final_norm(trace: Trace, chain: _Chain, hidden: Tensor) -> _Norm | None:
-    """The way from the last block's output to the last hidden state; None where there is none."""
-    after = chain.calls[-1].end
-    # Streams [seq, batch, d_model] are turned round before they are handed out.
-    if same(chain.last, hidden) or _same_flat(chain.last, hidden):
-        return _Norm(after)
-    first = next((c for c in trace.calls if c.start > after and _carried(chain.last, c)), None)
-    if first is None:
-        return None
-    scale = _carried(chain.last, first)
-    start = chain.last if scale in (None, 1.0) else first.inputs[0]
-    for path, output, end in _way(trace, start, after):
-        if same(output, hidden) or _same_flat(output, hidden):
-            return _Norm(end, path, scale or 1.0)
-    return None
-
-
-def _way(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
-    """Follow a tensor through modules that read nothing else, outermost modules first.
-
-    Yields:
-        The paths so far, what the last of them gave, and the tick at which it ended.
-    """
-    path: tuple[str, ...] = ()
-    while len(path) < _LONGEST_WAY:
-        later = (call for call in trace.calls if call.start > after and call.outputs)
-        step = next((call for call in later if _reads(call, tensor)), None)
-        if step is None or not _reads_only(step, tensor):
-            return
-        path = (*path, step.path)
-        tensor, after = step.outputs[0], step.end
-        yield path, tensor, after
-
-
-def _ways(trace: Trace, tensor: Tensor, after: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Each way that begins at a reader of a tensor: a pooler may read it before the head does."""
-    for first in (c for c in trace.calls if c.start > after and c.outputs and _reads(c, tensor)):
-        if _reads_only(first, tensor):
-            yield (first.path,), first.outputs[0]
-            for path, output, _ in _way(trace, first.outputs[0], first.end):
-                yield (first.path, *path), output
-
-
-def _reads(call: ModuleCall, tensor: Tensor) -> bool:
-    return any(_is_read_as(item, tensor) for item in call.inputs)
-
-
-def _reads_only(call: ModuleCall, tensor: Tensor) -> bool:
-    return all(_is_read_as(item, tensor) for item in call.inputs if item.is_floating_point())
-
-
-def _is_read_as(item: Tensor, tensor: Tensor) -> bool:
-    """The tensor itself, or cast: Mamba keeps a float32 stream under half-precision weights."""
-    cast = tensor if item.dtype == tensor.dtype else tensor.to(item.dtype)
-    return item.is_floating_point() and same(item, cast)
-
-
-def _same_flat(a: Tensor, b: Tensor) -> bool:
-    if a.numel() != b.numel() or a.shape[-1:] != b.shape[-1:]:
-        return False
-    return same(a.reshape(-1), b.reshape(-1))
+    return [chain.calls for chain in chains_of(trace, holds_one)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,15 +231,15 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
     logits = trace.logits
     if logits is None:
         return _Head()
-    ways = list(_ways(trace, hidden, after))
+    found = list(ways(trace, hidden, after))
     # A head that reads a scaled hidden state: for a linear map the factor commutes.
     for call in (call for call in trace.calls if call.start > after):
         plain = isinstance(call.module, nn.Linear) and getattr(call.module, "bias", None) is None
         if plain and call.inputs:
             factor = relate(hidden, call.inputs[0])
             if factor is not None and factor.scale != 1.0:
-                ways.append(((call.path,), call.outputs[0] / factor.scale))
-    for path, output in ways:
+                found.append(((call.path,), call.outputs[0] / factor.scale))
+    for path, output in found:
         relation = relate(output[..., : logits.shape[-1]], logits, constants)
         if relation is not None:
             return _Head(path, relation.scale, relation.softcap)
@@ -334,7 +250,7 @@ def _unembedding(trace: Trace, hidden: Tensor, after: int, constants: Sequence[f
 
 
 def _attention_by_layer(
-    trace: Trace, chain: _Chain
+    trace: Trace, chain: Chain
 ) -> tuple[dict[int, str], dict[int, str], dict[int, int]]:
     sites: dict[int, str] = {}
     other: dict[int, str] = {}
@@ -354,7 +270,7 @@ def _attention_by_layer(
                 other[layer] = why
                 continue
             sites[layer], inline[layer] = inside[0].path, inside[0].product
-        elif len({site.path for site in inside}) == 1 and inside[0].product is None:
+        elif _are_read_by_registry(inside):
             sites[layer] = inside[0].path
         elif inside:
             paths = listed(site.path for site in inside)
@@ -367,29 +283,35 @@ def _attention_by_layer(
     return sites, other, inline
 
 
-def _why_not(trace: Trace, chains: list[_Chain]) -> AnatomyError:
-    many = [
-        call
-        for call in trace.calls
-        if call.path.rpartition(".")[2].isdigit()
-        and any(
-            t.is_floating_point() and t.dim() == 4 and trace.seq in t.shape[:3]
-            for t in call.outputs[:1]
-        )
-    ]
-    if many:
-        shape = ", ".join(map(str, many[0].outputs[0].shape))
-        return SeveralStreamsError(
-            f"the residual has several streams: {many[0].path} passes on a tensor [{shape}]; "
-            "a single residual stream [batch, seq, d_model] is needed"
-        )
+def _are_read_by_registry(inside: Sequence[AttentionSite]) -> bool:
+    """Whether these are calls of one module, or of several that attend over the same tokens."""
+    if not inside or any(site.product is not None for site in inside):
+        return False
+    return len({site.path for site in inside}) == 1 or attend_over_same(inside)
+
+
+def _why_not(trace: Trace, chains: list[Chain]) -> AnatomyError:
     if chains:
         longest = max(chains, key=lambda chain: len(chain.calls))
-        return AnatomyError(
+        kind = SeveralStreamsError if longest.last.dim() == 4 else AnatomyError
+        return kind(
             f"the last hidden state could not be rebuilt from {longest.calls[-1].path}'s output: "
             "no modules that read it alone lead from one to the other"
+        )
+    others = [chain for chain in chains_of(trace, _holds_other_rows) if len(chain.calls) > 1]
+    if others:
+        longest = max(others, key=lambda chain: len(chain.calls))
+        return AnatomyError(
+            f"the blocks in {parent_path(longest.calls[0].path)} run over "
+            f"{longest.last.shape[1]} positions for {trace.seq} tokens: the model adds or repeats "
+            "positions of its own, so that a row of its residual stream is no token of the prompt"
         )
     return AnatomyError(
         "no chain of blocks: there are no sibling modules whose outputs "
         f"[1, {trace.seq} tokens, d_model] are each the next one's input"
     )
+
+
+def _holds_other_rows(tensor: Tensor, seq: int) -> bool:
+    shape = tuple(tensor.shape)
+    return tensor.is_floating_point() and len(shape) == 3 and shape[0] == 1 and shape[1] > seq

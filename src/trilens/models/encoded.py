@@ -110,8 +110,15 @@ def ids_of_encoding(encoding: Mapping[str, Any] | Encoding) -> Any:
     return ids[first:end]
 
 
-def ids_of_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+def ids_of_messages(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, answer: bool = True
+) -> list[int]:
     """A chat as the tokenizer's template writes it, with the start of an answer.
+
+    Args:
+        messages: each with role and content.
+        tokenizer: with a template.
+        answer: write the start of an answer; False where the chat is whole.
 
     Raises:
         NoTokenizerError: the model has no tokenizer.
@@ -141,7 +148,7 @@ def ids_of_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> li
             )
     plain = [dict(message) for message in messages]
     try:
-        found = apply(plain, add_generation_prompt=True, tokenize=True, return_dict=True)
+        found = apply(plain, add_generation_prompt=answer, tokenize=True, return_dict=True)
     # A template is a program of the checkpoint, and raises what it likes.
     except Exception as cause:
         raise PromptError(f"the chat template refuses these messages: {reason(cause)}") from cause
@@ -158,7 +165,7 @@ def warn_doubled_bos(ids: Sequence[int], tokenizer: Any) -> None:
             f"prompt begins with two {token} tokens (id {bos}): the text held one already, as chat "
             "templates write it; encode it with add_special_tokens=False, or give the messages",
             DoubledBosWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "SourceTarget",
     "pad_id_for",
     "read_prompt",
+    "token_ids_of",
     "vocab_size_of",
 ]
 
@@ -145,6 +146,17 @@ def read_prompt(
         raise type(error)(f"{title}{rest.lstrip()}") from error
 
 
+def token_ids_of(
+    prompt: PromptLike, *, tokenizer: Any, vocab_size: int, add_special_tokens: bool = True
+) -> list[int]:
+    """The token ids of a prompt of any length, as `read_prompt` reads them, and no more.
+
+    Raises:
+        PromptError, UsageError: as `read_prompt`.
+    """
+    return _token_ids(prompt, usable_tokenizer(tokenizer), vocab_size, add_special_tokens)
+
+
 def _read(
     prompt: PromptLike,
     tokenizer: Any,
@@ -152,9 +164,22 @@ def _read(
     max_positions: int | None,
     add_special_tokens: bool,
 ) -> Prompt:
+    written = prompt if isinstance(prompt, str) else None
+    ids = _token_ids(prompt, tokenizer, vocab_size, add_special_tokens)
+    if max_positions is not None and len(ids) > max_positions:
+        raise PromptTooLongError(
+            f"prompt has {len(ids)} tokens, this model has {max_positions} positions: "
+            f"shorten it to at most {max_positions} tokens"
+        )
+    strings, text = spelled(ids, tokenizer, written, add_special_tokens)
+    return Prompt(torch.tensor(ids, dtype=torch.int64), strings, text)
+
+
+def _token_ids(
+    prompt: PromptLike, tokenizer: Any, vocab_size: int, add_special_tokens: bool
+) -> list[int]:
     encoded = isinstance(prompt, Mapping | Encoding)
     from_text = isinstance(prompt, str) or is_messages(prompt)
-    written = prompt if isinstance(prompt, str) else None
     if isinstance(prompt, Mapping | Encoding):
         prompt = ids_of_encoding(prompt)
     if isinstance(prompt, str):
@@ -175,13 +200,7 @@ def _read(
     _check_range(ids, vocab_size, from_text=from_text)
     if from_text or encoded:
         warn_doubled_bos(ids, tokenizer)
-    if max_positions is not None and len(ids) > max_positions:
-        raise PromptTooLongError(
-            f"prompt has {len(ids)} tokens, this model has {max_positions} positions: "
-            f"shorten it to at most {max_positions} tokens"
-        )
-    strings, text = spelled(ids, tokenizer, written, add_special_tokens)
-    return Prompt(torch.tensor(ids, dtype=torch.int64), strings, text)
+    return ids
 
 
 def _encode(text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:

@@ -17,6 +17,7 @@ from trilens.caches.storage import address_of
 __all__ = [
     "WIDE",
     "AttentionSite",
+    "LinearCall",
     "ModuleCall",
     "ScaledCall",
     "SoftmaxSite",
@@ -195,6 +196,21 @@ class ScaledCall:
     result: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearCall:
+    """A matrix product with a row per token that a module's own code makes.
+
+    Attributes:
+        path: the innermost module that was running.
+        order: which of the products that module's call makes, rows for some tokens not counted.
+    """
+
+    path: str
+    tick: int
+    order: int
+    result: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class SoftmaxSite:
     """A softmax or fused attention over [seq, seq] that did not come through the registry."""
@@ -222,6 +238,7 @@ class Trace:
     responses: Mapping[nn.Module, Tensor] = field(default_factory=dict)
     sums: tuple[SumCall, ...] = ()
     scaled: tuple[ScaledCall, ...] = ()
+    linears: tuple[LinearCall, ...] = ()
     cross: tuple[AttentionSite, ...] = ()
 
     def inside(self, call: ModuleCall) -> list[ModuleCall]:

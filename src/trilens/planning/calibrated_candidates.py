@@ -68,7 +68,9 @@ def with_text(hessians: dict[str, Hessian]) -> Callable[..., tuple[Candidate, ..
         if hessian is None or matrix.merged or hessian.n_tokens < matrix.cols:
             return found  # as in ternarize: coded by the weights alone
         entries = []
-        for rule in CALIBRATED_RULES:
+        for rule, known in CALIBRATED_RULES.items():
+            if known.levels == 4 and storage == "compact":
+                continue
             entries.append(MatrixPlan(rule, per="row"))  # type: ignore[arg-type]
             entries += [
                 MatrixPlan(rule, group_size=size)  # type: ignore[arg-type]

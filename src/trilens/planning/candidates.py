@@ -21,7 +21,7 @@ from trilens.planning.matrices import ModelMatrix
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.coder import ScaleDtype
-from trilens.ternary.rules.rules import RULES, RuleName
+from trilens.ternary.rules.rules import FOUR_LEVELS, RULES, RuleName
 
 __all__ = ["EXCLUDED", "GROUP_SIZES", "Candidate", "data_free", "of_plan"]
 
@@ -131,6 +131,8 @@ def data_free(
     """
     entries = []
     for rule in RULES:
+        if rule in FOUR_LEVELS and storage == "compact":
+            continue
         if not matrix.merged:
             # One scale for all that transformers merged would not be the scale that is stored.
             entries.append(MatrixPlan(rule, per="tensor"))  # type: ignore[arg-type]

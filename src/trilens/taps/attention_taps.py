@@ -45,9 +45,8 @@ class AttentionTaps:
 
     def modules(self, model: nn.Module, anatomy: Anatomy) -> set[nn.Module]:
         """The modules whose calls are edited or kept here."""
-        paths = {
-            anatomy.attention[layer] for layer in self.edits.cuts if layer in anatomy.attention
-        }
+        layers = (layer for layer in self.edits.cuts if layer in anatomy.attention)
+        paths = {path for layer in layers for path in anatomy.attends(layer)}
         return {model.get_submodule(path) for path in paths} | {s.tap.module for s in self.spots}
 
     def before(self, given: AttentionArguments) -> AttentionArguments:
@@ -161,9 +160,25 @@ class AttentionTaps:
                     before, weights = _softmaxed(value, pattern), _softmaxed(new, pattern)
                 call = _with_weights(call, before, weights)
                 pattern = DensePattern(weights.detach())
+        if spot.record and self.run.gradients:
+            return self._differentiable(spot, call)
         if spot.record:
             self.run.keep_pattern(spot.site.key, pattern)
         return call
+
+    def _differentiable(self, spot: Spot, call: AttentionCall) -> AttentionCall:
+        """Keep scores or weights that the output depends on.
+
+        No kernel hands them on. What they give beside themselves, nothing, is added to its output:
+        every bit of that stays, and its gradient is theirs too.
+        """
+        with torch.no_grad():
+            pattern = pattern_of(call)
+            value = _scores(pattern) if spot.tap.part == "scores" else pattern.dense()
+        value = value.detach().requires_grad_()
+        self.run.keep_site(spot.site.key, value)
+        weights = _softmaxed(value, pattern) if spot.tap.part == "scores" else value
+        return replace(_with_weights(call, weights.detach(), weights), weights=call.weights)
 
 
 def _check_rest(gone: Tensor, seen: Tensor, cut: EdgeCut, span: Span) -> None:

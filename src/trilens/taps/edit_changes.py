@@ -19,11 +19,11 @@ from trilens.edits.edit import (
     SiteEdit,
     Steer,
 )
-from trilens.edits.positions import Places, positions_of, read_positions
+from trilens.edits.positions import Places, positions_of, read_positions, selected
 from trilens.edits.values import TensorFile, is_source
 from trilens.errors import EditError, NotStoredError
 from trilens.io.messages import reason
-from trilens.taps.edit_targets import Chosen, ModelFacts, Target
+from trilens.taps.edit_targets import BY_QUERY, Chosen, ModelFacts, Target, places_of
 
 __all__ = ["Change", "change_of"]
 
@@ -270,7 +270,36 @@ def _replace(edit: Replace, target: Target, model: ModelFacts) -> Change:
 
 def _scale(edit: Scale, target: Target, model: ModelFacts) -> Change:
     factor = edit.factor
-    return lambda values, _: values if factor == 1 else values * factor
+    if edit.renormalise and target.site.name != "attn.pattern":
+        raise EditError(
+            f"renormalise keeps the sum of a query's attention weights, and {target.site.name} "
+            "has none: leave it out, or scale attn.pattern"
+        )
+    if edit.renormalise and factor < 0:
+        raise EditError(
+            f"factor {factor:g} is out of range: with renormalise it is 0 or more, since weights "
+            "of both signs have no sum to keep"
+        )
+    if edit.keys is None:
+        return lambda values, _: values if factor == 1 else values * factor
+    if target.site.name not in BY_QUERY:
+        raise EditError(
+            f"keys are named of {' and '.join(BY_QUERY)}; {target.site.name} has none: "
+            "leave keys out"
+        )
+    keys, prompts = places_of(edit.keys, target.texts), target.texts.prompts
+
+    def change(values: Tensor, chosen: Chosen) -> Tensor:
+        seq_k = values.shape[-1]
+        named = {
+            number: selected(keys[number], prompts[number], 0, seq_k)
+            for number in {*chosen.numbers.tolist()}
+        }
+        rows = torch.from_numpy(np.stack([named[number] for number in chosen.numbers.tolist()]))
+        scaled = rows.to(values.device).reshape(-1, *(1,) * (values.ndim - 2), seq_k)
+        return torch.where(scaled, values * factor, values)
+
+    return change if factor != 1 else (lambda values, _: values)
 
 
 def _project(edit: Project, target: Target, model: ModelFacts) -> Change:

@@ -65,7 +65,7 @@ def check_conflicts(edits: Sequence[Edit], targets: Sequence[Target]) -> None:
 
 def _overwrites(edit: Edit) -> bool:
     return isinstance(edit, Replace | Patch | Ablate) or (
-        isinstance(edit, Scale) and edit.factor == 0
+        isinstance(edit, Scale) and edit.factor == 0 and edit.keys is None
     )
 
 
@@ -84,7 +84,8 @@ def _is_lost(early: _Claim, late: _Claim) -> bool:
     if layer is None or where is None:
         return False
     if name == "resid_post" and (after, where) == ("resid_pre", layer + 1):
-        return tokens and _meet(first.units, second.units)
+        same = _meet(first.heads, second.heads) and _meet(first.units, second.units)
+        return tokens and same
     if layer != where or second.heads is not None or second.units is not None:
         return False
     if after in _MADE_OF.get(name, ()):
@@ -103,5 +104,5 @@ def _refuse(edits: Sequence[Edit], early: Target, late: Target) -> None:
     where = "" if late.site.layer is None else f" at layer {late.site.layer}"
     raise EditConflictError(
         f"edit {first} ({edits[first]}) would be overwritten by edit {second} ({edits[second]})"
-        f"{where}: leave one out, or let them name different tokens, heads or units"
+        f"{where}: leave one out, or let them name different tokens, heads, streams or units"
     )

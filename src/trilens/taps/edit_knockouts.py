@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trilens.edits.edit import Knockout
+from trilens.edits.edit import Edit, Knockout
 from trilens.edits.positions import Places, selected
 from trilens.edits.values import numbers_of
 from trilens.errors import EditError
 from trilens.io.messages import listed
+from trilens.models.anatomy import Anatomy
 from trilens.models.sites.claims import SiteClaims
 from trilens.taps.edit_targets import ModelFacts, Texts, check_layers, check_numbers, places_of
 from trilens.taps.span import Span
 
-__all__ = ["EdgeCut", "cuts_of"]
+__all__ = ["EdgeCut", "check_heads", "cuts_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +126,24 @@ def cuts_of(
             heads = check_numbers(heads, site.shape[0], "head", f"layer {layer}")
         cuts.append(EdgeCut(number, layer, heads, queries, keys, own, of_tokens))
     return cuts
+
+
+def check_heads(edits: Sequence[Edit], anatomy: Anatomy) -> None:
+    """Refuse heads of a layer in which several modules attend, each with heads of its own.
+
+    Raises:
+        EditError: names the layer.
+    """
+    for number, edit in enumerate(edits):
+        if not isinstance(edit, Knockout) or edit.heads is None:
+            continue
+        layers = numbers_of(edit.layers)
+        for layer, paths in anatomy.attention_parts.items():
+            if layers is None or layer in layers:
+                raise EditError(
+                    f"edit {number} ({edit}): heads cannot be named: {len(paths)} modules attend "
+                    f"in layer {layer}; leave heads out to cut the edges in all of them"
+                )
 
 
 def _check_rest(queries: tuple[Places, ...], keys: tuple[Places, ...], texts: Texts) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trilens.axes import SITES
+from trilens.axes import RESIDUALS, SITES
 from trilens.caches.indices import check_index
 from trilens.edits.edit import Edit, Patch, SiteEdit
 from trilens.edits.positions import (
@@ -109,7 +109,8 @@ class Target:
     Attributes:
         number: of the edit, from 0.
         site: where.
-        heads: which heads, None for all or where the site has none.
+        heads: which heads (of several residual streams: which streams), None for all or where the
+            site has none.
         units: which entries of the last axis, None for all.
         places: per prompt, which tokens.
         texts: the texts of the run.
@@ -283,6 +284,14 @@ def target_of(number: int, edit: SiteEdit, site: Site, texts: Texts) -> Target:
     """
     title = site.name if site.layer is None else f"{site.name} of layer {site.layer}"
     heads, units = numbers_of(edit.heads), numbers_of(edit.units)
+    streams, noun = numbers_of(edit.streams), "head"
+    several = site.name in RESIDUALS and len(site.shape) > 1
+    if streams is not None and not several:
+        raise EditError(f"streams cannot be named: {title} has one stream")
+    if several:
+        if heads is not None:
+            raise EditError(f"heads cannot be named: {title} has streams; name streams")
+        heads, noun = streams, "stream"
     by_query = site.name in BY_QUERY
     if heads is not None and len(site.shape) < 2 and not by_query:
         raise EditError(f"heads cannot be named: {title} has no heads; use attn.z, or units")
@@ -302,7 +311,7 @@ def target_of(number: int, edit: SiteEdit, site: Site, texts: Texts) -> Target:
     return Target(
         number,
         site,
-        check_numbers(heads, site.shape[0], "head", title),
+        check_numbers(heads, site.shape[0], noun, title),
         check_numbers(units, site.shape[-1], "unit", title),
         places,
         texts,

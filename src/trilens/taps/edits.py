@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from trilens.edits.edit import Edit, Knockout, SiteEdit
+from trilens.edits.edit import Edit, Knockout, Scale, SiteEdit
 from trilens.errors import EditError, LoadError, SilentSiteError, UntouchedEditError, UsageError
 from trilens.io.messages import clip, listed
 from trilens.models.gates.mixers import Boundary
@@ -147,7 +148,9 @@ def compile_edits(
                 for site in sites_of(edit, claims, model):
                     target = target_of(number, edit, site, texts)
                     change = change_of(edit, target, model)
-                    actions.setdefault(site.key, []).append(_action(target, change, touched))
+                    actions.setdefault(site.key, []).append(
+                        _action(target, change, touched, _keeps_sum(edit))
+                    )
                     targets.append(target)
             elif isinstance(edit, Knockout):
                 for cut in cuts_of(number, edit, claims, model, texts, attention, recurrent):
@@ -168,7 +171,22 @@ def compile_edits(
     )
 
 
-def _action(target: Target, change: Change, touched: Touched) -> Action:
+def _keeps_sum(edit: SiteEdit) -> bool:
+    return isinstance(edit, Scale) and edit.renormalise
+
+
+def _to_sum_of(old: Tensor, new: Tensor, number: int) -> Tensor:
+    """Weights scaled so that each row keeps its sum."""
+    before, after = old.sum(-1, keepdim=True), new.sum(-1, keepdim=True)
+    if bool(((after == 0) & (before > 0)).any()):
+        raise EditError(
+            f"edit {number}: nothing is left of a query's attention weights that could be "
+            "renormalised: leave it a key, or scale without renormalise"
+        )
+    return new * torch.where(after == 0, 1.0, before / after)
+
+
+def _action(target: Target, change: Change, touched: Touched, keeps_sum: bool) -> Action:
     site = target.site
     by_query = site.name in BY_QUERY
 
@@ -191,6 +209,8 @@ def _action(target: Target, change: Change, touched: Touched) -> Action:
         if new is named:
             return value
         new = target.put(old, new)
+        if keeps_sum:
+            new = _to_sum_of(old, new, target.number)
         if whole:
             made = new.reshape(by_token.shape)
         else:

@@ -183,6 +183,12 @@ def generating(
             yield passes
             return
         request = wanted or CaptureRequest((), None, (prompt,), (), {})
+        several = [layer for layer in request.attention if layer in anatomy.attention_parts]
+        if several:
+            raise GenerationError(
+                f"layer {several[0]} attends in {len(anatomy.attends(several[0]))} modules: "
+                "capture the whole text again with attention=True, and generate without"
+            )
         over_pairs = {layer for name, layer in request.sites if name in OVER_PAIRS}
         attended = {*request.attention, *(layer for layer in over_pairs if layer is not None)}
         request = replace(request, attention=tuple(sorted(attended)))

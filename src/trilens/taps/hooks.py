@@ -2,7 +2,7 @@
 
 Between torch's registering a hook and the line that stores its handle, Ctrl-C may fall. So a hook
 knows the set that it belongs to and does nothing once that is closed; the set knows on which
-module it is placing a hook; and whoever hooks a model next removes what earlier sets left.
+module it is placing a hook; and whoever runs or hooks a model next removes what earlier sets left.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import _GeneratorContextManager, contextmanager
+from inspect import CO_GENERATOR
 from types import FrameType
 from typing import Any
 
@@ -48,9 +49,7 @@ class Hooks:
         self.model = model
         self.thread = threading.get_ident()
         self.closed = False
-        self._opener: FrameType | None = next(
-            frame for frame in _stack() if not _is_ours(frame.f_globals.get("__name__", ""))
-        )
+        self._opener: FrameType | None = next(frame for frame in _stack() if _opens(frame))
         self._handles: list[RemovableHandle] = []
         self._placing: nn.Module | None = None
         self._entered: list[_GeneratorContextManager[Any]] = []
@@ -92,6 +91,11 @@ class Hooks:
         """
         return not self.closed and any(frame is self._opener for frame in _stack())
 
+    def end_if_left(self, *_: Any) -> None:
+        """Before a pass: take the hooks away if their block was left without being closed."""
+        if self.thread == threading.get_ident() and not self.running():
+            self.remove()
+
     def remove(self) -> None:
         """Close the set and take its hooks away; may be called twice."""
         self.closed = True
@@ -123,8 +127,9 @@ def hooked(model: nn.Module) -> Iterator[Hooks]:
     """
     mine = threading.get_ident()
     for hooks in list(_SETS):
-        if hooks.closed or (hooks.thread == mine and not hooks.running()):
+        if hooks.closed:
             hooks.remove()
+        hooks.end_if_left()
     if any(hooks.thread == mine and _share(hooks.model, model) for hooks in list(_SETS)):
         raise CaptureError(
             f"{_name(model)} is being captured or probed by this thread: a capture was begun "
@@ -134,6 +139,8 @@ def hooked(model: nn.Module) -> Iterator[Hooks]:
     hooks = Hooks(model)
     with undone(hooks.remove):
         _SETS.add(hooks)
+        for entrance in {model, getattr(model, "base_model", model)}:
+            hooks.before(entrance, hooks.end_if_left)
         yield hooks
 
 
@@ -144,8 +151,14 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_ours(module: str) -> bool:
-    return module == "contextlib" or module.startswith("trilens.taps.")
+def _opens(frame: FrameType) -> bool:
+    """Whether a block belongs to a frame: not to ours, nor to a generator.
+
+    A generator waits beside the stack while the block that it was made for runs.
+    """
+    module = frame.f_globals.get("__name__", "")
+    is_ours = module == "contextlib" or module.startswith("trilens.taps.")
+    return not is_ours and not frame.f_code.co_flags & CO_GENERATOR
 
 
 def _share(one: nn.Module, other: nn.Module) -> bool:

@@ -211,7 +211,7 @@ def _join_gates(
     layout = site.layout
     if layout.form == "static":
         return list(calls[0])
-    axis = layout.axis if layout.form == "batched" else 0
+    axis = layout.axis if layout.form in ("batched", "streams_first") else 0
     what = f"{key[0]} of layer {key[1]}"
     if len({len(each) for each in calls}) != 1:
         raise GenerationError(

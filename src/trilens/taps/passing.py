@@ -120,9 +120,7 @@ class Session:
         self.done += 1
         if self.request.residual is None or layer not in self.request.layers:
             return
-        stream = list(tensors_in(output))[self.anatomy.blocks[layer].output]
-        if not self.anatomy.batch_first:
-            stream = stream.transpose(0, 1)
+        stream = self.anatomy.form.read(list(tensors_in(output))[self.anatomy.blocks[layer].output])
         if self.request.residual == "all":
             self.recording.residual[layer] = self.keep(stream)
         else:
@@ -136,7 +134,11 @@ class Session:
         layer = self.layer
         if not self.mine() or layer is None or layer not in self.request.attention:
             return
-        before = self.recording.attention.get(layer)
+        held: dict[Any, AttentionCall] = self.recording.attention
+        place: Any = layer
+        if layer in self.anatomy.attention_parts:
+            held, place = self.recording.parts.setdefault(layer, {}), self._part(layer, call.module)
+        before = held.get(place)
         if before is not None:
             if same(before.query, call.query) and same(before.key, call.key):
                 return
@@ -146,7 +148,7 @@ class Session:
             )
         call = settled(call)
         self.pairs.check(call, layer)
-        self.recording.attention[layer] = self.keep_call(call)
+        held[place] = self.keep_call(call)
 
     def attend_across(self, call: AttentionCall) -> None:
         """Keep the queries and keys of an attention call to the encoder's positions."""
@@ -168,6 +170,17 @@ class Session:
             key=self.keep(call.key),
             value=call.value if proof else None,
             output=call.output if proof else None,
+        )
+
+    def _part(self, layer: int, module: nn.Module) -> str:
+        """The name that a module that attends has in its block."""
+        block = self.anatomy.blocks[layer].path
+        for path in self.anatomy.attention_parts[layer]:
+            if self.hooks.model.get_submodule(path) is module:
+                return path.removeprefix(f"{block}.")
+        raise AttentionPathError(
+            f"layer {layer} calls attention in a {type(module).__name__} that it did not attend in "
+            "when the lens was opened: the model was changed since"
         )
 
     def tapped(self, key: TapKey, calls: Mapping[str, Any]) -> None:
@@ -301,7 +314,12 @@ class Session:
         silent = []
         if asked.residual is not None:
             silent += [f"resid_post of layer {i}" for i in asked.layers if i not in got.residual]
-        missing = [i for i in asked.attention if i not in got.attention]
+        missing = [
+            i
+            for i in asked.attention
+            if i not in got.attention
+            and len(got.parts.get(i, ())) < len(self.anatomy.attention_parts.get(i, (i,)))
+        ]
         if missing and self.done == self.anatomy.n_layers:
             raise AttentionPathError(
                 f"the attention of layer {missing[0]} ran without one of transformers' attention "
@@ -332,7 +350,9 @@ def _key(source: GateSource) -> TapKey:
 def _by_tap(gates: Mapping[tuple[str, int], GateSite]) -> Taps:
     grouped: Taps = {}
     for (name, layer), site in gates.items():
-        grouped.setdefault(_key(site.source), {}).setdefault(layer, []).append((name, site))
+        for source in (site.source, *site.more):
+            at = grouped.setdefault(_key(source), {}).setdefault(layer, [])
+            at.append((name, replace(site, source=source)))
     return grouped
 
 

@@ -46,7 +46,7 @@ def vectors_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any
             f"{anatomy.blocks[0].path}, the first block, did not run on these inputs: the model "
             "was changed since the lens was made"
         )
-    rows = seen[0] if anatomy.batch_first else seen[0].transpose(0, 1)
+    rows = seen[0] if anatomy.form.batch_first else seen[0].transpose(0, 1)
     if len(rows) != 1:
         raise ShapeError(f"inputs hold {len(rows)} prompts or images: this stack is given one")
     return rows[0]

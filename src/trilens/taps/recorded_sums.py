@@ -1,4 +1,4 @@
-"""Sums of streams, and streams scaled, while a probe runs: as they were when they were computed."""
+"""Sums of streams, streams scaled and projected, while a probe runs: as they were computed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from trilens.caches.storage import address_of
-from trilens.models.sites.sums import SUMS, is_rowwise
-from trilens.models.trace import ScaledCall, SumCall
+from trilens.models.sites.sums import SUMS, is_linear_call, is_rowwise
+from trilens.models.trace import LinearCall, ScaledCall, SumCall
 from trilens.taps.functions import writes_into
 from trilens.taps.overwritten import Overwritten, Seen
 
@@ -35,6 +35,7 @@ class RecordedSums:
         self._overwritten = overwritten
         self._sums: list[tuple[SumCall, list[Seen]]] = []
         self._scaled: list[tuple[ScaledCall, list[Seen]]] = []
+        self._linears: list[LinearCall] = []
         # The left operand of a call that is running, where it will be written into.
         self._written: Seen | None = None
 
@@ -55,15 +56,22 @@ class RecordedSums:
         result: Any,
         path: str,
         tick: int,
+        begun: int,
     ) -> None:
-        """A function ran, inside the module of this path."""
+        """A function ran, inside the module of this path, whose call began at tick `begun`."""
         if len(args) < 2 or not is_rowwise(result, self._seq):
             return
+        if is_linear_call(name, result, self._seq):
+            self._note_linear(path, tick, begun, result)
         a, b = args[:2]
         if name in _SCALES or (name in SUMS and self._is_weight(a, b)):
             self._note_scaled(a, b, result, path, tick)
         elif name in SUMS and "alpha" not in options:
             self._note_sum(a, b, result, path, tick)
+
+    def _note_linear(self, path: str, tick: int, begun: int, result: Tensor) -> None:
+        order = sum(1 for call in self._linears if call.path == path and call.tick > begun)
+        self._linears.append(LinearCall(path, tick, order, result))
 
     def _is_weight(self, *values: Any) -> bool:
         return any(isinstance(v, Tensor) and address_of(v) in self._weights for v in values)
@@ -94,6 +102,10 @@ class RecordedSums:
             for call, seen in self._sums
             for left, right, result in [map(self._overwritten.as_seen, seen)]
         )
+
+    def linears(self) -> tuple[LinearCall, ...]:
+        """The products, as they are now."""
+        return tuple(self._linears)
 
     def scaled(self) -> tuple[ScaledCall, ...]:
         """The scalings, with what went in and came out."""

@@ -14,10 +14,12 @@ from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.caches.storage import address_of
 from trilens.models.gates.events import (
     GATING_FUNCTIONS,
+    STREAM_FUNCTIONS,
     FunctionCall,
     GateEvents,
     KernelCall,
     ProductCall,
+    StreamProduct,
     TopkCall,
     WeightedCall,
 )
@@ -184,7 +186,10 @@ class _Recorder:
         if not self.open or not args:
             return
         x = args[0]
-        self.sums.after(name, args, options, result, self._path(), self.clock())
+        begun = self.open[-1][1]
+        self.sums.after(name, args, options, result, self._path(), self.clock(), begun)
+        if name in STREAM_FUNCTIONS and len(args) > 1:
+            self._streamed(STREAM_FUNCTIONS[name], args[0], args[1], result)
         if name in GATING_FUNCTIONS:
             self._gating(GATING_FUNCTIONS[name], x, options, result)
         elif name in _PRODUCTS and len(args) > 1:
@@ -238,6 +243,15 @@ class _Recorder:
                 self._path(), self.clock(), left, right, a if keep else None, b if keep else None
             )
             self.events.products.append(product)
+
+    def _streamed(self, function: str, a: Any, b: Any, result: Any) -> None:
+        """Notes a product whose result may be residual streams: rank 4, with a row per token."""
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or self.kernels:
+            return
+        shape = tuple(result.shape)
+        if len(shape) == 4 and (1, self.seq) in (shape[:2], shape[1:3]):
+            product = StreamProduct(self._path(), self.clock(), function, a, b, shape)
+            self.events.streams.append(product)
 
     def _weighted(self, operation: Callable[..., Tensor], a: Any, b: Any, result: Any) -> bool:
         """Notes a sum or product with a weight of the model; says whether it was one."""
@@ -314,6 +328,7 @@ def record(model: nn.Module, seq: int, run: Callable[[], Any]) -> tuple[Trace, G
         responses=responses,
         sums=recorder.sums.sums(),
         scaled=recorder.sums.scaled(),
+        linears=recorder.sums.linears(),
     )
     return trace, recorder.events
 

@@ -90,12 +90,15 @@ class Recording:
     Attributes:
         request: what was asked of the pass.
         patterns: of attention that several passes computed, in the place of their calls.
+        parts: of the layers where several modules attend, their calls by the modules' names.
         source: positions of the encoder, where the model's output names what it gave.
         overwritten: the model wrote into a tensor that is kept: the recording is no good.
 
     Shapes
         logits [batch, seq, vocab], or None where the model gave none;
-        residual [batch, seq, d_model], or [batch, d_model] for the last tokens;
+        residual [batch, seq, d_model], or [batch, d_model] for the last tokens; of several
+        streams [batch, seq, streams, d_model], or [batch, streams, d_model];
+        readouts of several streams [batch, seq, d_model], or [batch, d_model];
         gates one tensor per call, with the axes of their source;
         states per call of a kernel one entry per prompt, without padding;
         sites [batch, seq, *shape] of the site; of attn.head_out the projection's input; of
@@ -105,7 +108,9 @@ class Recording:
     request: CaptureRequest
     logits: Tensor | None = None
     residual: dict[int, Tensor] = field(default_factory=dict)
+    readouts: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionCall] = field(default_factory=dict)
+    parts: dict[int, dict[str, AttentionCall]] = field(default_factory=dict)
     cross: dict[int, AttentionCall] = field(default_factory=dict)
     patterns: dict[int, Pattern] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -114,3 +119,13 @@ class Recording:
     sites: dict[SiteKey, Tensor | Pattern] = field(default_factory=dict)
     source: int | None = None
     overwritten: bool = False
+
+    @property
+    def has_other_keys(self) -> bool:
+        """Whether an attention that is kept has other keys than the tokens, such as summaries of
+        several of them: a padded row's cannot be told from those of the pads then."""
+        calls = [*self.attention.values(), *(c for p in self.parts.values() for c in p.values())]
+        patterns = [*self.patterns.values(), *self.sites.values()]
+        return any(call.query.shape[-2] != call.key.shape[-2] for call in calls) or any(
+            isinstance(each, Pattern) and each.seq_q != each.seq_k for each in patterns
+        )

@@ -23,6 +23,7 @@ from trilens.taps.passing import Session
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.recurrent_taps import WRITING_KERNELS, RecurrentTaps
 from trilens.taps.registry import REGISTRY, attention_keys
+from trilens.taps.stream_taps import StreamTaps
 
 __all__ = ["recording_of", "session_of"]
 
@@ -84,7 +85,7 @@ def session_of(
         for module in blocks:
             hooks.before(module, session.enter_block)
         edited = session.calls.modules(model, anatomy)
-        paths = {anatomy.attention[layer] for layer in request.attention}
+        paths = {path for layer in request.attention for path in anatomy.attends(layer)}
         attending = edited | {model.get_submodule(path) for path in paths}
         editor = session.calls if edited else None
         own = {m: n for m, n in inline_modules(model, anatomy).items() if m in attending}
@@ -114,8 +115,9 @@ def session_of(
             tapped, hook = key[1], session.module_hook(key)
             if tapped is not None and key[0] == "input":
                 hooks.before(tapped, hook, with_kwargs=True)
-            elif tapped is not None:
+            elif tapped is not None and key[0] == "output":
                 hooks.after(tapped, hook)
+        StreamTaps(session, anatomy).place(hooks)
         kernels |= set(WRITING_KERNELS) if writes.layers - set(writes.boundaries) else set()
         if kernels:
             edit = writes.edit if writes.layers else None

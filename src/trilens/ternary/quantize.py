@@ -1,4 +1,4 @@
-"""Weights to trits {−1, 0, +1} and a few scales, and back."""
+"""Weights to trits {−1, 0, +1}, or four levels, and a few scales, and back."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import DtypeError, ShapeError, UsageError, ValueRangeError
+from trilens.results import Shown
 from trilens.ternary.granularity import Per, Span, Units, resolve_units
 from trilens.ternary.rules.coder import Coded, ScaleDtype, code_units
 from trilens.ternary.rules.kernels import kernels_for, parallel_map
-from trilens.ternary.rules.rules import RuleName, find_rule
+from trilens.ternary.rules.rules import FOUR_LEVELS, RuleName, find_rule
 from trilens.ternary.weights_view import WeightsLike, view_weights
 
 __all__ = ["PerLayerQuant", "Scale"]
@@ -26,17 +27,18 @@ Scale: TypeAlias = "float | NDArray[np.float32]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PerLayerQuant:
+class PerLayerQuant(Shown):
     """A weight tensor as trits: Ŵ = scale · trit, for the tensor, each row or each group of a row.
 
-    Two rules add to that: "asymmetric" an offset, "planes" a second plane of trits.
+    Three rules add to that: "asymmetric" an offset, "planes" a second plane of trits, "quad" the
+    level 2 and scales of either sign.
 
     Shapes: rows is the product of all dimensions but the last, groups ceil(cols / group_size)
 
     Attributes:
         name: What the caller calls the tensor.
         shape: Its shape.
-        trits: int8 `[*shape]`, on the CPU.
+        trits: int8 `[*shape]`, on the CPU; of four levels −1, 0, 1 and 2.
         scale: The factor of the trits. A float where one scale serves all: unrounded (float64)
             unless a `scale_dtype` was asked. Else a float32 array, [rows] or [rows, groups].
         rule: The rule that made it.
@@ -48,6 +50,7 @@ class PerLayerQuant:
         second_scale: Like `scale`, its factor.
         was_ternary: The weights were −c, 0 or +c in every unit already; trits and c were kept.
         zeroed_units: Units that were not zero but became it: their scale is 0 in its dtype.
+        levels: 3 for trits, 4 where 2 is a level too.
     """
 
     name: str
@@ -63,6 +66,7 @@ class PerLayerQuant:
     second_scale: Scale | None = None
     was_ternary: bool = False
     zeroed_units: int = 0
+    levels: int = 3
 
     @classmethod
     def quantize(
@@ -86,7 +90,7 @@ class PerLayerQuant:
             weights: Tensor, array or nested list of floats; any strides and device. Not changed.
             name: The tensor's name, which errors repeat.
             shape: The shape of flat weights; None takes theirs.
-            rule: One of `rules.RULES`, from the seed's "absmean" to "exact" and "planes".
+            rule: One of `rules.RULES`, from the seed's "absmean" to "exact", "quad" and "planes".
             group_size: Weights per scale along the last dimension. Where it does not divide the
                 row, the row's last group is shorter (`last_group`).
             per: "tensor" (the default), "row", or "group" (of 128 unless `group_size` is given).
@@ -131,21 +135,35 @@ class PerLayerQuant:
         second_scale: Scale | Tensor | None = None,
         rule: str = "given",
         scale_dtype: ScaleDtype | None = None,
+        levels: int = 3,
     ) -> Self:
         """Put together what was coded before, as a file or another library gives it.
 
         Shapes: trits and second_trits [*shape]; scale, offset and second_scale one number per
         unit, in any shape
 
+        Args:
+            trits: −1, 0 and 1; with 4 `levels` also 2.
+            scale: see the class.
+            name: likewise, and so on.
+            group_size: likewise.
+            per: likewise.
+            offset: likewise.
+            second_trits: likewise.
+            second_scale: likewise.
+            rule: likewise.
+            scale_dtype: likewise.
+            levels: likewise.
+
         Raises:
             DtypeError: trits that are not int8.
             ShapeError: a number of scales that is not the number of units, or unlike planes.
-            ValueRangeError: trits outside −1 … 1, or a scale that is not finite.
+            ValueRangeError: trits that are no such level, or a scale that is not finite.
             UsageError: one of `second_trits` and `second_scale` without the other.
         """
         for plane in (trits, second_trits):
             if plane is not None:
-                _check_trits(plane, name, tuple(trits.shape))
+                _check_trits(plane, name, tuple(trits.shape), levels)
         if (second_trits is None) != (second_scale is None):
             raise UsageError(f"second plane of {name!r} is incomplete: pass its trits and scale")
         units = resolve_units(math.prod(trits.shape[:-1]), trits.shape[-1], per, group_size)
@@ -161,6 +179,7 @@ class PerLayerQuant:
             offset=None if offset is None else _given(offset, units, name),
             second_trits=second_trits,
             second_scale=None if second_scale is None else _given(second_scale, units, name),
+            levels=levels,
         )
 
     @classmethod
@@ -189,6 +208,7 @@ class PerLayerQuant:
             second_scale=_per_unit(coded.scales[:, 1], units) if two else None,
             was_ternary=coded.was_ternary,
             zeroed_units=coded.zeroed_units,
+            levels=4 if rule in FOUR_LEVELS else 3,
         )
 
     @property
@@ -304,7 +324,7 @@ def _given(values: Scale | Tensor, units: Units, name: str) -> Scale:
     return _per_unit(array, units)
 
 
-def _check_trits(trits: Tensor, name: str, shape: tuple[int, ...]) -> None:
+def _check_trits(trits: Tensor, name: str, shape: tuple[int, ...], levels: int) -> None:
     if trits.dtype != torch.int8:
         raise DtypeError(f"trits of {name!r} are {trits.dtype}: pass int8")
     if trits.ndim == 0 or trits.numel() == 0 or tuple(trits.shape) != shape:
@@ -313,5 +333,8 @@ def _check_trits(trits: Tensor, name: str, shape: tuple[int, ...]) -> None:
             "of rank 1 or more and not empty"
         )
     low, high = int(trits.min()), int(trits.max())
-    if low < -1 or high > 1:
-        raise ValueRangeError(f"trits of {name!r} reach from {low} to {high}: they are −1, 0 or 1")
+    if low < -1 or high > levels - 2:
+        raise ValueRangeError(
+            f"trits of {name!r} reach from {low} to {high}: "
+            f"they are {'−1, 0 or 1' if levels == 3 else '−1, 0, 1 or 2'}"
+        )

@@ -15,7 +15,7 @@ from trilens.io.paths import as_path
 from trilens.text.parquet import parquet_texts
 from trilens.text.structured import csv_texts, json_texts, text_of
 
-__all__ = ["STDLIB", "read_documents"]
+__all__ = ["STDLIB", "read_documents", "text_files"]
 
 STDLIB = "stdlib"
 """The word for the running Python's own standard library, a text that is always there."""
@@ -47,7 +47,7 @@ def read_documents(source: str | os.PathLike[str], *, field: str = "text") -> tu
     if str(source) == STDLIB and not path.exists():
         found = list(_stdlib_documents())
     elif path.is_dir():
-        found = [text for file in _files(path) for text in _file_documents(file, field)]
+        found = [text for file in text_files(path) for text in _file_documents(file, field)]
     elif path.is_file():
         found = list(_file_documents(path, field))
     else:
@@ -66,7 +66,8 @@ def read_documents(source: str | os.PathLike[str], *, field: str = "text") -> tu
     return documents
 
 
-def _files(folder: Path) -> list[Path]:
+def text_files(folder: Path) -> list[Path]:
+    """The files of a folder that are read as text, in the order of their paths."""
     kinds = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
     return sorted(
         file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in kinds

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +24,8 @@ from trilens.checkpoint.gguf import FORMATS, validate_gguf
 from trilens.checkpoint.gguf import writer as writing
 from trilens.checkpoint.gguf.families import FAMILIES
 from trilens.checkpoint.gguf.reader import read_gguf
-from trilens.errors import NonFiniteError, UsageError, WriteError
+from trilens.errors import CorruptFileError, NonFiniteError, UsageError, WriteError
+from trilens.ternary.codecs.gguf_blocks import Q2
 from trilens.ternary.quantize import PerLayerQuant
 
 PLAN = trilens.TernaryPlan(rule="exact", per="row", scale_dtype="float16")
@@ -289,6 +290,90 @@ def test_plans_that_do_not_fit(source: Path, tmp_path: Path, options: Any, words
     assert list(tmp_path.iterdir()) == []
 
 
+def test_four_levels_are_what_q2_0_holds(source: Path, tmp_path: Path) -> None:
+    plan = trilens.TernaryPlan(rule="quad", group_size=128, scale_dtype="float16")
+    report = trilens.ternarize(source, tmp_path / "m.gguf", plan=plan, format="gguf-q2_0")
+    assert {tensor.outcome for tensor in report.coded} == {"four levels"}
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense = load_file(source / "model.safetensors")[name]
+    quant = PerLayerQuant.quantize(dense, name, rule="quad", group_size=128, scale_dtype="float16")
+    file = read_gguf(tmp_path / "m.gguf")
+    entry = file.tensors["blk.0.ffn_up.weight"]
+    found = Q2().decode(file.content.bytes(entry.begin, entry.end), quant.shape)
+    assert np.array_equal(found.trits, quant.trits.numpy())
+    assert found.scales is not None
+    assert np.array_equal(found.scales[:, ::2], quant.scales.reshape(len(found.scales), -1))
+    assert (found.scales < 0).any()
+    assert (found.trits == 2).any()
+    assert [t.levels for t in validate_gguf(tmp_path / "m.gguf").coded] == 7 * [4]
+    # The same through a checkpoint, and nowhere else.
+    trilens.ternarize(source, tmp_path / "four", plan=plan)
+    again = trilens.ternarize(tmp_path / "four", tmp_path / "n.gguf", format="gguf-q2_0")
+    assert {tensor.reason for tensor in again.coded} == {"its codes and scales are kept"}
+    other = read_gguf(tmp_path / "n.gguf").tensors["blk.0.ffn_up.weight"]
+    assert (tmp_path / "n.gguf").read_bytes()[other.begin : other.end] == (
+        tmp_path / "m.gguf"
+    ).read_bytes()[entry.begin : entry.end]
+    for format in ("gguf-tq1_0", "gguf-tq2_0"):
+        for src, options in ((source, {"plan": plan}), (tmp_path / "four", {})):
+            with pytest.raises(UsageError, match=f"four levels, and {format} holds three"):
+                trilens.ternarize(src, tmp_path / "no.gguf", format=format, **options)
+
+
+@pytest.mark.parametrize(("name", "bits", "most"), [("q8_0", 8.5, 1e-4), ("q4_0", 4.5, 2e-2)])
+def test_embeddings_in_fewer_bits(
+    source: Path, tmp_path: Path, name: Any, bits: float, most: float
+) -> None:
+    plan = replace(PLAN, embeddings=name)
+    planned = trilens.ternarize(
+        source, tmp_path / "m.gguf", plan=plan, format="gguf-tq2_0", dry_run=True
+    )
+    report = trilens.ternarize(source, tmp_path / "m.gguf", plan=plan, format="gguf-tq2_0")
+    assert planned.size_bytes == report.size_bytes
+    weights = load_file(source / "model.safetensors")
+    file = read_gguf(tmp_path / "m.gguf")
+    rounded = {t.packed_as: t for t in report.tensors if t.outcome == "rounded"}
+    assert {*rounded} == {"token_embd.weight", "output.weight"}
+    for tensor in rounded.values():
+        entry = file.tensors[tensor.packed_as]
+        raw = file.content.bytes(entry.begin, entry.end).reshape(entry.shape[0], -1)
+        kind = GGMLQuantizationType[name.upper()]
+        found, dense = dequantize(raw, kind), weights[tensor.name].numpy()
+        error = float(((found - dense) ** 2).sum() / (dense**2).sum())
+        assert tensor.relative_error == pytest.approx(error, rel=1e-4)
+        assert 0 < error < most
+        assert tensor.bits_per_weight == bits
+    types = {t.name: t.type for t in validate_gguf(tmp_path / "m.gguf").tensors}
+    assert types["token_embd.weight"] == types["output.weight"] == name.upper()
+    # The same from a ternary checkpoint, which takes no other option.
+    trilens.ternarize(source, tmp_path / "ternary", plan=PLAN)
+    trilens.ternarize(
+        tmp_path / "ternary",
+        tmp_path / "n.gguf",
+        plan=trilens.TernaryPlan(embeddings=name),
+        format="gguf-tq2_0",
+    )
+    entry = read_gguf(tmp_path / "n.gguf").tensors["token_embd.weight"]
+    assert entry.type_id == kind
+    for format in ("trilens", "dense"):
+        with pytest.raises(UsageError, match=f"'{name}' is for GGUF files, and format '{format}'"):
+            trilens.ternarize(source, tmp_path / "no", plan=plan, format=format)
+
+
+def test_a_damaged_scale_of_an_embedding_is_named(source: Path, tmp_path: Path) -> None:
+    plan = replace(PLAN, embeddings="q8_0")
+    path = tmp_path / "m.gguf"
+    trilens.ternarize(source, path, plan=plan, format="gguf-tq2_0")
+    begin = read_gguf(path).tensors["token_embd.weight"].begin
+    data = bytearray(path.read_bytes())
+    data[begin + 34 : begin + 36] = b"\x00\x7c"
+    path.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=r"token_embd.weight.* a scale that is NaN or Inf"):
+        validate_gguf(path)
+    with pytest.raises(UsageError, match="embeddings 'q2_k' is unknown: pass keep, q8_0, q4_0"):
+        trilens.TernaryPlan(embeddings="q2_k")  # type: ignore[arg-type]
+
+
 def test_places_that_are_refused(source: Path, tmp_path: Path) -> None:
     there = tmp_path / "there.gguf"
     there.write_bytes(b"mine")
@@ -308,8 +393,8 @@ def test_places_that_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
-    other = saved_with_tokenizer(tmp_path / "phi", "phi")
-    with pytest.raises(UsageError, match=f"'phi' is not mapped to GGUF.*{', '.join(FAMILIES)}"):
+    other = saved_with_tokenizer(tmp_path / "other", "helium")
+    with pytest.raises(UsageError, match=f"'helium' is not mapped to GGUF.*{', '.join(FAMILIES)}"):
         trilens.ternarize(other, tmp_path / "m.gguf", format="gguf-tq2_0")
     for rule in ("planes", "exact"):
         options: Any = {"rule": rule, "group_size": 128}

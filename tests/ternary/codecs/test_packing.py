@@ -186,12 +186,23 @@ class TestDamage:
         with pytest.raises(CorruptFileError, match="cut off" if change < 0 else "something else"):
             CODECS[name].decode(raw, (4, 512))
 
-    @pytest.mark.parametrize("name", ["two_bit", "bitnet", "TQ2_0", "Q2_0"])
+    @pytest.mark.parametrize("name", ["two_bit", "bitnet", "TQ2_0"])
     def test_code_3(self, name: str) -> None:
         raw = encoded(name).copy()
         raw.reshape(-1)[7] |= 0b00_11_00_00
         with pytest.raises(CorruptFileError, match="code"):
             CODECS[name].decode(raw, (4, 512))
+
+    @pytest.mark.parametrize("name", ["quad", "Q2_0"])
+    def test_code_3_is_the_fourth_level(self, name: str) -> None:
+        levels = np.random.default_rng(0).integers(-1, 3, (4, 128)).astype(np.int8)
+        scales = -halves(4, 2) if CODECS[name].scale_block else None
+        found = CODECS[name].decode(CODECS[name].encode(levels, scales), (4, 128))
+        assert np.array_equal(found.trits, levels)
+        with pytest.raises(ValueRangeError, match=r"levels are −1, 0, 1 or 2"):
+            CODECS[name].encode(levels + np.int8(1), scales)
+        with pytest.raises(ValueRangeError, match=r"trits are −1, 0 or 1"):
+            CODECS["two_bit"].encode(levels)
 
     @pytest.mark.parametrize("byte", [243, 255])
     def test_base3_byte_too_large(self, byte: int) -> None:
@@ -257,7 +268,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", NAMES)
     def test_what_is_no_trit(self, name: str) -> None:
         scales = 0.5 if CODECS[name].scale_block else None
-        for value in (2, -2, 127, -128):
+        for value in (CODECS[name].levels - 1, -2, 127, -128):
             wrong = trits(4, 512)
             wrong[2, 100] = value
             with pytest.raises(ValueRangeError, match=rf"trit {value} at index \(2, 100\)"):
@@ -305,7 +316,7 @@ class TestRefusals:
             CODECS[name].encode(trits(4, 512), 0.5)
 
     def test_unknown_codec(self) -> None:
-        with pytest.raises(UsageError, match="'Q4_0' is unknown: there are two_bit, base3"):
+        with pytest.raises(UsageError, match="'Q4_0' is unknown: there are two_bit, quad, base3"):
             find_codec("Q4_0")
         assert find_codec("TQ1_0") is CODECS["TQ1_0"]
 

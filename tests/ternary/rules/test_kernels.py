@@ -59,6 +59,8 @@ def test_loops_are_bit_identical(shape: tuple[int, int], dtype: type) -> None:
         compiled.best_prefix(ascending), reference.best_prefix(ascending), strict=True
     ):
         assert np.array_equal(ours, theirs)
+    ordered = np.take_along_axis(x, np.argsort(np.abs(x), axis=1), axis=1)
+    assert np.array_equal(compiled.best_quad(ordered), reference.best_quad(ordered))
     flat = x.reshape(-1)
     for base, shift in ((32000, 15), (0, 20)):
         ours, theirs = (k.histogram(flat, base, shift, 2048) for k in (compiled, reference))

@@ -28,6 +28,7 @@ def check_comparable(before: Lens, after: Lens) -> None:
     for what, mine, other in (
         ("layers", before.n_layers, after.n_layers),
         ("d_model", before.d_model, after.d_model),
+        ("residual streams", before.n_streams, after.n_streams),
         ("tokens in the vocabulary", before.anatomy.vocab, after.anatomy.vocab),
     ):
         if mine != other and (what != "tokens in the vocabulary" or shared is None):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trilens.analysis.comparison.rows import Place, Row
-from trilens.caches.gate_spec import UNARY_FUNCTIONS, GateSpec
+from trilens.caches.gate_spec import GateSpec
 from trilens.caches.gates import GateCache
 from trilens.errors import IncomparableError
 
@@ -72,7 +72,7 @@ class GateAccumulator:
             tally = self._tallies[name, layer] = _Tally()
         steps = 0
         for side, cache in enumerate((before, after)):
-            if not _has_openness(specs[side]):
+            if not specs[side].has_openness:
                 values = cache.get(name, layer).double()
                 tally.squares[side] += float(values.square().mean(-1).sum())
                 steps = len(values)
@@ -133,10 +133,6 @@ class GateAccumulator:
             at.against_itself("newly_saturated", count(saturated[1] & ~saturated[0])),
             at.change("effective_capacity", capacity(0), capacity(1)),
         ]
-
-
-def _has_openness(spec: GateSpec) -> bool:
-    return bool(spec.rate) or UNARY_FUNCTIONS[spec.function].openness is not None
 
 
 def _check(name: str, layer: int, before: GateSpec, after: GateSpec) -> None:

@@ -32,7 +32,8 @@ class ResidualAccumulator:
         """One prompt's streams after one block.
 
         Shapes:
-            before, after [seq, d_model], finite, of any floating dtype.
+            before, after [seq, d_model], or [seq, streams, d_model], which are one vector of all
+            streams side by side; finite, of any floating dtype.
 
         Raises:
             ShapeError: shapes that differ.
@@ -42,6 +43,7 @@ class ResidualAccumulator:
                 f"residual of layer {layer} is {list(before.shape)} before and "
                 f"{list(after.shape)} after: the same tokens and width are needed"
             )
+        before, after = before.flatten(1), after.flatten(1)
         angles, errors = cosine(before, after), relative_errors(before, after)
         sums = self._sums.setdefault(layer, [0.0] * 4)
         for i, value in enumerate((angles.sum(), errors.sum(), angles[-1], errors[-1])):

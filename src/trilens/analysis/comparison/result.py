@@ -152,8 +152,8 @@ class Comparison(Tabular):
         return {
             "format": FORMAT,
             "version": VERSION,
-            "before": asdict(self.before),
-            "after": asdict(self.after),
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
             "n_prompts": self.n_prompts,
             "n_tokens": self.n_tokens,
             "block_length": self.block_length,

@@ -216,7 +216,7 @@ class _Run:
             first = 0 if self.options.lens == "all" else -1
             converged = [
                 convergence_layers(
-                    lens, [stream[first:] for stream in each.activations], self.vocab
+                    lens, [each.readout(layer)[first:] for layer in each.layers], self.vocab
                 )
                 for lens, each in zip(self.lenses, streams, strict=True)
             ]

@@ -151,6 +151,8 @@ def logit_lens(
 ) -> LogitLens:
     """Read each layer's residual stream with the model's final norm and unembedding.
 
+    Of several residual streams it is their readout that is read.
+
     Args:
         cap: with residual="last" (its one position) or "all".
         lens: the model it came from.
@@ -185,7 +187,7 @@ def logit_lens(
     chosen = tuple(dict.fromkeys(chosen))
     if not chosen:
         raise NotStoredError("no layers are asked, or the capture holds none: name some")
-    streams = [held[layer] for layer in chosen]
+    streams = [held.readout(layer) for layer in chosen]
     at = _positions(cap, positions)
     if isinstance(held, FullActivationCache):
         # A slice where it can be one: all positions of a long prompt need no copy.
@@ -198,7 +200,7 @@ def logit_lens(
     if last in chosen:
         reference = chosen.index(last)
     elif last in held.layers:
-        reference, final = len(streams), held[last]
+        reference, final = len(streams), held.readout(last)
         streams.append(final[at] if isinstance(held, FullActivationCache) else final[None])
     number = None if target is None else token_id(lens, target)
     if translator is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class TunedLens(Tabular):
             "n_tokens": self.n_tokens,
             "n_held_out": self.n_held_out,
             "ridge": self.ridge,
-            "model": asdict(self.model),
+            "model": self.model.to_dict(),
             "rows": self.table(),
         }
 
@@ -261,7 +261,7 @@ def _streams(cap: Capture, number: int) -> list[Tensor]:
             f"capture {number} holds {spell_layers(residual.layers)}: the last layer, {last}, and "
             "another one are needed"
         )
-    return [residual[layer] for layer in residual.layers]
+    return [residual.readout(layer) for layer in residual.layers]
 
 
 def _solved(

@@ -193,7 +193,12 @@ class BlockRunner:
 
     def _check_structure(self) -> None:
         name = type(self.model).__name__
-        if not self.anatomy.batch_first:
+        if self.anatomy.n_streams > 1:
+            raise AnatomyError(
+                f"{name} keeps {self.anatomy.n_streams} residual streams: not calibrated yet; "
+                "ternarize it without calibration, by a rule that reads the weights alone"
+            )
+        if not self.anatomy.form.batch_first:
             raise AnatomyError(f"{name} has a residual [seq, batch, d_model]: not calibrated yet")
         if len({id(block) for block in self._blocks}) < len(self._blocks):
             raise AnatomyError(

@@ -1,10 +1,11 @@
 """Scales, norms and biases of all blocks together, fitted end-to-end to the dense model.
 
 When every block is coded, what is left is how their errors work together. A short descent by
-gradient lowers KL(dense ‖ ternary) of the next token over the calibration text; trits stay. One
-block at a time is in memory as numbers: a batch runs forward through the blocks, which leaves the
-residual stream between them, and backward through each once more. What does not lower the
-divergence, with the values as they will be stored, is thrown away.
+gradient lowers KL(dense ‖ ternary) of the next token over the calibration text. Trits stay, and in
+a second phase, where that is asked, move too: latent weights stand behind them. One block at a time
+is in memory as numbers: a batch runs forward through the blocks, which leaves the residual stream
+between them, and backward through each once more. What does not lower the divergence on text held
+out of the fit, with the values as they will be stored, is thrown away.
 
 Source: the end-to-end phase of EfficientQAT, arXiv 2407.11062, with the dense model's own
 distribution as the target.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,12 @@ from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["EndToEndFit", "FinishedBlock", "fit_end_to_end"]
+__all__ = ["EndToEndFit", "FinishedBlock", "fit_end_to_end", "set_held_out"]
 
-_PROBED = 8  # batches on which before and after are compared
+_HELD_OUT = 8  # steps of text that decide, at most
+_HELD_OUT_SHARE = 8  # of so many steps one is held out
+_PATIENCE = 2  # passes without a gain
+_BESIDE_TRITS = 0.1  # of the rate of scales, norms and biases, while trits move too
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +43,7 @@ class FinishedBlock:
 
     Attributes:
         fixed: Put the ternary matrices that stay as they are into a dense copy of the block.
-        quants: Matrices whose scales may move, by path in the block.
+        quants: Matrices whose scales and trits may move, by path in the block.
         vectors: Norms and biases that may move: parameter in the block → value.
         dtypes: How each is stored.
         plan: Whether matrices are transposed.
@@ -56,16 +61,18 @@ class EndToEndFit:
     """What the fit found.
 
     Attributes:
-        quants: For each block the matrices with their new scales; empty where nothing was better.
+        quants: For each block its matrices with new scales and trits; empty: nothing was better.
         vectors: For each block the new values.
-        kl_nats_before: Mean divergence of the next token on part of the text, before.
+        kl_nats_before: Mean divergence of the next token on the text held out of the fit, before.
         kl_nats: The same after.
+        trit_changes: Trits that are others.
     """
 
     quants: tuple[dict[str, PerLayerQuant], ...]
     vectors: tuple[dict[str, Tensor], ...]
     kl_nats_before: float
     kl_nats: float
+    trit_changes: int = 0
 
 
 class _Block:
@@ -87,6 +94,23 @@ class _Block:
     def trainable(self) -> list[Tensor]:
         factors = [factor for matrix in self.matrices.values() for factor in matrix.factors]
         return factors + list(self.steps.values())
+
+    def free_trits(self, dense: nn.Module) -> list[Tensor]:
+        """Let trits move, and give the latent weights behind them."""
+        for path, matrix in self.matrices.items():
+            weight = dense.get_parameter(f"{path}.weight").data
+            matrix.free_trits(weight.T if transposed(dense, path) else weight)
+        return [m.latent for m in self.matrices.values() if m.latent is not None]
+
+    def settle(self) -> None:
+        """After a step."""
+        for matrix in self.matrices.values():
+            matrix.settle()
+
+    def finished_now(self) -> FinishedBlock:
+        """The block with the values as they will be stored."""
+        quants, vectors = self.stored()
+        return replace(self.finished, quants=quants, vectors=vectors)
 
     def put(self, block: nn.Module) -> nn.Module:
         """Put what stays into a dense copy of the block."""
@@ -173,7 +197,10 @@ def fit_end_to_end(
     options: FitOptions,
     observe: Callable[[float], None] = lambda _: None,
 ) -> EndToEndFit:
-    """Fit all blocks together.
+    """Fit all blocks together: scales, norms and biases, then where it is asked the trits too.
+
+    A part of the text is held out of both, measured after each pass, and decides: what a pass has
+    found counts where the divergence fell there, and two passes without a gain end the fit.
 
     Args:
         runner: runs blocks.
@@ -185,41 +212,120 @@ def fit_end_to_end(
 
     Memory: one block in float32 three times, 1 byte for each ternary weight of the model (2 with
     two planes), 12 bytes for each scale; a batch's residual stream between all blocks, its
-    activations in one block, and its logits three times.
+    activations in one block, and its logits three times. While trits move, 16 bytes for each
+    ternary weight of the model.
     """
-    parts = [_Block(block) for block in blocks]
-    model = _Model(runner, parts)
+    text, held_out = set_held_out(batches, options)
+    nothing = EndToEndFit(tuple({} for _ in blocks), tuple({} for _ in blocks), 0.0, 0.0)
+    passes = options.whole_passes + options.trit_passes
+    if not any(_Block(block).trainable for block in blocks) or not text or passes == 0:
+        return nothing
 
     def target(batch: Batch) -> Tensor:
         with torch.no_grad():
             return torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
 
-    nothing: EndToEndFit = EndToEndFit(tuple({} for _ in parts), tuple({} for _ in parts), 0.0, 0.0)
-    trainable = [tensor for part in parts for tensor in part.trainable]
-    if not trainable or not batches or options.whole_passes == 0:
-        return nothing
-    probed = batches[:_PROBED]
-    before = model.measure(probed, target)
+    fit = _Fit(runner, text, held_out, target, options)
+    before = _Model(runner, [_Block(block) for block in blocks]).measure(held_out, target)
     if not 0 < before < math.inf:
         return nothing
-    # What is nearly right needs small steps.
-    rate = options.whole_rate * min(1.0, before)
-    adam = torch.optim.Adam(trainable, lr=rate)
-    batches = pieces_of(batches, options.step_tokens)
-    n_steps = options.whole_passes * len(batches)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, n_steps, rate / 20)
-    generator = torch.Generator().manual_seed(options.seed)
-    done = 0
-    for _ in range(options.whole_passes):
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            observe(done / n_steps)
-            adam.zero_grad()
-            model.learn(batches[i], target(batches[i]))
-            adam.step()
-            falling.step()
-            done += 1
-    after = model.measure(probed, target)
-    if not after < before:
+    found, kl = list(blocks), before
+    share = options.whole_passes / passes
+    if options.whole_passes:
+        found, kl = fit.phase(found, kl, free=False, observe=lambda x: observe(share * x))
+    if options.trit_passes:
+        observe(share)
+        found, kl = fit.phase(
+            found, kl, free=True, observe=lambda x: observe(share + (1 - share) * x)
+        )
+    if not kl < before:
         return EndToEndFit(nothing.quants, nothing.vectors, before, before)
-    found = [part.stored() for part in parts]
-    return EndToEndFit(tuple(q for q, _ in found), tuple(v for _, v in found), before, after)
+    return EndToEndFit(
+        tuple(dict(block.quants) for block in found),
+        tuple(dict(block.vectors) for block in found),
+        before,
+        kl,
+        _changes(blocks, found),
+    )
+
+
+def set_held_out(
+    batches: Sequence[Batch], options: FitOptions
+) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """The text in steps, and a part of it that decides; of a single step it is that step itself."""
+    pieces = pieces_of(batches, options.step_tokens)
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(pieces), generator=generator).tolist()
+    count = min(_HELD_OUT, max(1, len(pieces) // _HELD_OUT_SHARE))
+    held_out = tuple(pieces[i] for i in sorted(order[:count]))
+    text = tuple(pieces[i] for i in sorted(order[count:]))
+    return text or held_out, held_out
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """What stays the same through the phases of a fit."""
+
+    runner: BlockRunner
+    text: Sequence[Batch]
+    held_out: Sequence[Batch]
+    target: Callable[[Batch], Tensor]
+    options: FitOptions
+
+    def phase(
+        self,
+        blocks: Sequence[FinishedBlock],
+        kl_nats: float,
+        *,
+        free: bool,
+        observe: Callable[[float], None],
+    ) -> tuple[list[FinishedBlock], float]:
+        """Descend, and give the best that was seen on the text held out."""
+        options = self.options
+        parts = [_Block(block) for block in blocks]
+        latents: list[Tensor] = []
+        if free:
+            for index, part in enumerate(parts):
+                latents += part.free_trits(self.runner.block(index))
+            if not latents:
+                return list(blocks), kl_nats
+        model = _Model(self.runner, parts)
+        passes = options.trit_passes if free else options.whole_passes
+        # What is nearly right needs small steps.
+        rate = options.whole_rate * min(1.0, kl_nats) * (_BESIDE_TRITS if free else 1.0)
+        groups: list[dict[str, Any]] = [
+            {"params": [tensor for part in parts for tensor in part.trainable], "lr": rate}
+        ]
+        groups += [{"params": latents, "lr": options.trit_rate}] if latents else []
+        adam = torch.optim.Adam(groups)
+        n_steps = passes * len(self.text)
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda n: 0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, n / n_steps)))
+        )
+        generator = torch.Generator().manual_seed(options.seed)
+        best, least, idle = list(blocks), kl_nats, 0
+        for done in range(passes):
+            for n, i in enumerate(torch.randperm(len(self.text), generator=generator).tolist()):
+                observe((done * len(self.text) + n) / n_steps)
+                adam.zero_grad()
+                model.learn(self.text[i], self.target(self.text[i]))
+                adam.step()
+                falling.step()
+                for part in parts:
+                    part.settle()
+            now = model.measure(self.held_out, self.target)
+            idle = 0 if now < least else idle + 1
+            if now < least:
+                best, least = [part.finished_now() for part in parts], now
+            if idle == _PATIENCE:
+                break
+        return best, least
+
+
+def _changes(before: Sequence[FinishedBlock], after: Sequence[FinishedBlock]) -> int:
+    """How many trits are others."""
+    return sum(
+        int((block.quants[path].trits != quant.trits).sum())
+        for block, now in zip(before, after, strict=True)
+        for path, quant in now.quants.items()
+    )

@@ -41,6 +41,9 @@ class FitOptions:
         step_tokens: Tokens that a step looks at, at least one block of them.
         whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
         whole_rate: Likewise, for a divergence of 1 nat.
+        trit_passes: Over the text, when the trits of all blocks move too; 0 for not at all.
+        trit_rate: The first step of Adam for the latent weights behind the trits, in units of
+            their scale.
         seed: Of the order of the batches.
     """
 
@@ -49,6 +52,8 @@ class FitOptions:
     step_tokens: int = 2048
     whole_passes: int = 4
     whole_rate: float = 0.1
+    trit_passes: int = 0
+    trit_rate: float = 0.002
     seed: int = 0
 
 

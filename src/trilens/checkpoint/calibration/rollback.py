@@ -45,7 +45,7 @@ def rollback(
     work = out / WORK_NAME
     try:
         store, damage = run_calibration(job, calibration, work, progress=progress)
-        check_damage(damage, calibration)
+        check_damage(damage, calibration.max_perplexity_ratio)
     except WriteError:
         raise
     except TrilensError:

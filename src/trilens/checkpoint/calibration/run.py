@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trilens.checkpoint.calibration.block_job import (
     BlockJob,
@@ -18,18 +20,21 @@ from trilens.checkpoint.calibration.block_job import (
 )
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.coder import code_block
+from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
-from trilens.checkpoint.calibration.options import Calibration, Drawn, draw
+from trilens.checkpoint.calibration.measured import measure_text
+from trilens.checkpoint.calibration.options import Calibration, Drawn, block_length, draw
+from trilens.checkpoint.calibration.own_text import kept_text, write_text
 from trilens.checkpoint.calibration.placement import Placed, place_choices
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
+from trilens.checkpoint.evaluate import PROMPT_TOKENS
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.rotation import plain_weights
 from trilens.errors import CorruptFileError
-from trilens.evaluation.loop import mean_nll
 from trilens.io.atomic import write_bytes
 from trilens.io.sealed import read_sealed, sealed
 from trilens.lens.proof import prove
@@ -40,9 +45,10 @@ from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["run_calibration"]
+__all__ = ["prompts_of", "run_calibration"]
 
 _DAMAGE_NAME = "damage.json"
+_PROMPTS_NAME = "prompts.json"
 
 
 def run_calibration(
@@ -85,19 +91,71 @@ def run_calibration(
     model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
     if source.given_tokenizer is not None:
         tokenizer = source.given_tokenizer
-    drawn = draw(calibration, tokenizer, longest=configured_positions(model))
+    longest = configured_positions(model)
+    written = _written(model, tokenizer, calibration, longest, store, progress)
+    drawn = draw(calibration, tokenizer, longest=longest, written=written)
     anatomy = prove(model, only_stack(model)).anatomy
     placed = place_choices(model, anatomy, job.choices, tensors)
     runner = BlockRunner(model, anatomy)
     rule = rule or CALIBRATED_RULES.get(plan.rule)
-    fit = fit or FitOptions(seed=calibration.seed)
+    fit = fit or find_effort(calibration.effort).seeded(calibration.seed)
     check = source.check_unchanged
     run = _Run(runner, placed, plan, calibration, drawn, store, progress, rule, fit, check)
     run.blocks()
     run.whole()
     damage = run.damage()
+    prompts = {text.name: [b[:PROMPT_TOKENS].tolist() for b in text.blocks] for text in drawn.apart}
+    write_bytes(folder / _PROMPTS_NAME, sealed({"prompts": prompts}))
     write_bytes(done, sealed(damage.to_dict()))
     return store, damage
+
+
+def prompts_of(folder: Path) -> dict[str, list[Tensor]]:
+    """The beginnings of the blocks that a finished calibration measured on, by text.
+
+    Raises:
+        CorruptFileError: they are not as they were written.
+    """
+    path = folder / _PROMPTS_NAME
+    found = read_sealed(path)[0].get("prompts")
+    if not isinstance(found, dict):
+        raise CorruptFileError(f"{path} holds no prompts: begin in a new directory")
+    return {name: [torch.tensor(ids) for ids in rows] for name, rows in found.items()}
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    calibration: Calibration,
+    longest: int | None,
+    store: Store,
+    progress: Progress | None,
+) -> tuple[Tensor, ...]:
+    """What the model writes itself to be calibrated on; nothing where it need not."""
+    length, own = block_length(calibration, longest), calibration.own_text
+    if own is None:
+        return ()
+    rows, began = sum(calibration.own_rows(length)), time.monotonic()
+
+    def observe(share: float) -> None:
+        if progress is not None:
+            left = (time.monotonic() - began) * (1 - share) / share if share else None
+            what = f"the model writes {rows * length:,} tokens, {share:.0%}"
+            progress(Step(0, model.config.get_text_config().num_hidden_layers, what, left))
+
+    return kept_text(
+        store.folder,
+        tokenizer,
+        lambda: write_text(
+            model,
+            tokenizer,
+            own,
+            rows=rows,
+            length=length,
+            seed=calibration.seed,
+            observe=observe,
+        ),
+    )
 
 
 class _Run:
@@ -124,7 +182,11 @@ class _Run:
         self.progress = progress
         size = calibration.batch_size
         self.text = batches_of(drawn.blocks, size)
-        self.apart = batches_of(drawn.evaluation, size, start=self.text[-1].stop)
+        self.texts: list[tuple[Batch, ...]] = []  # set apart, each text's batches
+        for text in drawn.apart:
+            start = (self.texts[-1] if self.texts else self.text)[-1].stop
+            self.texts.append(batches_of(text.blocks, size, start=start))
+        self.apart = tuple(batch for batches in self.texts for batch in batches)
         self.all = (*self.text, *self.apart)
         self.n_tokens = self.all[-1].stop
         self.width = runner.anatomy.d_model
@@ -141,29 +203,29 @@ class _Run:
             self.finished_now += 1
 
     def damage(self) -> Damage:
-        """Measure the perplexity of both models on the text set apart."""
-        last = self.runner.n_blocks
+        """Measure both models on each text set apart."""
+        last, whole = self.runner.n_blocks, self.store.whole
         self._report(last, "perplexity")
-        before = self._perplexity(self._stream("dense", last), self.apart)
-        whole = self.store.whole
+        dense = self._stream("dense", last)
         if whole is None or not (whole.matrices or whole.vectors):
-            after = self._perplexity(self._stream("ternary", last), self.apart)
+            ternary, shift = self._stream("ternary", last), 0
         else:
-            after = self._perplexity(*self._once_more())
+            ternary, shift = self._once_more(), self.apart[0].start
         fallbacks = tuple(
             f"{matrix.name}{f'[{matrix.expert}]' if matrix.expert else ''}: {matrix.reason}"
             for record in self.store.records
             for matrix in record.matrices
             if matrix.reason
         )
-        return Damage(
-            before,
-            after,
-            sum(batch.ids.numel() - len(batch.ids) for batch in self.apart),
-            self.drawn.n_tokens,
-            self.drawn.refused,
-            fallbacks,
-            max(batch.ids.shape[1] for batch in self.apart),
+        return Damage.of(
+            tuple(
+                measure_text(self.runner, text, batches, dense, ternary, shift)
+                for text, batches in zip(self.drawn.apart, self.texts, strict=True)
+            ),
+            calibration_tokens=self.drawn.n_tokens,
+            refused_documents=self.drawn.refused,
+            fallbacks=fallbacks,
+            own_text=self.calibration.own_text is not None,
         )
 
     def _block(self, index: int) -> None:
@@ -228,7 +290,12 @@ class _Run:
             quants |= {names[path]: quant for path, quant in q.items()}
             vectors |= {placed.vectors[name][0]: value for name, value in v.items()}
         self.check_source()
-        self.store.finish((found.kl_nats_before, found.kl_nats), quants, vectors)
+        self.store.finish(
+            (found.kl_nats_before, found.kl_nats),
+            quants,
+            vectors,
+            trit_changes=found.trit_changes,
+        )
 
     def _finished(self, index: int) -> FinishedBlock:
         """A block as the store has it."""
@@ -256,9 +323,10 @@ class _Run:
         dtypes = {inside: dtype for inside, (_, dtype) in placed.vectors.items()}
         return FinishedBlock(put, quants, vectors, dtypes, self.plan)
 
-    def _once_more(self) -> tuple[Stream, tuple[Batch, ...]]:
-        """The residual stream of the finished model on the text set apart."""
-        apart = batches_of(self.drawn.evaluation, self.calibration.batch_size)
+    def _once_more(self) -> Stream:
+        """The residual stream of the finished model on the texts set apart alone."""
+        first = self.apart[0].start
+        apart = [Batch(batch.ids, batch.start - first) for batch in self.apart]
         n_tokens = apart[-1].stop
         path = self.store.folder / "apart.f32"
         write_stream(path, apart, lambda batch: self.runner.first(batch.ids))
@@ -279,10 +347,7 @@ class _Run:
                         i, b, self.runner.call(i, batch.ids), s.read(batch)
                     ),
                 )
-        return Stream(path, self.width, n_tokens), apart
-
-    def _perplexity(self, stream: Stream, batches: Sequence[Batch]) -> float:
-        return mean_nll((b.ids, self.runner.logits(b.ids, stream.read(b))) for b in batches).value
+        return Stream(path, self.width, n_tokens)
 
     def _path(self, name: str, index: int) -> Path:
         return self.store.folder / f"{name}-{index:05d}.f32"

@@ -20,6 +20,7 @@ from trilens.io.guarded import sha256_of
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import sweep
 from trilens.io.tensors import write_safetensors
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.codecs.rows import unpack_rows
 from trilens.ternary.packed.linear import Packed
 from trilens.ternary.quantize import PerLayerQuant
@@ -90,14 +91,16 @@ class EndToEndRecord:
     Attributes:
         matrices: Matrices with new scales: tensor name and expert.
         vectors: Stored tensors that have new values.
-        kl_nats_before: Mean divergence of the next token on part of the text, before.
+        kl_nats_before: Mean divergence of the next token on text held out of the fit, before.
         kl_nats: The same after.
+        trit_changes: Trits that are others; 0 in records without it.
     """
 
     matrices: tuple[tuple[str, int], ...]
     vectors: tuple[str, ...]
     kl_nats_before: float
     kl_nats: float
+    trit_changes: int = 0
 
 
 class Store:
@@ -147,9 +150,13 @@ class Store:
         kl_nats: tuple[float, float],
         quants: Mapping[tuple[str, int], PerLayerQuant],
         vectors: Mapping[str, Tensor],
+        *,
+        trit_changes: int = 0,
     ) -> None:
         """Keep what the fit of all blocks together found: it goes before what the blocks say."""
-        record = EndToEndRecord(tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats)
+        record = EndToEndRecord(
+            tuple(sorted(quants)), tuple(sorted(vectors)), *kl_nats, trit_changes
+        )
         self._keep(self._whole("safetensors"), self._whole("json"), asdict(record), quants, vectors)
         self.whole = record
 
@@ -235,6 +242,7 @@ class Store:
                 second_scale=parts.get("second_scale"),
                 rule=matrix.rule,
                 scale_dtype=plan.scale_dtype,
+                levels=levels_of(matrix.rule),
             )
         except (OSError, KeyError, ValueError, TrilensError) as cause:
             raise CorruptFileError(f"{path} does not hold {matrix.name}: {cause}") from cause

@@ -17,7 +17,7 @@ from trilens.printable import one_line
 from trilens.text.markdown import markdown_code, markdown_text
 from trilens.version import __version__
 
-__all__ = ["Origin", "dense_card", "model_card"]
+__all__ = ["Origin", "bitnet_card", "dense_card", "model_card"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,20 @@ def dense_card(report: TernaryReport, origin: Origin) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bitnet_card(report: TernaryReport, origin: Origin) -> str:
+    """README.md of a checkpoint in transformers' own BitNet layout."""
+    lines = [
+        *_header(origin, "BitNet layout"),
+        f"{len(report.coded)} matrices of this checkpoint are trits −1, 0, +1 with one scale each, "
+        f"packed by trilens {__version__} in the layout `bitnet` of transformers, which loads it "
+        "without trilens (with accelerate). Such layers round their input to 8 bits: outputs "
+        f"differ a little from those of the ternary checkpoint. {report.verdict}",
+    ]
+    if origin.has_card:
+        lines += ["", f"The ternary checkpoint's card is [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."]
+    return "\n".join(lines) + "\n"
+
+
 def _header(origin: Origin, kind: str) -> list[str]:
     """What the hub reads, and the title."""
     stated = dict(origin.metadata)
@@ -120,7 +134,8 @@ def _facts(report: TernaryReport) -> list[str]:
         f"- Rule: `{plan.rule}`, one scale per {scales}, scales rounded to {plan.scale_dtype}"
         f"{mixed}.",
         f"- {len(report.coded)} matrices are stored as trits −1, 0, +1, in {bits} "
-        "(`planes`: two trits), every one decoded from the file and compared bit for bit.",
+        "(`planes`: two trits; `quad`: the level 2 too, so not ternary), every one decoded from "
+        "the file and compared bit for bit.",
         f"- Tensors: {report.size_bytes:,} bytes, {report.size_bytes_before:,} before; "
         f"{report.bits_per_weight:.2f} bits per weight over all tensors, "
         f"{report.matrix_bits_per_weight:.2f} over the matrices of the blocks.",
@@ -148,9 +163,8 @@ def _command(report: TernaryReport, origin: Origin) -> str:
     if plan.rotate:
         words.append("--rotate")
     if report.damage is not None:
-        words += ["--calibrate", "TEXT"]
-    if report.sample is not None:
-        words += ["--evaluate", report.sample.name]
+        words += ["--calibrate", "self" if report.damage.own_text else "TEXT"]
+    words += [word for sample in report.samples for word in ("--evaluate", sample.name)]
     return _shell(words)
 
 

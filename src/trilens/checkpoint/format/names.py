@@ -13,6 +13,7 @@ __all__ = [
     "FORMAT_VERSION",
     "JOURNAL_NAME",
     "MANIFEST_NAME",
+    "OWN_TEXT_NAME",
     "QUANT_METHOD",
     "SOURCE_CARD_NAME",
     "WORK_NAME",
@@ -33,6 +34,8 @@ MANIFEST_NAME = "trilens-ternary.json"
 DENSE_NAME = "trilens-dense.json"
 JOURNAL_NAME = "trilens-unfinished.json"
 WORK_NAME = "trilens-calibration"
+OWN_TEXT_NAME = "trilens-calibration-text.jsonl"
+"""What the model was calibrated on, where it wrote that text itself."""
 
 
 def part_name(tensor: str, part: str) -> str:

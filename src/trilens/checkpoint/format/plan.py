@@ -17,14 +17,20 @@ from trilens.io.messages import listed
 from trilens.io.paths import as_path
 from trilens.io.sealed import check_seal
 from trilens.printable import as_unicode
-from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedName, check_rule
+from trilens.ternary.calibrated.rules import (
+    CALIBRATED_RULES,
+    CalibratedName,
+    check_rule,
+    levels_of,
+)
 from trilens.ternary.granularity import Per, resolve_units
 from trilens.ternary.rules.coder import ScaleDtype
 from trilens.ternary.rules.rules import RuleName
 
-__all__ = ["Storage", "TernaryPlan"]
+__all__ = ["Embeddings", "Storage", "TernaryPlan"]
 
 Storage: TypeAlias = Literal["two_bit", "compact"]
+Embeddings: TypeAlias = Literal["keep", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,8 @@ class TernaryPlan:
         rotate: Turn each matrix and its inputs by a Hadamard rotation (`ternary.rotation`) before
             coding; the layers turn their inputs when they run.
         matrices: What some matrices become, by tensor name: it goes before all other options.
+        embeddings: Of a GGUF file, the embedding and the head: "keep" their dtype, or in blocks of
+            32 with 8 or 4 bits and a float16 scale ("q8_0": 8.5, "q4_0": 4.5 bits per weight).
 
     Raises:
         UsageError: an option that does not exist, or an expression that is not valid.
@@ -64,6 +72,7 @@ class TernaryPlan:
     storage: Storage = "two_bit"
     rotate: bool = False
     matrices: Mapping[str, MatrixPlan] = field(default_factory=dict, hash=False)
+    embeddings: Embeddings = "keep"
 
     def __post_init__(self) -> None:
         """Check every option, and derive what they imply."""
@@ -78,9 +87,14 @@ class TernaryPlan:
             raise UsageError(
                 f"storage {self.storage!r} is unknown: pass {', '.join(get_args(Storage))}"
             )
+        if self.embeddings not in get_args(Embeddings):
+            raise UsageError(
+                f"embeddings {self.embeddings!r} is unknown: pass {', '.join(get_args(Embeddings))}"
+            )
         if not isinstance(self.rotate, bool):
             raise UsageError(f"rotate is {self.rotate!r}: pass True or False")
         object.__setattr__(self, "matrices", _entries(self.matrices))
+        _check_levels(self)
         object.__setattr__(self, "per", units.per)
         object.__setattr__(self, "group_size", units.group_size)
         object.__setattr__(self, "keep", _expressions("keep", self.keep))
@@ -152,7 +166,7 @@ class TernaryPlan:
         entries = {name: entry.to_dict() for name, entry in self.matrices.items()}
         lists = {"keep": list(self.keep), "only": list(self.only)}
         values |= {**lists, "matrices": entries}
-        silent = {"matrices": {}, "storage": "two_bit", "rotate": False}
+        silent = {"matrices": {}, "storage": "two_bit", "rotate": False, "embeddings": "keep"}
         return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     @classmethod
@@ -215,6 +229,17 @@ class TernaryPlan:
         if isinstance(values, dict) and "plan" in values:
             values = values["plan"]
         return cls.from_dict(values)
+
+
+def _check_levels(plan: TernaryPlan) -> None:
+    """Refuse four levels where a byte holds five codes of three."""
+    rules = {plan.rule, *(entry.rule for entry in plan.matrices.values())}
+    four = sorted(rule for rule in rules if rule != "keep" and levels_of(rule) == 4)
+    if four and plan.storage == "compact":
+        raise UsageError(
+            f"rule {four[0]!r} has four levels, and the storage 'compact' five codes of three "
+            "levels in a byte: take the storage 'two_bit'"
+        )
 
 
 def _expressions(option: str, values: Sequence[str]) -> tuple[str, ...]:

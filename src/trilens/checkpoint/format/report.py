@@ -8,12 +8,15 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
+from trilens.checkpoint.format.sample import SampleReport, worst_of
 from trilens.io.messages import clip, in_blocks
 from trilens.results import Tabular
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
-Outcome: TypeAlias = Literal["ternary", "already ternary", "planned", "kept", "left out", "dense"]
+Outcome: TypeAlias = Literal[
+    "ternary", "four levels", "already ternary", "planned", "kept", "rounded", "left out", "dense"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,10 @@ class TensorReport:
         name: As the source names it.
         packed_as: The name from which those of its packed parts are made.
         shape: Its shape in the source.
-        outcome: "ternary": coded by the rule; "already ternary": its trits and scale were kept
-            exactly; "planned": a dry run; "kept": the source's own values; "left out": not in the
-            output, because it does not need it; "dense": trits that are written as dense weights.
+        outcome: "ternary": coded by the rule; "four levels": likewise, by a rule with the level 2;
+            "already ternary": its trits and scale were kept exactly; "planned": a dry run;
+            "rounded": to 8 or 4 bits in blocks; "kept": the source's own values; "left out": not
+            in the output, because it does not need it; "dense": trits written as dense weights.
         reason: Why it is kept; for an unpacked one, what happens when it is loaded.
         is_matrix: It is a linear layer's weight inside a block; where it is kept all the same,
             that is a fallback.
@@ -93,66 +97,6 @@ class TensorReport:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleReport:
-    """Perplexity of one text before and after.
-
-    Attributes:
-        name: What the text is called.
-        n_tokens: Predicted tokens.
-        perplexity_before: Of the source, in its own dtype.
-        perplexity_after: Of the ternary checkpoint on the same tokens; infinite where its logits
-            are not finite.
-        block_length: Tokens of the longest context, on which a perplexity depends; None in files
-            that lack it.
-    """
-
-    name: str
-    n_tokens: int
-    perplexity_before: float
-    perplexity_after: float
-    block_length: int | None = None
-
-    @property
-    def ratio(self) -> float:
-        """After over before: 1 is no damage."""
-        return self.perplexity_after / self.perplexity_before
-
-    @property
-    def sentence(self) -> str:
-        """The finding in words."""
-        return (
-            f"Perplexity on {self.name} ({self.n_tokens} tokens{in_blocks(self.block_length)}): "
-            f"{self.perplexity_before:.4g} "
-            f"before, {self.perplexity_after:.4g} after, {self.ratio:.3g} times as much."
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; null where a number is infinite."""
-        values = {**asdict(self), "ratio": self.ratio}
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The report that `to_dict` gave these values.
-
-        Raises:
-            TypeError, KeyError: values that are none.
-        """
-        name, n_tokens = values["name"], values["n_tokens"]
-        before, after = values["perplexity_before"], values["perplexity_after"]
-        after = math.inf if after is None else after
-        length = values.get("block_length")
-        numbers = all(isinstance(value, int | float) for value in (before, after))
-        numbers = numbers and (length is None or type(length) is int)
-        if not (isinstance(name, str) and type(n_tokens) is int and numbers and before > 0):
-            raise TypeError("the entry of the sample has values of the wrong kind")
-        return cls(name, n_tokens, float(before), float(after), length)
-
-
-@dataclass(frozen=True, slots=True)
 class TernaryReport(Tabular):
     """What `ternarize` did, or in a dry run would do.
 
@@ -160,7 +104,7 @@ class TernaryReport(Tabular):
         plan: The plan that was followed.
         tensors: Every tensor of the checkpoint.
         dry_run: Nothing was written.
-        sample: The perplexity of a text before and after, where one was given.
+        samples: The perplexity of each text that was given, before and after.
         damage: Perplexities that a calibration measured; None without one.
         note: What the result computes otherwise than the source; "" for nothing.
     """
@@ -168,9 +112,14 @@ class TernaryReport(Tabular):
     plan: TernaryPlan
     tensors: tuple[TensorReport, ...]
     dry_run: bool = False
-    sample: SampleReport | None = None
+    samples: tuple[SampleReport, ...] = ()
     damage: Damage | None = None
     note: str = ""
+
+    @property
+    def sample(self) -> SampleReport | None:
+        """Of the texts that were given, the one with the largest ratio; None without any."""
+        return worst_of(self.samples)
 
     @property
     def matrices(self) -> tuple[TensorReport, ...]:
@@ -228,25 +177,30 @@ class TernaryReport(Tabular):
             return (
                 "Every coded matrix was ternary already: its trits and scale are kept exactly"
                 + ("." if self.note else ", the model computes what it computed before.")
-            ) + (f" {self.sample.sentence}" if self.sample else "")
+            ) + self._sentences
         if self.damage is not None:
             found = self.damage
             return (
                 f"Ternarized after training: perplexity {found.perplexity_before:.4g} became "
                 f"{found.perplexity_after:.4g} ({found.ratio:.3g} times) on {found.n_tokens} "
-                f"tokens{in_blocks(found.block_length)} that were not calibrated on. Compare "
-                "outputs of your own before any use."
-            ) + (f" {self.sample.sentence}" if self.sample else "")
+                f"tokens{in_blocks(found.block_length)} that were not calibrated on"
+                f"{found.which}. Compare outputs of your own before any use."
+            ) + self._sentences
         worst = max(tensor.relative_error or 0.0 for tensor in self.coded)
         return (
             f"Ternarized after training: up to {worst:.1%} of a matrix's energy is lost. A model "
             "that was not trained for ternary weights is usually unusable after this. "
         ) + (
-            f"{self.sample.sentence} One text is a sample: compare outputs before any use."
-            if self.sample
+            f"{self._sentences.strip()} One text is a sample: compare outputs before any use."
+            if self.samples
             else "The damage was not measured, and weight errors do not show it: give a text "
             "(--evaluate) and compare outputs before any use."
         )
+
+    @property
+    def _sentences(self) -> str:
+        """Of each text that was given; each after a space."""
+        return "".join(f" {sample.sentence}" for sample in self.samples)
 
     def table(self) -> list[dict[str, Any]]:
         """One row for each matrix, coded ones and fallbacks."""
@@ -276,6 +230,7 @@ class TernaryReport(Tabular):
             "verdict": self.verdict,
             "damage": None if self.damage is None else self.damage.to_dict(),
             "sample": self.sample.to_dict() if self.sample else None,
+            **({"samples": [s.to_dict() for s in self.samples]} if len(self.samples) > 1 else {}),
             **({"note": self.note} if self.note else {}),
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
         }
@@ -286,11 +241,12 @@ class TernaryReport(Tabular):
         tensors = (TensorReport.from_dict(tensor) for tensor in values["tensors"])
         damage = values.get("damage")
         sample = values.get("sample")
+        samples = values.get("samples", [] if sample is None else [sample])
         return cls(
             TernaryPlan.from_dict(values["plan"]),
             tuple(tensors),
             values["dry_run"],
-            None if sample is None else SampleReport.from_dict(sample),
+            tuple(SampleReport.from_dict(each) for each in samples),
             None if damage is None else Damage.from_dict(damage),
             str(values.get("note", "")),
         )

@@ -3,28 +3,29 @@
 This is one of the two places that name model families (the other is `models.gates`): a GGUF file
 states its architecture by name, and the engine's code for that name fixes everything that the file
 does not say. So each entry refuses every setting of a configuration that this code would ignore.
+Names of tensors are the gguf package's own.
 
 Source: llama.cpp, `src/models/*.cpp` (what is read) and `conversion/*.py` (what is written).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from numpy.typing import NDArray
 
+from trilens.checkpoint.gguf import dense, moe, recurrent
+from trilens.checkpoint.gguf.recurrent import Change
+from trilens.checkpoint.gguf.rows import grouped_qkv, neighbours, per_head_qkv
+from trilens.checkpoint.gguf.settings import Extra
 from trilens.errors import UsageError
 
 __all__ = ["FAMILIES", "Family", "find_family"]
-
-Extra = Mapping[str, NDArray[np.float32]]
-"""Tensors that no checkpoint stores: name → values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +36,37 @@ class Family:
         arch: Its name in the gguf package.
         describe: Adds the architecture's settings to a writer; gives tensors that are to be
             written beside those of the checkpoint.
-        interleaved: The engine rotates neighbouring coordinates of a head where transformers
-            rotates the two halves: rows of queries and keys change places.
+        rows: From a tensor's name in the file, its number of rows and the configuration to which
+            row of the checkpoint each row is; None where none moved.
         norm_offset: What the model adds to its norm weights when it runs; the engine does not.
+        values: From a tensor's name in the file to what becomes of its values; None for nothing.
+        renamed: Expressions for names that the gguf package does not know → those it knows.
+        split: Ends of names of tensors that the engine has in parts → the ends of theirs.
+        place: From a tensor's name in the checkpoint to its place among those that the engine holds
+            in one tensor; None for other tensors.
+        own_head: The engine wants the head also where it is the embedding.
     """
 
     arch: MODEL_ARCH
     describe: Callable[[GGUFWriter, Any], Extra]
-    interleaved: bool = False
+    rows: Callable[[str, int, Any], NDArray[np.int64] | None] | None = None
     norm_offset: float = 0.0
+    values: Callable[[str, Any], Change | None] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    place: Callable[[str], int | None] | None = None
+    own_head: bool = False
 
     def row_order(self, tensor: str, rows: int, config: Any) -> NDArray[np.int64] | None:
         """Which row of the checkpoint each row of a tensor in the file is; None where none moved.
 
         Shapes: → [rows]
         """
-        if not self.interleaved or not any(f".attn_{part}." in tensor for part in "qk"):
-            return None
-        heads = config.num_attention_heads if ".attn_q." in tensor else _kv_heads(config)
-        # A head's rows are (half, place): the engine wants (place, half).
-        numbers = np.arange(rows, dtype=np.int64).reshape(heads, 2, rows // heads // 2)
-        return numbers.swapaxes(1, 2).reshape(rows)
+        return None if self.rows is None else self.rows(tensor, rows, config)
+
+    def change(self, tensor: str, config: Any) -> Change | None:
+        """What becomes of the values of a tensor that is not quantized."""
+        return None if self.values is None else self.values(tensor, config)
 
 
 def find_family(config: Any) -> Family:
@@ -66,204 +77,75 @@ def find_family(config: Any) -> Family:
     """
     name = str(getattr(config, "model_type", None))
     if name not in FAMILIES:
+        known = name.replace("_", "") in {n.replace("-", "") for n in MODEL_ARCH_NAMES.values()}
+        why = "the gguf package names it, but no file of it was proven here; " if known else ""
         raise UsageError(
-            f"architecture {name!r} is not mapped to GGUF: there are {', '.join(FAMILIES)}; "
+            f"architecture {name!r} is not mapped to GGUF: {why}there are {', '.join(FAMILIES)}; "
             "write a checkpoint for transformers instead (without a gguf format)"
         )
     return FAMILIES[name]
 
 
-def _rotary(writer: GGUFWriter, config: Any, *, windows: bool = False) -> None:
-    """Settings that every family with rotary positions and RMS norms shares.
-
-    Args:
-        writer: takes the settings.
-        config: the model's.
-        windows: the engine knows sliding windows for this architecture. Where it does not, no more
-            positions are promised than one window has: within it the outputs are the same.
-    """
-    dim, positions, window = _head_dim(config), config.max_position_embeddings, _window(config)
-    writer.add_context_length(positions if windows or window is None else min(positions, window))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(_kv_heads(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
-    writer.add_rope_dimension_count(dim)
-    writer.add_vocab_size(config.vocab_size)
-
-
-def _llama(writer: GGUFWriter, config: Any) -> Extra:
-    _require(config, hidden_act="silu")
-    _rotary(writer, config)
-    return _positions(writer, config, config.rope_parameters, frequencies=True)
-
-
-def _qwen2(writer: GGUFWriter, config: Any) -> Extra:
-    if _head_dim(config) * config.num_attention_heads != config.hidden_size:
-        raise _unlike(
-            config, "head_dim", _head_dim(config), config.hidden_size // config.num_attention_heads
-        )
-    return _qwen3(writer, config)
-
-
-def _qwen3(writer: GGUFWriter, config: Any) -> Extra:
-    _require(config, hidden_act="silu")
-    _rotary(writer, config)
-    return _positions(writer, config, config.rope_parameters)
-
-
-def _gemma(writer: GGUFWriter, config: Any) -> Extra:
-    _require(config, hidden_act="gelu_pytorch_tanh", attention_bias=False)
-    _require_causal(config)
-    _rotary(writer, config)
-    return _positions(writer, config, config.rope_parameters)
-
-
-def _gemma2(writer: GGUFWriter, config: Any) -> Extra:
-    _gemma2_like(writer, config, layers_of_27b=46)
-    # Without these keys the engine would take its own defaults, not "none".
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, name) is None:
-            raise _unlike(config, name, None, "a number")
-    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-    writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    return _positions(writer, config, config.rope_parameters)
-
-
-def _gemma3(writer: GGUFWriter, config: Any) -> Extra:
-    _require(config, attn_logit_softcapping=None)
-    _gemma2_like(writer, config, layers_of_27b=62)
-    if config.final_logit_softcapping is not None:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    rope = config.rope_parameters
-    local = rope["sliding_attention"]
-    _plain(config, local)
-    writer.add_rope_freq_base_swa(local["rope_theta"])
-    return _positions(writer, config, rope["full_attention"])
-
-
-def _gemma2_like(writer: GGUFWriter, config: Any, *, layers_of_27b: int) -> None:
-    _require(config, hidden_activation="gelu_pytorch_tanh", attention_bias=False)
-    _require_causal(config)
-    width = _head_dim(config)
-    if config.num_hidden_layers == layers_of_27b:  # the engine knows that size by its depth
-        width = config.hidden_size // config.num_attention_heads
-    _require(config, query_pre_attn_scalar=width)
-    _rotary(writer, config, windows=True)
-    writer.add_sliding_window(config.sliding_window)
-    kinds = [kind == "sliding_attention" for kind in config.layer_types]
-    writer.add_sliding_window_pattern(kinds)
-
-
-def _gpt2(writer: GGUFWriter, config: Any) -> Extra:
-    _require(
-        config,
-        activation_function="gelu_new",
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
+_A = MODEL_ARCH
+_DT_BIAS = {r"\.dt_bias$": ".dt_proj.bias"}
+_INPUTS = {
+    "block_sparse_moe.input_linear.weight": (
+        "mlp.experts.gate_proj.weight",
+        "mlp.experts.up_proj.weight",
     )
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_vocab_size(config.vocab_size)
-    return {}
-
-
-def _positions(
-    writer: GGUFWriter, config: Any, rope: Mapping[str, Any], *, frequencies: bool = False
-) -> Extra:
-    """Rotary positions: base, scaling, and for "llama3" a factor for each frequency."""
-    kind = rope.get("rope_type", "default")
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unlike(config, "partial_rotary_factor", rope["partial_rotary_factor"], 1.0)
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "llama3" and frequencies:
-        return {"rope_freqs.weight": _frequency_factors(rope, _head_dim(config))}
-    elif kind != "default":
-        kinds = "default, linear or llama3" if frequencies else "default or linear"
-        raise _unlike(config, "rope_type", kind, kinds)
-    return {}
-
-
-def _plain(config: Any, rope: Mapping[str, Any]) -> None:
-    if rope.get("rope_type", "default") != "default":
-        raise _unlike(config, "rope_type of sliding layers", rope["rope_type"], "default")
-
-
-def _frequency_factors(rope: Mapping[str, Any], dim: int) -> NDArray[np.float32]:
-    """What each rotary frequency is divided by.
-
-    Shapes: → [dim / 2]
-
-    Source: transformers, `_compute_llama3_parameters`.
-    """
-    places = np.arange(0, dim, 2, dtype=np.float64)
-    wavelengths = 2 * math.pi * rope["rope_theta"] ** (places / dim)
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    trained = rope["original_max_position_embeddings"]
-    smooth = (trained / wavelengths - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    long = np.where(wavelengths > trained / low, factor, between)
-    return np.where(wavelengths < trained / high, 1.0, long).astype(np.float32)
-
-
-def _window(config: Any) -> int | None:
-    """How far back some layer looks; None where all look back to the start."""
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or "sliding_attention" in kinds
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window and slides else None
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_dim(config: Any) -> int:
-    dim = getattr(config, "head_dim", None)
-    return int(dim or config.hidden_size // config.num_attention_heads)
-
-
-def _require(config: Any, **wanted: Any) -> None:
-    for name, value in wanted.items():
-        found = getattr(config, name, value)
-        if found != value:
-            raise _unlike(config, name, found, value)
-
-
-def _require_causal(config: Any) -> None:
-    if getattr(config, "use_bidirectional_attention", None):
-        raise _unlike(config, "use_bidirectional_attention", True, False)
-
-
-def _unlike(config: Any, name: str, found: Any, wanted: Any) -> UsageError:
-    return UsageError(
-        f"configuration of type {config.model_type!r} has {name} {found!r}: the engine's code for "
-        f"this architecture computes with {wanted!r}; a GGUF file of it would give other outputs"
-    )
-
+}
 
 FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
     {
-        "llama": Family(MODEL_ARCH.LLAMA, _llama, interleaved=True),
-        "mistral": Family(MODEL_ARCH.LLAMA, _llama, interleaved=True),
-        "qwen2": Family(MODEL_ARCH.QWEN2, _qwen2),
-        "qwen3": Family(MODEL_ARCH.QWEN3, _qwen3),
-        "gemma": Family(MODEL_ARCH.GEMMA, _gemma, norm_offset=1.0),
-        "gemma2": Family(MODEL_ARCH.GEMMA2, _gemma2, norm_offset=1.0),
-        "gemma3_text": Family(MODEL_ARCH.GEMMA3, _gemma3, norm_offset=1.0),
-        "gpt2": Family(MODEL_ARCH.GPT2, _gpt2),
+        "llama": Family(_A.LLAMA, dense.llama, neighbours),
+        "mistral": Family(_A.LLAMA, dense.llama, neighbours),
+        "arcee": Family(_A.ARCEE, dense.arcee, neighbours),
+        "qwen2": Family(_A.QWEN2, dense.qwen2),
+        "qwen3": Family(_A.QWEN3, dense.qwen3),
+        "seed_oss": Family(_A.SEED_OSS, dense.seed_oss),
+        "hunyuan_v1_dense": Family(_A.HUNYUAN_DENSE, dense.hunyuan),
+        "ernie4_5": Family(_A.ERNIE4_5, dense.ernie4_5),
+        "exaone4": Family(_A.EXAONE4, dense.exaone4),
+        "smollm3": Family(_A.SMOLLM3, dense.smollm3, neighbours),
+        "granite": Family(_A.GRANITE, dense.granite, neighbours),
+        "olmo": Family(_A.OLMO, dense.olmo, neighbours),
+        "olmo2": Family(_A.OLMO2, dense.olmo2, own_head=True),
+        "olmo3": Family(_A.OLMO2, dense.olmo3, own_head=True),
+        "cohere": Family(_A.COMMAND_R, dense.cohere),
+        "cohere2": Family(_A.COHERE2, dense.cohere2),
+        "glm4": Family(_A.GLM4, dense.glm4),
+        "stablelm": Family(_A.STABLELM, dense.stablelm, own_head=True),
+        "starcoder2": Family(_A.STARCODER2, dense.starcoder2),
+        "nemotron": Family(_A.NEMOTRON, dense.nemotron, norm_offset=1.0, own_head=True),
+        "phi": Family(_A.PHI2, dense.phi, own_head=True),
+        "phi3": Family(_A.PHI3, dense.phi3),
+        "gpt_neox": Family(_A.GPTNEOX, dense.gpt_neox, per_head_qkv, own_head=True),
+        "falcon": Family(_A.FALCON, dense.falcon, grouped_qkv),
+        "bloom": Family(_A.BLOOM, dense.bloom, per_head_qkv, renamed={r"^transformer\.": ""}),
+        "mpt": Family(_A.MPT, dense.mpt),
+        "gemma": Family(_A.GEMMA, dense.gemma, norm_offset=1.0),
+        "gemma2": Family(_A.GEMMA2, dense.gemma2, norm_offset=1.0),
+        "gemma3_text": Family(_A.GEMMA3, dense.gemma3, norm_offset=1.0),
+        "gpt2": Family(_A.GPT2, dense.gpt2),
+        "gpt_bigcode": Family(_A.STARCODER, dense.gpt_bigcode),
+        "mixtral": Family(_A.LLAMA, moe.mixtral, neighbours),
+        "qwen2_moe": Family(_A.QWEN2MOE, moe.qwen2_moe, own_head=True),
+        "qwen3_moe": Family(_A.QWEN3MOE, moe.qwen3_moe),
+        "olmoe": Family(_A.OLMOE, moe.olmoe, own_head=True),
+        "granitemoe": Family(_A.GRANITE_MOE, moe.granitemoe, neighbours, split=_INPUTS),
+        "mamba": Family(_A.MAMBA, recurrent.mamba, values=recurrent.mamba_values),
+        "falcon_mamba": Family(_A.MAMBA, recurrent.falcon_mamba, values=recurrent.mamba_values),
+        "mamba2": Family(
+            _A.MAMBA2, recurrent.mamba2, values=recurrent.mamba2_values, renamed=_DT_BIAS
+        ),
+        "rwkv7": Family(
+            _A.RWKV7,
+            recurrent.rwkv7,
+            values=recurrent.rwkv7_values,
+            renamed=recurrent.RWKV7_NAMES,
+            place=recurrent.rwkv7_place,
+            own_head=True,
+        ),
     }
 )
 """Every mapped architecture by transformers' name of its configuration."""

@@ -13,13 +13,15 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from trilens.checkpoint.format.plan import TernaryPlan
-from trilens.errors import UsageError
+from trilens.errors import ShapeError, UsageError
+from trilens.ternary.calibrated.rules import levels_of, n_planes_of
 from trilens.ternary.codecs.gguf_blocks import Q2, TQ1, TQ2
 from trilens.ternary.codecs.packing import Codec
 
 __all__ = [
     "FLOAT_TYPES",
     "FORMATS",
+    "ROUNDED_TYPES",
     "GgufFormat",
     "find_format",
     "fitting_plan",
@@ -102,6 +104,11 @@ FORMATS: MappingProxyType[str, GgufFormat] = MappingProxyType(
 )
 """Every ternary format by its name. Source: llama.cpp, `ggml.h` and `llama.h`."""
 
+ROUNDED_TYPES: MappingProxyType[int, tuple[str, int, int]] = MappingProxyType(
+    {8: ("Q8_0", 32, 34), 2: ("Q4_0", 32, 18)}
+)
+"""The types of rounded embeddings: number → name, weights in a block, bytes of a block."""
+
 FLOAT_TYPES: MappingProxyType[int, tuple[str, int]] = MappingProxyType(
     {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
 )
@@ -121,6 +128,11 @@ def type_bytes(type_id: int, shape: Sequence[int]) -> int | None:
     """
     if type_id in FLOAT_TYPES:
         return math.prod(shape) * FLOAT_TYPES[type_id][1]
+    if type_id in ROUNDED_TYPES:
+        name, block, block_bytes = ROUNDED_TYPES[type_id]
+        if shape[-1] % block:
+            raise ShapeError(f"rows of {shape[-1]} weights do not fit {name}: blocks of {block}")
+        return math.prod(shape) // block * block_bytes
     for known in FORMATS.values():
         if known.type_id == type_id:
             return known.codec.size_bytes(shape)
@@ -161,10 +173,15 @@ def fitting_plan(plan: TernaryPlan, format: GgufFormat, *, packed: bool) -> Tern
 
 
 def _check_rule(plan: TernaryPlan, format: GgufFormat) -> None:
-    if plan.rule in {"asymmetric", "planes"}:
+    if plan.rule == "asymmetric" or n_planes_of(plan.rule) == 2:
         raise UsageError(
             f"rule {plan.rule!r} does not fit {format.name}, which stores one plane of trits and "
-            "no offsets: take absmean, absmean_refit, twn or exact"
+            "no offsets: take absmean, absmean_refit, twn or exact (quad for gguf-q2_0)"
+        )
+    if levels_of(plan.rule) > format.codec.levels:
+        raise UsageError(
+            f"rule {plan.rule!r} has four levels, and {format.name} holds three: take gguf-q2_0, "
+            "or the rule exact"
         )
 
 

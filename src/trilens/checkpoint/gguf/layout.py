@@ -2,89 +2,44 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+import torch
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
 from trilens.checkpoint.format.report import TensorReport
-from trilens.checkpoint.format.skeleton import Choice, module_at
+from trilens.checkpoint.format.skeleton import HOMELESS, Choice, module_at
 from trilens.checkpoint.gguf.families import Family
-from trilens.checkpoint.gguf.formats import FLOAT_TYPES, GgufFormat
+from trilens.checkpoint.gguf.formats import ROUNDED_TYPES, GgufFormat, type_bytes
+from trilens.checkpoint.gguf.slots import GgufSlot, Piece
 from trilens.checkpoint.job import Job
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.safetensors_header import TensorHeader
 
-__all__ = ["GgufSlot", "lay_out"]
+__all__ = ["lay_out"]
 
 _TYPE_OF = {"F32": 0, "F64": 0, "F16": 1, "BF16": 30}
 _F32 = 0
 _SUFFIXES = (".weight", ".bias")
+_OWN_NAME = "blk."  # the engine's own; no model's begins so
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GgufSlot:
-    """One tensor that is to be written.
-
-    Attributes:
-        name: In the file.
-        choice: The tensor of the checkpoint; None for one that is made.
-        type_id: The number of its type.
-        shape: In the file, rows first.
-        dtype: In the checkpoint.
-        size_bytes: In the file.
-        size_bytes_before: In the checkpoint.
-        transposed: The checkpoint has columns first.
-        order: Which row of the checkpoint each row is; None where none moved.
-        offset: What is added to every number.
-        values: What is made; None for a tensor of the checkpoint.
-    """
-
-    name: str
-    choice: Choice | None
-    type_id: int
-    shape: tuple[int, ...]
-    dtype: str
-    size_bytes: int
-    size_bytes_before: int
-    transposed: bool = False
-    order: NDArray[np.int64] | None = None
-    offset: float = 0.0
-    values: NDArray[np.float32] | None = None
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether it is stored as trits."""
-        return self.choice is not None and self.choice.storage != "kept"
-
-    def report(self, **measured: Any) -> TensorReport:
-        """The outcome of the tensor, as far as headers show, and what was measured."""
-        choice = self.choice
-        known: dict[str, Any] = {
-            "name": self.name if choice is None else choice.name,
-            "packed_as": self.name,
-            "shape": self.shape,
-            "outcome": "planned" if self.is_coded else "kept",
-            "reason": self._reason(),
-            "is_matrix": choice is not None and choice.is_matrix,
-            "size_bytes_before": self.size_bytes_before,
-            "size_bytes": self.size_bytes,
-        }
-        return TensorReport(**{**known, **measured})
-
-    def _reason(self) -> str:
-        if self.choice is None:
-            return "made for the engine"
-        notes = [self.choice.reason] if self.choice.reason else []
-        if not self.is_coded and FLOAT_TYPES[self.type_id][0] != self.dtype:
-            notes.append(f"stored as {FLOAT_TYPES[self.type_id][0]}")
-        if self.offset:
-            notes.append(f"with {self.offset:g} added, as the model does")
-        return "; ".join(notes)
+# The engine multiplies and convolves with these in float32 alone, whatever their shape.
+_FLOAT_NAMES = (
+    "_norm.weight",
+    ".ssm_conv1d.weight",
+    ".ssm_a",
+    ".ssm_d",
+    ".ffn_gate_inp.weight",
+    ".time_mix_lerp_fused.weight",
+)
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
 def lay_out(
@@ -101,28 +56,33 @@ def lay_out(
         CorruptFileError: the checkpoint lacks a tensor of the model.
     """
     config, source = job.source.config, job.source.title
-    names = get_tensor_name_map(family.arch, config.num_hidden_layers)
+    names = _Names(family, config.num_hidden_layers)
     tied = _tied(config, job.model)
-    found: dict[str, GgufSlot] = {}
+    pieces: dict[str, dict[int | None, Piece]] = {}
+    parts: dict[str, tuple[int, int]] = {}
     absent = []
     for choice, header in _with_fallbacks(job, format):
         why = _why_left_out(choice, tied)
         if why:
             absent.append(_left_out(header, why))
             continue
-        name = names.get_name(choice.target, try_suffixes=_SUFFIXES)
-        if name is None:
-            raise UsageError(
-                f"tensor {choice.name!r} has no place in the engine's architecture "
-                f"{MODEL_ARCH_NAMES[family.arch]!r}: write a checkpoint for transformers instead"
-            )
-        if name in found:
-            raise CorruptFileError(
-                f"{source} fills the tensor {name} twice: from {found[name].choice!r} and "
-                f"from {choice.name!r}"
-            )
-        found[name] = _slot(job, choice, header, name, family, format)
-    filled = {slot.choice.target for slot in found.values() if slot.choice is not None}
+        for name, expert, part in names.places(choice):
+            of_name = pieces.setdefault(name, {})
+            if expert in of_name:
+                raise CorruptFileError(
+                    f"{source} fills the tensor {name} twice: from {of_name[expert].choice!r} and "
+                    f"from {choice.name!r}"
+                )
+            of_name[expert] = Piece(choice, header)
+            parts[name] = part
+    if family.own_head and tied:
+        pieces["output.weight"] = pieces["token_embd.weight"]
+        parts["output.weight"] = (0, 1)
+    found = [
+        _slot(job, name, _in_order(name, of_name), parts[name], family, format)
+        for name, of_name in pieces.items()
+    ]
+    filled = {piece.choice.target for slot in found for piece in slot.pieces}
     missing = sorted(
         name for name, _ in job.model.named_parameters() if name not in filled and name not in tied
     )
@@ -130,24 +90,75 @@ def lay_out(
         raise CorruptFileError(
             f"{source} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
         )
-    return list(found.values()), absent
+    return found, absent
+
+
+class _Names:
+    """From a tensor of the checkpoint to its names in the file, by the gguf package's tables."""
+
+    def __init__(self, family: Family, n_blocks: int) -> None:
+        self._family = family
+        self._map: TensorNameMap = get_tensor_name_map(family.arch, n_blocks)
+
+    def places(self, choice: Choice) -> Iterator[tuple[str, int | None, tuple[int, int]]]:
+        """Each name that a tensor fills: the name, its expert, and which part of its rows it gets.
+
+        Raises:
+            UsageError: the engine has no place for it.
+        """
+        match = _EXPERT.search(choice.name)
+        expert = int(match.group(1)) if match else None
+        if self._family.place is not None:
+            expert = self._family.place(choice.name)
+        stored = _EXPERT.sub(".experts.", choice.name)
+        for end, ends in self._family.split.items():
+            if stored.endswith(end):
+                for number, other in enumerate(ends):
+                    name = self._known(choice, stored.removesuffix(end) + other)
+                    yield name, expert, (number, len(ends))
+                return
+        # As the model has it, or, where transformers merges what is stored, as it is stored.
+        spellings = (choice.target, stored) if match is None else (stored,)
+        yield self._known(choice, *spellings), expert, (0, 1)
+
+    def _known(self, choice: Choice, *spellings: str) -> str:
+        for spelling in spellings:
+            for pattern, new in self._family.renamed.items():
+                spelling = re.sub(pattern, new, spelling)  # noqa: PLW2901
+            if spelling.startswith(_OWN_NAME):
+                return spelling
+            name = self._map.get_name(spelling, try_suffixes=_SUFFIXES)
+            if name is not None:
+                return str(name)
+        raise UsageError(
+            f"tensor {choice.name!r} has no place in the engine's architecture "
+            f"{MODEL_ARCH_NAMES[self._family.arch]!r}: write a checkpoint for transformers instead"
+        )
+
+
+def _in_order(name: str, pieces: dict[int | None, Piece]) -> tuple[Piece, ...]:
+    """The pieces of one tensor, experts by their number, also those stored in one tensor."""
+    if None not in pieces:
+        numbers = sorted(number for number in pieces if number is not None)
+        if numbers != list(range(len(numbers))):
+            raise CorruptFileError(f"the tensor {name} lacks experts: there are {numbers}")
+        return tuple(pieces[number] for number in numbers)
+    (piece,) = pieces.values()
+    if not piece.choice.is_matrix or len(piece.header.shape) != 3:
+        return (piece,)
+    return tuple(replace(piece, expert=number) for number in range(piece.header.shape[0]))
 
 
 def _with_fallbacks(job: Job, format: GgufFormat) -> list[tuple[Choice, TensorHeader]]:
     """The choices, with matrices kept whose rows are no whole number of blocks.
 
     Raises:
-        UsageError: nothing is left to code, or something that no GGUF file of these can hold.
+        UsageError: nothing is left to code.
     """
     found = []
     for choice, header in job.pairs:
-        if choice.storage in {"merged", "experts"}:
-            raise UsageError(
-                f"tensor {choice.name!r} is {choice.storage} by transformers when it is loaded: "
-                "its GGUF form is not mapped; keep it, or write a checkpoint for transformers"
-            )
-        cols = header.shape[0 if choice.transposed else -1] if header.shape else 0
-        if choice.storage == "layer" and cols % format.block:
+        cols = header.shape[-2 if choice.transposed else -1] if header.shape else 0
+        if choice.storage != "kept" and cols % format.block:
             why = f"rows of {cols} weights are no multiple of {format.block}"
             found.append((replace(choice, storage="kept", reason=why), header))
         else:
@@ -161,7 +172,7 @@ def _with_fallbacks(job: Job, format: GgufFormat) -> list[tuple[Choice, TensorHe
 
 
 def _why_left_out(choice: Choice, tied: dict[str, str]) -> str:
-    if not choice.target:
+    if not choice.target and choice.reason == HOMELESS:
         return choice.reason
     if choice.target in tied:
         return f"the same as {tied[choice.target]}"
@@ -189,31 +200,88 @@ def _tied(config: Any, model: Any) -> dict[str, str]:
 
 
 def _slot(
-    job: Job, choice: Choice, header: TensorHeader, name: str, family: Family, format: GgufFormat
+    job: Job,
+    name: str,
+    pieces: tuple[Piece, ...],
+    part: tuple[int, int],
+    family: Family,
+    format: GgufFormat,
 ) -> GgufSlot:
+    config, (choice, header) = job.source.config, (pieces[0].choice, pieces[0].header)
+    kinds = {piece.choice.storage for piece in pieces}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"the tensor {name} has experts that the plan codes and others that it keeps: give all "
+            "of them the same options"
+        )
     coded = choice.storage != "kept"
     # Also a matrix that is kept may be stored as [in, out].
     path, _, leaf = choice.target.rpartition(".")
-    transposed = leaf == "weight" and isinstance(module_at(job.model, path), Conv1D)
-    shape = header.shape[::-1] if transposed else header.shape
-    if not shape or min(shape) < 1 or len(shape) > 2:
+    is_conv1d = leaf == "weight" and isinstance(module_at(job.model, path), Conv1D)
+    transposed = choice.transposed or is_conv1d
+    change = family.change(name, config)
+    shape = header.shape[1:] if pieces[0].expert is not None else header.shape
+    shape = shape[::-1] if transposed else shape
+    if change is not None:
+        shape = tuple(change(torch.empty(shape, device="meta")).shape)
+    order = _rows(family.row_order(name, shape[0], config) if shape else None, shape, part)
+    if order is not None:
+        shape = (len(order), *shape[1:])
+    if len(pieces) > 1 or pieces[0].expert is not None:
+        shape = (len(pieces), *shape)
+    if not shape or min(shape) < 1 or len(shape) > 4 or (coded and len(shape) < 2):
         raise UsageError(f"tensor {choice.name!r} has shape {header.shape}: no matrix, no vector")
-    if header.dtype not in _TYPE_OF:
+    if any(piece.header.dtype not in _TYPE_OF for piece in pieces):
         raise UsageError(f"tensor {choice.name!r} is stored as {header.dtype}: no plain numbers")
+    if any(piece.header.shape != header.shape for piece in pieces):
+        raise CorruptFileError(f"experts of the tensor {name} have unlike shapes")
     # The engine adds and multiplies vectors in float32 alone.
-    type_id = _F32 if len(shape) == 1 else _TYPE_OF[header.dtype]
-    is_norm = len(shape) == 1 and name.endswith("norm.weight")
+    in_float32 = len(shape) == 1 or name.endswith(_FLOAT_NAMES) or change is not None
+    type_id = _F32 if in_float32 else _TYPE_OF[header.dtype]
+    if name in _EMBEDDINGS and job.plan.embeddings != "keep":
+        type_id = _rounded_type(job.plan.embeddings, name, shape)
+    is_norm = len(shape) == 1 and name.endswith(("norm.weight", "norm_2.weight"))
+    is_norm = is_norm or (name.endswith("norm.weight") and family.norm_offset != 0)
+    stored = {piece.choice.name: piece.header.size_bytes for piece in pieces}
     return GgufSlot(
         name=name,
-        choice=choice,
+        pieces=pieces,
         type_id=format.type_id if coded else type_id,
         shape=shape,
         dtype=header.dtype,
-        size_bytes=format.codec.size_bytes(shape)
-        if coded
-        else math.prod(shape) * FLOAT_TYPES[type_id][1],
-        size_bytes_before=header.size_bytes,
+        size_bytes=format.codec.size_bytes(shape) if coded else type_bytes(type_id, shape) or 0,
+        size_bytes_before=sum(stored.values()) // part[1],
         transposed=transposed,
-        order=family.row_order(name, shape[0], job.source.config),
+        order=order,
         offset=family.norm_offset if is_norm else 0.0,
+        change=change,
     )
+
+
+def _rounded_type(wanted: str, name: str, shape: tuple[int, ...]) -> int:
+    """The number of the type of an embedding or a head in fewer bits.
+
+    Raises:
+        UsageError: its rows are no whole number of blocks.
+    """
+    for number, (known, block, _) in ROUNDED_TYPES.items():
+        if known.lower() == wanted:
+            if shape[-1] % block:
+                raise UsageError(
+                    f"embeddings {wanted!r} does not fit {name}, whose rows of {shape[-1]} weights "
+                    f"are no whole number of blocks of {block}: leave it out"
+                )
+            return number
+    raise UsageError(f"embeddings {wanted!r} is unknown")
+
+
+def _rows(
+    order: NDArray[np.int64] | None, shape: tuple[int, ...], part: tuple[int, int]
+) -> NDArray[np.int64] | None:
+    """The rows of one part of a tensor, in the engine's order."""
+    number, count = part
+    if count == 1:
+        return order
+    rows = np.arange(shape[0], dtype=np.int64) if order is None else order
+    each = len(rows) // count
+    return rows[number * each : (number + 1) * each]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import Outcome
-from trilens.checkpoint.format.skeleton import Choice
+from trilens.checkpoint.gguf.slots import Piece
 from trilens.checkpoint.job import Job
 from trilens.errors import ValueRangeError
+from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.codecs.rows import expand_rows, unpack_rows
 from trilens.ternary.granularity import Per
 from trilens.ternary.quantize import PerLayerQuant
@@ -38,14 +39,19 @@ class GgufMatrix:
     @property
     def outcome(self) -> tuple[Outcome, str]:
         """What a report calls it, and what is to be said of it."""
+        four = self.quant.levels == 4
+        coded: Outcome = "four levels" if four else "ternary"
         if not self.was_ternary:
-            return "ternary", ""
+            return coded, ""
         if self.relative_error == 0:
-            return "already ternary", ""
-        return "ternary", "its trits are kept, its scale is rounded to float16"
+            return (coded, "its codes and scales are kept") if four else ("already ternary", "")
+        return (
+            coded,
+            f"its {'codes' if four else 'trits'} are kept, its scale is rounded to float16",
+        )
 
 
-def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
+def matrix_of(job: Job, piece: Piece, plan: TernaryPlan) -> GgufMatrix:
     """A matrix as trits: coded by the plan, or the trits that are there.
 
     Raises:
@@ -54,9 +60,11 @@ def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
 
     Memory: 1 byte per weight, plus what the rule needs.
     """
+    choice = piece.choice
     if job.packed is not None and choice.name in job.packed:
-        return _unpacked(job, choice, job.packed[choice.name])
+        return _unpacked(job, piece, job.packed[choice.name])
     stored = job.source.tensor(choice.name)
+    stored = stored if piece.expert is None else stored[piece.expert]
     matrix = stored.T if choice.transposed else stored
     plan = plan.of(choice.name)
     quant = PerLayerQuant.quantize(
@@ -70,9 +78,12 @@ def matrix_of(job: Job, choice: Choice, plan: TernaryPlan) -> GgufMatrix:
     return GgufMatrix(quant, quant.relative_error(matrix), quant.was_ternary)
 
 
-def _unpacked(job: Job, choice: Choice, parts: Mapping[str, str]) -> GgufMatrix:
+def _unpacked(job: Job, piece: Piece, parts: Mapping[str, str]) -> GgufMatrix:
+    choice = piece.choice
     codes, scale = (job.source.tensor(parts[part]) for part in ("codes", "scale"))
-    cols = job.headers[choice.name].shape[0 if choice.transposed else 1]
+    if piece.expert is not None:
+        codes, scale = codes[piece.expert], scale[piece.expert]
+    cols = piece.header.shape[-2 if choice.transposed else -1]
     own = job.plan.of(choice.name)
     trits = expand_rows(codes, cols) if own.storage == "compact" else unpack_rows(codes, cols)
     scale = scale.float()  # in compact checkpoints of their own dtype
@@ -85,9 +96,8 @@ def _unpacked(job: Job, choice: Choice, parts: Mapping[str, str]) -> GgufMatrix:
     grouped = scale.shape[-1] > 1
     group_size = own.group_size if grouped else None
     per: Per = "group" if grouped else "tensor" if scale.shape[-2] == 1 else "row"
-    quant = PerLayerQuant.from_trits(
-        trits, halves, choice.name, group_size=group_size, per=per, scale_dtype="float16"
-    )
-    exact = PerLayerQuant.from_trits(trits, scale, choice.name, group_size=group_size, per=per)
+    options: dict[str, Any] = {"group_size": group_size, "per": per, "levels": levels_of(own.rule)}
+    quant = PerLayerQuant.from_trits(trits, halves, choice.name, scale_dtype="float16", **options)
+    exact = PerLayerQuant.from_trits(trits, scale, choice.name, **options)
     error = 0.0 if torch.equal(halves, scale) else quant.relative_error(exact.reconstruct())
     return GgufMatrix(quant, error, was_ternary=True)

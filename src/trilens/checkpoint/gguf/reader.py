@@ -119,8 +119,8 @@ def _placed(
         raise CorruptFileError(f"{path} has a malformed tensor {clip(name)}: {cause}") from cause
     if size_bytes is None:
         raise CorruptFileError(
-            f"{path} has tensor {clip(name)} of type {type_id}: known are F32, F16, BF16, TQ1_0, "
-            "TQ2_0 and Q2_0"
+            f"{path} has tensor {clip(name)} of type {type_id}: known are F32, F16, BF16, Q8_0, "
+            "Q4_0, TQ1_0, TQ2_0 and Q2_0"
         )
     if begin != expected:
         problem = "overlaps the tensor before it" if begin < expected else "leaves a gap before it"

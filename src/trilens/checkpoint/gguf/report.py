@@ -17,10 +17,12 @@ class GgufTensor:
 
     Attributes:
         name: As the engine knows it.
-        type: "TQ1_0", "TQ2_0" and "Q2_0" for trits, "F32", "F16" and "BF16" for the rest.
+        type: "TQ1_0", "TQ2_0" and "Q2_0" for trits, "F32", "F16", "BF16", "Q8_0" and
+            "Q4_0" for the rest.
         shape: Rows first.
         size_bytes: In the file.
         sparsity: Share of zeros among the trits; None for the rest.
+        levels: 3 for trits, 4 where the level 2 is among them; None for the rest.
     """
 
     name: str
@@ -28,6 +30,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     size_bytes: int
     sparsity: float | None = None
+    levels: int | None = None
 
     @property
     def bits_per_weight(self) -> float:

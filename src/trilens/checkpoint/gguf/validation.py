@@ -6,7 +6,9 @@ import hashlib
 import math
 import os
 
-from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS, row_spans
+import numpy as np
+
+from trilens.checkpoint.gguf.formats import FLOAT_TYPES, FORMATS, ROUNDED_TYPES, row_spans
 from trilens.checkpoint.gguf.reader import STRING_TYPE, GgufEntry, GgufFile, read_gguf
 from trilens.checkpoint.gguf.report import GgufReport, GgufTensor
 from trilens.errors import CorruptFileError
@@ -42,8 +44,8 @@ def validate_gguf(path: str | os.PathLike[str]) -> GgufReport:
     """Check a GGUF file: its header, each ternary tensor's codes and scales, and its hash.
 
     Args:
-        path: a file of this or another program, with tensors of the types F32, F16, BF16, TQ1_0,
-            TQ2_0 and Q2_0.
+        path: a file of this or another program, with tensors of the types F32, F16, BF16, Q8_0,
+            Q4_0, TQ1_0, TQ2_0 and Q2_0.
 
     Raises:
         ModelNotFoundError: no such file.
@@ -100,16 +102,33 @@ def _checked(file: GgufFile, entry: GgufEntry) -> GgufTensor:
     size_bytes = entry.end - entry.begin
     if entry.type_id in FLOAT_TYPES:
         return GgufTensor(entry.name, FLOAT_TYPES[entry.type_id][0], entry.shape, size_bytes)
+    if entry.type_id in ROUNDED_TYPES:
+        name, _, block_bytes = ROUNDED_TYPES[entry.type_id]
+        _check_scales(file, entry, block_bytes)
+        return GgufTensor(entry.name, name, entry.shape, size_bytes)
     codec = next(known.codec for known in FORMATS.values() if known.type_id == entry.type_id)
-    zeros = _count_zeros(file, entry, codec)
+    zeros, levels = _count_zeros(file, entry, codec)
     sparsity = zeros / math.prod(entry.shape)
-    return GgufTensor(entry.name, codec.name, entry.shape, size_bytes, sparsity)
+    return GgufTensor(entry.name, codec.name, entry.shape, size_bytes, sparsity, levels)
 
 
-def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> int:
+def _check_scales(file: GgufFile, entry: GgufEntry, block_bytes: int) -> None:
+    """Refuse blocks whose scale, the float16 at their begin, is not finite."""
+    step = _CHUNK_BYTES // block_bytes * block_bytes
+    for begin in range(entry.begin, entry.end, step):
+        raw = file.content.bytes(begin, min(begin + step, entry.end))
+        scales = np.ascontiguousarray(raw.reshape(-1, block_bytes)[:, :2]).view("<f2")
+        if not np.isfinite(scales).all():
+            raise CorruptFileError(
+                f"tensor {clip(entry.name)} has a block with a scale that is NaN or Inf"
+            )
+
+
+def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> tuple[int, int]:
+    """Zeros among the codes, and how many levels these have."""
     *lead, cols = entry.shape
     rows, row_bytes = math.prod(lead), codec.size_bytes((cols,))
-    zeros = 0
+    zeros, levels = 0, 3
     for first, last in row_spans(rows, cols):
         raw = file.content.bytes(entry.begin + first * row_bytes, entry.begin + last * row_bytes)
         try:
@@ -119,4 +138,5 @@ def _count_zeros(file: GgufFile, entry: GgufEntry, codec: Codec) -> int:
                 f"tensor {clip(entry.name)} from row {first} on: {cause}"
             ) from cause
         zeros += int((trits == 0).sum())
-    return zeros
+        levels = max(levels, 2 + int(trits.max()))
+    return zeros, levels

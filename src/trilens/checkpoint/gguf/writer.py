@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.gguf.families import find_family
-from trilens.checkpoint.gguf.formats import GgufFormat, fitting_plan
-from trilens.checkpoint.gguf.layout import GgufSlot, lay_out
-from trilens.checkpoint.gguf.matrices import matrix_of
+from trilens.checkpoint.gguf.formats import GgufFormat, fitting_plan, row_spans
+from trilens.checkpoint.gguf.layout import lay_out
+from trilens.checkpoint.gguf.matrices import GgufMatrix, matrix_of
 from trilens.checkpoint.gguf.reader import read_gguf
+from trilens.checkpoint.gguf.slots import GgufSlot, Piece
 from trilens.checkpoint.gguf.tokenizer import read_vocabulary
 from trilens.checkpoint.gguf.validation import (
     HASH_KEY,
@@ -32,7 +33,7 @@ from trilens.checkpoint.gguf.validation import (
 )
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.source import Checkpoint
-from trilens.errors import CorruptFileError, UsageError, WriteError
+from trilens.errors import CorruptFileError, NonFiniteError, UsageError, WriteError
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.sealed import NO_HASH
 from trilens.progress import Progress, Step
@@ -71,8 +72,9 @@ def write_gguf(
         NonFiniteError, ValueRangeError: of a matrix; see `matrix_of`.
         WriteError: the file cannot be written.
 
-    Memory: the source is mapped; of the largest matrix up to 3 bytes per weight (trits, moved
-    rows, blocks twice), and what the rule needs. Of kept tensors, up to three times the largest.
+    Memory: the source is mapped; of the largest matrix, or all experts of a layer, up to 3 bytes
+    per weight (trits, moved rows, blocks twice), and what the rule needs. Of kept tensors, up to
+    three times the largest.
     """
     config = job.source.config
     family = find_family(config)
@@ -133,7 +135,7 @@ def _announce(writer: GGUFWriter, plan: TernaryPlan, todo: list[GgufSlot]) -> No
 
 
 def _made(name: str, values: NDArray[np.float32]) -> GgufSlot:
-    return GgufSlot(name, None, 0, values.shape, "F32", values.nbytes, 0, values=values)
+    return GgufSlot(name, (), 0, values.shape, "F32", values.nbytes, 0, values=values)
 
 
 def _write(
@@ -154,6 +156,8 @@ def _write(
             measured: dict[str, Any] = {}
             if slot.is_coded:
                 measured = _write_coded(file, writer, job, slot, plan, format)
+            elif slot.is_rounded:
+                measured = _write_rounded(file, writer, job.source, slot)
             else:
                 _put(file, writer, slot, _kept_bytes(job.source, slot))
             reports.append(slot.report(decoded_exactly=True, **measured))
@@ -172,27 +176,71 @@ def _write_coded(
     plan: TernaryPlan,
     format: GgufFormat,
 ) -> dict[str, Any]:
-    """Write a matrix as trits, and give what its report says of it."""
-    matrix = matrix_of(job, cast("Choice", slot.choice), plan)
-    quant = matrix.quant
-    trits, scales = quant.trits.numpy(), quant.units.per_block(quant.scales, format.block)
-    if slot.order is not None:
-        trits, scales = trits[slot.order], scales[slot.order]
-    packed = format.encode(trits, scales)
-    found = _put(file, writer, slot, packed).reshape(packed.shape)
-    try:
-        same = format.holds(found, trits, scales)
-    except CorruptFileError as cause:
-        raise WriteError(f"{slot.name} does not decode ({cause}): check the disk") from cause
-    if not same:
-        raise WriteError(f"{slot.name} decodes to other weights than were coded: check the disk")
-    outcome, why = matrix.outcome
+    """Write a matrix, or one for each expert, and give what its report says of it."""
+    coded, measured = [], []
+    for piece in slot.pieces:
+        matrix = matrix_of(job, piece, plan)
+        quant = matrix.quant
+        trits, scales = quant.trits.numpy(), quant.units.per_block(quant.scales, format.block)
+        if slot.order is not None:
+            trits, scales = trits[slot.order], scales[slot.order]
+        coded.append((trits, scales))
+        measured.append((matrix, quant.sparsity))
+    packed = [format.encode(*one) for one in coded]
+    found = _put(file, writer, slot, np.concatenate(packed)).reshape(len(packed), -1)
+    for part, like, one in zip(found, packed, coded, strict=True):
+        _check_holds(format, part.reshape(like.shape), *one, slot.name)
+    outcome, why = _worst(measured).outcome
     return {
         "outcome": outcome,
         "reason": why,
-        "relative_error": matrix.relative_error,
-        "sparsity": quant.sparsity,
+        "relative_error": sum(m.relative_error for m, _ in measured) / len(measured),
+        "sparsity": sum(sparsity for _, sparsity in measured) / len(measured),
     }
+
+
+def _worst(measured: list[tuple[GgufMatrix, float]]) -> GgufMatrix:
+    return max((matrix for matrix, _ in measured), key=lambda matrix: matrix.relative_error)
+
+
+def _check_holds(
+    format: GgufFormat,
+    packed: NDArray[np.uint8],
+    trits: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    name: str,
+) -> None:
+    try:
+        same = format.holds(packed, trits, scales)
+    except CorruptFileError as cause:
+        raise WriteError(f"{name} does not decode ({cause}): check the disk") from cause
+    if not same:
+        raise WriteError(f"{name} decodes to other weights than were coded: check the disk")
+
+
+def _write_rounded(
+    file: AtomicFile, writer: GGUFWriter, source: Checkpoint, slot: GgufSlot
+) -> dict[str, Any]:
+    """Write an embedding or a head in blocks of fewer bits, and measure what that costs."""
+    kind = GGMLQuantizationType(slot.type_id)
+    (piece,) = slot.pieces
+    dense = _kept(source, slot, piece, torch.float32).contiguous().numpy()
+    packed = np.empty((len(dense), slot.size_bytes // len(dense)), dtype=np.uint8)
+    error = energy = 0.0
+    for first, last in row_spans(*dense.shape):
+        rows = dense[first:last]
+        with np.errstate(over="ignore"):
+            packed[first:last] = quantize(rows, kind)
+        lost = (dequantize(packed[first:last], kind) - rows).astype(np.float64)
+        error += float(np.sum(lost * lost))
+        energy += float(np.sum(rows.astype(np.float64) ** 2))
+    if not np.isfinite(error):
+        raise NonFiniteError(
+            f"tensor {piece.choice.name!r} has NaN, Inf or numbers beyond float16, which cannot be "
+            f"rounded to {kind.name}: keep the embeddings"
+        )
+    _put(file, writer, slot, packed)
+    return {"relative_error": error / energy if energy else 0.0}
 
 
 def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
@@ -202,15 +250,25 @@ def _kept_bytes(source: Checkpoint, slot: GgufSlot) -> NDArray[np.uint8]:
     """
     if slot.values is not None or slot.choice is None:
         return np.ascontiguousarray(slot.values).view(np.uint8).reshape(-1)
-    values: Tensor = source.tensor(slot.choice.name)
+    dtype = _FLOAT_DTYPES[slot.type_id]
+    found = [_kept(source, slot, piece, dtype) for piece in slot.pieces]
+    values = found[0] if len(found) == 1 else torch.stack(found)
+    return values.contiguous().view(torch.uint8).reshape(-1).numpy()
+
+
+def _kept(source: Checkpoint, slot: GgufSlot, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """One tensor of the checkpoint as the file has it, before it is rounded."""
+    values: Tensor = source.tensor(piece.choice.name)
+    if piece.expert is not None:
+        values = values[piece.expert]
     if slot.transposed:
         values = values.T
+    if slot.change is not None:
+        values = slot.change(values)
     if slot.order is not None:
         values = values[torch.from_numpy(slot.order)]
-    values = values.to(_FLOAT_DTYPES[slot.type_id])
-    if slot.offset:
-        values = values + slot.offset
-    return values.contiguous().view(torch.uint8).reshape(-1).numpy()
+    values = values.to(dtype)
+    return values + slot.offset if slot.offset else values
 
 
 def _put(

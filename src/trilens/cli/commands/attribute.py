@@ -25,5 +25,6 @@ def attribute(
     """Show what each part of the model adds to a next token's logit.
 
     Direct logit attribution: the parts sum to the model's own logit, or to the difference of two.
+    -o attribution.html writes a page with charts.
     """
     run("attribute", locals())

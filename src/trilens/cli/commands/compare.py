@@ -42,6 +42,7 @@ def compare(
     trust_remote_code: o.TrustRemoteCode = False,
     attn_implementation: o.AttnImplementation = None,
     tokenizer: o.TokenizerFiles = None,
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
@@ -49,6 +50,7 @@ def compare(
 
     Output, and layer by layer: residual stream, attention, heads, gates, recurrent states, logit
     lens, weights. Several derived models, such as the checkpoints of a training run, are each
-    compared with the first. Writes a folder: JSON, Parquet, safetensors.
+    compared with the first. Writes a folder: JSON, Parquet, safetensors; or a
+    page with charts: -o compare.html.
     """
     run("compare", locals(), failures=(NonFiniteError,))

@@ -11,6 +11,7 @@ __all__ = ["demo"]
 def demo(
     prompt: o.Prompt = None,
     top_k: o.TopK = 3,
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:

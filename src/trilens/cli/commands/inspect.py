@@ -34,6 +34,7 @@ def inspect(
     """Show a prompt layer by layer.
 
     Per layer: norm of the residual stream, what the last token attends to, the gates; and the most
-    probable next tokens. A file of trilens capture needs no prompt.
+    probable next tokens. A file of trilens capture needs no prompt. -o report.html writes a page
+    with charts: every head's pattern, the logit lens, every gate.
     """
     run("inspect", locals())

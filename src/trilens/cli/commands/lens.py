@@ -24,6 +24,6 @@ def lens(
     """Show what each layer would predict after a prompt.
 
     The logit lens: the residual stream of the last token after each layer, through the model's own
-    final norm and unembedding.
+    final norm and unembedding. -o lens.html writes a page, of every token.
     """
     run("lens", locals())

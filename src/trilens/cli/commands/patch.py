@@ -30,12 +30,13 @@ def patch(
     layers: o.Layers = None,
     batch_size: o.BatchSize = 16,
     loading: Loading = Loading(dtype="float32"),
+    output: o.Output = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
     """Patch one prompt's values into another's run, point by point.
 
     Effects are of the logit of --target less that of --against after the last token: 0 is the run
-    that is patched, 1 the one whose values are put in.
+    that is patched, 1 the one whose values are put in. -o patch.html writes a page with a heatmap.
     """
     run("patch", locals())

@@ -26,6 +26,7 @@ def plan(
     scale_dtype: o.ScaleDtype = "float16",
     sampling: Sampling = Sampling(max_tokens=2048),
     loading: Loading = Loading(dtype="float32"),
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
@@ -34,6 +35,6 @@ def plan(
     Under a budget, a bound on the damage, or both. For every matrix: the rule and group size, or
     none. The whole plan is measured in memory on held-out text: --evaluate, or every other document
     of --data. Writes a file for ternarize --plan. With --calibrate the plan may name calibrated
-    rules; ternarize then needs the text, too.
+    rules; ternarize then takes the text, too.
     """
     run("plan", locals())

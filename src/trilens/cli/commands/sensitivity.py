@@ -17,12 +17,13 @@ def sensitivity(
     predict: o.Predict = True,
     sampling: Sampling = Sampling(),
     loading: Loading = Loading(dtype="float32"),
+    output: o.Output = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
     """Measure which layers and matrices ternary weights damage.
 
     Each block alone, blocks 0 … i together and each kind of matrix alone are ternarized in memory
-    and restored. Nothing is written.
+    and restored. Nothing is written, but the result with -o; -o sensitivity.html writes a page.
     """
     run("sensitivity", locals())

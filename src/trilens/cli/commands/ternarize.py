@@ -24,15 +24,17 @@ def ternarize(
     only: o.Only = None,
     scale_dtype: o.ScaleDtype = "float32",
     storage: o.Storage = "two_bit",
+    embeddings: o.Embeddings = "keep",
     rotate: o.Rotate = False,
     plan: o.PlanFile = None,
-    calibrate: o.Calibrate = None,
-    evaluate: o.Evaluate = None,
+    calibrate: o.Calibrations = None,
+    evaluate: o.Evaluations = None,
     fitting: Fitting = Fitting(),
     field: o.Field = "text",
     revision: o.Revision = None,
     tokenizer: o.TokenizerFiles = None,
     dry_run: o.DryRun = False,
+    report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,
 ) -> None:
@@ -40,7 +42,8 @@ def ternarize(
 
     The output is a new directory, or a new .gguf file. Reports each matrix's weight error and, with
     --evaluate, the perplexity before and after. A model that was not trained for ternary weights is
-    usually unusable afterwards. With --calibrate: at most 65536 tokens in sequences of 512; a tenth
-    of the documents is held out where --evaluate is not given.
+    usually unusable afterwards. A calibrated rule looks at --calibrate, or at what the model writes
+    itself: at most 65536 tokens in sequences of 512 (--effort fast: 16384, max: 524288), a tenth of
+    them held out. What it costs is told before it starts.
     """
     run("ternarize", locals(), stopped=_STOPPED)

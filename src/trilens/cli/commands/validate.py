@@ -22,7 +22,7 @@ def validate(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="What trilens wrote: a checkpoint, GGUF file, capture, comparison or plan.",
+            help="What trilens wrote: a checkpoint, GGUF file, capture, store, comparison or plan.",
         ),
     ],
     format: o.Format = "table",

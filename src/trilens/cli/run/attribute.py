@@ -8,6 +8,7 @@ from trilens.analysis.direct_attribution import By, attribute, attribution_sites
 from trilens.analysis.tokens import token_id
 from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
+from trilens.cli.pages import model_facts
 from trilens.cli.run.prompts import open_lens, prompt_of, typed_token
 from trilens.report.text.attribution import print_attribution
 
@@ -28,7 +29,7 @@ def run(
     loading: Loading,
 ) -> None:
     """Capture what the attribution needs, and show its parts."""
-    check_file(output)
+    check_file(output, format)
     with timed(output):
         lens = open_lens(model, loading)
         first = token_id(lens, typed_token(target))
@@ -37,4 +38,10 @@ def run(
             sites = attribution_sites(lens, by)
             cap = lens.capture(prompt_of(prompt, chat=chat), sites=sites, logits="last")
             found = attribute(cap, lens, first, second, by=by, k=top_k)
-        show_result(found, print_attribution, format=format, file=output)
+        show_result(
+            found,
+            print_attribution,
+            format=format,
+            file=output,
+            facts=model_facts(model, loading),
+        )

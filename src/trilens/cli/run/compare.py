@@ -14,8 +14,9 @@ from trilens.analysis.comparison.rows import Row
 from trilens.analysis.comparison.run import CompareOptions, compare
 from trilens.analysis.comparison.saving import check_place
 from trilens.analysis.comparison.series import ComparisonSeries
-from trilens.cli.console import show_result, shown_progress, timed
+from trilens.cli.console import check_file, show_result, shown_progress, timed
 from trilens.cli.groups import Loading
+from trilens.cli.pages import is_page, write_page
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
 from trilens.cli.streams import say
@@ -41,6 +42,7 @@ def run(
     batch_size: int,
     seed: int | None,
     field: str,
+    report: Path | None,
     format: str,
     dtype: Any,
     device_map: str | None,
@@ -50,7 +52,10 @@ def run(
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
-    if output is not None:
+    check_file(report)
+    if is_page(output):
+        check_file(output, format)
+    elif output is not None:
         check_place(output)
     documents = documents_of(data, field=field)
     with timed(output):
@@ -76,7 +81,10 @@ def run(
             with shown_progress() as progress:
                 steps.append(compare(left, right, blocks, options=options, progress=progress))
         found = ComparisonSeries(tuple(steps)) if len(steps) > 1 else steps[0]
-        if output is not None:
+        for page in (report, output if is_page(output) else None):
+            if page is not None:
+                write_page(page, found)
+        if output is not None and not is_page(output):
             found.save(output)
         if isinstance(found, ComparisonSeries):
             show_result(found, print_series, format=format, pipe_width=160)

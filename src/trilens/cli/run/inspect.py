@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
@@ -9,6 +10,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
+from trilens.cli.pages import is_page, model_facts, write_page
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
 from trilens.errors import UnclaimedGateError, UsageError
 from trilens.io.hub import file_refusal
@@ -18,9 +20,11 @@ from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import PromptLike
+from trilens.report.making import capture_page
+from trilens.report.page import Page
 from trilens.report.text.inspection import print_inspection
 
-__all__ = ["inspect_prompt", "run"]
+__all__ = ["inspect_page", "inspect_prompt", "run"]
 
 _WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")  # files of other programs, never captures
 
@@ -39,7 +43,7 @@ def run(
     loading: Loading,
 ) -> None:
     """Inspect and print, or write to a file."""
-    check_file(output)
+    check_file(output, format)
     with timed(output):
         if as_path(model, "model").is_file() and Path(model).suffix.lower() != ".gguf":
             if Path(model).suffix.lower() in _WEIGHTS:
@@ -57,11 +61,20 @@ def run(
                     f"{given[0]} is for a model, and {model} is a file: its capture is shown as it "
                     "was saved; leave the option out"
                 )
+            if output is not None and is_page(output):
+                write_page(output, _saved(Path(model)))
+                return
             inspection = _inspect_saved(Path(model), top_k)
         elif prompt is None:
             raise UsageError(f"model {model} needs a prompt: give -p TEXT, or -p - to read it")
         else:
             lens = open_lens(model, loading)
+            if output is not None and is_page(output):
+                page = inspect_page(
+                    lens, prompt_of(prompt, chat=chat), chosen_layers(layers, lens.n_layers)
+                )
+                write_page(output, page, model_facts(model, loading))
+                return
             name = Path(model).name if Path(model).is_dir() else model
             inspection = inspect_prompt(
                 lens,
@@ -73,6 +86,41 @@ def run(
                 states=states,
             )
         show_result(inspection, print_inspection, format=format, file=output)
+
+
+def _saved(file: Path) -> Page:
+    page = capture_page(Capture.load(file))
+    return replace(page, title=file.name)
+
+
+def inspect_page(lens: Lens, prompt: PromptLike, layers: list[int] | None) -> Page:
+    """Capture all that this model has of a prompt, as a page; what it has not is a note."""
+    asked = range(lens.n_layers) if layers is None else layers
+    attention, gates, notes = _what_there_is(lens, asked)
+    effective = any(layer in asked for layer in lens.effective_layers)
+    states = any(layer in asked for layer in lens.state_layers)
+
+    def run_once(gates: bool) -> Capture:
+        return lens.capture(
+            prompt,
+            residual="all",
+            attention=attention,
+            gates=gates,
+            effective=effective,
+            states=states,
+            layers=layers,
+        )
+
+    with status("capturing"):
+        try:
+            capture = run_once(gates)
+        except UnclaimedGateError as error:
+            notes.append(f"no gates: {error}")
+            capture = run_once(False)
+    with status(f"summarising {len(capture.token_ids)} tokens"):
+        page = capture_page(capture, lens=lens)
+    # What this model has not is no reason to capture again.
+    return replace(page, notes=tuple(notes))
 
 
 def _inspect_saved(file: Path, top_k: int) -> Inspection:

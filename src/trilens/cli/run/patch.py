@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -11,9 +12,10 @@ from trilens.analysis.metrics import logit_diff
 from trilens.analysis.patching import patch_sweep
 from trilens.analysis.tokens import token_id
 from trilens.axes import site_name
-from trilens.cli.console import show_result, shown_progress, status
+from trilens.cli.console import check_file, show_result, shown_progress, status
 from trilens.cli.groups import Loading
 from trilens.cli.interrupts import INTERRUPTED
+from trilens.cli.pages import model_facts
 from trilens.cli.run.prompts import chosen_layers, open_lens, typed_token
 from trilens.cli.streams import say
 from trilens.errors import UsageError
@@ -38,9 +40,11 @@ def run(
     layers: str | None,
     batch_size: int,
     loading: Loading,
+    output: Path | None,
     format: str,
 ) -> None:
     """Sweep and print."""
+    check_file(output, format)
     site_name(site)  # A wrong name should not cost the time of a load.
     lens = open_lens(model, loading)
     tokens = token_id(lens, typed_token(target)), token_id(lens, typed_token(against))
@@ -61,7 +65,14 @@ def run(
                 site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip
-    show_result(found, print_patch, format=format, head={**_HEAD, "model": model})
+    show_result(
+        found,
+        print_patch,
+        format=format,
+        head={**_HEAD, "model": model},
+        file=output,
+        facts=model_facts(model, loading),
+    )
     if not found.complete:
         say("trilens: interrupted: points that were not run have no value", err=True)
         raise typer.Exit(INTERRUPTED)

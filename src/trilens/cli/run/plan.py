@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from trilens.checkpoint.calibration.own_text import SELF, OwnText, write_text
 from trilens.cli.console import check_file, show_result, shown_progress, status, timed
 from trilens.cli.groups import Loading, Sampling
-from trilens.cli.run.dense import open_dense
+from trilens.cli.pages import model_facts, write_page
+from trilens.cli.run.dense import Dense, open_dense
 from trilens.cli.run.text import documents_of
 from trilens.errors import DamageError, UsageError
 from trilens.planning.calibrated_candidates import hessians_of, with_text
@@ -37,6 +43,7 @@ def run(
     scale_dtype: Any,
     sampling: Sampling,
     loading: Loading,
+    report: Path | None,
     format: str,
 ) -> None:
     """Make a plan, print it, and write it where it keeps within the bound."""
@@ -48,6 +55,7 @@ def run(
         scale_dtype=scale_dtype,
     )
     check_file(output)
+    check_file(report)
     documents = documents_of(data, field=sampling.field)
     if evaluate is None:
         documents, held_out = set_aside(documents)
@@ -58,19 +66,10 @@ def run(
         blocks = dense.blocks(documents, sampling)
         candidates: Candidates = data_free
         if calibrate is not None:
-            # The text of --data: without what was set aside of it.
-            texts = (
-                documents if calibrate == data else documents_of(calibrate, field=sampling.field)
-            )
-            texts = tuple(text for text in texts if text not in held_out)
-            if not texts:
-                raise UsageError(
-                    f"all documents of --calibrate {calibrate} are held out: give other text for "
-                    "--calibrate or --evaluate"
-                )
+            fitted = _fitted_on(dense, calibrate, documents, data, held_out, sampling)
             matrices = find_matrices(dense.lens, dense.headers)
             with status("taking the Hessians of the matrices' inputs"):
-                hessians = hessians_of(dense.lens, matrices, dense.blocks(texts, sampling))
+                hessians = hessians_of(dense.lens, matrices, fitted)
             candidates = with_text(hessians)
         with shown_progress() as progress:
             planned = make_plan(
@@ -83,6 +82,8 @@ def run(
                 progress=progress,
             )
         show_result(planned, print_plan, format=format)
+        if report is not None:
+            write_page(report, planned, model_facts(model, loading))
         if not planned.holds:
             raise DamageError(
                 f"damage is beyond the bound: perplexity × {planned.damage.perplexity_ratio:.3f}, "
@@ -91,3 +92,37 @@ def run(
             )
         if output is not None:
             planned.save(output)
+
+
+def _fitted_on(
+    dense: Dense,
+    calibrate: str,
+    documents: Sequence[str],
+    data: str,
+    held_out: Sequence[str],
+    sampling: Sampling,
+) -> tuple[Tensor, ...]:
+    """Token blocks of --calibrate: of --data without what was set aside of it, or written now.
+
+    Raises:
+        UsageError: all documents are held out.
+        GenerationError: the model is to write the text, and writes none.
+    """
+    if calibrate == SELF and not Path(calibrate).exists():
+        with status("the model writes its calibration text"):
+            return write_text(
+                dense.lens.model,
+                dense.lens.tokenizer,
+                OwnText(),
+                rows=math.ceil(sampling.max_tokens / sampling.seq_length),
+                length=sampling.seq_length,
+                seed=sampling.seed or 0,
+            )
+    texts = documents if calibrate == data else documents_of(calibrate, field=sampling.field)
+    texts = tuple(text for text in texts if text not in held_out)
+    if not texts:
+        raise UsageError(
+            f"all documents of --calibrate {calibrate} are held out: give other text for "
+            "--calibrate or --evaluate"
+        )
+    return dense.blocks(texts, sampling)

@@ -52,8 +52,12 @@ def prompt_of(prompt: str, *, chat: bool) -> PromptLike:
     return [{"role": "user", "content": text}] if chat else text
 
 
-def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
+def chosen_layers(text: str | None, n_layers: int | None) -> list[int] | None:
     """`0,2-4` → [0, 2, 3, 4]; None for all.
+
+    Args:
+        text: the option.
+        n_layers: of the model; None where it is not loaded yet.
 
     Raises:
         UsageError: not a list of layers, or one that the model does not have.
@@ -68,7 +72,7 @@ def chosen_layers(text: str | None, n_layers: int) -> list[int] | None:
         end = int(last) if dash else int(first)
         if int(first) > end:
             raise UsageError(f"--layers {part.strip()!r} runs backwards: write {end}-{first}")
-        if end >= n_layers:
+        if n_layers is not None and end >= n_layers:
             raise UsageError(
                 f"--layers {part.strip()!r} is out of range: this model has layers 0–{n_layers - 1}"
             )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
-from trilens.cli.console import show_result, shown_progress
+from trilens.cli.console import check_file, show_result, shown_progress
 from trilens.cli.groups import Coding, Loading, Sampling
+from trilens.cli.pages import model_facts
 from trilens.cli.run.dense import open_dense
 from trilens.cli.run.text import documents_of
 from trilens.planning.sensitivity import measure_sensitivity
@@ -26,9 +28,11 @@ def run(
     predict: bool,
     sampling: Sampling,
     loading: Loading,
+    output: Path | None,
     format: str,
 ) -> None:
     """Measure and print."""
+    check_file(output, format)
     rule = MatrixPlan(**asdict(coding))
     documents = documents_of(data, field=sampling.field)
     dense = open_dense(model, loading)
@@ -43,4 +47,11 @@ def run(
             predict=predict,
             progress=progress,
         )
-    show_result(found, print_sensitivity, format=format, head=_HEAD)
+    show_result(
+        found,
+        print_sensitivity,
+        format=format,
+        head=_HEAD,
+        file=output,
+        facts=model_facts(model, loading),
+    )

@@ -14,13 +14,16 @@ from trilens.checkpoint.dense import validate_dense
 from trilens.checkpoint.format.names import DENSE_NAME
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.gguf import validate_gguf
+from trilens.checkpoint.hf_bitnet import BITNET_KIND, validate_bitnet
 from trilens.checkpoint.validation import unlisted, validate
 from trilens.cli.console import show_json, status
 from trilens.cli.streams import say
+from trilens.corpus.names import MANIFEST_NAME as STORE_NAME
+from trilens.corpus.validation import validate_store
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.listing import extra_files
 from trilens.io.messages import listed
-from trilens.io.sealed import NO_HASH_NOTE
+from trilens.io.sealed import NO_HASH_NOTE, read_sealed
 from trilens.lens.capture import Capture
 from trilens.models.rwkv7.conversion import MANIFEST_NAME as CONVERSION_NAME
 from trilens.models.rwkv7.conversion import validate_conversion
@@ -55,7 +58,7 @@ def run(*, path: Path, format: str) -> None:
 
 def check(path: Path) -> Checked:
     """Check what trilens wrote: a ternary checkpoint, a GGUF file, a capture, a comparison, a
-    converted or dense checkpoint, or a plan.
+    store, a converted or dense checkpoint, or a plan.
 
     Raises:
         ModelNotFoundError: nothing of these is there.
@@ -76,11 +79,25 @@ def check(path: Path) -> Checked:
 def _folder(path: Path) -> Checked:
     if (path / COMPARISON_NAME).is_file():
         return _comparison(path)
+    if (path / STORE_NAME).is_file():
+        return _store(path)
     if (path / CONVERSION_NAME).is_file():
         return _listed(path, validate_conversion(path), "conversion")
     if (path / DENSE_NAME).is_file():
+        if read_sealed(path / DENSE_NAME)[0].get("kind") == BITNET_KIND:
+            return _listed(path, validate_bitnet(path), "BitNet checkpoint")
         return _listed(path, validate_dense(path), "dense checkpoint")
     return _ternary(path)
+
+
+def _store(path: Path) -> Checked:
+    found = validate_store(path)
+    first = (
+        f"{path}: undamaged. {found.files} files of a store of {found.tokens} tokens in "
+        f"{found.shards} shards have their sizes and hashes."
+    )
+    values = {"format": "trilens.store_check", "version": 1, **found.to_dict()}
+    return Checked(values, (first, *_extra_sentence(found.extra_files)))
 
 
 def _ternary(path: Path) -> Checked:

@@ -49,6 +49,7 @@ class BlockView:
         self.functions = [events.functions[i] for i in self.numbers]
         self.products = [p for p in events.products if self._mine(p.tick)]
         self.weighted = [w for w in events.weighted if self._mine(w.tick)]
+        self.streams = [p for p in events.streams if self._mine(p.tick)]
         self.topk = [t for t in events.topk if self._mine(t.tick)]
         self.kernels = [
             k for k in events.kernels if self._mine(k.start) and k.function in KERNEL_GATES

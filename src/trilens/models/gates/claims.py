@@ -32,6 +32,7 @@ from trilens.models.gates.rglru import find_rglru_gates
 from trilens.models.gates.routers import find_routers
 from trilens.models.gates.site import GateSite
 from trilens.models.gates.states import find_state_gates
+from trilens.models.gates.stream_gates import find_stream_gates
 from trilens.models.gates.swiglu import find_limited_glu
 from trilens.models.trace import Trace
 
@@ -164,7 +165,7 @@ def find_gates(trace: Trace, events: GateEvents, anatomy: Anatomy) -> GateClaims
         recurrent = find_recurrent(view)
         if recurrent is not None:
             recurrences[layer] = recurrent
-        found: list[GateSite] = []
+        found: list[GateSite] = find_stream_gates(view, anatomy, layer)
         for rule in _RULES:
             found += rule(view)
         site = glu.get(("mlp.gate", layer))

@@ -13,10 +13,12 @@ from torch import Tensor
 
 __all__ = [
     "GATING_FUNCTIONS",
+    "STREAM_FUNCTIONS",
     "FunctionCall",
     "GateEvents",
     "KernelCall",
     "ProductCall",
+    "StreamProduct",
     "TopkCall",
     "WeightedCall",
 ]
@@ -34,6 +36,15 @@ GATING_FUNCTIONS: Mapping[str, str] = {
     "softmax": "softmax",
 }
 """Name of a torch function → the gating function that it is."""
+STREAM_FUNCTIONS: Mapping[str, str] = {
+    "mul": "mul",
+    "multiply": "mul",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "matmul": "matmul",
+    "__matmul__": "matmul",
+}
+"""Name of a torch function that may weigh residual streams → the product that it is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +87,25 @@ class ProductCall:
     other: int | None
     left: Tensor | None
     right: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamProduct:
+    """One product that gives a tensor of rank 4 with tokens, as residual streams are.
+
+    Attributes:
+        path: the innermost module that was running.
+        function: a value of `STREAM_FUNCTIONS`.
+        left: the operands; `right` likewise.
+        shape: of what it gave.
+    """
+
+    path: str
+    tick: int
+    function: str
+    left: Tensor
+    right: Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,6 +162,7 @@ class GateEvents:
 
     functions: list[FunctionCall] = field(default_factory=list)
     products: list[ProductCall] = field(default_factory=list)
+    streams: list[StreamProduct] = field(default_factory=list)
     weighted: list[WeightedCall] = field(default_factory=list)
     topk: list[TopkCall] = field(default_factory=list)
     kernels: list[KernelCall] = field(default_factory=list)

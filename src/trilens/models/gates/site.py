@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trilens.caches.gates import GateSpec
 from trilens.errors import SilentSiteError
+from trilens.models.stream_form import StreamForm
 
 __all__ = [
     "GateSite",
@@ -25,11 +26,12 @@ __all__ = [
     "find_columns",
     "is_numbered",
     "layout_of",
+    "layout_of_streams",
     "rows_of",
 ]
 
 Part = Literal["whole", "first", "second", "even", "odd"]
-Form = Literal["batched", "flat", "seq_first", "static"]
+Form = Literal["batched", "flat", "seq_first", "static", "streams_first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,16 @@ class GateSource:
     """One tensor that passes by while a block runs.
 
     Attributes:
-        event: a module's input or output, or a kernel function's arguments.
+        event: a module's input or output, a kernel function's arguments, or a product of residual
+            streams in a module's own code ("function").
         module: the module; for a kernel any module of the block (unused).
-        index: which tensor of the module's arguments or outputs.
-        kernel: name of the kernel function, "" for a module.
-        order: which of the block's calls of that module.
+        index: which tensor of the module's arguments or outputs, or which operand.
+        kernel: name of the kernel function or of the product, "" for a module.
+        order: which of the block's calls of that module; which of the products of streams that its
+            own code makes in the block's run.
     """
 
-    event: Literal["input", "output", "kernel"]
+    event: Literal["input", "output", "kernel", "function"]
     module: nn.Module | None = None
     index: int = 0
     kernel: str = ""
@@ -57,7 +61,8 @@ class Layout:
 
     Attributes:
         form: "batched": axis 0 is the batch, `axis` the tokens; "flat": rows are batch · seq, in
-            this order; "seq_first": axes 0 and 1 are seq and batch; "static": no tokens at all.
+            this order; "seq_first": axes 0 and 1 are seq and batch; "static": no tokens at all;
+            "streams_first": axis 0 is the residual streams, `axis` (1 or 2) the tokens.
         axis: the axis of the tokens.
         columns: which columns are the gate's, None for all.
         dtype: the dtype in which the model computes the gate.
@@ -137,6 +142,7 @@ class GateSite:
     layout: Layout
     read: Reader | None = None
     check: GluCheck | None = None
+    more: tuple[GateSource, ...] = ()
 
 
 def layout_of(tensor: Tensor, seq: int, dtype: torch.dtype | None = None) -> Layout | None:
@@ -149,6 +155,13 @@ def layout_of(tensor: Tensor, seq: int, dtype: torch.dtype | None = None) -> Lay
     if len(shape) >= 2 and shape[0] % seq == 0:
         return Layout("flat", axis=0, dtype=dtype)
     return None
+
+
+def layout_of_streams(form: StreamForm) -> Layout:
+    """How what a block hands on becomes [batch, seq, units], all streams side by side."""
+    if form.kind == "leading":
+        return Layout("streams_first", axis=2 if form.batch_first else 1)
+    return Layout("batched") if form.batch_first else Layout("seq_first", axis=0)
 
 
 def rows_of(tensor: Tensor, layout: Layout, batch: int, seq: int, what: str) -> Tensor:
@@ -168,6 +181,10 @@ def rows_of(tensor: Tensor, layout: Layout, batch: int, seq: int, what: str) -> 
         if shape[:2] != (seq, batch):
             raise _not_tokens(shape, batch, seq, what)
         rows = tensor.transpose(0, 1).reshape(batch, seq, -1)
+    elif layout.form == "streams_first":
+        if len(shape) != 4 or (shape[3 - layout.axis], shape[layout.axis]) != (batch, seq):
+            raise _not_tokens(shape, batch, seq, what)
+        rows = tensor.permute(3 - layout.axis, layout.axis, 0, 3).reshape(batch, seq, -1)
     else:
         if shape[0] % (batch * seq):
             raise _not_tokens(shape, batch, seq, what)

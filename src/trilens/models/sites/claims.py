@@ -8,19 +8,24 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trilens.axes import SITES
+from trilens.io.messages import listed
 from trilens.models.anatomy import Anatomy
 from trilens.models.gates.block import BlockView, blocks_of
 from trilens.models.gates.claims import GateClaims
 from trilens.models.gates.events import GateEvents
-from trilens.models.gates.site import GateSite, layout_of
+from trilens.models.gates.site import GateSite, layout_of, layout_of_streams
+from trilens.models.gates.stream_correction import find_correction
 from trilens.models.logit_relation import relate
 from trilens.models.sites import attention, mlp
 from trilens.models.sites.block import Kind, Parts, find_parts, find_stream_sites
 from trilens.models.sites.ends import find_model_sites
 from trilens.models.sites.found import Found
+from trilens.models.sites.several import READS, claim_correction, claim_parts
 from trilens.models.sites.site import Site, SiteKey, Tap
 from trilens.models.sites.streams import BlockStreams
-from trilens.models.trace import AttentionSite, ModuleCall, Trace
+from trilens.models.stream_form import StreamForm
+from trilens.models.stream_steps import StreamStep, base_of, steps_of
+from trilens.models.trace import AttentionSite, ModuleCall, Trace, same
 
 __all__ = ["SiteClaims", "find_sites"]
 
@@ -85,13 +90,15 @@ class _Layer:
         found, streams = self.found, self.streams
         output = self.anatomy.blocks[self.layer].output
         y = streams.block.made[output]
-        _claim_stream("resid_post", streams, streams.output_tap(streams.block, output), y, found)
+        form = self.anatomy.form
+        tap = streams.output_tap(streams.block, output)
+        _claim_residual("resid_post", tap, y, form, streams, found)
         base = self._base(views)
         if base is None:
             found.refuse(("resid_pre",), "no input of the block is the output of the one before")
         else:
             tap = streams.input_tap(streams.block, base)
-            _claim_stream("resid_pre", streams, tap, streams.block.read[base], found)
+            _claim_residual("resid_pre", tap, streams.block.read[base], form, streams, found)
         calls = self.trace.attention_in(self.view.block)
         site = calls[0] if len(calls) == 1 else None
         projection = None if site is None else attention.find_projection(self.view, streams, site)
@@ -104,20 +111,55 @@ class _Layer:
         self._find_router()
         if not any(self._mine(site.tick) for site in self.trace.cross):
             found.refuse(_CROSS, "the layer attends to no source", absent=True)
+        if form.n_streams > 1:
+            self._find_in_streams(base, calls, projection)
+        else:
+            found.refuse(READS, "the model has one residual stream: resid_pre", absent=True)
+            self._find_between(None if base is None else streams.block.read[base], y, projection)
+        found.refuse(
+            (name for name, spec in SITES.items() if spec.per_layer), "no rule proves it here"
+        )
+
+    def _find_between(self, base: Tensor | None, y: Tensor, projection: ModuleCall | None) -> None:
+        """The parts that lead from one stream to another."""
         parts: Parts | str = "no input of the block is the output of the one before"
+        calls = self.trace.attention_in(self.view.block)
         if base is not None:
             parts = find_parts(
-                streams,
-                streams.block.read[base],
-                y,
-                lambda call: self._kind(call, calls, projection),
+                self.streams, base, y, lambda call: self._kind(call, calls, projection)
             )
         if isinstance(parts, str):
-            found.refuse(_STREAM, parts)
+            self.found.refuse(_STREAM, parts)
         else:
             self._find_in_parts(parts)
-        for name in (name for name, spec in SITES.items() if spec.per_layer):
-            found.refuse((name,), "no rule proves it here")
+
+    def _find_in_streams(
+        self, base: int | None, calls: Sequence[AttentionSite], projection: ModuleCall | None
+    ) -> None:
+        """The parts of a block with several residual streams."""
+        steps: list[StreamStep] | str = "no input of the block is the output of the one before"
+        if base is not None:
+            block, output = self.view.block, self.anatomy.blocks[self.layer].output
+            steps = steps_of(
+                block, self.view.calls[1:], self.anatomy.form, self.view.seq, base, output
+            )
+        correction = None
+        if isinstance(steps, str):
+            correction = find_correction(self.view, self.anatomy, self.layer)
+        if correction is not None:
+            active, end = claim_correction(correction, self.streams, self.found)
+            if end is not None:
+                self._find_between(active, end, projection)
+        module = claim_parts(
+            steps,
+            self.streams,
+            self.anatomy.form,
+            lambda call: self._kind(call, calls, projection),
+            self.found,
+        )
+        if module is not None:
+            without = self.gates.without.get(self.layer, "")
+            mlp.find_mlp_sites(self.view, self.streams, module, self._glu(), without, self.found)
 
     def _find_in_parts(self, parts: Parts) -> None:
         found, streams = self.found, self.streams
@@ -171,7 +213,11 @@ class _Layer:
     def _base(self, views: Sequence[BlockView]) -> int | None:
         """Which of the block's inputs is the residual stream: the output of the block before."""
         block, streams = self.view.block, self.streams
+        if self.anatomy.n_streams > 1:
+            return base_of(block, self.anatomy.blocks[self.layer].output)
         own = [i for i, tensor in enumerate(block.read) if streams.is_stream(tensor)]
+        if self.layer in self.anatomy.starts:
+            return own[0] if own else None
         if self.layer:
             before = views[self.layer - 1].block.made[self.anatomy.blocks[self.layer - 1].output]
             return next((i for i in own if _carries(before, block.read[i], streams)), None)
@@ -185,6 +231,9 @@ class _Layer:
     def _why_no_attention(self, calls: Sequence[AttentionSite]) -> str:
         if self.layer in self.anatomy.other_attention:
             return self.anatomy.other_attention[self.layer]
+        paths = list(dict.fromkeys(call.path for call in calls))
+        if len(paths) > 1:
+            return f"{len(paths)} modules attend in one block ({listed(paths)})"
         if len(calls) > 1:
             return f"{calls[0].path} calls attention {len(calls)} times in one block"
         if calls:
@@ -203,11 +252,33 @@ class _Layer:
         if gate.spec.function == "unit" or source.module is None or source.event == "kernel":
             self.found.refuse(("router",), "the router shows its probabilities, not its logits")
             return
+        assert source.event != "function"
         tap = Tap(source.event, source.module, source.index, source.order)
         calls = (c for c in self.view.calls if c.module is source.module)
-        several = source.event == "output" and any(len(call.outputs) > 1 for call in calls)
+        call = next((c for c in calls if len(c.outputs) > 1), None)
+        if source.event != "output" or call is None:
+            self.found.claim("router", tap, gate.layout, gate.spec.shape)
+            return
+        # Its logits are a by-product: what the model goes on with was made of them inside.
+        write = self._inside_router(call, call.outputs[source.index])
         why = f"{gate.spec.where} hands its logits out beside what it has made of them"
-        self.found.claim("router", tap, gate.layout, gate.spec.shape, fixed=why if several else "")
+        fixed = why if write is None else ""
+        self.found.claim("router", tap, gate.layout, gate.spec.shape, write=write, fixed=fixed)
+
+    def _inside_router(self, call: ModuleCall, logits: Tensor) -> Tap | None:
+        """The product in a router, or the module in it, that gives its logits, up to a cast."""
+        for each in self.trace.linears:
+            own = each.path == call.path and call.start < each.tick < call.end
+            if own and _is_cast(each.result, logits):
+                return Tap("linear", call.module, order=each.order)
+        for inner in (c for c in self.view.calls if call.encloses(c)):
+            if len(inner.outputs) == 1 and _is_cast(inner.outputs[0], logits):
+                return Tap("output", inner.module, order=self.streams.order(inner))
+        return None
+
+
+def _is_cast(made: Tensor, logits: Tensor) -> bool:
+    return made.shape == logits.shape and same(made.to(logits.dtype), logits)
 
 
 def _carries(before: Tensor, tensor: Tensor, streams: BlockStreams) -> bool:
@@ -216,9 +287,14 @@ def _carries(before: Tensor, tensor: Tensor, streams: BlockStreams) -> bool:
     return streams.equal(before, tensor) or relate(before, tensor) is not None
 
 
-def _claim_stream(
-    name: str, streams: BlockStreams, tap: tuple[Tap, bool], tensor: Tensor, found: Found
+def _claim_residual(
+    name: str,
+    tap: tuple[Tap, bool],
+    tensor: Tensor,
+    form: StreamForm,
+    streams: BlockStreams,
+    found: Found,
 ) -> None:
-    layout = layout_of(tensor, streams.seq)
+    layout = layout_of_streams(form) if form.n_streams > 1 else layout_of(tensor, streams.seq)
     if layout is not None:
-        found.claim(name, tap[0], layout, (streams.d_model,), overwritten=tap[1])
+        found.claim(name, tap[0], layout, form.shape, overwritten=tap[1])

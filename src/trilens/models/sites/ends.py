@@ -90,4 +90,6 @@ def _claim_norm(trace: Trace, anatomy: Anatomy, found: Found) -> None:
     if layout is None or call.made[0].shape[-1] != anatomy.d_model:
         found.refuse(("final_norm",), f"{path} gives a tensor {list(call.made[0].shape)}")
         return
-    found.claim("final_norm", Tap("output", call.module), layout, (anatomy.d_model,))
+    # A model that runs its blocks in rounds normalises after each.
+    order = sum(each.path == path and each.start < call.start for each in trace.calls)
+    found.claim("final_norm", Tap("output", call.module, order=order), layout, (anatomy.d_model,))

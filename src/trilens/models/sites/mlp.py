@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from trilens.models.sites.head_out import is_projection
 from trilens.models.sites.site import Tap
 from trilens.models.sites.streams import BlockStreams
 from trilens.models.sites.way import cores_of
-from trilens.models.trace import ModuleCall
+from trilens.models.trace import ModuleCall, same
 
 __all__ = ["INSIDE", "find_ends", "find_mlp_sites", "is_whole"]
 
@@ -68,7 +70,18 @@ def find_ends(kind: Kind, streams: BlockStreams, parts: Parts, found: Found) -> 
 
 def is_whole(call: ModuleCall, streams: BlockStreams) -> bool:
     """Whether a module may be an MLP: it has parts, or another projection stands before it."""
-    return not is_projection(call.module) or _first_of(call, streams) is not None
+    if is_projection(call.module):
+        return _first_of(call, streams) is not None
+    return not _is_linear(call, streams)
+
+
+def _is_linear(call: ModuleCall, streams: BlockStreams) -> bool:
+    """Whether a module is projections in a row with nothing between them: a matrix of low rank."""
+    inner = [c for c in streams.calls if call.encloses(c) and is_projection(c.module)]
+    pairs = list(pairwise(inner))
+    return bool(pairs) and all(
+        len(a.made) == len(b.read) == 1 and same(a.made[0], b.read[0]) for a, b in pairs
+    )
 
 
 def _are(some: Cores, others: Cores) -> bool:
@@ -161,7 +174,9 @@ def _down(view: BlockView, mlp: ModuleCall) -> ModuleCall | None:
 
 def _claim_glu(view: BlockView, gate: GateSite, found: Found) -> None:
     check, source = gate.check, gate.source
-    assert check is not None and source.module is not None and source.event != "kernel"
+    assert check is not None and source.module is not None
+    assert source.event != "kernel"
+    assert source.event != "function"
     tap = Tap(source.event, source.module, source.index, source.order)
     found.claim("mlp.gate", tap, gate.layout, gate.spec.shape)
     call = next((c for c in view.calls if c.module is check.up.module), None)

@@ -20,17 +20,19 @@ class Tap:
     """One tensor that passes by while the model runs.
 
     Attributes:
-        event: a module's input or output, an attention call's, or a sum of two tensors.
-        module: the module; of an attention call the one that calls; of a sum the one whose own
-            code adds (no module inside it is running), mostly the block.
+        event: a module's input or output, an attention call's, a sum of two tensors, or a product
+            with a weight.
+        module: the module; of an attention call the one that calls; of a sum or product the one
+            whose own code makes it (no module inside it is running), mostly the block or a router.
         index: which tensor of the module's arguments or outputs, in the order of `tensors_in`.
         order: which of the block's calls of that module, or which of the sums of streams that its
-            code makes in the block's run, counted as `models/sites/sums.py` says.
+            code makes in the block's run, or of the products in its call, counted as
+            `models/sites/sums.py` says.
         part: of an attention call: "query", "key", "value", "output", "scores" or "pattern"; of a
             sum: "" for its result, "left" or "right" for an operand.
     """
 
-    event: Literal["input", "output", "attention", "sum"]
+    event: Literal["input", "output", "attention", "sum", "linear"]
     module: nn.Module
     index: int = 0
     order: int = 0

@@ -1,9 +1,10 @@
-"""Which sums are sums of streams, and how they are counted: on the probe and in any later pass.
+"""Which calls are sums of streams or products, and how they are counted, in any pass alike.
 
 A sum counts where its innermost running module, its owner, adds two tensors of one shape that hold
 a row of `d_model` floating-point numbers for every token: [batch, seq, d_model],
 [seq, batch, d_model], or those rows in one axis. The k-th such sum of the owner's call is the k-th
-in every pass: sums over some of the tokens (experts) and sums with a weight never count.
+in every pass: sums over some of the tokens (experts) and sums with a weight never count. Products
+with a weight count by the module whose own code makes them, where it is no linear layer itself.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SUMS", "is_rowwise", "is_stream", "is_stream_sum"]
+__all__ = ["SUMS", "is_linear_call", "is_rowwise", "is_stream", "is_stream_sum"]
 
 SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 """Names of the torch functions that add two tensors."""
+
+
+LINEAR = frozenset({"linear", "matmul", "__matmul__", "mm"})
+"""Names of the torch functions that a module projects its input with."""
+
+
+def is_linear_call(name: str, result: Any, tokens: int) -> bool:
+    """Whether a call of a torch function is a product with a row per token, to be counted."""
+    return name in LINEAR and is_rowwise(result, tokens)
 
 
 def is_rowwise(value: Any, tokens: int) -> bool:

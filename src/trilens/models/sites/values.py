@@ -52,6 +52,9 @@ def write_value(tensor: Tensor, site: Site, value: Tensor) -> Tensor:
     if site.tap.event == "attention":
         return value.transpose(1, 2) if site.tap.part in _BY_HEAD else value
     layout = _layout(tensor, site, *value.shape[:2])
+    if layout.form == "streams_first":
+        made = value.movedim(2, 0).to(tensor.dtype)
+        return made if layout.axis == 2 else made.transpose(1, 2)
     rows = value.reshape(*value.shape[:2], -1).to(tensor.dtype)
     if layout.form == "batched" and layout.axis != 1:
         axes: tuple[int, ...] = tuple(tensor.movedim(layout.axis, 1).shape)

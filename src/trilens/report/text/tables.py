@@ -7,39 +7,23 @@ authors put there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Drawn
 from rich.text import Text
 
 from trilens.printable import one_line
+from trilens.report.tables import NOTHING, Column, Table
 
-__all__ = ["Cell", "Column", "print_line", "print_table"]
+__all__ = ["Cell", "Column", "print_line", "print_rows", "print_table"]
 
 Cell = str | tuple[str, ...]
 """What stands in a table: a word or a number, or lines of them."""
 
-_NOTHING = "–"
 _GAP = 3  # a space, the edge of SIMPLE_HEAD, a space
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A heading and how its cells are set.
-
-    Attributes:
-        heading: what stands above.
-        left: words, not numbers.
-        fold: cells may be folded down to this width; 0 for never.
-    """
-
-    heading: str
-    left: bool = False
-    fold: int = 0
 
 
 def print_line(console: Console, *parts: str, style: str = "", head: str = "") -> None:
@@ -54,6 +38,11 @@ def print_line(console: Console, *parts: str, style: str = "", head: str = "") -
     line = Text.assemble((one_line(head), "bold"), *map(one_line, parts))
     line.stylize(style)
     console.print(line)
+
+
+def print_rows(console: Console, table: Table) -> None:
+    """Print a table as `print_table` does; its title and notes are left to the caller."""
+    print_table(console, table.columns, table.cells(), keys=table.keys)
 
 
 def print_table(
@@ -93,13 +82,13 @@ def print_table(
         sizes = [[each[i] for i in group] for each in (least, whole)]
         folded = [chosen[i].fold > 0 for i in group]
         widths = _grown(sizes[0], sizes[1], folded, console.width)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table = Drawn(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for i, width in zip(group, widths, strict=True):
             justify: Literal["left", "right"] = "left" if chosen[i].left else "right"
             table.add_column(Text(headings[i]), justify=justify, width=width, overflow="fold")
         for row in cells:
             # What has nothing to say beside its name stands in the first table alone.
-            if not number or any(row[i].strip(_NOTHING) for i in group[keys:]):
+            if not number or any(row[i].strip(NOTHING) for i in group[keys:]):
                 table.add_row(*(Text(row[i]) for i in group))
         if number:
             console.print()

@@ -40,18 +40,21 @@ class Grid:
 
     Attributes:
         trits: int8 [rows, planes, cols].
-        scales: float64 [rows, groups, planes], not negative; equal rows for one scale per tensor.
+        scales: float64 [rows, groups, planes], not negative but with four levels; equal rows for
+            one scale per tensor.
         groups: int64 [cols], which of a row's scales a column has.
         units: What shares a scale.
+        levels: 3, or 4 where 2 is a level too.
     """
 
     trits: NDArray[np.int8]
     scales: FloatMatrix
     groups: NDArray[np.int64]
     units: Units
+    levels: int = 3
 
     @classmethod
-    def empty(cls, units: Units, scales: NDArray[Any]) -> Grid:
+    def empty(cls, units: Units, scales: NDArray[Any], *, levels: int = 3) -> Grid:
         """Scales without trits yet.
 
         Shapes: scales [units, planes]
@@ -67,6 +70,7 @@ class Grid:
             np.ascontiguousarray(per_row),
             np.zeros(units.cols, dtype=np.int64) if groups is None else groups,
             units,
+            levels,
         )
 
     @property
@@ -154,7 +158,8 @@ def code_in_order(
 
         def run(rows: slice, args: Any = (part, inside, groups[first:last], trits, errors)) -> None:
             part, inside, of_part, trits, errors = args
-            code(part[rows], grid.scales[rows], inside, of_part, trits[rows], errors[rows])
+            own = trits[rows], errors[rows], grid.levels
+            code(part[rows], grid.scales[rows], inside, of_part, *own)
 
         parallel_map(run, _row_slices(len(target)))
         coded[:, :, first:last] = trits
@@ -173,7 +178,7 @@ def refit_scales(grid: Grid, target: FloatMatrix, hessian: Hessian) -> Grid:
     """The scales with the least loss for the trits that there are: least squares under H.
 
     Where the trits leave a scale open (no weight that is not 0), it keeps its value; a negative
-    scale becomes positive, and its trits change sign.
+    scale becomes positive, and its trits change sign (of four levels it stays negative).
 
     Shapes: target [rows, cols]
 
@@ -206,8 +211,10 @@ def refit_scales(grid: Grid, target: FloatMatrix, hessian: Hessian) -> Grid:
     normal[:, np.arange(size), np.arange(size)] += small[:, None]
     found = np.linalg.solve(normal, (right + small[:, None] * old)[..., None])[..., 0]
     scales = np.broadcast_to(found, (rows, size)).reshape(rows, planes, n_groups).transpose(0, 2, 1)
-    signs = np.where(scales < 0, np.int8(-1), np.int8(1)).transpose(0, 2, 1)[:, :, grid.groups]
-    better = replace(grid, trits=grid.trits * signs, scales=np.ascontiguousarray(np.abs(scales)))
+    negative = (scales < 0) & (grid.levels == 3)
+    scales = np.ascontiguousarray(np.where(negative, -scales, scales))
+    signs = np.where(negative, np.int8(-1), np.int8(1)).transpose(0, 2, 1)[:, :, grid.groups]
+    better = replace(grid, trits=grid.trits * signs, scales=scales)
     # Of a nearly singular system the solution can be worse than the start.
     return better if loss(better, target, hessian) <= loss(grid, target, hessian) else grid
 
@@ -233,7 +240,10 @@ def improve_trits(
     least = _NOTHING * np.maximum(energy, np.finfo(np.float64).tiny)
 
     def descend(rows: slice) -> int:
-        own = trits[rows], grid.scales[rows], grid.groups, slope[rows], hessian.matrix, least[rows]
+        own = (
+            *(trits[rows], grid.scales[rows], grid.groups, slope[rows]),
+            *(hessian.matrix, least[rows], grid.levels),
+        )
         total, remaining = 0, float(np.sum(left[rows]))
         for _ in range(_SWEEPS):
             changed, gained = sweep(*own)

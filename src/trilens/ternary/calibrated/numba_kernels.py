@@ -12,7 +12,9 @@ import numpy as np
 __all__ = ["code_columns", "sweep"]
 
 
-def code_columns(work: Any, scales: Any, upper: Any, groups: Any, trits: Any, errors: Any) -> None:
+def code_columns(
+    work: Any, scales: Any, upper: Any, groups: Any, trits: Any, errors: Any, levels: int
+) -> None:
     """See `numpy_kernels.code_columns`."""
     rows, width = work.shape
     two = scales.shape[2] == 2
@@ -32,7 +34,11 @@ def code_columns(work: Any, scales: Any, upper: Any, groups: Any, trits: Any, er
                         best, one, other, value = abs(target - level), t, u, level
                 trits[r, 1, j] = other
             else:
-                one = int(target > 0.5 * first) - int(target < -0.5 * first)
+                width_of = abs(first) if levels == 4 else first
+                signed = -target if first < 0.0 and levels == 4 else target
+                one = int(signed > 0.5 * width_of) - int(signed < -0.5 * width_of)
+                if levels == 4:
+                    one += int(signed > 1.5 * width_of)
                 value = first * one
             trits[r, 0, j] = one
             error = (target - value) / upper[j, j]
@@ -41,7 +47,9 @@ def code_columns(work: Any, scales: Any, upper: Any, groups: Any, trits: Any, er
                 work[r, k] -= error * upper[j, k]
 
 
-def sweep(trits: Any, scales: Any, groups: Any, slope: Any, hessian: Any, least: Any) -> Any:
+def sweep(
+    trits: Any, scales: Any, groups: Any, slope: Any, hessian: Any, least: Any, levels: int
+) -> Any:
     """See `numpy_kernels.sweep`."""
     rows, planes, cols = trits.shape
     changed, gained = 0, 0.0
@@ -67,7 +75,11 @@ def sweep(trits: Any, scales: Any, groups: Any, slope: Any, hessian: Any, least:
             else:
                 old = first * trits[r, 0, j]
                 target = old - slope[r, j] / curve
-                one = int(target > 0.5 * first) - int(target < -0.5 * first)
+                width_of = abs(first) if levels == 4 else first
+                signed = -target if first < 0.0 and levels == 4 else target
+                one = int(signed > 0.5 * width_of) - int(signed < -0.5 * width_of)
+                if levels == 4:
+                    one += int(signed > 1.5 * width_of)
                 value = first * one
             step = value - old
             gain = -step * (2.0 * slope[r, j] + curve * step)

@@ -1,9 +1,10 @@
 """The hot loops of the calibrated rules in NumPy, the reference for the compiled ones.
 
 Shapes
-    scales  [rows, groups, planes] float64, not negative; planes 1 or 2
+    scales  [rows, groups, planes] float64, planes 1 or 2; negative with four levels alone
     groups  [width] int64, the group of each column
     trits   [rows, planes, width] int8, written to
+    levels  3, or 4 where 2 is a level too; of one plane alone
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ _Groups: TypeAlias = NDArray[np.int64]
 _Trits: TypeAlias = NDArray[np.int8]
 
 
-def nearest(target: _Floats, scales: _Floats) -> tuple[_Trits, _Floats]:
+def nearest(target: _Floats, scales: _Floats, levels: int = 3) -> tuple[_Trits, _Floats]:
     """The trits of the level nearest to each number, and the level.
 
     Shapes: target [rows], scales [rows, planes] → [rows, planes], [rows]
     """
     first = scales[:, 0]
     if scales.shape[1] == 1:
-        one = _trit(target, first)
+        if levels == 4:
+            signed = np.where(first < 0, -target, target)
+            one = _trit(signed, np.abs(first))
+            one += (signed > 1.5 * np.abs(first)).astype(np.int8)
+        else:
+            one = _trit(target, first)
         return one[:, None], first * one
     second = scales[:, 1]
     best = np.full(len(target), np.inf)
@@ -45,7 +51,13 @@ def nearest(target: _Floats, scales: _Floats) -> tuple[_Trits, _Floats]:
 
 
 def code_columns(
-    work: _Floats, scales: _Floats, upper: _Floats, groups: _Groups, trits: _Trits, errors: _Floats
+    work: _Floats,
+    scales: _Floats,
+    upper: _Floats,
+    groups: _Groups,
+    trits: _Trits,
+    errors: _Floats,
+    levels: int = 3,
 ) -> None:
     """Code columns one after the other; each passes its error on to those that follow.
 
@@ -56,7 +68,7 @@ def code_columns(
     """
     width = work.shape[1]
     for j in range(width):
-        found, value = nearest(work[:, j], scales[:, groups[j]])
+        found, value = nearest(work[:, j], scales[:, groups[j]], levels)
         trits[:, :, j] = found
         error = (work[:, j] - value) / upper[j, j]
         errors[:, j] = error
@@ -70,6 +82,7 @@ def sweep(
     slope: _Floats,
     hessian: _Floats,
     least: _Floats,
+    levels: int = 3,
 ) -> tuple[int, float]:
     """Go over the columns once and give each weight the level that is best for it, others fixed.
 
@@ -88,7 +101,7 @@ def sweep(
         old = of_group[:, 0] * trits[:, 0, j]
         if trits.shape[1] == 2:
             old = old + of_group[:, 1] * trits[:, 1, j]
-        found, value = nearest(old - slope[:, j] / curve, of_group)
+        found, value = nearest(old - slope[:, j] / curve, of_group, levels)
         step = value - old
         gain = -step * (2.0 * slope[:, j] + curve * step)
         which = np.flatnonzero(gain > least)

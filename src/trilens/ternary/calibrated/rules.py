@@ -3,9 +3,11 @@
     rule           what it does
     gptq           exact group scales, columns by falling energy, each taking up earlier errors
     gptq_planes    the same with two planes of trits
+    gptq_quad      the same with the four levels of `quad`
     best           gptq; then scales by least squares under H and trits by coordinate descent,
                    alternating until nothing helps
     best_planes    the same with two planes
+    best_quad      the same with four levels
 
 They lower the error of the matrix's outputs, Σ‖Ŵx − y‖², not that of its weights.
 """
@@ -33,7 +35,7 @@ from trilens.ternary.calibrated.hessian import FloatMatrix, Hessian, Moments, up
 from trilens.ternary.granularity import Per, Units
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.coder import ScaleDtype
-from trilens.ternary.rules.rules import RULES, RuleName
+from trilens.ternary.rules.rules import FOUR_LEVELS, RULES, RuleName
 from trilens.ternary.weights_view import WeightsLike, view_weights
 
 __all__ = [
@@ -44,12 +46,15 @@ __all__ = [
     "calibrate",
     "check_rule",
     "find_calibrated",
+    "levels_of",
     "n_planes_of",
     "refine",
 ]
 
 
-CalibratedName: TypeAlias = Literal["gptq", "gptq_planes", "best", "best_planes"]
+CalibratedName: TypeAlias = Literal[
+    "gptq", "gptq_planes", "gptq_quad", "best", "best_planes", "best_quad"
+]
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1)
 """What may be added to H's diagonal, of its mean; the one with the least loss is taken."""
@@ -88,6 +93,11 @@ class CalibratedRule:
         """Planes of trits."""
         return 2 if self.start == "planes" else 1
 
+    @property
+    def levels(self) -> int:
+        """Levels of a plane: 4 where 2 is one."""
+        return 4 if self.start in FOUR_LEVELS else 3
+
 
 CALIBRATED_RULES: Mapping[str, CalibratedRule] = MappingProxyType(
     {
@@ -95,8 +105,10 @@ CALIBRATED_RULES: Mapping[str, CalibratedRule] = MappingProxyType(
         for rule in (
             CalibratedRule("gptq", "exact", False, False, False, False, False),
             CalibratedRule("gptq_planes", "planes", False, False, False, False, False),
+            CalibratedRule("gptq_quad", "quad", False, False, False, False, False),
             CalibratedRule("best", "exact", True, True, True, True, True),
             CalibratedRule("best_planes", "planes", True, True, True, True, True),
+            CalibratedRule("best_quad", "quad", True, True, True, True, True),
         )
     }
 )
@@ -204,6 +216,12 @@ def n_planes_of(rule: str) -> int:
     return found.n_planes if found is not None else 1 + (rule == "planes")
 
 
+def levels_of(rule: str) -> int:
+    """How many levels a plane of the rule has, calibrated or not: 4 where 2 is one, else 3."""
+    found = CALIBRATED_RULES.get(rule)
+    return found.levels if found is not None else 4 if rule in FOUR_LEVELS else 3
+
+
 def find_calibrated(name: str) -> CalibratedRule:
     """The calibrated rule of that name.
 
@@ -268,7 +286,7 @@ def _start(
     scales = [first.scales]
     if first.second_scale is not None:
         scales.append(np.asarray(first.second_scale, dtype=np.float32).reshape(-1))
-    return Grid.empty(units, np.stack(scales, axis=1))
+    return Grid.empty(units, np.stack(scales, axis=1), levels=rule.levels)
 
 
 def _code(grid: Grid, target: FloatMatrix, hessian: Hessian) -> tuple[Grid, float]:
@@ -304,4 +322,5 @@ def _as_quant(grid: Grid, like: PerLayerQuant) -> PerLayerQuant:
         second_trits=planes[1] if two else None,
         second_scale=torch.from_numpy(scales[:, 1].copy()) if two else None,
         scale_dtype=like.scale_dtype,
+        levels=grid.levels,
     )

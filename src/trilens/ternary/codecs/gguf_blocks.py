@@ -3,7 +3,7 @@
     name   weights  bytes  bits per weight  layout of a block
     TQ1_0  256      54     1.6875           48 bytes of five trits, 4 bytes of four, scale
     TQ2_0  256      66     2.0625           2 × 32 bytes, of weights j + 0, 32, 64, 96 each; scale
-    Q2_0   64       18     2.25             scale; 16 bytes of four in order
+    Q2_0   64       18     2.25             scale; 16 bytes of four in order, also of the level 2
 
 Source: llama.cpp, `ggml-quants.c` and `ggml-common.h` (types 34, 35 and 42).
 """
@@ -24,6 +24,7 @@ from trilens.ternary.codecs.packing import (
     BitNet,
     Codec,
     Data,
+    FourLevels,
     Trits,
     TwoBit,
     Unpacked,
@@ -45,6 +46,7 @@ class _Blocks:
     block_bytes: int
     scale_at: int
     row_multiple = 1
+    levels = 3
 
     def __init_subclass__(
         cls, *, name: str, scale_block: int, block_bytes: int, scale_at: int
@@ -79,7 +81,7 @@ class _Blocks:
             ValueRangeError: a scale that float16 does not hold exactly.
             UsageError: no scales.
         """
-        checked = as_trits(trits)
+        checked = as_trits(trits, self.levels)
         rows, cols = rows_and_cols(checked.shape)
         check_multiples(self, rows, cols)
         halves = self._halves(scales, rows, cols // self.scale_block)
@@ -107,7 +109,8 @@ class _Blocks:
         self._refuse(~np.isfinite(halves), "has a scale that is NaN or Inf")
         begin = 2 if self.scale_at == 0 else 0
         digits = self._unpack(raw[:, begin : begin + self.block_bytes - 2])
-        self._refuse(np.any(digits == 3, axis=1), "holds a code that is no trit")
+        if self.levels == 3:
+            self._refuse(np.any(digits == 3, axis=1), "holds a code that is no trit")
         trits = digits.view(np.int8) - np.int8(1)
         rows, _ = rows_and_cols(shape)
         return Unpacked(trits.reshape(tuple(shape)), halves.astype(np.float32).reshape(rows, -1))
@@ -193,7 +196,9 @@ class TQ2(_Blocks, name="TQ2_0", scale_block=256, block_bytes=66, scale_at=64):
 
 
 class Q2(_Blocks, name="Q2_0", scale_block=64, block_bytes=18, scale_at=0):
-    """Two bits a trit in order, scale first. The code 3 would be +2: no trit, and refused."""
+    """Two bits a trit in order, scale first. The code 3 is the level 2: four levels fit."""
+
+    levels = 4
 
     def _pack(self, digits: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return stacked(digits.reshape(len(digits), 16, 4).transpose(2, 0, 1))
@@ -222,7 +227,7 @@ _SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 _FIVE_DIGITS = _digits_of_bytes()
 
 CODECS: MappingProxyType[str, Codec] = MappingProxyType(
-    {codec.name: codec for codec in (TwoBit(), Base3(), BitNet(), TQ1(), TQ2(), Q2())}
+    {codec.name: codec for codec in (TwoBit(), FourLevels(), Base3(), BitNet(), TQ1(), TQ2(), Q2())}
 )
 """Every codec by its name."""
 

@@ -5,6 +5,7 @@ alone; `blocks` has GGUF's, which store a scale with every block of weights.
 
     name     bits per weight   layout
     two_bit  2                 four codes 1 + t to a byte in row-major order, lowest bits first
+    quad     2                 the same with four levels: the code 3 is +2
     base3    1.6               five digits 1 + t to a byte in row-major order, lowest power first
     bitnet   2                 Hugging Face: byte r holds rows r, r+R, r+2R, r+3R, lowest bits first
 
@@ -30,6 +31,7 @@ __all__ = [
     "BitNet",
     "Codec",
     "Data",
+    "FourLevels",
     "Trits",
     "TwoBit",
     "Unpacked",
@@ -80,6 +82,10 @@ class Codec(Protocol):
     def bits_per_weight(self) -> float:
         """Bits for each weight, with its share of the stored scales."""
 
+    @property
+    def levels(self) -> int:
+        """3: trits alone; 4: the level 2 too."""
+
     def size_bytes(self, shape: Sequence[int]) -> int:
         """How many bytes the weights of this shape take."""
 
@@ -100,6 +106,7 @@ class _Bytes:
     scale_block = None
     in_byte: int
     problem: str
+    levels = 3
 
     def __init_subclass__(cls, *, name: str, in_byte: int, problem: str) -> None:
         cls.name, cls.in_byte, cls.problem = name, in_byte, problem
@@ -117,7 +124,7 @@ class _Bytes:
             UsageError: scales are given, which this layout does not store.
         """
         _no_scales(self, scales)
-        return self._packed(_filled_up(as_trits(trits).reshape(-1), self.in_byte))
+        return self._packed(_filled_up(as_trits(trits, self.levels).reshape(-1), self.in_byte))
 
     def decode(self, data: Data, shape: Sequence[int]) -> Unpacked:
         """Shapes: data [size_bytes] → trits [*shape].
@@ -153,6 +160,15 @@ class TwoBit(_Bytes, name="two_bit", in_byte=4, problem="holds the code 3"):
         return _FOUR_TRITS.take(raw).view(np.int8)
 
 
+class FourLevels(TwoBit, name="quad", in_byte=4, problem=""):
+    """Four of the levels −1, 0, 1 and 2 to a byte, any shape; every byte is legal."""
+
+    levels = 4
+
+    def _wrong(self, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        return np.zeros(len(raw[:1]), dtype=np.uint8)
+
+
 class Base3(_Bytes, name="base3", in_byte=5, problem="is no five digits of base 3 (at most 242)"):
     """Five trits to a byte, any shape; a byte of 243 or more is refused."""
 
@@ -179,6 +195,7 @@ class BitNet:
     col_multiple = 1
     scale_block = None
     bits_per_weight = 2.0
+    levels = 3
 
     def size_bytes(self, shape: Sequence[int]) -> int:
         """How many bytes the weights of this shape take."""
@@ -211,13 +228,17 @@ class BitNet:
         return Unpacked(_unstacked(raw).reshape(tuple(shape)), None)
 
 
-def as_trits(trits: Trits) -> NDArray[np.int8]:
+def as_trits(trits: Trits, levels: int = 3) -> NDArray[np.int8]:
     """Trits as a contiguous array `[*shape]`.
+
+    Args:
+        trits: −1, 0 and 1.
+        levels: 4 where 2 is allowed too.
 
     Raises:
         DtypeError: not int8.
         ShapeError: 0-D or empty.
-        ValueRangeError: something else than −1, 0 and 1; says what and where.
+        ValueRangeError: something else than these; says what and where.
     """
     array = trits.detach().cpu().numpy() if isinstance(trits, Tensor) else trits
     if array.dtype != np.int8:
@@ -225,12 +246,12 @@ def as_trits(trits: Trits) -> NDArray[np.int8]:
     if array.ndim == 0 or array.size == 0:
         raise ShapeError(f"trits have shape {array.shape}: pass rank 1 or more, not empty")
     array = np.ascontiguousarray(array)
-    if array.min() < -1 or array.max() > 1:
-        first = int(np.flatnonzero(np.abs(array.reshape(-1).astype(np.int16)) > 1)[0])
+    if array.min() < -1 or array.max() > levels - 2:
+        flat = array.reshape(-1)
+        first = int(np.flatnonzero((flat < -1) | (flat > levels - 2))[0])
         index = tuple(int(i) for i in np.unravel_index(first, array.shape))
-        raise ValueRangeError(
-            f"trit {array[index]} at index {index} is out of range: trits are −1, 0 or 1"
-        )
+        allowed = "trits are −1, 0 or 1" if levels == 3 else "levels are −1, 0, 1 or 2"
+        raise ValueRangeError(f"trit {array[index]} at index {index} is out of range: {allowed}")
     return array
 
 

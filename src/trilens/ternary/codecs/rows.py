@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trilens.ternary.codecs.packing import Base3, TwoBit
+from trilens.ternary.codecs.packing import Base3, FourLevels, TwoBit
 
 __all__ = [
     "compact_rows",
@@ -28,15 +28,19 @@ _FOUR_TRITS = torch.tensor([[(byte >> bit & 3) - 1 for bit in (0, 2, 4, 6)] for 
 _FIVE_TRITS = torch.tensor([[byte // 3**k % 3 - 1 for k in range(5)] for byte in range(256)])
 
 
-def pack_rows(trits: Tensor) -> Tensor:
+def pack_rows(trits: Tensor, levels: int = 3) -> Tensor:
     """Trits to two-bit codes, each row by itself.
 
     Shapes: trits int8 [..., cols] → uint8 [..., ceil(cols / 4)]
 
+    Args:
+        trits: −1, 0 and 1.
+        levels: 4 where 2 is allowed too.
+
     Raises:
         DtypeError, ShapeError, ValueRangeError: no trits; see `packing.as_trits`.
     """
-    return _to_bytes(trits, TwoBit())
+    return _to_bytes(trits, TwoBit() if levels == 3 else FourLevels())
 
 
 def unpack_rows(codes: Tensor, cols: int, dtype: torch.dtype = torch.int8) -> Tensor:
@@ -66,7 +70,7 @@ def expand_rows(codes: Tensor, cols: int) -> Tensor:
 
 
 def holds_code_3(codes: Tensor) -> bool:
-    """Whether any of the two-bit codes is 3, which is no trit.
+    """Whether any of the two-bit codes is 3: no trit, but the level 2 of four.
 
     Shapes: codes uint8 [...]
     """

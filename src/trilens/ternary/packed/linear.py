@@ -64,6 +64,7 @@ class TernaryLinear(nn.Module):
         has_second: room for the second plane of the rule "planes".
         transposed: the layer stands in for one that holds its weight as [in, out].
         rotated: weight and input are rotated by `rotation.rotate`.
+        levels: 3, or 4 for the rule "quad", whose code 3 is the level 2.
         device: as for `nn.Linear`.
         dtype: of the bias, and of `weight`.
     """
@@ -88,6 +89,7 @@ class TernaryLinear(nn.Module):
         has_second: bool = False,
         transposed: bool = False,
         rotated: bool = False,
+        levels: int = 3,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class TernaryLinear(nn.Module):
         self.group_size = group_size
         self.transposed = transposed
         self.rotated = rotated
+        self.levels = levels
         n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
         grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
         codes = (out_features, math.ceil(in_features / 4))
@@ -162,6 +165,7 @@ class TernaryLinear(nn.Module):
             has_second=quant.second_trits is not None,
             transposed=transposed,
             rotated=rotated,
+            levels=quant.levels,
             dtype=dtype,
         )
         for name, part in packed.parts.items():
@@ -226,7 +230,7 @@ class TernaryLinear(nn.Module):
             CorruptFileError: a code 3, or a scale that is not finite.
         """
         for part, tensor in self.packed.parts.items():
-            if part.endswith("codes") and holds_code_3(tensor):
+            if part.endswith("codes") and self.levels == 3 and holds_code_3(tensor):
                 raise CorruptFileError(f"{part} of {name} hold the code 3: codes are 0, 1 or 2")
             if not part.endswith("codes") and not bool(torch.isfinite(tensor).all()):
                 raise CorruptFileError(f"{part} of {name} holds NaN or Inf: it must be finite")
@@ -252,6 +256,7 @@ class TernaryLinear(nn.Module):
         scales = "row" if self.scale.shape[0] > 1 else "matrix"
         per = scales if self.group_size is None else f"group of {self.group_size}"
         rotated = ", rotated" if self.rotated else ""
+        rotated += ", four levels" if self.levels == 4 else ""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}, scale per {per}{rotated}"
 

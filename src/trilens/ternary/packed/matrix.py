@@ -61,7 +61,7 @@ class Packed:
             return torch.from_numpy(np.array(values, dtype=np.float32).reshape(grid))
 
         return cls(
-            codes=pack_rows(quant.trits),
+            codes=pack_rows(quant.trits, quant.levels),
             scale=torch.from_numpy(quant.scales.reshape(grid).copy()),
             cols=quant.shape[1],
             group_size=quant.group_size,

@@ -186,7 +186,7 @@ def _empty_fit(job: _Job, n_units: int) -> Fit:
 def _store(job: _Job, fit: Fit, numbers: NDArray[np.int64]) -> tuple[Fit, int]:
     """Round and keep the scales; units whose scale rounds to 0 get zeros only."""
     scales = round_scales(fit.scales, job.scale_dtype, job.view.name, numbers)
-    lost = (fit.scales[:, 0] > 0) & (scales[:, 0].astype(np.float32) == 0)
+    lost = (fit.scales[:, 0] != 0) & (scales[:, 0].astype(np.float32) == 0)
     scales[lost] = 0.0
     job.scales[numbers] = scales
     if job.offsets is not None and fit.offsets is not None:
@@ -203,7 +203,7 @@ def _write(job: _Job, fit: Fit, x: FloatArray, out: NDArray[np.int8]) -> None:
     middle = fit.cuts.shape[1] // 2
     for plane in range(len(out)):
         table = fit.tables[:, plane]
-        if len(out) == 1 and np.all(table == np.array([-1, 0, 1])):
+        if table.shape[1] == 3 and np.all(table == np.array([-1, 0, 1])):
             out[plane] = cells
         else:
             out[plane] = np.take_along_axis(table, cells.astype(np.intp) + middle, axis=1)

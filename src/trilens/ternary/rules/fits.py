@@ -14,11 +14,12 @@ __all__ = ["Fit", "keep_ternary", "one_plane"]
 class Fit:
     """How to code units.
 
-    Shapes: planes 1 or 2; n_cuts 2 for one plane, 8 for two
+    Shapes: planes 1 or 2; n_cuts 2 for one plane, 4 for one of four levels, 8 for two
 
     Attributes:
         cuts: [units, n_cuts], ascending.
-        scales: [units, planes], the unrounded factor of each plane's trits, not negative.
+        scales: [units, planes], the unrounded factor of each plane's trits; negative for four
+            levels alone.
         offsets: [units], what is added to every weight of a unit; None for rules without it.
         tables: [units, planes, n_cuts + 1], the trits of each cell.
     """

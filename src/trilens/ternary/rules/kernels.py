@@ -55,6 +55,9 @@ class Kernels(Protocol):
     def best_prefix(self, ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The k that maximises (Σ of the k largest)²/k, and that Σ, per unit."""
 
+    def best_quad(self, ordered: FloatArray) -> NDArray[np.float64]:
+        """The d of the levels {−1, 0, 1, 2}·d with the least squared error, per unit."""
+
     def sorted_cells(
         self,
         ascending: FloatArray,
@@ -77,6 +80,7 @@ class _NumPy:
     cells = staticmethod(numpy_kernels.cells)
     histogram = staticmethod(numpy_kernels.histogram)
     best_prefix = staticmethod(numpy_kernels.best_prefix)
+    best_quad = staticmethod(numpy_kernels.best_quad)
     sorted_cells = staticmethod(numpy_kernels.sorted_cells)
     squared_sums = staticmethod(numpy_kernels.squared_sums)
     two_bit = staticmethod(numpy_kernels.two_bit)
@@ -91,6 +95,7 @@ class _Compiled:
         self._cells = _compile(numba, numba_kernels.cells)
         self._histogram = _compile(numba, numba_kernels.histogram)
         self._best_prefix = _compile(numba, numba_kernels.best_prefix)
+        self._best_quad = _compile(numba, numba_kernels.best_quad)
         self._sorted_cells = _compile(numba, numba_kernels.sorted_cells)
         self._squared_sums = _compile(numba, numba_kernels.squared_sums)
         self._two_bit = _compile(numba, numba_kernels.two_bit)
@@ -126,6 +131,11 @@ class _Compiled:
         best, total = np.empty(len(ascending), dtype=np.int64), np.empty(len(ascending))
         self._best_prefix(_read_only(ascending), best, total)
         return best, total
+
+    def best_quad(self, ordered: FloatArray) -> NDArray[np.float64]:
+        out = np.empty(len(ordered))
+        self._best_quad(_read_only(ordered), out)
+        return out
 
     def sorted_cells(
         self,

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = [
     "abs_sums",
     "best_prefix",
+    "best_quad",
     "cells",
     "codes",
     "histogram",
@@ -106,6 +107,36 @@ def best_prefix(ascending: Any, best: Any, best_sum: Any) -> None:
             top_sum += np.float64(row[length - 1 - k])
             k += 1
         best[unit], best_sum[unit] = k, top_sum
+
+
+def best_quad(ordered: Any, scales: Any) -> None:
+    """See `numpy_kernels.best_quad`."""
+    length = ordered.shape[1]
+    for unit in range(ordered.shape[0]):
+        row = ordered[unit]
+        top, found = -1.0, 0.0
+        for sign in (1.0, -1.0):
+            product, energy = 0.0, 0.0
+            first, second = length - 1, length - 1
+            while first >= 0 or second >= 0:
+                while second >= 0 and not sign * np.float64(row[second]) > 0.0:
+                    second -= 1
+                if first < 0 and second < 0:
+                    break
+                of_first = abs(np.float64(row[first])) if first >= 0 else 0.0
+                of_second = abs(np.float64(row[second])) if second >= 0 else 0.0
+                if first >= 0 and (second < 0 or 3.0 * of_first >= of_second):
+                    product += of_first
+                    energy += 1.0
+                    first -= 1
+                else:
+                    product += of_second
+                    energy += 3.0
+                    second -= 1
+                gain = product * product / energy
+                if gain > top:
+                    top, found = gain, sign * product / energy
+        scales[unit] = found
 
 
 def sorted_cells(

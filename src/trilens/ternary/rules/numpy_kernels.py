@@ -25,6 +25,7 @@ __all__ = [
     "LANES",
     "abs_sums",
     "best_prefix",
+    "best_quad",
     "bins",
     "cells",
     "codes",
@@ -115,6 +116,37 @@ def best_prefix(ascending: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.fl
         ):
             best[unit] += 1
     return best + 1, sums[np.arange(n_units), best]
+
+
+def best_quad(ordered: FloatArray) -> NDArray[np.float64]:
+    """The d, of either sign, whose levels {−1, 0, 1, 2}·d have the least squared error, per unit.
+
+    Levels given to the weights have an error of Σw² − A²/B with A = Σ level·w, B = Σ level² and
+    their best d = A/B. As d falls from infinity, a weight leaves level 0 at 2|w|, and one of d's
+    sign leaves level 1 at 2|w|/3: the nearest levels of every d are met on the way, so that the
+    largest A²/B is the optimum. Where |w|·3 and |w'| are equal, 2|w| comes first.
+
+    Shapes: ordered [units, length], by ascending magnitude → [units]
+    """
+    n_units = len(ordered)
+    units = np.arange(n_units)
+    descending = ordered[:, ::-1].astype(np.float64)
+    magnitudes = np.abs(descending)
+    gains, scales = np.full(n_units, -1.0), np.zeros(n_units)
+    for sign in (1.0, -1.0):
+        doubled = sign * descending > 0
+        places = np.concatenate([3.0 * magnitudes, np.where(doubled, magnitudes, -1.0)], axis=1)
+        order = np.argsort(-places, axis=1, kind="stable")
+        steps = np.concatenate([magnitudes, np.where(doubled, magnitudes, 0.0)], axis=1)
+        squares = np.concatenate([np.ones(doubled.shape), 3.0 * doubled], axis=1)
+        product = np.cumsum(np.take_along_axis(steps, order, axis=1), axis=1)
+        energy = np.cumsum(np.take_along_axis(squares, order, axis=1), axis=1)
+        gain = product * product / energy
+        best = np.argmax(gain, axis=1)
+        better = gain[units, best] > gains
+        gains = np.where(better, gain[units, best], gains)
+        scales = np.where(better, sign * product[units, best] / energy[units, best], scales)
+    return scales
 
 
 def sorted_cells(

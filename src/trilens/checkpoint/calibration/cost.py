@@ -1,0 +1,159 @@
+"""What a calibration costs, told before it starts: tokens × weights, and an estimate of the time.
+
+Counted are the operations of every pass over the text, of the moments and of coding; the rate is
+that of a float32 product measured at once. It is an estimate: small models reach less of that rate,
+and other work on the machine is not foreseen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from trilens.checkpoint.calibration.effort import find_effort
+from trilens.checkpoint.calibration.options import Calibration, block_length
+from trilens.checkpoint.calibration.own_text import check_writes
+from trilens.checkpoint.job import Job
+from trilens.models.positions import configured_positions
+from trilens.results import Tabular
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
+
+__all__ = ["CalibrationCost", "cost_of"]
+
+_CODING = 24  # operations for each row · cols² of `gptq`: twelve products of float32
+_DESCENT = 96  # likewise, of the alternating minimisation of scales and trits
+_REACHED = 0.3  # of the measured rate, in a model's passes
+_PROBE = 768  # rows of the product that is timed
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationCost(Tabular):
+    """What a calibration is going to take.
+
+    Attributes:
+        effort: Its word.
+        tokens: To calibrate on, at most.
+        written_tokens: Tokens that the model writes itself, some of them to measure on.
+        evaluation_tokens: To measure on, at most.
+        weights: Of the model.
+        operations: For each part of the work, multiplications and additions.
+        seconds: All of them at the rate of this machine now.
+    """
+
+    effort: str
+    tokens: int
+    written_tokens: int
+    evaluation_tokens: int
+    weights: int
+    operations: dict[str, float]
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """The cost in words."""
+        own = (
+            f", {self.written_tokens:,} of them written by the model itself"
+            if self.written_tokens
+            else ""
+        )
+        return (
+            f"calibration, effort {self.effort}: {self.tokens + self.evaluation_tokens:,} tokens"
+            f"{own} × {self.weights:,} weights, {sum(self.operations.values()):.1e} operations: "
+            f"about {_duration(self.seconds)} on this machine"
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each part of the work."""
+        return [{"part": part, "operations": n} for part, n in self.operations.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "effort": self.effort,
+            "tokens": self.tokens,
+            "written_tokens": self.written_tokens,
+            "evaluation_tokens": self.evaluation_tokens,
+            "weights": self.weights,
+            "operations": self.operations,
+            "seconds": self.seconds,
+        }
+
+
+def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) -> CalibrationCost:
+    """What a calibration of a checkpoint is going to take.
+
+    Args:
+        job: the checkpoint, and the plan.
+        calibration: the text and the effort.
+        rate: operations in a second; None: a product is timed.
+
+    Raises:
+        GenerationError: the model is to write its own text, and writes none.
+    """
+    if calibration.own_text is not None:
+        check_writes(job.model)
+    weights = sum(math.prod(header.shape) for header in job.headers.values())
+    fit = find_effort(calibration.effort).fit
+    length = block_length(calibration, configured_positions(job.source.config))
+    rows, apart = calibration.own_rows(length)
+    tokens = calibration.budget
+    named = len(calibration.samples) + bool(calibration.documents and not calibration.samples)
+    measured = apart * length + named * calibration.evaluation_tokens
+    once = 2.0 * weights * tokens
+    parts = {
+        "writing the text": 2.0 * weights * (rows + apart) * length,
+        "dense and ternary passes": 4.0 * weights * (tokens + measured),
+    }
+    coding = moments = 0.0
+    rules: set[CalibratedRule] = set()
+    for choice, header in job.pairs:
+        if choice.storage == "kept" or len(header.shape) < 2:
+            continue
+        rule = CALIBRATED_RULES.get(job.plan.of(choice.name).rule)
+        if rule is None:
+            continue
+        rules.add(rule)
+        cols = header.shape[-1]
+        moments += 4.0 * (tokens + measured) * cols**2
+        coding += math.prod(header.shape) * cols * (_CODING + _DESCENT * rule.refined)
+    parts |= {"moments": moments + once * (4 if any(r.corrected for r in rules) else 2)}
+    parts |= {"coding": coding}
+    if any(rule.fits_block for rule in rules):
+        parts["fit of each block"] = 3 * fit.passes * once
+    if any(rule.fits_whole for rule in rules):
+        parts["fit of all blocks"] = 4 * (fit.whole_passes + fit.trit_passes) * once
+    parts = {name: operations for name, operations in parts.items() if operations}
+    seconds = sum(parts.values()) / (rate or _REACHED * _measured_rate())
+    return CalibrationCost(
+        calibration.effort,
+        tokens,
+        (rows + apart) * length,
+        measured,
+        weights,
+        parts,
+        seconds,
+    )
+
+
+def _measured_rate() -> float:
+    """Operations in a second of a float32 product."""
+    one = torch.ones(_PROBE, _PROBE)
+    one @ one
+    best = math.inf
+    for _ in range(3):
+        began = perf_counter()
+        one @ one
+        best = min(best, perf_counter() - began)
+    return 2 * _PROBE**3 / max(best, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,83 @@
+"""A Chromium of the system, without a network: pages are opened from disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def absent() -> str:
+    """Why there is no browser; "" where there is one."""
+    if importlib.util.find_spec("playwright") is None:
+        return "Playwright is not installed: `make test-browser` installs it"
+    if not any(map(shutil.which, BROWSERS)):
+        return "no Chromium on this machine: apt-get install chromium"
+    return ""
+
+
+def pytest_collection_modifyitems(items) -> None:
+    why = absent()
+    if why and not os.environ.get("TRILENS_BROWSER"):
+        here = Path(__file__).parent
+        for item in items:
+            if here in Path(item.fspath).parents:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+@dataclass
+class Opened:
+    """A page, and all that it asked for or complained of."""
+
+    page: object
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def quiet(self) -> None:
+        """Nothing but the file was asked for, nothing was complained of."""
+        asked = [each for each in self.requests if not each.startswith(("file:", "blob:", "data:"))]
+        assert not asked and not self.complaints, (asked, self.complaints)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    assert not absent(), absent()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        path = next(filter(None, map(shutil.which, BROWSERS)))
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """Opens a file, offline, and waits until the page says that it is whole."""
+    contexts = []
+
+    def open_file(file: Path, **options) -> Opened:
+        options.setdefault("viewport", {"width": 1280, "height": 900})
+        context = chromium.new_context(offline=True, **options)
+        contexts.append(context)
+        found = Opened(context.new_page())
+        found.page.on("request", lambda each: found.requests.append(each.url))
+        found.page.on(
+            "console",
+            lambda each: found.complaints.append(each.text) if each.type != "log" else None,
+        )
+        found.page.on("pageerror", lambda each: found.complaints.append(str(each)))
+        found.page.goto(file.as_uri())
+        found.page.wait_for_selector("html[data-ready]", timeout=60_000)
+        assert found.page.evaluate("document.documentElement.dataset.ready") == "true"
+        return found
+
+    yield open_file
+    for context in contexts:
+        context.close()

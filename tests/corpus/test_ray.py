@@ -1,0 +1,92 @@
+"""Two nodes of a Ray cluster on one machine: the same bytes, also when one is lost."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import trilens
+from corpus_cases import contents, id_documents, tiny_checkpoint
+from trilens.corpus.dispatch import WorkerSpec
+from trilens.errors import UsageError
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from trilens.corpus.ray import RayWorkers
+
+OPTIONS = trilens.StoreOptions(context=16, shard_tokens=64, layers=(0, 1), reduce=("mean",))
+DOCUMENTS = id_documents(30)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    found = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    ray.init(address=found.address, log_to_driver=False, configure_logging=False)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def raylets_with_actors() -> set[int]:
+    """Process ids of the nodes whose children are our actors."""
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline", "ppid"]):
+        if any("ray::ShardWorker" in word for word in process.info["cmdline"] or ()):
+            found.add(process.info["ppid"])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_both_nodes_work_and_one_is_lost(cluster: Any, checkpoint: str, tmp_path: Path) -> None:
+    trilens.capture_corpus(checkpoint, DOCUMENTS, tmp_path / "wanted", options=OPTIONS)
+    wanted = contents(tmp_path / "wanted")
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    nodes: set[int] = set()
+    steps: list[int] = []
+
+    def lose_a_node(step: trilens.Step) -> None:
+        steps.append(step.done)
+        nodes.update(raylets_with_actors())
+        if len(nodes) == 2 and second in cluster.worker_nodes:
+            cluster.remove_node(second, allow_graceful=False)
+
+    trilens.capture_corpus(
+        checkpoint, DOCUMENTS, tmp_path / "s", options=OPTIONS, ray="auto", progress=lose_a_node
+    )
+    assert len(nodes) == 2
+    assert second not in cluster.worker_nodes
+    assert contents(tmp_path / "s") == wanted
+    assert ray.is_initialized()  # the session of the caller stays
+
+    # What was damaged meanwhile is found, and captured again on the node that is left.
+    shard = tmp_path / "s" / "shard-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\\0")
+    with pytest.raises(trilens.LoadError, match="shard-00002"):
+        trilens.validate_store(tmp_path / "s")
+    trilens.capture_corpus(checkpoint, DOCUMENTS, tmp_path / "s", options=OPTIONS, ray="auto")
+    assert contents(tmp_path / "s") == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cluster_without_room_is_refused(cluster: Any, checkpoint: str, tmp_path: Path) -> None:
+    spec = WorkerSpec(str(tmp_path), checkpoint, {}, threads=64)
+    with pytest.raises(UsageError, match="no room for a worker of 64 CPUs"):
+        RayWorkers(spec, address="auto", count=None)

@@ -1,0 +1,153 @@
+"""Reports of real results: the parts of each, and what it says of what was not captured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import trilens
+from page_cases import data_of
+from trilens.analysis.patch_result import PatchSweep
+from trilens.errors import IncomparableError, UsageError
+from trilens.planning.sensitivity import Sensitivity, SensitivityRow
+from trilens.report.html.report import make_report
+
+PROMPT = "def area(r):\n    return r"
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return trilens.Lens.from_pretrained(trilens.demo_path("transformer"))
+
+
+@pytest.fixture(scope="module")
+def rwkv7():
+    return trilens.Lens.from_pretrained(trilens.demo_path("rwkv7"))
+
+
+@pytest.fixture(scope="module")
+def cap(transformer):
+    return transformer.capture(PROMPT, residual="all", attention=True, gates=True)
+
+
+def kinds(report) -> dict[str, list[str]]:
+    blocks = iter(data_of(report.html)["blocks"])
+    return {
+        section.title: [next(blocks)["is"] for _ in section.blocks]
+        for section in report.page.sections
+    }
+
+
+def test_a_capture(cap, transformer) -> None:
+    report = make_report(cap, lens=transformer, facts={"revision": "main"}, command="trilens x")
+    assert kinds(report) == {
+        "Next token": ["chart"],
+        "Attention": ["heads"],
+        "Layer by layer": ["profiles"],
+        "Logit lens": ["lens"],
+        "Gates": ["chart", "table"],
+    }
+    html = report.html
+    for words in ("LlamaForCausalLM", "4 layers, d_model 256", "bfloat16", "revision", "trilens x"):
+        assert words in html
+    data = data_of(html)
+    heads = data["blocks"][1]
+    assert heads["layers"] == [0, 1, 2, 3] and not heads["signed"]
+    profiles = data["blocks"][2]
+    assert [len(grid) for grid in profiles["values"]] == [4] * len(profiles["columns"])
+    assert "sink_mass" not in [column["name"] for column in profiles["columns"]]  # 0 everywhere
+    lens = data["blocks"][3]
+    assert len(lens["top"][0]) == len(data["tokens"]) == len(cap.tokens)
+    top, share = cap.top_tokens(1)[0]
+    assert lens["probabilities"][-1][-1][0] == pytest.approx(share, abs=2e-3)
+    assert top in cap.logits[-1].topk(1).indices
+
+
+def test_a_recurrence(rwkv7) -> None:
+    cap = rwkv7.capture(PROMPT, residual="all", effective=True, gates=True, states=True)
+    found = kinds(make_report(cap))
+    assert found["Effective attention"] == ["heads"]
+    assert found["Recurrent states"] == ["chart"] and "chart" in found["Gates"]
+    report = make_report(cap)
+    heads = next(block for block in data_of(report.html)["blocks"] if block["is"] == "heads")
+    assert heads["signed"] and heads["kind"] == "effective"
+    assert "no logit lens: it needs the model, too" in report.page.notes
+
+
+def test_the_last_token_alone(transformer) -> None:
+    report = make_report(transformer.capture(PROMPT, logits=None), lens=transformer)
+    assert not [note for note in report.page.notes if "recurrent" in note]  # it has none
+    assert kinds(report) == {"Layer by layer": ["profiles"], "Logit lens": ["lens"]}
+    assert "no attention: capture with attention=True" in report.page.notes
+
+
+def test_what_cannot_be_shown(transformer, rwkv7, cap) -> None:
+    with pytest.raises(UsageError, match="capture with residual='all'"):
+        make_report(transformer.capture(PROMPT, residual=None, logits=None))
+    with pytest.raises(IncomparableError):
+        make_report(cap, lens=rwkv7)
+    with pytest.raises(UsageError, match="leave it out"):
+        make_report(trilens.logit_lens(cap, transformer), lens=transformer)
+
+
+def test_other_results(cap, transformer, tmp_path) -> None:
+    lens = make_report(trilens.logit_lens(cap, transformer))
+    assert kinds(lens) == {"Logit lens": ["lens"]}
+    model = trilens.demo_path("transformer")
+    written = trilens.ternarize(model, tmp_path / "ternary", dry_run=True)
+    assert kinds(make_report(written))["Matrices"][-1] == "table"
+    compared = trilens.compare(transformer, transformer, [PROMPT, "import os\n"])
+    report = make_report(compared)
+    assert report.page.lead.startswith("No difference")
+    assert kinds(report)["Heads"].count("chart") >= 4
+    families = trilens.load_families()
+    assert kinds(make_report(families)) == {"Table": ["table"]}
+
+
+def test_sweeps_without_a_value_somewhere() -> None:
+    found = PatchSweep(
+        site="resid_pre",
+        by="position",
+        direction="denoise",
+        method="exact",
+        tokens=("a", "<b>"),
+        layers=(0, 3),
+        places=(0, 1),
+        values=np.array([[0.5, np.nan], [1.0, 0.0]]),
+        base=0.0,
+        target=1.0,
+        complete=False,
+    )
+    report = make_report(found)
+    block = data_of(report.html)["blocks"][0]
+    assert block["diverging"] and block["kind"] == "heatmap"
+    assert block["table"]["rows"][1] == [0, 1, "<b>", None, None]
+    assert "were not run" in report.page.lead
+
+
+def test_sensitivity() -> None:
+    rows = tuple(
+        SensitivityRow(
+            "matrix", f"model.layers.{i}.mlp.up.weight", 1, 9, 2.0, 0.1, 0.2, 0.3 + i, 0.4
+        )
+        for i in range(3)
+    )
+    report = make_report(Sensitivity("absmean", 100, 2.5, rows, "0" * 64, 32))
+    first, second, _ = data_of(report.html)["blocks"]
+    assert (first["kind"], second["kind"]) == ("heatmap", "scatter")
+    assert first["table"]["rows"][0][:3] == [2, "mlp.up", 2.3]
+
+
+@pytest.mark.filterwarnings("ignore::trilens.errors.BeyondPositionsWarning")
+def test_a_long_prompt(transformer) -> None:
+    ids = torch.arange(700) % 1000
+    cap = transformer.capture(ids, residual="all", attention=True, logits=None)
+    report = make_report(cap, lens=transformer)
+    blocks = data_of(report.html)["blocks"]
+    heads = next(block for block in blocks if block["is"] == "heads")
+    assert heads["side"] == 350 and heads["pool"] == 2
+    assert any("2 × 2 tokens" in words for s in report.page.sections for words in s.words)
+    lens = next(block for block in blocks if block["is"] == "lens")
+    assert lens["positions"] == [*range(188, 700)]
+    assert "the logit lens is of the last 512 tokens" in report.page.notes
