@@ -110,17 +110,20 @@ def _mappings() -> list[str]:
     table = load_mappings()
     counts = table.count()
     return [
-        "## Encoder–decoders, sound, masked LMs",
+        "## Encoder–decoders, sound, masked LMs, images and text",
         "",
         "Every type of `MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING` (seq2seq),"
         " `MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING` (speech) and",
-        "`MODEL_FOR_MASKED_LM_MAPPING` (masked), each of its stacks ([stacks.md](stacks.md))."
+        "`MODEL_FOR_MASKED_LM_MAPPING` (masked) and `MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING` (image),"
+        " each of its stacks ([stacks.md](stacks.md))."
         " Full means: every residual",
         "bit-identical to a plain hook in a run of the whole model, self- and cross attention of"
         " every layer within 1e-5 of",
         "`output_attentions`, logits unchanged to the bit by edits of factor 1 at every site."
-        " Models that read sound beside",
-        "text (their one stack is called language) are swept on text.",
+        " Models that read sound or images beside",
+        "text are swept on text (language), their towers alone on made-up images and sound"
+        " (vision, audio); with real",
+        "inputs: [inputs.md](inputs.md).",
         "",
         f"**{len(table.full_types)} types in full**; of the {len(table.rows)} entries"
         f" {counts.get('full', 0)} full, {counts.get('partial', 0)} in part,"

@@ -28,6 +28,9 @@ FULL = (
     ("masked", "modernbert"),
     ("masked", "roberta"),
     ("masked", "layoutlm"),
+    ("image", "llava"),
+    ("image", "glm4v"),
+    ("image", "mistral3"),
     ("masked", "deberta-v2"),
     ("masked", "ibert"),
 )
@@ -35,6 +38,7 @@ PARTIAL = (
     ("seq2seq", "t5gemma2", "in one softmax"),
     ("speech", "seamless_m4t", "number of positions changes"),
     ("speech", "dia", "does not run on a plain prompt"),
+    ("image", "mllama", "no made-up input"),
 )
 REFUSED = (("masked", "big_bird"), ("masked", "reformer"))
 
@@ -77,6 +81,8 @@ def test_the_shipped_table_covers_every_type_of_the_mappings() -> None:
     table = load_mappings()
     names = [(mapping, name) for mapping, types in MAPPINGS.items() for name in types]
     assert [(row.mapping, row.model_type) for row in table.rows] == names
-    assert len(table.full_types) >= 75
+    assert len(table.full_types) >= 120
+    image = [row.stacks[0] for row in table.rows if row.mapping == "image"]
+    assert sum(stack.outcome == "full" for stack in image) >= 75
     assert all(row.reason for row in table.rows if row.outcome != "full")
     assert MappingTable.from_dict(table.to_dict()) == table

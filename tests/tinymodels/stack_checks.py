@@ -74,7 +74,7 @@ def _stack(
     plain, seen = hooked_run(whole, paths, kwargs)
     need(len(seen) == lens.n_layers, f"{name}: {len(seen)} hooked blocks, {lens.n_layers} layers")
     for layer, stream in enumerate(seen):
-        rows = stream[0] if lens.anatomy.form.batch_first else stream[:, 0]
+        rows = lens.anatomy.form.read(stream)[0]
         own = capture.residual.get_layer(layer)
         need(equal(own, rows), f"{name}: residual of layer {layer} differs from a plain hook")
     if capture.logits is not None:

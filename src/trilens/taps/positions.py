@@ -25,7 +25,10 @@ class _ReachedError(Exception):
 
 
 def vectors_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any]) -> Tensor:
-    """The vectors [positions, d_model] that go into the first block; nothing after that runs.
+    """The vectors that go into the first block, all streams in one: nothing after that runs.
+
+    Returns:
+        [positions, streams · d_model].
 
     Raises:
         CaptureError: the first block did not run.
@@ -46,10 +49,14 @@ def vectors_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any
             f"{anatomy.blocks[0].path}, the first block, did not run on these inputs: the model "
             "was changed since the lens was made"
         )
-    rows = seen[0] if anatomy.form.batch_first else seen[0].transpose(0, 1)
+    form, given_first = anatomy.form, seen[0]
+    if form.kind in ("inner", "leading") and given_first.dim() == 3:
+        rows = given_first  # the block itself makes the streams
+    else:
+        rows = form.read(given_first)
     if len(rows) != 1:
         raise ShapeError(f"inputs hold {len(rows)} prompts or images: this stack is given one")
-    return rows[0]
+    return rows[0].flatten(1)
 
 
 def positions_of(model: PreTrainedModel, anatomy: Anatomy, given: Mapping[str, Any]) -> int:
