@@ -52,7 +52,7 @@ def page() -> str:
         f"- **{counts['full']} in full**: the residual stream of every block, every softmax "
         "attention layer, and of every recurrence its",
         f"  effective attention, gates and state ({table.n_recurrent_only} have recurrences alone)",
-        f"- **{counts['residual']} without attention**: one line below says why",
+        *_without_attention(counts.get("residual", 0)),
         f"- **{counts['refused']} refused** by an error that names the reason",
         f"- **{table.n_gated} with proven gates**",
         f"- **{table.n_effective} with proven effective attention** in their recurrent layers; no"
@@ -77,11 +77,16 @@ def page() -> str:
         "",
     ]
     for key, title in (("residual", "Without attention"), ("refused", "Refused")):
-        lines += [f"## {title}", "", "| type | layers | why |", "|---|---|---|"]
-        lines += [*map(_line, groups[key]), ""]
+        if groups[key]:
+            lines += [f"## {title}", "", "| type | layers | why |", "|---|---|---|"]
+            lines += [*map(_line, groups[key]), ""]
     lines += _sites_not_proven(captured)
     lines += _mappings()
     return "\n".join(lines)
+
+
+def _without_attention(n_types: int) -> list[str]:
+    return [f"- **{n_types} without attention**: one line below says why"] if n_types else []
 
 
 def _sites_not_proven(rows: Sequence[FamilyRow]) -> list[str]:
