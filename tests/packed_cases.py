@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
@@ -48,11 +50,13 @@ def check(y: torch.Tensor, x: torch.Tensor, packed: Packed, bias: torch.Tensor |
     """One rounding to the dtype, and those of a float32 sum.
 
     With two planes or an offset, weights may be used before they are rounded: half a unit of the
-    dtype for each.
+    dtype for each. An offset may be added up apart from the rest, which it can cancel.
     """
     weights = packed.dense(x.dtype).double()
     expected = x.double() @ weights.T
-    size = x.double().abs() @ weights.abs().T
+    trits = weights if packed.offset is None else replace(packed, offset=None).dense(x.dtype)
+    terms = trits.double().abs() + (weights - trits.double()).abs()
+    size = x.double().abs() @ terms.T
     if bias is not None:
         expected = expected + bias.double()
         size = size + bias.double().abs()

@@ -200,6 +200,7 @@ def test_a_signal_at_any_time_leaves_the_model_as_it_was() -> None:
     # What other tests left would be finalized in between, and Python only prints what falls there.
     gc.collect()
     gc.freeze()
+    watching, gc.callbacks[:] = gc.callbacks[:], []
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         for _ in range(scaled(full=1000, subset=40)):
@@ -216,6 +217,7 @@ def test_a_signal_at_any_time_leaves_the_model_as_it_was() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        gc.callbacks[:] = watching
         gc.unfreeze()
     assert hits > scaled(full=250, subset=10)
 
