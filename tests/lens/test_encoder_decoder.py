@@ -212,10 +212,10 @@ def test_cross_attention_in_a_models_own_code_is_what_it_returns(lengths: tuple[
     for layer in range(4):
         ours = capture.cross_attention.get_layer(layer)
         assert ours is not None
-        assert float((ours - plain.cross_attentions[layer]).abs().max()) <= 1e-6
+        assert float((ours - plain.cross_attentions[layer]).abs().max()) <= 1e-5
         own = capture.attention.get_layer(layer)
         assert own is not None
-        assert float((own - plain.decoder_attentions[layer]).abs().max()) <= 1e-6
+        assert float((own - plain.decoder_attentions[layer]).abs().max()) <= 1e-5
 
 
 CASES: tuple[tuple[str, dict[str, Any], type[Exception], str], ...] = (
