@@ -27,6 +27,9 @@ _VALUES = (
     "meta", "last", "all", "none", "float32", "group", "row", "exact", "gptq", "best", "demo",
     "gguf-tq2_0", "dense", "two_bit", "compact", "predicted",
 )  # fmt: skip
+# One of two that a command wants, and what makes a budget of a plan.
+_NEEDED = {("capture", "--data"), ("evaluate", "--evaluate"), ("plan", "--budget-bits")}
+_SAVED = ("ternary", "gguf", "capture", "comparison", "store", "store")
 _PLACES = (
     ".", "..", "/", "/dev/null", "/dev/zero", "/dev/full", "/dev/stdin", "/proc/self/mem",
     "nothing", "nothing/x", "org/name", "a/b/c", "file:///etc/passwd", "http://127.0.0.1/x",
@@ -39,7 +42,8 @@ def command_line(rng: random.Random, whole: dict[str, Path], place: Path) -> lis
 
     Args:
         rng: of the seed.
-        whole: sound files by what they are: model, ternary, gguf, capture, comparison, text, pth.
+        whole: sound files by what they are: model, ternary, gguf, capture, comparison, store,
+            text, pth.
         place: an empty folder, for damaged files and for output.
     """
     name = rng.choice(list(COMMANDS))
@@ -55,9 +59,10 @@ def command_line(rng: random.Random, whole: dict[str, Path], place: Path) -> lis
                 line.append(_value(rng, parameter, whole, place, nearly))
             continue
         long = options[-1]
-        small = _SMALL.get(long)
-        given = parameter.required or small is not None
-        if rng.random() < (0.97 if given else 0.1):
+        # Of a ternary copy they are options of a calibration, which few lines ask for.
+        small = None if nearly and name == "ternarize" else _SMALL.get(long)
+        given = parameter.required or small is not None or (name, long) in _NEEDED
+        if rng.random() < (0.97 if given else 0.03 if nearly else 0.1):
             line.append(rng.choice([*options, *parameter.secondary_opts]))
             if not getattr(parameter, "is_flag", False):
                 sound = small is not None and rng.random() < 0.85
@@ -99,10 +104,11 @@ def _sound(parameter: Any, whole: dict[str, Path], place: Path) -> tuple[str, ..
     which = ("last", "all", "none")
     fixed = {
         "model": (model, model, str(whole["capture"]), str(whole["ternary"])),
-        "before": (model,), "after": (model, str(whole["ternary"])),
+        "before": (model,), "made_from": (model,), "limit": ("1",),
+        "after": (model, str(whole["ternary"])),
         "data": (text,), "calibrate": (text,), "evaluate": (text,), "prompt": ("the cat sat",),
         "output": (str(place / "out"), str(place / "out.gguf")), "source": (str(whole["pth"]),),
-        "path": tuple(str(whole[each]) for each in ("ternary", "gguf", "capture", "comparison")),
+        "path": tuple(str(whole[each]) for each in _SAVED),
         "layers": ("0", "0-1", "1"), "top_k": ("1", "3"), "seed": ("0", "7"), "field": ("text",),
         "group_size": ("4", "8"), "budget_bits": ("4", "8"), "device_map": ("cpu",),
         "max_perplexity_ratio": ("1.5",), "fail_if": ("kl_nats_mean>0",), "type": ("llama",),
