@@ -52,6 +52,7 @@ FLOORS = {
     "checkpoint.format": 14,
     "checkpoint.bitnet": 14,
     "checkpoint.float8": 14,
+    "checkpoint.scaled": 14,
     "checkpoint.source": 15,
     "checkpoint.rotation": 15,
     "checkpoint.output_folder": 15,

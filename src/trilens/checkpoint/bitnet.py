@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilens.checkpoint.scaled import decoded_headers
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.safetensors_header import TensorHeader
 
@@ -93,12 +94,7 @@ class BitNet:
 
     def plain_headers(self, headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
         """The headers as the model has its weights, without scales beside them."""
-        scales = {matrix.scale.name for matrix in self.matrices.values()}
-        return {
-            name: self.matrices[name].header if name in self.matrices else header
-            for name, header in headers.items()
-            if name not in scales
-        }
+        return decoded_headers(headers, self.matrices)
 
 
 def read_bitnet(

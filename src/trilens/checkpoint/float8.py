@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilens.checkpoint.scaled import decoded_headers
 from trilens.errors import CorruptFileError, UsageError
 from trilens.io.safetensors_header import TensorHeader
 
@@ -88,13 +89,9 @@ class Float8:
 
     def plain_headers(self, headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
         """The headers as the model has its weights, without scales beside them."""
-        beside = {matrix.scale.name for matrix in self.matrices.values()}
-        inputs = {name for name in headers if name.endswith((".input_scale", ".activation_scale"))}
-        return {
-            name: self.matrices[name].header if name in self.matrices else header
-            for name, header in headers.items()
-            if name not in beside | inputs
-        }
+        weights = decoded_headers(headers, self.matrices)
+        inputs = (".input_scale", ".activation_scale")
+        return {name: header for name, header in weights.items() if not name.endswith(inputs)}
 
 
 def is_float8(section: Any) -> bool:

@@ -91,20 +91,14 @@ _TEXT = "file (.txt, .jsonl, .json, .csv, .parquet), folder, stdlib or demo"
 _DATA = typer.Option("--data", metavar="TEXT", help=f"Text to measure on: {_TEXT}.")
 Data = Annotated[str, _DATA]
 Corpus = Annotated[str | None, _DATA]
-_CALIBRATE = f"Text that calibrated rules are fitted on: {_TEXT}, or self: the model writes it."
+_CALIBRATE = typer.Option(
+    "--calibrate",
+    metavar="TEXT",
+    help=f"Text that calibrated rules are fitted on: {_TEXT}, or self: the model writes it.",
+)
 _EVALUATE = f"Held-out text to measure the damage on: {_TEXT}."
-Calibrate = Annotated[
-    str | None,
-    typer.Option("--calibrate", metavar="TEXT", help=_CALIBRATE),
-]
-Calibrations = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibrate",
-        metavar="TEXT",
-        help=_CALIBRATE,
-    ),
-]
+Calibrate = Annotated[str | None, _CALIBRATE]
+Calibrations = Annotated[list[str] | None, _CALIBRATE]
 Evaluate = Annotated[
     str | None,
     typer.Option("--evaluate", metavar="TEXT", help=_EVALUATE),

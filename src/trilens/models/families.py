@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from trilens.caches.storage import spell_layers
-from trilens.errors import CorruptFileError
+from trilens.models.sweep_format import read_sweep
 from trilens.results import Tabular
 
 __all__ = [
@@ -155,13 +155,7 @@ class FamilyTable(Tabular):
         Raises:
             CorruptFileError: another format or version, or not whole.
         """
-        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
-            raise CorruptFileError(f"not {_FORMAT} version {_VERSION}")
-        try:
-            rows = tuple(_row(row) for row in data["rows"])
-            return cls(transformers=data["transformers"], torch=data["torch"], rows=rows)
-        except (KeyError, TypeError) as error:
-            raise CorruptFileError(f"{_FORMAT} is not whole: {error}") from error
+        return cls(**read_sweep(data, _FORMAT, _VERSION, _row))
 
 
 def _row(plain: dict[str, Any]) -> FamilyRow:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from trilens.errors import CorruptFileError
+from trilens.models.sweep_format import read_sweep
 from trilens.results import Tabular
 
 __all__ = ["MappingRow", "MappingTable", "StackRow", "load_mappings", "row_from"]
@@ -114,13 +114,7 @@ class MappingTable(Tabular):
         Raises:
             CorruptFileError: another format or version, or not whole.
         """
-        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
-            raise CorruptFileError(f"not {_FORMAT} version {_VERSION}")
-        try:
-            rows = tuple(row_from(row) for row in data["rows"])
-            return cls(transformers=data["transformers"], torch=data["torch"], rows=rows)
-        except (KeyError, TypeError) as error:
-            raise CorruptFileError(f"{_FORMAT} is not whole: {error}") from error
+        return cls(**read_sweep(data, _FORMAT, _VERSION, row_from))
 
 
 def row_from(plain: dict[str, Any]) -> MappingRow:

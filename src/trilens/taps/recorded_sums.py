@@ -36,6 +36,8 @@ class RecordedSums:
         self._sums: list[tuple[SumCall, list[Seen]]] = []
         self._scaled: list[tuple[ScaledCall, list[Seen]]] = []
         self._linears: list[LinearCall] = []
+        # Of each running module's call, by its path and the tick at which it began.
+        self._orders: dict[tuple[str, int], int] = {}
         # The left operand of a call that is running, where it will be written into.
         self._written: Seen | None = None
 
@@ -70,7 +72,8 @@ class RecordedSums:
             self._note_sum(a, b, result, path, tick)
 
     def _note_linear(self, path: str, tick: int, begun: int, result: Tensor) -> None:
-        order = sum(1 for call in self._linears if call.path == path and call.tick > begun)
+        order = self._orders.get((path, begun), 0)
+        self._orders[path, begun] = order + 1
         self._linears.append(LinearCall(path, tick, order, result))
 
     def _is_weight(self, *values: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -110,28 +111,27 @@ def inspect_page(
     effective = any(layer in asked for layer in lens.effective_layers)
     states = any(layer in asked for layer in lens.state_layers)
 
-    def run_once(gates: bool) -> Capture:
-        return lens.capture(
-            prompt,
-            residual="all",
-            attention=attention,
-            gates=gates,
-            effective=effective,
-            states=states,
-            layers=layers,
-            edits=edits,
-        )
-
-    with status("capturing"):
-        try:
-            capture = run_once(gates)
-        except UnclaimedGateError as error:
-            notes.append(f"no gates: {error}")
-            capture = run_once(False)
+    capture = _capture(
+        "capturing", lens, prompt, notes,
+        residual="all", attention=attention, gates=gates, effective=effective, states=states,
+        layers=layers, edits=edits,
+    )  # fmt: skip
     with status(f"summarising {len(capture.token_ids)} tokens"):
         page = capture_page(capture, lens=lens)
     # What this model has not is no reason to capture again.
     return replace(page, notes=(*notes, *map(_edited, edits)))
+
+
+def _capture(
+    words: str, lens: Lens, prompt: PromptLike, notes: list[str], *, gates: bool, **asked: Any
+) -> Capture:
+    """Capture; without gates, and with a note, where one of them is unknown."""
+    with status(words):
+        try:
+            return lens.capture(prompt, gates=gates, **asked)
+        except UnclaimedGateError as error:
+            notes.append(f"no gates: {error}")
+            return lens.capture(prompt, gates=False, **asked)
 
 
 def _edited(edit: Edit) -> str:
@@ -181,24 +181,11 @@ def inspect_prompt(
         notes.append("recurrent layers: --effective shows what they attend to")
 
     notes += map(_edited, edits)
-
-    def run_once(gates: bool) -> Capture:
-        with status(f"capturing {name}"):
-            return lens.capture(
-                prompt,
-                attention=attention,
-                gates=gates,
-                effective=effective,
-                layers=chosen,
-                states=states,
-                edits=edits,
-            )
-
-    try:
-        capture = run_once(gates)
-    except UnclaimedGateError as error:
-        notes.append(f"no gates: {error}")
-        capture = run_once(False)
+    capture = _capture(
+        f"capturing {name}", lens, prompt, notes,
+        attention=attention, gates=gates, effective=effective, layers=chosen, states=states,
+        edits=edits,
+    )  # fmt: skip
     # Statistics of all positions take the time of another pass, where a prompt is long.
     with status(f"summarising {len(capture.token_ids)} tokens"):
         return inspect_capture(

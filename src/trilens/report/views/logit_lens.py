@@ -10,21 +10,24 @@ from trilens.report.words import token_text, visible
 
 __all__ = ["lens_notes", "lens_position", "lens_rows"]
 
+_TWO = "{:.2f}".format
+_KL = Column(
+    "KL",
+    words="KL from the last layer",
+    key="kl_nats",
+    unit="nats",
+    better="smaller",
+    spell=_TWO,
+)
+
 
 def lens_position(found: LogitLens, j: int, spell: Callable[[str], str] = visible) -> Table:
     """One row per layer after the j-th position: the most probable next tokens."""
     columns = [
         Column("layer"),
         Column("would say next", left=True, fold=20, key="next"),
-        Column("entropy", unit="nats", key="entropy_nats", spell=_two),
-        Column(
-            "KL",
-            words="KL from the last layer",
-            key="kl_nats",
-            unit="nats",
-            better="smaller",
-            spell=_two,
-        ),
+        Column("entropy", unit="nats", key="entropy_nats", spell=_TWO),
+        _KL,
     ]
     if found.target is not None:
         columns += [
@@ -61,15 +64,8 @@ def lens_rows(found: LogitLens) -> Table:
         Column("token", left=True),
         Column("top token", left=True, key="top_token"),
         Column("probability", key="top_probability", spell="{:.3f}".format),
-        Column("entropy", key="entropy_nats", unit="nats", spell=_two),
-        Column(
-            "KL",
-            words="KL from the last layer",
-            key="kl_nats",
-            unit="nats",
-            better="smaller",
-            spell=_two,
-        ),
+        Column("entropy", key="entropy_nats", unit="nats", spell=_TWO),
+        _KL,
     ]
     if target:
         columns.append(
@@ -87,7 +83,3 @@ def lens_rows(found: LogitLens) -> Table:
         cell += [row["top_probability"], row["entropy_nats"], row["kl_nats"]]
         rows.append((*cell, *((row["target_probability"], row["target_rank"]) if target else ())))
     return Table(tuple(columns), tuple(rows), title="logit lens", keys=3)
-
-
-def _two(value: float) -> str:
-    return f"{value:.2f}"
