@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,22 @@ def cluster() -> Iterator[Any]:
 
 
 def raylets_with_actors() -> set[int]:
-    """Process ids of the nodes whose children are our actors."""
-    found = set()
-    for process in psutil.process_iter(["name", "cmdline", "ppid"]):
-        if any("ray::ShardWorker" in word for word in process.info["cmdline"] or ()):
-            found.add(process.info["ppid"])
-    return found
+    """Process ids of the nodes whose children are our actors.
+
+    Actors whose node was lost have another parent for a moment: they count for none.
+    """
+    parents = [
+        process.info["ppid"]
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if any("ray::ShardWorker" in word for word in process.info["cmdline"] or ())
+    ]
+    return {parent for parent in parents if is_raylet(parent)}
+
+
+def is_raylet(pid: int) -> bool:
+    with suppress(psutil.Error):
+        return "raylet" in psutil.Process(pid).name()
+    return False
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
