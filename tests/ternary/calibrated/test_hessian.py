@@ -43,6 +43,25 @@ def test_output_error_is_that_of_the_tokens() -> None:
     assert summed(x, y).hessian.n_tokens == 400
 
 
+def test_float32_inputs_give_the_sums_of_float64_within_their_rounding() -> None:
+    """More tokens than are summed at once, more channels than a panel; and an overflow of one."""
+    x = torch.from_numpy(text(tokens=2500, cols=300)).float()
+    y = x[:, :5].clone()
+    sums = MomentSums("x", 300, {"w": 5})
+    sums.add(x, {"w": y})
+    found = sums.result()["w"]
+    wide = x.double().numpy()
+    scale = np.sqrt(np.sum(wide**2, axis=0))
+    terms = np.outer(scale, scale)
+    assert np.array_equal(found.hessian.matrix, found.hessian.matrix.T)
+    assert np.all(np.abs(found.hessian.matrix - wide.T @ wide) <= 1e-5 * terms)
+    assert np.all(np.abs(found.cross - wide[:, :5].T @ wide) <= 1e-5 * terms[:5])
+    assert found.energy == pytest.approx(np.sum(wide[:, :5] ** 2), rel=1e-5)
+    large = MomentSums("x", 300, {})
+    large.add(1e25 * x[:10], {})
+    assert np.all(np.isfinite(large.hessian().matrix))
+
+
 def test_no_weights_are_better_than_the_best_ones() -> None:
     """The target is the least-squares solution, up to its ridge."""
     x = text(tokens=4000)

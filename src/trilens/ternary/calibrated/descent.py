@@ -29,7 +29,7 @@ _ROWS = 64  # rows that one thread takes at a time
 _SWEEPS = 50  # at most; a sweep that changes nothing is the last
 _CONVERGED = 1e-6  # of the loss: a sweep that gains less is the last
 _NOTHING = 1e-12  # of a row's energy under H: rounding, no gain
-_WORTH_COMPILING = 1 << 16  # weights
+_WORTH_COMPILING = 1 << 14  # weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+from trilens.ternary.calibrated.hessian import Hessian
 
 __all__ = ["HeldOutError"]
 
@@ -12,7 +15,7 @@ __all__ = ["HeldOutError"]
 class HeldOutError:
     """Σ‖Ŵx − y‖² / Σ‖y‖², summed batch by batch.
 
-    Two numbers are kept, not moments: where the weights are known, those are all it takes.
+    Two numbers are kept: where the weights are known, those are all it takes.
 
     Shapes: weights [rows, cols]
 
@@ -47,6 +50,19 @@ class HeldOutError:
         self._error += float(error.double().square().sum())
         self._energy += float(y.double().square().sum())
         self.n_tokens += len(x)
+
+    def add_moments(self, hessian: Hessian, *, dense: Tensor) -> None:
+        """Add all the tokens that a Hessian is the sum of, where y is W·x.
+
+        Shapes: hessian of [cols, cols]; dense [rows, cols]
+        """
+        moments = torch.from_numpy(hessian.matrix)
+        for weights, is_error in ((self._weights - dense.float(), True), (dense.float(), False)):
+            wide = weights.double()
+            found = float((wide @ moments * wide).sum())
+            self._error += found if is_error else 0.0
+            self._energy += 0.0 if is_error else found
+        self.n_tokens += hessian.n_tokens
 
     @property
     def value(self) -> float | None:
