@@ -272,7 +272,7 @@ class _Coder:
         error = None
         if moments is not None:
             decoded = plain_weights(quant, self.job.plan)
-            error = moments.output_error(decoded.double().numpy())
+            error = moments.output_error(decoded)
         n_tokens = 0 if moments is None else moments.hessian.n_tokens
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
         return _Coded(matrix, found, why if calibrated is not None else "")

@@ -90,7 +90,7 @@ class Spool:
                 made = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - see `close`
                 self._file = self._files.enter_context(made)
             self._file.seek(self._end)
-            self._file.write(memoryview(array).cast("B"))
+            self._file.write(array.data.cast("B"))
         except OSError as cause:
             raise WriteError(f"cannot write in {self._folder}: {reason(cause)}") from cause
         self._places[key] = self._end, held.shape, held.device
@@ -103,7 +103,7 @@ class Spool:
         place, shape, device = self._places[key]
         values = np.empty(tuple(shape), dtype=np.float32)
         self._file.seek(place)
-        self._file.readinto(memoryview(values).cast("B"))
+        self._file.readinto(values.data.cast("B"))
         return torch.from_numpy(values).to(device)
 
 

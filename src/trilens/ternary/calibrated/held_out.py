@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from trilens.ternary.calibrated.hessian import Hessian
+from trilens.ternary.calibrated.hessian import Hessian, wide
 
 __all__ = ["HeldOutError"]
 
@@ -56,12 +55,10 @@ class HeldOutError:
 
         Shapes: hessian of [cols, cols]; dense [rows, cols]
         """
-        moments = torch.from_numpy(hessian.matrix)
-        for weights, is_error in ((self._weights - dense.float(), True), (dense.float(), False)):
-            wide = weights.double()
-            found = float((wide @ moments * wide).sum())
-            self._error += found if is_error else 0.0
-            self._energy += 0.0 if is_error else found
+        true = wide(dense, hessian.device)
+        gap = wide(self._weights - dense.float(), hessian.device)
+        self._error += float((gap @ hessian.matrix * gap).sum())
+        self._energy += float((true @ hessian.matrix * true).sum())
         self.n_tokens += hessian.n_tokens
 
     @property
