@@ -44,8 +44,9 @@ class ShardWorker:
 def error_of(name: str, words: str) -> TrilensError:
     """The error that a worker raised, from its class's name and its words."""
     found = getattr(errors, name, None) if name in errors.__all__ else None
-    known = isinstance(found, type) and issubclass(found, TrilensError)
-    return found(words) if known else ShardError(words)
+    if isinstance(found, type) and issubclass(found, TrilensError):
+        return found(words)
+    return ShardError(words)
 
 
 def main(requests: TextIO, answers: TextIO) -> None:
