@@ -49,6 +49,7 @@ FLOORS = {
     "taps": 11,
     "lens": 12,
     "evaluation": 13,
+    "workers": 3,
     "checkpoint.format": 14,
     "checkpoint.bitnet": 14,
     "checkpoint.float8": 14,
