@@ -39,6 +39,7 @@ FLOORS = {
     "ternary.granularity": 3,
     "ternary.rules": 4,
     "ternary.quantize": 5,
+    "ternary.histogram": 6,
     "ternary.calibrated": 6,
     "ternary.packed": 6,
     "ternary": 7,
