@@ -82,6 +82,7 @@ FLOORS = {
     "cli.options": 22,
     "cli.store_options": 22,
     "cli.pages": 22,
+    "explorer": 22,
     "cli.run": 23,
     "cli.commands": 23,
     "cli": 24,
