@@ -78,7 +78,7 @@ class PlacedRunner(BlockRunner):
 
     def logits_with_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The same as `BlockRunner`'s, on the device."""
-        return super().logits_with_gradient(ids, hidden.to(self.device))
+        return super().logits_with_gradient(ids, _moved(hidden, self.device))
 
 
 def _move_own(module: nn.Module, device: torch.device) -> None:
