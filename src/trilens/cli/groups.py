@@ -57,6 +57,7 @@ class Fitting:
     seq_length: o.SeqLength = None
     batch_size: o.BatchSize = None
     seed: o.Seed = None
+    device: o.Device = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
     typer.Option("--dtype", help="Dtype to load the model in; auto: the checkpoint's."),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="Device to calibrate on: cpu, cuda, cuda:1."),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option("--device-map", metavar="DEVICE", help="cpu, cuda, cuda:1, auto: transformers'."),
