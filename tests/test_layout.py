@@ -18,6 +18,7 @@ SRC = Path(trilens.__file__).parent
 # cycle arises.
 FLOORS = {
     "errors": 0,
+    "arrow": 0,
     "axes": 0,
     "numbers": 0,
     "printable": 0,

@@ -23,6 +23,8 @@ class Loading:
     revision: o.Revision = None
     trust_remote_code: o.TrustRemoteCode = False
     attn_implementation: o.AttnImplementation = None
+    stack: o.Stack = None
+    gguf_file: o.GgufFile = None
     tokenizer: o.TokenizerFiles = None
 
 
