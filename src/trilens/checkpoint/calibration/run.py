@@ -265,7 +265,7 @@ class _Run:
             return self._write("dense", index + 1, after(dense, block))
 
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
-        self._write("ternary", index + 1, after(ternary, coded.module))
+        self._write("ternary", index + 1, lambda batch: coded.run(batch, ternary.read(batch)))
         self.check_source()
         kept = {self._path(name, index + 1).name for name in ("dense", "ternary")}
         digests = {name: digest for name, digest in self.digests.items() if name in kept}

@@ -86,6 +86,7 @@ def _block(block: Block) -> dict[str, Any]:
             "diverging": block.diverging,
             "log": block.log,
             "link": block.link,
+            "marks": block.marks,
             "scale": block.scale,
             "title": block.title or block.table.title,
             "table": _table(block.table),
