@@ -123,7 +123,12 @@ def _layer_figures(threads: int, rounds: int, clock: Callable[[], float]) -> dic
     packed = {name: copies(TernaryLinear.from_quant(quant)) for name, quant in quants.items()}
     dense = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(COPIES)]
     speed = read_gigabytes_per_second()
-    found: dict[str, Any] = {"read_gigabytes_per_second": round(speed, 1)}
+    found: dict[str, Any] = {
+        "read_gigabytes_per_second": round(speed, 1),
+        "clock": clock.__name__,
+        "rounds": rounds,
+        "load_average_at_the_start": round(psutil.getloadavg()[0], 1),
+    }
     for batch in BATCHES:
         x = torch.randn(batch, WIDTH).bfloat16()
         # With many inputs, it is no matter where the weights come from.
@@ -269,23 +274,19 @@ def main() -> None:
                 for threads in arguments.threads
                 for busy in ((False,) if arguments.alone else (False, True))
             }
-            figures["layer 4096 x 4096"]["setting"] = {
-                "clock": clock.__name__,
-                "rounds": arguments.rounds,
-                "load_average_at_the_end": round(psutil.getloadavg()[0], 1),
-            }
-            torch.set_num_threads(1)
-            quant = PerLayerQuant.quantize(torch.randn(WIDTH, WIDTH), "w")
-            figures["BitLinear, 4096 x 4096"] = bit_linear_figures(quant, arguments.rounds)
+            if not arguments.alone:
+                torch.set_num_threads(1)
+                quant = PerLayerQuant.quantize(torch.randn(WIDTH, WIDTH), "w")
+                figures["BitLinear, 4096 x 4096"] = bit_linear_figures(quant, arguments.rounds)
         if both or arguments.decode:
             figures["decode, 88M Llama"] = {
                 f"vocabulary {size}": decode_figures(size, arguments.rounds)
                 for size in (4096, 32000)
             }
     known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    parts = {name: {**known.get(name, {}), **part} for name, part in figures.items()}
     save(
-        "ternary_linear",
-        {**{k: v for k, v in known.items() if "4096" in k or "88M" in k}, **figures},
+        "ternary_linear", {**{k: v for k, v in known.items() if "4096" in k or "88M" in k}, **parts}
     )
 
 
