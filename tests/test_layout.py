@@ -18,6 +18,7 @@ SRC = Path(trilens.__file__).parent
 # cycle arises.
 FLOORS = {
     "errors": 0,
+    "arrow": 0,
     "axes": 0,
     "numbers": 0,
     "printable": 0,
@@ -50,6 +51,7 @@ FLOORS = {
     "taps": 11,
     "lens": 12,
     "evaluation": 13,
+    "workers": 3,
     "checkpoint.format": 14,
     "checkpoint.bitnet": 14,
     "checkpoint.float8": 14,
@@ -81,6 +83,7 @@ FLOORS = {
     "cli.options": 22,
     "cli.store_options": 22,
     "cli.pages": 22,
+    "explorer": 22,
     "cli.run": 23,
     "cli.commands": 23,
     "cli": 24,

@@ -48,6 +48,8 @@ def run(
     field: str,
     revision: str | None,
     tokenizer: Path | None,
+    workers: int,
+    ray: str | None,
     dry_run: bool,
     report: Path | None,
     format: str,
@@ -77,7 +79,7 @@ def run(
         bound = given.pop("max_perplexity_ratio", None) if samples else None
         if given:
             raise UsageError(
-                "--max-tokens, --seq-length, --batch-size, --seed, --effort and "
+                "--max-tokens, --seq-length, --batch-size, --seed, --effort, --device and "
                 "--max-perplexity-ratio are options of a calibration: add --calibrate TEXT "
                 "(the last one also goes with --evaluate TEXT)"
             )
@@ -98,6 +100,8 @@ def run(
             calibration=calibration,
             sample=samples,
             max_perplexity_ratio=bound,
+            workers=workers,
+            ray=ray,
             progress=progress,
         )
     show_result(found, print_report, format=format, head=REPORT_HEAD)
