@@ -14,6 +14,7 @@ from page_cases import heads_page, rendered
 from trilens.analysis.effect_sweeps import ablation_sweep
 from trilens.caches.attention import AttentionCache
 from trilens.caches.patterns.protocol import DensePattern
+from trilens.edits import Ablate
 from trilens.lens.capture import Capture
 from trilens.report.html.report import Report, make_report
 from trilens.report.making import joined, page_of
@@ -69,6 +70,9 @@ def results(folder: Path) -> dict[str, object]:
         "patch": trilens.patch_sweep(tiny, prompt, other, metric),
         "effects": ablation_sweep(tiny, [prompt, other], metric),
         "attribution": trilens.attribute(cap, lens, " n"),
+        "heads": trilens.head_scores(cap),
+        "edit_effect": trilens.edit_effect(tiny, prompt, Ablate("attn.z", layers=0)),
+        "store": trilens.capture_corpus(lens, ["def f(x):\n    return x\n" * 4], folder / "store"),
         "table": Other(),
     }
 
@@ -102,6 +106,7 @@ def reports(tmp_path_factory) -> dict[str, Path]:
 KINDS = (
     "transformer", "rwkv7", "demo", "inspection", "gates", "lens", "attribution", "patch",
     "effects", "compare", "series", "ternary", "gguf", "sensitivity", "plan", "table",
+    "heads", "edit_effect", "store",
 )  # fmt: skip
 
 
