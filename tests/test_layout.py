@@ -84,6 +84,7 @@ FLOORS = {
     "cli.errors": 22,
     "cli.groups": 22,
     "cli.options": 22,
+    "cli.generation_options": 22,
     "cli.store_options": 22,
     "cli.pages": 22,
     "explorer": 22,

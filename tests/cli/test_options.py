@@ -13,7 +13,7 @@ import typer
 from trilens.analysis.comparison import run as comparison
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.pipeline import Format
-from trilens.cli import groups, options, store_options
+from trilens.cli import generation_options, groups, options, store_options
 from trilens.cli.main import app
 from trilens.corpus.options import REDUCERS, StoredDtype, StoreOptions
 from trilens.models import loading
@@ -130,7 +130,7 @@ def test_no_declared_option_is_forgotten() -> None:
         for hint in get_type_hints(callback, include_extras=True).values()
         for info in getattr(hint, "__metadata__", ())
     }
-    for module in (options, store_options):
+    for module in (options, store_options, generation_options):
         for name in module.__all__:
             (info,) = getattr(module, name).__metadata__
             assert isinstance(info, typer.models.ParameterInfo)

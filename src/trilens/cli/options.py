@@ -47,7 +47,6 @@ __all__ = [
     "LogitLens",
     "Logits",
     "MadeFrom",
-    "MaxNewTokens",
     "MaxPerplexityRatio",
     "MaxTokens",
     "Model",
@@ -76,15 +75,12 @@ __all__ = [
     "Sites",
     "Stack",
     "States",
-    "Stop",
     "Storage",
     "Target",
     "Tasks",
-    "Temperature",
     "To",
     "TokenizerFiles",
     "TopK",
-    "TopP",
     "TrustRemoteCode",
     "TypeName",
 ]
@@ -251,22 +247,6 @@ Logits = Annotated[
     _Which, typer.Option("--logits", help="Logits of the last token, of all, or none.")
 ]
 
-# Generating
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="Maximum number of new tokens.", min=1)
-]
-Temperature = Annotated[
-    float,
-    typer.Option(
-        "--temperature", metavar="T", help="0: the likeliest token; above: drawn.", min=0.0
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p", metavar="P", help="Draw among the likeliest tokens of this probability."
-    ),
-]
 Edits = Annotated[
     list[str] | None,
     typer.Option(
@@ -274,10 +254,6 @@ Edits = Annotated[
         metavar="EDIT",
         help="'ablate:mlp.out@3', 'steer:resid_post@2 vector=v.npy scale=4'; repeatable.",
     ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="Text that ends the new text; repeatable."),
 ]
 
 # Patching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trilens.cli import generation_options as go
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
@@ -13,11 +14,11 @@ def generate(
     model: o.Model,
     prompt: o.RequiredPrompt,
     chat: o.Chat = False,
-    max_new_tokens: o.MaxNewTokens = 40,
-    temperature: o.Temperature = 0.0,
-    top_p: o.TopP = None,
+    max_new_tokens: go.MaxNewTokens = 40,
+    temperature: go.Temperature = 0.0,
+    top_p: go.TopP = None,
     seed: o.Seed = 0,
-    stop: o.Stop = None,
+    stop: go.Stop = None,
     edit: o.Edits = None,
     output: o.Output = None,
     format: o.Format = "table",
