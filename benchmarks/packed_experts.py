@@ -2,8 +2,8 @@
 
     python -m benchmarks.packed_experts     a Mixtral with 63M weights in its experts (a minute)
 
-Each load runs in a program of its own. Held is what the tensors of the model take; peak is what
-loading and one forward of 32 tokens take at most.
+Each load runs in a program of its own. Held is what the tensors of the model take; the peaks are
+what loading takes at most, and one forward of 32 tokens beside the loaded model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from benchmarks.common import peak_memory, save
 from trilens.checkpoint import TernaryPlan, ternarize
+from trilens.ternary.packed.linear import TernaryLinear
+from trilens.ternary.quantize import PerLayerQuant
 
 TOKENS = 32
 
@@ -65,7 +67,7 @@ def main() -> None:
         found = {path.name: _run(path) for path in (dense, packed)}
     ratios = {
         name: round(found["packed"][name] / found["dense"][name], 3)
-        for name in ("held_bytes", "peak_bytes", "expert_bytes")
+        for name in ("held_bytes", "loading_peak_bytes", "expert_bytes")
     }
     save("packed_experts", {"expert_weights": n_experts, **found, "packed over dense": ratios})
 
@@ -82,10 +84,15 @@ def _measure(folder: str) -> dict[str, Any]:
     ids = torch.arange(TOKENS)[None]
     # What is imported at the first ternary load is no part of a model.
     warm = AutoModelForCausalLM.from_pretrained(Path(folder).with_name("warm"))
+    quant = PerLayerQuant.quantize(torch.randn(1024, 1024), "warm", rule="exact", group_size=128)
+    layer = TernaryLinear.from_quant(quant, dtype=torch.bfloat16)
     with torch.no_grad():
         warm(ids[:, :4])
-        with peak_memory() as peak:
+        for n_inputs in (1, 8, 32):
+            layer(torch.randn(n_inputs, 1024, dtype=torch.bfloat16))
+        with peak_memory() as loading:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        with peak_memory() as running:
             model(ids)
         one = ids[:, :1]
         seconds = []
@@ -97,7 +104,8 @@ def _measure(folder: str) -> dict[str, Any]:
     size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     return {
         "held_bytes": sum(size.values()),
-        "peak_bytes": peak.extra_bytes,
+        "loading_peak_bytes": loading.extra_bytes,
+        "forward_peak_bytes": running.extra_bytes,
         "expert_bytes": sum(n for name, n in size.items() if ".experts." in name),
         "one_token_cpu_ms": round(1e3 * sorted(seconds)[4], 2),
     }
