@@ -79,6 +79,7 @@ FLOORS = {
     "cli.console": 22,
     "cli.interrupts": 21,
     "cli.streams": 21,
+    "cli.waiting": 21,
     "cli.lazy": 22,
     "cli.errors": 22,
     "cli.groups": 22,

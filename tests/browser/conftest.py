@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -55,6 +56,18 @@ def chromium():
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def screenshot():
+    """Keeps a picture of a page: in build/screenshots, or where `TRILENS_SCREENSHOTS` says."""
+    folder = Path(os.environ.get("TRILENS_SCREENSHOTS", ROOT / "build" / "screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(page, name: str) -> None:
+        page.screenshot(path=folder / f"{name}.png", full_page=True)
+
+    return keep
 
 
 @pytest.fixture

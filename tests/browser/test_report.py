@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,8 @@ def report(cap, lens, tmp_path_factory) -> Path:
     return make_report(cap, lens=lens).save(tmp_path_factory.mktemp("report") / "report.html")
 
 
-def screenshot(page, name: str) -> None:
-    """Kept where `TRILENS_SCREENSHOTS` names a folder."""
-    folder = os.environ.get("TRILENS_SCREENSHOTS")
-    if folder:
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_quiet_and_has_both_colour_schemes(opened, report, scheme: str) -> None:
+def test_it_is_quiet_and_has_both_colour_schemes(opened, report, screenshot, scheme: str) -> None:
     found = opened(report, color_scheme=scheme)
     page = found.page
     found.quiet()
@@ -160,7 +152,7 @@ def test_ten_thousand_tokens(opened, tmp_path) -> None:
     found.quiet()
 
 
-def test_a_phone_and_paper(opened, report, tmp_path) -> None:
+def test_a_phone_and_paper(opened, report, screenshot, tmp_path) -> None:
     found = opened(report, viewport={"width": 390, "height": 800})
     page = found.page
     screenshot(page, "report-phone")

@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import trilens
 from trilens.cli.console import check_file, show, show_json, shown_progress, status, timed
+from trilens.cli.main import app
 from trilens.errors import UsageError
 from trilens.progress import Step
 
@@ -77,3 +80,23 @@ def test_what_is_no_place_for_a_file_is_refused(tmp_path: Path) -> None:
             check_file(place)
     check_file(None)
     check_file(tmp_path / "new")
+
+
+@pytest.mark.usefixtures("terminal")
+def test_quiet_leaves_progress_and_times_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = str(trilens.demo_path("transformer"))
+    page = tmp_path / "report.html"
+    arguments = ["inspect", demo, "-p", "def f(", "-o", str(page)]
+    loud = CliRunner().invoke(app, arguments)
+    assert loud.exit_code == 0 and page.stat().st_size > 500_000
+    for words in ("loading", "capturing", "writing"):
+        assert words in loud.stderr
+    page.unlink()
+    quiet = CliRunner().invoke(app, ["-q", *arguments])
+    assert quiet.exit_code == 0 and page.exists() and quiet.stderr == ""
+    # The next command is asked anew; an error is never left out.
+    assert "loading" in CliRunner().invoke(app, arguments).stderr
+    wrong = CliRunner().invoke(app, ["--quiet", "inspect", str(tmp_path / "none"), "-p", "a"])
+    assert wrong.exit_code != 0 and "none" in wrong.stderr

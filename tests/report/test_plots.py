@@ -214,6 +214,13 @@ def test_kinds_of_charts() -> None:
         )
         bins = Chart(kind="histogram", table=edges, x="low", until="high", y=("n",))
         histogram = chart_figure(bins)
+        levels = Table(
+            tuple(map(Column, ("low", "high", "0", "+1"))), ((0, 1, 5, 1), (1, 2, 7, None))
+        )
+        stacked = chart_figure(
+            Chart(kind="histogram", table=levels, x="low", until="high", y=("0", "+1"),
+                  marks=(0.5,), title="w")
+        )  # fmt: skip
         many = Table((Column("name"), Column("n")), tuple((f"n{i}", i) for i in range(500)))
         bars = chart_figure(Chart(kind="bars", table=many, x="name", y=("n",)))
     assert lines.axes[0].get_yscale() == "log" and labels(lines) == ("a", "b (nats)")
@@ -222,6 +229,13 @@ def test_kinds_of_charts() -> None:
     stairs = histogram.axes[0].patches[0].get_data()
     assert stairs.values.tolist() == [5, 7] and stairs.edges.tolist() == [0, 1, 2]
     assert labels(histogram) == ("spread", "n")
+    first, second = (each.get_data() for each in stacked.axes[0].patches)
+    assert first.values.tolist() == [5, 7] == second.baseline.tolist()
+    assert second.values.tolist() == [6, 7]
+    assert stacked.axes[0].lines[0].get_xdata() == [0.5, 0.5]
+    assert {"0", "+1", "w"} <= {*words(stacked)}
+    # Levels part without colour, too.
+    assert len({each.get_hatch() for each in stacked.axes[0].patches}) == 2
     assert len(bars.axes[0].patches) == 120 and "the first 120 of 500" in labels(bars)[1]
     for figure in (lines, histogram):
         assert words(figure)

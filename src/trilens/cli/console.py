@@ -20,10 +20,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.text import Text
 
 from trilens.cli.pages import check_page, is_page, write_page
-from trilens.cli.streams import say
+from trilens.cli.streams import is_quiet, say
+from trilens.cli.waiting import status, terminal
 from trilens.errors import UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_text
@@ -117,7 +117,7 @@ def timed(output: Path | None) -> Iterator[None]:
     """Say at the end what was written, how large it is and how long it took."""
     started = perf_counter()
     yield
-    if output is not None and output.exists():
+    if output is not None and output.exists() and not is_quiet():
         files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
         size = _size(sum(file.stat().st_size for file in files))
         say(f"wrote {output}: {size} in {perf_counter() - started:.1f} s", err=True)
@@ -129,21 +129,10 @@ def _size(n_bytes: int) -> str:
 
 
 @contextmanager
-def status(what: str) -> Iterator[None]:
-    """A line on the terminal while something takes its time; nothing elsewhere."""
-    errors = Console(stderr=True)
-    if not errors.is_terminal:
-        yield
-        return
-    with errors.status(Text(one_line(what))):
-        yield
-
-
-@contextmanager
 def shown_progress() -> Iterator[Progress | None]:
-    """A bar on the terminal with the time left; None where standard error is no terminal."""
-    errors = Console(stderr=True)
-    if not errors.is_terminal:
+    """A bar on the terminal with the time left; None where none is shown."""
+    errors = terminal()
+    if errors is None:
         yield None
         return
     columns = (

@@ -26,7 +26,7 @@ from trilens.cli.commands.ternarize import ternarize
 from trilens.cli.commands.validate import validate
 from trilens.cli.errors import OneLineGroup
 from trilens.cli.groups import flattened
-from trilens.cli.streams import prepare_streams
+from trilens.cli.streams import be_quiet, prepare_streams
 from trilens.version import __version__
 
 __all__ = ["app", "main"]
@@ -52,8 +52,13 @@ def _root(
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Show results and errors alone: no progress, no times."),
+    ] = False,
 ) -> None:
     """Open a language model: residual stream, attention and gates, one forward pass."""
+    be_quiet(quiet)
 
 
 for _command in (

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from trilens.cli.groups import Loading
+from trilens.cli.waiting import status
 from trilens.errors import UsageError
 
 __all__ = ["check_page", "is_page", "model_facts", "write_page"]
@@ -50,11 +51,12 @@ def write_page(
     # Imported here: what draws pages is not needed by a command that draws none.
     report = import_module("trilens.report.html.report")
     command = import_module("trilens.report.html.render").shown_command(_command())
-    if isinstance(page_or_result, import_module("trilens.report.page").Page):
-        page = replace(page_or_result, facts={**facts, **page_or_result.facts}, command=command)
-        report.Report(page).save(file)
-    else:
-        report.make_report(page_or_result, facts=facts, command=command).save(file)
+    with status(f"writing {file}"):
+        if isinstance(page_or_result, import_module("trilens.report.page").Page):
+            page = replace(page_or_result, facts={**facts, **page_or_result.facts}, command=command)
+            report.Report(page).save(file)
+        else:
+            report.make_report(page_or_result, facts=facts, command=command).save(file)
 
 
 def _command() -> list[str]:

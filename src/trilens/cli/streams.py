@@ -7,13 +7,26 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from io import TextIOWrapper
 
 import typer
 
 from trilens.printable import escaped_text, one_line
 
-__all__ = ["output_errors", "prepare_streams", "say", "say_piece"]
+__all__ = ["be_quiet", "is_quiet", "output_errors", "prepare_streams", "say", "say_piece"]
+
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether the command that begins here shows results and errors alone."""
+    _QUIET.set(quiet)
+
+
+def is_quiet() -> bool:
+    """Whether progress and times are left out."""
+    return _QUIET.get()
 
 
 def say(text: str, *, err: bool = False) -> None:

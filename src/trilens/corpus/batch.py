@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import SupportsIndex
 
 import numpy as np
@@ -20,7 +22,7 @@ from trilens.numbers import at_least, whole_number
 __all__ = ["TokenBatch", "token_batches"]
 
 _BLOCK = 256
-_BUFFER_TOKENS = 1 << 16
+_READERS = 4
 
 Int = NDArray[np.int64]
 _Key = tuple[str, int | None]
@@ -108,10 +110,13 @@ def _batches(
         pieces, mixed = order.pieces(first, last), order.mixed(number, last - first)
         # In the order of the corpus batches are views, and need memory of their own.
         memory = {} if mixed is None else memories[number % 2]
-        found = {site.key: _load(files, site, pieces, last - first, memory) for site in sites}
+        found = {
+            site.key: _load(files, site, pieces, last - first, memory, readers) for site in sites
+        }
         return mixed, _numbers(files, pieces), found
 
-    with ThreadPoolExecutor(1) as reader:
+    # Several reads at once: a disk that is asked for one block at a time waits between them.
+    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, numbers.start) if numbers else None
         for number in numbers:
             assert ahead is not None
@@ -138,16 +143,16 @@ def _load(
     pieces: list[Piece],
     n: int,
     memory: _Memory,
+    readers: ThreadPoolExecutor,
 ) -> Tensor:
     values = memory.get(site.key)
     if values is None or len(values) < n:
         values = torch.empty((n, *site.shape), dtype=value_dtype(site))
         memory[site.key] = values
-    at = 0
-    for piece in pieces:
-        length = piece.end - piece.begin
-        files.read(site, piece, values[at : at + length])
-        at += length
+    ends = list(accumulate(piece.end - piece.begin for piece in pieces))
+    parts = [values[end - (p.end - p.begin) : end] for p, end in zip(pieces, ends, strict=True)]
+    for _ in readers.map(partial(files.read, site), pieces, parts):
+        pass  # what a read raised is raised here
     return values[:n]
 
 

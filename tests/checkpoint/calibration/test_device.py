@@ -98,11 +98,11 @@ def test_what_a_block_is_called_with_is_moved_to_it(tmp_path: Path) -> None:
     assert torch.equal(runner.logits(ids, hidden), logits)
 
 
-@pytest.mark.parametrize("name", ["meta", "cuda:99", "nowhere", 3.5])
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "nowhere", 3.5, "hpu", "mkldnn", ""])
 def test_devices_that_compute_nothing_are_refused(name: Any) -> None:
     with pytest.raises(UsageError, match=r"device .*: give 'cpu'|'cuda'"):
         find_device(name)
     with pytest.raises(UsageError):
         Calibration(DOCUMENTS, device=name)
-    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("cpu") == find_device("cpu:3") == torch.device("cpu")
     assert "device" not in Calibration(DOCUMENTS, device="cpu:0").to_dict()

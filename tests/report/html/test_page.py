@@ -7,12 +7,14 @@ import csv
 import hashlib
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from page_cases import HOSTILE, Parsed, attention, codes_of, data_of, heads_page, rendered
 from trilens.errors import UsageError
+from trilens.report import html as report_html
 from trilens.report.html.report import Report, make_report
 from trilens.report.page import Chart, Page, Section
 from trilens.report.tables import Column, Table
@@ -164,3 +166,15 @@ def test_the_same_result_gives_the_same_bytes() -> None:
 def test_what_no_report_is_made_of() -> None:
     with pytest.raises(UsageError, match="ndarray is nothing that a report is made of"):
         make_report(np.zeros(3))
+
+
+def test_the_scripts_tints_are_those_of_the_styles() -> None:
+    folder = Path(report_html.__file__).parent / "templates"
+    script = (folder / "core.js").read_text()
+    tints = script[script.index("const TINTS") : script.index("};", script.index("const TINTS"))]
+    for name in ("light", "dark"):
+        style = dict(re.findall(r"--([\w-]+): ([^;]+);", (folder / f"{name}.css").read_text()))
+        found = re.search(rf"{name}: {{(.+)}},", tints)[1]
+        assert f'card: "{style["card"]}"' in found and f'ink: "{style["ink"]}"' in found
+        for key, own in (("plus", "tint"), ("minus", "tint-negative")):
+            assert f"{key}: [{', '.join(style[own].split())}]" in found

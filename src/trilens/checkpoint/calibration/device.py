@@ -7,6 +7,7 @@ is called. One place knows the device, and the processor takes the same way.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,17 +30,19 @@ def find_device(name: object) -> torch.device:
         UsageError: there is none on this machine, or it computes nothing, or not in float64.
     """
     try:
-        found: torch.device = torch.device(name)  # type: ignore[call-overload]
-        # Moments need float64: asking for one element is how a device says that it has none.
-        torch.empty(1, device=found, dtype=torch.float64)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as cause:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are no longer used
+            found: torch.device = torch.device(name)  # type: ignore[call-overload]
+            # Moments need float64: asking for one element is how a device says that it has none.
+            torch.empty(1, device=found, dtype=torch.float64)
+    except (RuntimeError, TypeError, AssertionError, ImportError) as cause:
         raise UsageError(
             f"device {name!r} cannot be calibrated on: give 'cpu', 'cuda' or 'cuda:N' of this "
             f"machine, which compute in float64 ({reason(cause)})"
         ) from cause
     if found.type == "meta":
         raise UsageError("device 'meta' computes nothing: give 'cpu' or 'cuda'")
-    return found
+    return torch.device("cpu") if found.type == "cpu" else found
 
 
 class PlacedRunner(BlockRunner):
@@ -78,7 +81,7 @@ class PlacedRunner(BlockRunner):
 
     def logits_with_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The same as `BlockRunner`'s, on the device."""
-        return super().logits_with_gradient(ids, hidden.to(self.device))
+        return super().logits_with_gradient(ids, _moved(hidden, self.device))
 
 
 def _move_own(module: nn.Module, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from trilens.cli.console import check_file, show_result, shown_progress, timed
 from trilens.cli.groups import Coding, Fitting
 from trilens.cli.pages import write_page
 from trilens.cli.run.text import documents_of, named_text
-from trilens.cli.streams import say
+from trilens.cli.streams import is_quiet, say
 from trilens.errors import UsageError
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.report.text.ternary import REPORT_HEAD, print_report
@@ -86,7 +86,8 @@ def run(
     chosen = None if tokenizer is None else read_tokenizer(tokenizer)
     if calibration is not None and to == "trilens":
         job = read_job(model, entries, revision=revision, tokenizer=chosen)
-        if not job.keeps_trits:  # else there is nothing to calibrate, and it is refused
+        # Trits that are kept leave nothing to calibrate, which is refused below.
+        if not (job.keeps_trits or is_quiet()):
             say(cost_of(job, calibration).sentence, err=True)
     with timed(None if dry_run else output), shown_progress() as progress:
         found = ternarize(

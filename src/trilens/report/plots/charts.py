@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from trilens.report.colours import SERIES
+from trilens.report.colours import INK, SERIES
 from trilens.report.page import Chart
 from trilens.report.plots.style import PaperFigure, heading, new_figure, plain, ramp
 from trilens.report.tables import Column
@@ -23,6 +23,7 @@ _VECTOR_CELLS = 4096
 _CHARACTERS_PER_INCH = 11
 _MARGIN = 1.8
 _MARKERS = "os^D"
+_HATCHES = (None, "//", "..", "xx")
 
 
 def chart_figure(chart: Chart) -> PaperFigure:
@@ -169,10 +170,23 @@ def _scatter(chart: Chart) -> tuple[PaperFigure, Axes]:
 def _histogram(chart: Chart) -> tuple[PaperFigure, Axes]:
     figure, axes = new_figure(4.6, 3.0)
     (column, left), (_, right) = _column(chart, chart.x), _column(chart, chart.until)
-    value, counts = _column(chart, chart.y[0])
+    parts = [_column(chart, name) for name in chart.y]
     edges = [*left, right[-1]]
-    axes.stairs(_numbers(counts), edges, fill=True, color=SERIES[0])
+    floor = np.zeros(len(left))
+    for i, (each, counts) in enumerate(parts):
+        top = floor + np.nan_to_num(_numbers(counts))
+        axes.stairs(
+            top, edges, baseline=floor, fill=True, color=SERIES[i % len(SERIES)],
+            hatch=_HATCHES[i % len(_HATCHES)], edgecolor="white", label=heading(each),
+        )  # fmt: skip
+        floor = top
+    for mark in chart.marks:
+        axes.axvline(mark, color=INK, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1.08 * float(floor.max(initial=0)) or 1.0)
+    if len(parts) > 1:
+        axes.legend()
+    else:
+        axes.set_ylabel(heading(parts[0][0]))
     unit = f" ({column.unit})" if column.unit else ""
     axes.set_xlabel(plain(chart.title or chart.table.title, 80) + unit)
-    axes.set_ylabel(heading(value))
     return figure, axes

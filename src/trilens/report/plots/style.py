@@ -22,6 +22,7 @@ __all__ = ["PaperFigure", "heading", "new_figure", "plain", "ramp", "styled"]
 
 _RC = {
     "axes.edgecolor": SOFT,
+    "axes.formatter.useoffset": False,
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
     "axes.prop_cycle": cycler(color=SERIES),

@@ -62,13 +62,41 @@ function scheme() {
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
-// Whether words on a tint of this share need the other ink.
-const strong = (share) => share > (scheme() === "dark" ? 0.66 : 0.85);
+// As light.css and dark.css have them.
+const TINTS = {
+  light: { card: "#ffffff", ink: "#1c2128", plus: [11, 92, 173], minus: [194, 65, 12] },
+  dark: { card: "#1b1f26", ink: "#e8eaed", plus: [109, 179, 255], minus: [255, 157, 92] },
+};
+
+function luminance(rgb) {
+  const [r, g, b] = rgb.map((v) => (v <= 10 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+const channels = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
+
+// The ink of words on a tint: the page's, or where it is too pale, black or white, one of which always
+// has a contrast of 4.5.
+function inkOn(share, negative, { card, ink, plus, minus }) {
+  const tint = negative ? minus : plus;
+  const ground = luminance(channels(card).map((v, i) => share * tint[i] + (1 - share) * v));
+  const own = luminance(channels(ink));
+  const contrast = (Math.max(own, ground) + 0.05) / (Math.min(own, ground) + 0.05);
+  return contrast >= 4.6 ? ink : ground > 0.179 ? "#000000" : "#ffffff";
+}
+
+// A share in [0, 1] as the ground of an element, and an ink that can be read on it in either scheme.
+function shade(element, share, negative = false) {
+  element.style.setProperty("--w", (share * 0.95).toFixed(3));
+  for (const name of ["light", "dark"]) {
+    element.style.setProperty(`--on-${name}`, inkOn(share * 0.95, negative, TINTS[name]));
+  }
+}
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function stops(colours) {
-  const parts = colours.map((c) => [1, 3, 5].map((i) => parseInt(c.slice(i, i + 2), 16)));
+  const parts = colours.map(channels);
   const table = new Uint32Array(256);
   for (let i = 0; i < 256; i++) {
     const at = (i / 255) * (parts.length - 1);

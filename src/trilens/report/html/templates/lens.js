@@ -23,8 +23,8 @@ function buildLens(element, block) {
       const rows = layers.map((layer, i) => make("tr", {}, make("th", { scope: "row" }, String(layer)), ...columns.map((p, j) => {
         const share = probabilities[i][start + j][0];
         const text = texts[top[i][start + j][0]];
-        const cell = make("td", { "data-p": p, title: `layer ${layer}, after ${placed(p)}: ${text} ${number(share)}`, class: strong(share) ? "strong" : "" }, make("bdi", {}, text));
-        cell.style.setProperty("--w", (share * 0.95).toFixed(3));
+        const cell = make("td", { "data-p": p, title: `layer ${layer}, after ${placed(p)}: ${text} ${number(share)}` }, make("bdi", {}, text));
+        shade(cell, share);
         return cell;
       })));
       box.replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows.reverse())));

@@ -53,9 +53,8 @@ function tintChips(weights, words) {
   const high = Math.max(...weights.map(Math.abs), 1e-12);
   $$(".chip").forEach((chip, i) => {
     const share = Math.sqrt(Math.abs(weights[i] ?? 0) / high);
-    chip.style.setProperty("--w", (share * 0.95).toFixed(3));
+    shade(chip, share, weights[i] < 0);
     chip.classList.toggle("negative", weights[i] < 0);
-    chip.classList.toggle("strong", strong(share));
   });
   const line = $("#strip-words");
   if (line) line.textContent = `token ${state.token} of ${page.tokens.length} is chosen; ${words}`;
