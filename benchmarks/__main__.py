@@ -30,6 +30,7 @@ NAMES = (
     "perplexity",
     "compare",
     "ternary_linear",
+    "packed_experts",
 )
 
 

@@ -25,7 +25,7 @@ from trilens.errors import CorruptFileError, UsageError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch, for its own compiler
-    from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weights
+    from transformers.integrations.bitnet import AutoBitLinear, BitLinear, WeightQuant, pack_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says of its own quantizer
 
@@ -228,3 +228,41 @@ def test_a_plan_or_a_calibration_for_trits_that_are_there_is_refused(
             ternarize(source, tmp_path / "out", plan=plan)
     with pytest.raises(UsageError, match="leave the calibration out"):
         ternarize(source, tmp_path / "out", calibration=Calibration(("some text " * 999,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_online_checkpoint_becomes_what_its_layers_compute_with(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Its weights are plain, and transformers' layer makes trits of them at every call."""
+    source = saved_with_tokenizer(tmp_path / "src", "llama", tie_word_embeddings=False)
+    stored = load_file(source / "model.safetensors")
+    stored = {name: value.to(dtype) for name, value in stored.items()}
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    section = {"linear_class": "autobitlinear", "quantization_mode": "online"}
+    path = source / "config.json"
+    settings = {**json.loads(path.read_text()), "quantization_config": section}
+    section["quant_method"] = "bitnet"
+    path.write_text(json.dumps(settings))
+    report = ternarize(source, tmp_path / "out")
+    assert len(report.coded) == 7 and {tensor.outcome for tensor in report.coded} == {"ternary"}
+    model = load(tmp_path / "out", dtype=torch.float32)
+    ternarize(source, tmp_path / "m.gguf", format="gguf-tq2_0")
+    in_file = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    for tensor in report.coded:
+        own = _online(stored[tensor.name].float())
+        ours = model.get_submodule(tensor.name.removesuffix(".weight")).weight
+        assert torch.equal(ours.sign(), own.sign())
+        # Its scale is 1 / (1 / mean), rounded twice.
+        assert float((ours - own).abs().max()) <= 2**-22 * float(own.abs().max())
+    gate = in_file["blk.0.ffn_gate.weight"]
+    found = torch.from_numpy(dequantize(gate.data, gate.tensor_type))
+    own = _online(stored[GATE].float())
+    assert torch.equal(found.sign(), own.sign())
+    assert float((found - own).abs().max()) <= 2**-11 * float(own.abs().max())  # a float16 scale
+
+
+def _online(weight: Tensor) -> Tensor:
+    """As `transformers.integrations.bitnet.WeightQuant`, without its compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        return WeightQuant.apply(weight)
