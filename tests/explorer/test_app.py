@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 import trilens
 from page_cases import HOSTILE, Parsed, data_of
 from trilens.edits import parse_edit
+from trilens.errors import RunCancelledError
 from trilens.explorer.app import model_app
 from trilens.explorer.exploring import MAX_PROMPT_TOKENS, Explorer
 from trilens.explorer.guard import MAX_BODY_BYTES, Rules
@@ -231,6 +232,23 @@ def test_tokens_that_are_written_are_the_models(client, lens) -> None:
     (text,) = written(client.get(f"/?{State(prompt=PROMPT, new=6).query}").text).values()
     ids = lens.generate(PROMPT, max_new_tokens=6).token_ids.tolist()
     assert text.removeprefix(PROMPT) == "".join(token_strings(ids, lens.tokenizer))
+
+
+@pytest.mark.parametrize("stage", ["capturing", "writing"])
+def test_a_run_that_is_cancelled_anywhere_leaves_the_model_as_it_was(stage: str) -> None:
+    """Also while the model's steps are measured: that it does not generate is not remembered."""
+    lens = trilens.Lens.from_pretrained(trilens.demo_path("transformer"))
+    explorer = Explorer(lens, "transformer")
+    state = State(prompt=PROMPT, new=3)
+
+    def cancel(step) -> None:
+        if step.what.startswith(f"{stage}") and "layer 2" in step.what:
+            raise RunCancelledError("the run was cancelled")
+
+    with pytest.raises(RunCancelledError):
+        explorer.explore(state, cancel, lambda *_: None)
+    (found,) = explorer.explore(state, lambda _: None, lambda *_: None).written
+    assert found.text == lens.generate(PROMPT, max_new_tokens=3).text
 
 
 def test_a_client_that_goes_away_cancels_its_run(explorer, lens) -> None:

@@ -122,10 +122,12 @@ def test_steps_are_told_some_of_them() -> None:
 
 
 def test_closing_ends_what_runs() -> None:
+    before = {*threading.enumerate()}
+
     async def main(runs: Runs):
         runs.start(endless)
         runs.start(endless)
         await asyncio.to_thread(runs.close)
-        return [each.name for each in threading.enumerate()]
+        return {*threading.enumerate()} - before
 
-    assert not [name for name in in_loop(main) if name.startswith("trilens-run")]
+    assert not [each for each in in_loop(main) if each.name.startswith("trilens-run")]

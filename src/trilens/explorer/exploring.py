@@ -153,13 +153,12 @@ class Explorer:
         if not state.new:
             return "no text: no new tokens were asked for"
 
-        def told(text: str, _token: int) -> None:
-            steps.check()
-            piece(name, text)
-
         try:
             return self.lens.generate(
-                state.prompt, max_new_tokens=state.new, edits=edits, stream=told
+                state.prompt,
+                max_new_tokens=state.new,
+                edits=edits,
+                stream=lambda text, _: piece(name, text),
             )
         except GenerationError as error:
             return f"no text: {error}"

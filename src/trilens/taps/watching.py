@@ -14,6 +14,17 @@ from trilens.taps.undo import undone
 __all__ = ["watched"]
 
 
+class _Ended(BaseException):
+    """What a watcher raised, on its way out: no `except Exception` takes it for the model's fault.
+
+    A probe does so, and would remember that the model does not run.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 @contextmanager
 def watched(blocks: Sequence[nn.Module], call: Callable[[], None]) -> Iterator[None]:
     """Have `call` called before each block runs, for the length of the block of code.
@@ -32,9 +43,15 @@ def watched(blocks: Sequence[nn.Module], call: Callable[[], None]) -> Iterator[N
             handle.remove()
 
     def before(_module: nn.Module, _arguments: Any) -> None:
-        call()
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  it is raised again below
+            raise _Ended(error) from None
 
     with undone(remove):
         for module in dict.fromkeys(blocks):
             handles.append(module.register_forward_pre_hook(before))
-        yield
+        try:
+            yield
+        except _Ended as ended:
+            raise ended.error from None
