@@ -161,16 +161,17 @@ class MomentSums:
             ShapeError: other channels than were announced, or unlike numbers of tokens.
             NonFiniteError: NaN or Inf among the inputs or the target outputs.
         """
-        x = _rows(inputs)
+        x = self._rows(inputs)
         if x.shape[1] != len(self._hessian):
             raise ShapeError(
                 f"inputs of {self.name} have {x.shape[1]} channels: {len(self._hessian)} are needed"
             )
-        given = {output: _rows(values) for output, values in outputs.items()}
+        given = {output: self._rows(values) for output, values in outputs.items()}
         for output, y in given.items():
             if len(y) != len(x):
                 raise ShapeError(f"outputs of {output} are of {len(y)} tokens, inputs of {len(x)}")
         # PROMOTE: a sum over 1e5 tokens drifts in float32; one over 2,048 is as exact as its terms.
+        # Where C − W·H is what matters, in which two large sums cancel, all of it is in float64.
         for first in range(0, len(x), _TOKENS):
             part = x[first : first + _TOKENS]
             self._add_squares(part)
@@ -182,6 +183,12 @@ class MomentSums:
                 self._cross[output] += own.T @ part
                 self._energy[output] += energy
         self.n_tokens += len(x)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """Shapes: [..., cols] → [tokens, cols], in float32 or float64."""
+        rows = values.detach().reshape(-1, values.shape[-1])
+        wide_sums = bool(self._cross) or rows.dtype == torch.float64
+        return rows.double() if wide_sums else rows.float()
 
     def _add_squares(self, x: Tensor) -> None:
         """Add x xᵀ: its upper part alone, panel by panel."""
@@ -247,12 +254,6 @@ def upper_factor(hessian: Hessian, order: Tensor, damping: float) -> Tensor:
 def wide(values: Any, device: torch.device | None = None) -> Tensor:
     """Values in float64, on a device; where they are unless given."""
     return torch.as_tensor(values).to(device=device, dtype=torch.float64)
-
-
-def _rows(values: Tensor) -> Tensor:
-    """Shapes: [..., cols] → [tokens, cols], in float32, or in float64 where it is that."""
-    rows = values.detach().reshape(-1, values.shape[-1])
-    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def _check(values: Tensor, what: str) -> None:
