@@ -30,6 +30,7 @@ def test_what_is_large_is_mapped_and_takes_no_memory(
     monkeypatch.setattr(spilled, "KEPT_BYTES", 1 << 20)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     size, count = 48 << 20, 5  # above 32 MiB malloc gives freed memory back
+    shape = (size // 4, 2)
     before = anonymous_bytes()
     with spilling(size * count) as put_aside:
         held = [
