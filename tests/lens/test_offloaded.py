@@ -1,4 +1,4 @@
-"""Weights in the host's memory and on disk, brought by accelerate: the answers of memory alone."""
+"""Weights in the host's memory and on disk, brought by accelerate: the answers are the same."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from loading_cases import refused
+from tinymodels import build
 from trilens.errors import (
     ConfigError,
     CorruptFileError,
@@ -221,11 +222,32 @@ def test_a_sharded_checkpoint(tmp_path):
 
 def test_memory_is_checked_before_anything_is_loaded(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "build_model", lambda *_, **__: pytest.fail("loaded"))
-    needed = memory_bytes(read_headers(checkpoint), checkpoint)
+    needed = memory_bytes(read_headers(checkpoint), checkpoint, "bfloat16")
     monkeypatch.setattr(loading, "_free_bytes", lambda: needed - 1)
-    message = refused(MemoryShortError, checkpoint)
+    message = refused(MemoryShortError, checkpoint, dtype="bfloat16")
     assert f"needs {needed} bytes" in message
     assert f"{needed - 1} bytes are free" in message
+
+
+def test_weights_in_their_own_dtype_are_mapped_and_may_be_larger_than_memory(
+    checkpoint, monkeypatch
+):
+    monkeypatch.setattr(loading, "_free_bytes", lambda: 1)
+    model = load(checkpoint).model
+    files = {str(file.resolve()) for file in checkpoint.glob("*.safetensors")}
+    spans = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name in files:
+            spans.append(tuple(int(end, 16) for end in span.split("-")))
+    for name, parameter in model.named_parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in spans), name
+
+
+def test_weights_that_are_merged_on_the_way_take_memory(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_free_bytes", lambda: 1)
+    build("mixtral").save_pretrained(tmp_path / "experts")
+    refused(MemoryShortError, tmp_path / "experts")
 
 
 def test_as_much_memory_as_needed_is_enough(checkpoint, monkeypatch):
@@ -236,14 +258,14 @@ def test_as_much_memory_as_needed_is_enough(checkpoint, monkeypatch):
 
 def test_more_memory_than_the_machine_has(checkpoint):
     """The real reading: a sparse file larger than all memory, whose weights are never read."""
-    size = 2 * psutil.virtual_memory().total // 4 * 4
+    size = 4 * psutil.virtual_memory().total // 4 * 4
     header = {"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()
     with (checkpoint / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + size)
-    message = refused(MemoryShortError, checkpoint, dtype="float32")
-    assert f"{size / 2**30:.2f} GiB" in message
+    message = refused(MemoryShortError, checkpoint, dtype="float16")
+    assert f"{size / 2 / 2**30:.2f} GiB" in message
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])

@@ -52,12 +52,25 @@ def test_weights_without_values_are_refused() -> None:
 
 def test_bits_that_do_not_come_back_are_an_error(model: nn.Module) -> None:
     message = r"parameter 0\.weight did not get its own bits back"
+    own = model[0].weight.data
     with (
         pytest.raises(RestoreError, match=message),
         swapped(model, {"0.weight": torch.zeros(6, 4)}),
     ):
-        # Somebody gives the parameter other storage, which cannot hold what was there.
-        model[0].weight.data = torch.zeros(6, 4, dtype=torch.float8_e4m3fn)
+        own.fill_(1.0)  # somebody writes to the memory that it gets back
+
+
+def test_values_are_used_where_they_lie_and_shared_memory_is_written_to() -> None:
+    """Weights that are mapped from a file take no memory by being replaced for a while."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = nn.Parameter(model[0].weight.data)  # another parameter, the same memory
+    before = checksum(dict(model.named_parameters()))
+    values, address = torch.full((4, 4), 0.5), model[0].weight.data_ptr()
+    with swapped(model, {"1.weight": values, "0.weight": values}):
+        assert model[1].weight.data_ptr() == values.data_ptr()
+        assert torch.equal(model[2].weight, values)
+        assert model[0].weight.data_ptr() == address
+    assert checksum(dict(model.named_parameters())) == before
 
 
 def test_a_checksum_sees_every_bit_and_name() -> None:

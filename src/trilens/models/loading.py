@@ -27,6 +27,10 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from transformers.conversion_mapping import (
+    WeightConverter,
+    get_checkpoint_conversion_mapping,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
@@ -35,7 +39,7 @@ from trilens.io.hub import local_folder
 from trilens.io.messages import clip, reason
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.weight_files import read_headers
-from trilens.io.weight_memory import memory_bytes
+from trilens.io.weight_memory import copied_bytes, memory_bytes
 from trilens.models.build import (
     build_from_tensors,
     build_model,
@@ -129,7 +133,9 @@ def load(
         MemoryShortError: the weights need more memory than is free.
         LoadError: anything else that keeps the model from loading.
 
-    Memory: the weights in the target dtype; see `Loaded.estimate_bytes`.
+    Memory: the weights in the target dtype; see `Loaded.estimate_bytes`. On the CPU those that are
+    stored in it stay mapped from their files: they may be larger than memory, and a pass then takes
+    the time that reading them from the disk takes.
     """
     target = _read_dtype(dtype)
     placement, device = _read_device_map(device_map)
@@ -161,7 +167,9 @@ def load(
         headers = read_headers(folder)
         needed_bytes = memory_bytes(headers, folder, target)
         if placement is None:
-            _check_memory(source, needed_bytes, _free_bytes())
+            is_mapped = remote is None and device is None and not _converts(config)
+            taken_bytes = copied_bytes(headers, folder, target) if is_mapped else needed_bytes
+            _check_memory(source, taken_bytes, _free_bytes())
         model, unused = build_model(
             folder,
             config,
@@ -219,6 +227,23 @@ def load_mapped(
     with _LOADING, _quiet():
         model = build_from_tensors(folder, model_class, config, tensors, dtype)
         return model, load_tokenizer(folder, trusted=False)
+
+
+def _converts(config: Any) -> bool:
+    """Whether transformers makes other tensors of the stored ones, in memory: merged experts, or
+    weights that are quantized."""
+    types = {config.model_type, *(sub.model_type for sub in _parts(config))}
+    found = [each for name in types for each in get_checkpoint_conversion_mapping(name) or ()]
+    quantized = getattr(config, "quantization_config", None) is not None
+    return quantized or any(isinstance(each, WeightConverter) for each in found)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """The configurations of a model's parts, those of vision and text."""
+    for name in getattr(config, "sub_configs", None) or ():
+        part = getattr(config, name, None)
+        if hasattr(part, "model_type"):
+            yield part
 
 
 def _free_bytes() -> int:

@@ -25,6 +25,7 @@ from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.errors import RestoreError, UsageError, ValueRangeError
 from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import TensorHeader
+from trilens.io.spilled import spilling
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import EXCLUDED, Candidate, data_free
 from trilens.planning.matrices import ModelMatrix, find_matrices
@@ -107,7 +108,8 @@ def make_plan(
         RestoreError: the weights did not come back.
 
     Memory: one coded copy of each matrix's candidates at a time, at the end a second copy of all
-    matrices, and the logits of all tokens (`ReferenceLogits`).
+    matrices (above 1 GiB in a temporary file, mapped), and the logits of all tokens
+    (`ReferenceLogits`). The model's own weights stay mapped from their files.
     """
     matrices = find_matrices(lens, headers)
     if options.budget_bits is not None:  # refused now, not after minutes of measuring
@@ -334,15 +336,18 @@ def _within(steps: Sequence[_Step], room: int) -> list[_Step]:
 def _evaluated(
     lens: Lens, matrices: Sequence[ModelMatrix], chosen: Sequence[Point], held: ReferenceLogits
 ) -> Degradation:
-    weights = {
-        matrix.target: point.candidate.apply(
-            matrix, lens.model.get_parameter(matrix.target).detach()
-        )
+    changed = [
+        (matrix, point.candidate, lens.model.get_parameter(matrix.target).detach())
         for matrix, point in zip(matrices, chosen, strict=True)
         if point.candidate is not EXCLUDED
-    }
-    with swapped(lens.model, weights):
-        return held.measure()
+    ]
+    with spilling(sum(own.nbytes for *_, own in changed)) as put_aside:
+        weights = {
+            matrix.target: put_aside(candidate.apply(matrix, own))
+            for matrix, candidate, own in changed
+        }
+        with swapped(lens.model, weights):
+            return held.measure()
 
 
 def _planned(

@@ -17,6 +17,7 @@ from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.errors import RestoreError, UsageError
 from trilens.evaluation.reference import Degradation, ReferenceLogits
 from trilens.io.safetensors_header import TensorHeader
+from trilens.io.spilled import spilling
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import Candidate, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
@@ -155,8 +156,8 @@ def measure_sensitivity(
         NonFiniteError: NaN or Inf among weights or in the model's own logits.
         RestoreError: the weights did not come back.
 
-    Memory: a second copy of the matrices, up to a third while all of them are replaced, and the
-    logits of all tokens (`ReferenceLogits`).
+    Memory: a second copy of the matrices, above 1 GiB in a temporary file, mapped; and the logits
+    of all tokens (`ReferenceLogits`).
     """
     entry = rule or MatrixPlan("absmean")
     if entry.rule == "keep":
@@ -176,9 +177,11 @@ def measure_sensitivity(
     model = lens.model
     before = checksum(dict(model.named_parameters()))
     reference = ReferenceLogits(lens, blocks)
-    changed = _change(lens, matrices, candidate, blocks, predict, report)
     rows = []
     with ExitStack() as together:
+        size_bytes = sum(model.get_parameter(matrix.target).nbytes for matrix in matrices)
+        put_aside = together.enter_context(spilling(size_bytes))
+        changed = _change(lens, matrices, candidate, blocks, predict, report, put_aside)
         for subject, name, members in parts:
             report(f"{subject} {name}")
             weights = {matrix.target: changed.weights[matrix.target] for matrix in members}
@@ -233,13 +236,14 @@ def _change(
     blocks: Sequence[Tensor],
     predict: bool,
     report: Callable[[str], None],
+    put_aside: Callable[[Tensor], Tensor],
 ) -> _Changed:
     inputs = inputs_of(lens, matrices, blocks)
     weights, errors = {}, {}
     for matrix in matrices:
         report(f"coding {matrix.target}")
         own = lens.model.get_parameter(matrix.target).detach()
-        weights[matrix.target] = candidate.apply(matrix, own)
+        weights[matrix.target] = put_aside(candidate.apply(matrix, own))
         known = inputs.get(matrix.target)
         errors[matrix.target] = output_error(matrix, own, weights[matrix.target], known)
     predictions = None

@@ -1,0 +1,158 @@
+"""A checkpoint that is larger than memory: ternarize, calibrate, compare, plan under a limit.
+
+    python -m benchmarks.larger_than_memory [--size-gb 12] [--limit-gb 4] [--runs ternarize …]
+
+Random bfloat16 weights of a Llama, one file a block. Each command runs in a process of its own,
+watched from outside: memory that cannot leave (anonymous, shared, swapped) is looked at every
+20 ms, and the process is killed above the limit. Pages of mapped files count for nothing: the
+system drops them when it needs room, at the cost of reading them again. Where the whole machine has
+more memory than the checkpoint, the seconds are those of a page cache that holds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.common import llama_config, save
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
+_EVERY_S = 0.02
+
+
+def build(folder: Path, size_bytes: int, width: int, vocab_size: int = 8192) -> dict[str, Any]:
+    """Write a checkpoint of about that size, a block in memory at a time."""
+    folder.mkdir(parents=True)
+    inner, heads = width * 11 // 4 // 64 * 64, width // 128
+    options = {"vocab_size": vocab_size, "tie_word_embeddings": False}
+    kv_heads = max(1, heads // 4)
+    with torch.device("meta"):
+        one = LlamaForCausalLM(llama_config(width, inner, 1, heads, kv_heads, **options))
+    shapes = {name: value.shape for name, value in one.state_dict().items()}
+    block = {name: shape for name, shape in shapes.items() if ".layers.0." in name}
+    count = max(1, round(size_bytes / 2 / sum(shape.numel() for shape in block.values())))
+    config = llama_config(width, inner, count, heads, kv_heads, **options)
+    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    parts = [{k: v for k, v in shapes.items() if k not in block}]
+    parts += [{k.replace(".0.", f".{i}."): v for k, v in block.items()} for i in range(count)]
+    places: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {key: _weights(shape, generator) for key, shape in part.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = {"<unk>": 0, **{letter: i for i, letter in enumerate(_LETTERS, start=1)}}
+    letters = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(folder)
+    return {"bytes": total, "files": len(parts), "layers": count, "width": width, "inner": inner}
+
+
+def _weights(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def text(path: Path, lines: int = 40) -> Path:
+    """Random letters."""
+    drawn = random.Random(0)
+    path.write_text("\n".join("".join(drawn.choices(_LETTERS, k=400)) for _ in range(lines)))
+    return path
+
+
+def unreclaimable_bytes(pid: int) -> int:
+    """Anonymous, shared and swapped memory of a process, which no file can give back."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    wanted = ("RssAnon:", "RssShmem:", "VmSwap:")
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(wanted))
+
+
+def watched(command: list[str], limit_bytes: int) -> dict[str, Any]:
+    """Run a command, killed where it takes more than the limit."""
+    began, peak, over = time.perf_counter(), 0, False
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            peak = max(peak, unreclaimable_bytes(process.pid))
+            if peak > limit_bytes and not over:
+                over = True
+                process.kill()
+            time.sleep(_EVERY_S)
+        errors.seek(0)
+        words = errors.read().decode(errors="replace").split()
+    usage = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak}
+    failed = "above the limit" if over else " ".join(words[-40:]) if process.returncode else ""
+    return {**usage, "exit_code": process.returncode, **({"failed": failed} if failed else {})}
+
+
+def commands(source: Path, root: Path, data: Path) -> dict[str, list[str]]:
+    """The four commands; few tokens, because what is asked is whether memory is enough."""
+    tokens = ["--max-tokens", "256", "--seq-length", "64"]
+    fit = ["--rule", "gptq", "--group-size", "128", "--calibrate", str(data), "--effort", "fast"]
+    plain = ["ternarize", str(source), "-o"]
+    return {
+        "ternarize": [*plain, str(root / "ternary")],
+        "compare": [
+            *("compare", str(source), str(root / "ternary"), "--data", str(data)),
+            *("--lens", "none", "--batch-size", "1", *tokens),
+        ],
+        "calibrate": [*plain, str(root / "calibrated"), *fit, "--batch-size", "1", *tokens],
+        "plan": [
+            *("plan", str(source), "--data", str(data), "--costs", "predicted"),
+            *("--budget-bits", "2.5", *tokens),
+        ],
+    }
+
+
+def main() -> None:
+    """Build, run, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--size-gb", type=float, default=12.0)
+    parser.add_argument("--limit-gb", type=float, default=4.0)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--folder", type=Path, help="kept; else a temporary one, removed")
+    parser.add_argument("--runs", nargs="+", default=["ternarize", "compare", "calibrate", "plan"])
+    given = parser.parse_args()
+    root = given.folder or Path(tempfile.mkdtemp(prefix="trilens-large-"))
+    source = root / "source"
+    try:
+        facts = build(source, int(given.size_gb * 1e9), given.width)
+        print(facts, flush=True)
+        asked = commands(source, root, text(root / "text.txt"))
+        found: dict[str, Any] = {**facts, "limit_bytes": int(given.limit_gb * 1e9)}
+        found["threads"] = os.environ.get("OMP_NUM_THREADS", "all")
+        for name in given.runs:
+            command = [sys.executable, "-m", "trilens", *asked[name]]
+            found[name] = watched(command, found["limit_bytes"])
+            print(name, found[name], flush=True)
+    finally:
+        if given.folder is None:
+            shutil.rmtree(root)
+    save("larger_than_memory", found)
+
+
+if __name__ == "__main__":
+    main()
