@@ -22,6 +22,7 @@ from trilens.checkpoint.calibration.block_job import (
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.experts import expert_inputs, expert_of
 from trilens.checkpoint.calibration.fit import fit_block, transposed
+from trilens.checkpoint.calibration.handover import Carried, Key
 from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
@@ -110,6 +111,7 @@ class _Coder:
         self.runner, self.job = runner, job
         self.dense = runner.block(job.index)
         self.block = runner.block(job.index)
+        job.put_earlier(self.block)
         self.rule = job.rule
         self.quants: dict[tuple[str, int], PerLayerQuant] = {}
         self.records: list[MatrixRecord] = []
@@ -123,15 +125,26 @@ class _Coder:
             "scale_dtype": plan.scale_dtype,
         }
 
-    def run(self, block: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
-        call = self.runner.call(self.job.index, batch.ids)
-        return self.runner.run(self.job.index, block, call, hidden)
+    def run(self, block: nn.Module, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
+        call = self.runner.call(self.job.index, batch.ids, carried)
+        return self.runner.run(self.job.index, block, call)
+
+    def residual_of(
+        self, block: nn.Module, batch: Batch, stream: Stream
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The residual stream before a block, and what gives it after it, once."""
+        index = self.job.index
+        call = self.runner.call(index, batch.ids, stream.read(batch))
+
+        def run() -> Tensor:
+            return self.runner.residual(index, self.runner.run(index, block, call))
+
+        return call.hidden, run
 
     def stages(self) -> tuple[tuple[Stage, ...], dict[str, str]]:
-        batch = self.job.batches[0]
-        hidden = self.job.dense.read(batch)
         paths = [matrix.path for matrix in self.job.matrices if matrix.path]
-        return find_stages(self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden)
+        hidden, run = self.residual_of(self.dense, self.job.batches[0], self.job.dense)
+        return find_stages(self.dense, paths, run, hidden)
 
     def code_stage(self, stage: Stage, by_path: Mapping[str, BlockMatrix]) -> None:
         routed = stage.n_tokens != self.job.batches[0].ids.numel()
@@ -170,9 +183,8 @@ class _Coder:
         }
         if not names:
             return ()
-        batch = self.job.batches[0]
-        hidden = self.job.dense.read(batch)
-        seen = expert_inputs(self.dense, sorted(names), lambda: self.run(self.dense, batch, hidden))
+        _, run = self.residual_of(self.dense, self.job.batches[0], self.job.dense)
+        seen = expert_inputs(self.dense, sorted(names), run)
         return tuple(dict.fromkeys(name for name, _, _ in seen))
 
     def code_experts(self, name: str, matrices: Sequence[BlockMatrix]) -> None:
@@ -211,11 +223,7 @@ class _Coder:
     def _expert_inputs(self, name: str, batches: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """What the experts of one parameter are given, batch by batch."""
         for batch in batches:
-            hidden = self.job.ternary.read(batch)
-
-            def run(batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
-                return self.run(self.block, batch, hidden)
-
+            _, run = self.residual_of(self.block, batch, self.job.ternary)
             for _, expert, inputs in expert_inputs(self.block, [name], run):
                 yield expert, inputs
 
@@ -251,21 +259,22 @@ class _Coder:
         job = self.job
         sites = {path: site for path, site in stage.sites.items() if path in repairing}
         for batch in batches:
-            hidden, true_hidden = job.ternary.read(batch), job.dense.read(batch)
+            hidden, run = self.residual_of(self.block, batch, job.ternary)
             befores = sorted({site.before for site in sites.values()})
             afters = sorted({site.after for site in sites.values()})
             with watching(
                 self.block, inputs=stage.members[:1], states=befores, shape=hidden.shape
             ) as watch:
-                seen = watch(lambda h=hidden, b=batch: self.run(self.block, b, h))  # type: ignore[misc]
+                seen = watch(run)
             entered = seen.get(("input", stage.members[0]))
             if entered is None:
                 continue
             targets: dict[str, Tensor] = {}
             if corrected:
                 own = [path for path in stage.members if path in corrected and path not in sites]
+                _, run = self.residual_of(self.dense, batch, job.dense)
                 with watching(self.dense, outputs=own, states=afters, shape=hidden.shape) as watch:
-                    true = watch(lambda h=true_hidden, b=batch: self.run(self.dense, b, h))  # type: ignore[misc]
+                    true = watch(run)
                 for path in filter(corrected.__contains__, stage.members):
                     if path in sites:
                         before = seen.get(("state", sites[path].before), hidden)
@@ -352,6 +361,7 @@ class _Coder:
             inputs=job.ternary,
             targets=after,
             run=self.run,
+            counted=self.runner.changed(job.index),
             plan=job.plan,
             options=job.fit,
         )
