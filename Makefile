@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-hostile test-numerics test-engines test-gpu test-browser check check-pythons bench sweep format clean
+.PHONY: demo test test-hostile test-numerics test-engines test-gpu test-browser docs check check-pythons bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,19 +67,28 @@ $(VENV)/.browser: $(VENV)/.ready
 test-browser: $(VENV)/.browser
 	TRILENS_BROWSER=1 $(PY) -m pytest tests/browser
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# The docs as a site that needs no network: build/site/index.html opens from disk.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --config-file website/mkdocs.yml
+	$(PY) -m pytest tests/site
+
 # Other Pythons of this machine, without torch.
 check-pythons:
 	.ci/pythons
 
 check: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check src tests benchmarks training examples
-	$(VENV)/bin/ruff check src tests benchmarks training examples
+	$(VENV)/bin/ruff format --check src tests benchmarks training examples website
+	$(VENV)/bin/ruff check src tests benchmarks training examples website
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready
-	$(VENV)/bin/ruff format src tests benchmarks training examples
-	$(VENV)/bin/ruff check --fix src tests benchmarks training examples
+	$(VENV)/bin/ruff format src tests benchmarks training examples website
+	$(VENV)/bin/ruff check --fix src tests benchmarks training examples website
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,7 +44,14 @@ SHAPES = {
 def claims() -> SiteClaims:
     module, layout = nn.Identity(), Layout("batched")
     sites = {
-        (name, layer): Site(name, layer, Tap("output", module), layout, shape)
+        (name, layer): Site(
+            name,
+            layer,
+            Tap("output", module),
+            layout,
+            shape,
+            closed=-math.inf if name == "router" else 0.0,
+        )
         for name, shape in SHAPES.items()
         for layer in range(LAYERS)
     }

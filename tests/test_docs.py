@@ -74,7 +74,9 @@ def run(command: str, where: str) -> str:
     if words[:2] in (["pip", "install"], ["git", "clone"]):
         return ""
     assert words[0] == "trilens", f"{where}: {command}"
-    result = CliRunner().invoke(app, words[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvicorn.Server.run", lambda *_, **__: None)  # would serve until Ctrl-C
+        result = CliRunner().invoke(app, words[1:])
     assert result.exit_code == 0, f"{where}: {command}\n{result.output}"
     return result.stdout
 

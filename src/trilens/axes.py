@@ -24,7 +24,16 @@ from difflib import get_close_matches
 from trilens.errors import UnknownSiteError
 from trilens.printable import bounded, escaped
 
-__all__ = ["GATE_SITES", "RESIDUALS", "SITES", "SITE_ORDER", "SiteSpec", "site_name"]
+__all__ = [
+    "GATES_AS_SITES",
+    "GATE_SITES",
+    "NOT_READ",
+    "RESIDUALS",
+    "SITES",
+    "SITE_ORDER",
+    "SiteSpec",
+    "site_name",
+]
 
 GATE_SITES: dict[str, str] = {
     "mlp.gate": "GLU gate of a block's MLP: the activation that multiplies the up projection",
@@ -70,6 +79,16 @@ class SiteSpec:
     aliases: tuple[str, ...] = ()
 
 
+def _gate(name: str) -> SiteSpec:
+    """A gate as a site: what its function is given."""
+    where = GATE_SITES[name].partition(":")[0]
+    return SiteSpec(
+        "[seq, units]",
+        f"what the gate's function is given: {where}",
+        "its function gives what the model multiplies by",
+    )
+
+
 SITES: dict[str, SiteSpec] = {
     "embed": SiteSpec(
         "[seq, d_model]",
@@ -89,6 +108,7 @@ SITES: dict[str, SiteSpec] = {
         "what attention reads of several residual streams, before its norm",
         "what a module that is given the streams hands on to attention",
     ),
+    "attn.router": _gate("attn.router"),
     "attn.q": SiteSpec(
         "[seq, heads, d_head]",
         "queries before the rotary step",
@@ -137,6 +157,7 @@ SITES: dict[str, SiteSpec] = {
         "pattern · attn.v = attn.z",
         aliases=("attn.hook_z",),
     ),
+    "attn.out_gate": _gate("attn.out_gate"),
     "attn.head_out": SiteSpec(
         "[seq, heads, d_model]",
         "each head's part of attn.out, through the output projection without its bias",
@@ -206,6 +227,8 @@ SITES: dict[str, SiteSpec] = {
         "down(mlp.post) = mlp.out",
         aliases=("mlp.hook_post",),
     ),
+    "mlp.receptance": _gate("mlp.receptance"),
+    "mlp.shared_gate": _gate("mlp.shared_gate"),
     "mlp.out": SiteSpec(
         "[seq, d_model]",
         "output of a block's MLP",
@@ -230,6 +253,21 @@ SITES: dict[str, SiteSpec] = {
     "mixer.in": SiteSpec(
         "[seq, d_model]", "what a recurrent mixer reads", "input of the module that runs it"
     ),
+    "mixer.dt": _gate("mixer.dt"),
+    "mixer.decay": _gate("mixer.decay"),
+    "mixer.beta": _gate("mixer.beta"),
+    "mixer.in_context_rate": _gate("mixer.in_context_rate"),
+    "mixer.value_mix": _gate("mixer.value_mix"),
+    "mixer.input": _gate("mixer.input"),
+    "mixer.recurrence": _gate("mixer.recurrence"),
+    "mixer.receptance": _gate("mixer.receptance"),
+    "mixer.z": _gate("mixer.z"),
+    "mixer.out_gate": _gate("mixer.out_gate"),
+    "state": SiteSpec(
+        "[seq, *state]",
+        "what a recurrence remembers after a token, as `cap.states` has it",
+        "the model's own kernel function goes on from it",
+    ),
     "mixer.out": SiteSpec(
         "[seq, d_model]", "output of a recurrent mixer", "output of the module that runs it"
     ),
@@ -238,6 +276,7 @@ SITES: dict[str, SiteSpec] = {
         "what a recurrent mixer adds to the residual stream, after norms and factors",
         "the parts sum to resid_post",
     ),
+    "block.gate": _gate("block.gate"),
     "resid_post": SiteSpec(
         "[seq, d_model]",
         "residual stream after a block, before the final norm",
@@ -256,6 +295,14 @@ SITES: dict[str, SiteSpec] = {
 
 RESIDUALS = ("resid_pre", "resid_mid", "resid_post")
 """Sites of the residual: of a model with several streams their value has an axis of streams."""
+
+NOT_READ = ("state",)
+"""Sites that are edited alone."""
+
+GATES_AS_SITES = tuple(
+    name for name in SITES if name in GATE_SITES and name not in ("mlp.gate", "router")
+)
+"""Gates that are sites by the rules of gates alone."""
 
 SITE_ORDER: dict[str, int] = {name: number for number, name in enumerate(SITES)}
 """Name of a site → its place in that order."""
@@ -295,7 +342,9 @@ def site_name(text: object) -> tuple[str, int | None]:
     # Names that look alike, and those whose last word is the same: "z" is "attn.z".
     near = get_close_matches(name[:80], _NAMES, n=4, cutoff=0.6)
     near += [each for each in _NAMES if each.rpartition(".")[2] == name]
-    offered = list(dict.fromkeys(_NAMES[each] for each in near)) or list(SITES)
+    offered = list(dict.fromkeys(_NAMES[each] for each in near)) or [
+        each for each in SITES if each not in GATES_AS_SITES
+    ]
     raise UnknownSiteError(f"site {_shown(text)} is unknown: did you mean {', '.join(offered)}?")
 
 

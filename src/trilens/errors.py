@@ -37,6 +37,12 @@
     │   └── SeveralStreamsError  several residual streams that could not be told apart or read out
     ├── DamageError              ternary weights that do more damage than the caller allows
     ├── WriteError               a file that could not be written
+    ├── ServeError           what the explorer refuses, or could not finish
+    │   ├── PortInUseError   another program listens there
+    │   ├── RequestError     a request that is too large, too slow, or from elsewhere
+    │   ├── BusyError        too many runs wait already
+    │   ├── TimeLimitError   a run took longer than it may
+    │   └── RunCancelledError  a run that was cancelled, or whose client went away
     ├── RestoreError             weights that were replaced for a while did not come back
     ├── GenerationError          a model, or a text, that can't be generated from as asked
     └── CaptureError             a forward pass that did not give what was asked
@@ -64,6 +70,7 @@ __all__ = [
     "AnatomyError",
     "AttentionPathError",
     "BeyondPositionsWarning",
+    "BusyError",
     "CaptureError",
     "ConfigError",
     "CorruptFileError",
@@ -87,11 +94,15 @@ __all__ = [
     "NotStoredError",
     "OfflineError",
     "OutOfRangeError",
+    "PortInUseError",
     "PromptError",
     "PromptTooLongError",
     "RecorderError",
     "RecurrentStateError",
+    "RequestError",
     "RestoreError",
+    "RunCancelledError",
+    "ServeError",
     "SeveralStreamsError",
     "ShapeError",
     "ShardError",
@@ -99,6 +110,7 @@ __all__ = [
     "SiteError",
     "TextError",
     "TextNotFoundError",
+    "TimeLimitError",
     "TokenIdError",
     "TooLargeError",
     "TrilensError",
@@ -278,6 +290,30 @@ class DamageError(TrilensError):
 
 class WriteError(TrilensError):
     """A file that could not be written: no space, no permission, or it is in use."""
+
+
+class ServeError(TrilensError):
+    """What the explorer refuses, or could not finish."""
+
+
+class PortInUseError(ServeError):
+    """Another program listens on this port."""
+
+
+class RequestError(ServeError):
+    """A request that is too large or too slow, or that another page sent."""
+
+
+class BusyError(ServeError):
+    """More runs wait than are let wait."""
+
+
+class TimeLimitError(ServeError):
+    """A run that took longer than it may."""
+
+
+class RunCancelledError(ServeError):
+    """A run that was cancelled, or whose client went away."""
 
 
 class RestoreError(TrilensError):

@@ -13,6 +13,7 @@ from lens_cases import demo_lens
 from tinymodels import build, prompt_ids
 from tolerances import assert_near
 from trilens.analysis import head_scores, heads, repeated_tokens
+from trilens.analysis.copying import _factor
 from trilens.analysis.heads import ROLES, role_scores
 from trilens.caches.patterns.protocol import DensePattern
 from trilens.errors import (
@@ -164,12 +165,40 @@ def test_copying_of_parallel_blocks_factors_and_other_projections(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "olmo2"])
-def test_a_norm_behind_attention_leaves_no_direct_effect(kind: str) -> None:
-    lens = trilens.Lens(build(kind))
+def test_heads_go_through_a_norm_behind_attention_as_it_stands(kind: str) -> None:
+    lens = trilens.Lens(build(kind, dtype=torch.float64))
     cap = lens.capture(prompt_ids(kind), attention=True, residual="all", sites=SITES)
+    layer, head, last = 0, 1, lens.n_layers - 1
     found = head_scores(cap, lens=lens)
-    assert "a norm stands between" in found.notes[0]
-    assert all(row["copying"] is None and row["induction"] is not None for row in found.table())
+    assert found.notes == ()
+    # The model's own norm: by its epsilon alone, what each token is divided by can't be told.
+    out, add = cap.sites["attn.out", layer], cap.sites["attn.add", layer]
+    scale = out.square().mean(-1, keepdim=True).add(lens.model.config.rms_norm_eps).rsqrt()
+    weights = (add / (out * scale)).median(0).values
+    assert torch.allclose(out * scale * weights, add)
+    part = cap.sites["attn.head_out", layer][:, head] * scale * weights
+    ids = cap.token_ids.tolist()
+    tokens = sorted(set(ids))
+    stream, pattern = cap.residual[last], cap.attention.pattern(layer).dense()[0, head].double()
+    effect = (lens.unembed(stream) - lens.unembed(stream - part))[:, tokens]
+    total = score = 0.0
+    for q in range(1, len(ids)):
+        k = 1 + int(pattern[q, 1 : q + 1].argmax())
+        own = effect[q, tokens.index(ids[k])]
+        less = (effect[q] < own).sum() + 0.5 * ((effect[q] == own).sum() - 1)
+        score += float(pattern[q, k] * less) / (len(tokens) - 1)
+        total += float(pattern[q, k])
+    assert float(found.means[layer][5, head]) == pytest.approx(score / total, abs=1e-3)
+
+
+def test_what_no_factors_are_is_refused() -> None:
+    out = torch.randn(9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert _factor(out, torch.nn.functional.layer_norm(out, (16,))) is None
+    assert _factor(out[:1], torch.nn.functional.rms_norm(out[:1], (16,)) * out[1]) is None
+    assert _factor(out, -3 * out) is not None
+    normed = torch.nn.functional.rms_norm(out, (16,)) * out[1]
+    factor = _factor(out, normed)
+    assert factor is not None and torch.allclose(factor * out, normed)
 
 
 def test_recurrent_layers_are_scored_without_signs() -> None:

@@ -39,9 +39,9 @@ class Opened:
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
-    def quiet(self) -> None:
-        """Nothing but the file was asked for, nothing was complained of."""
-        asked = [each for each in self.requests if not each.startswith(("file:", "blob:", "data:"))]
+    def quiet(self, server: str = "file:") -> None:
+        """Nothing but the file, or its server, was asked for, nothing was complained of."""
+        asked = [each for each in self.requests if not each.startswith((server, "blob:", "data:"))]
         assert not asked and not self.complaints, (asked, self.complaints)
 
 
@@ -58,13 +58,13 @@ def chromium():
 
 
 @pytest.fixture
-def opened(chromium):
-    """Opens a file, offline, and waits until the page says that it is whole."""
+def tabs(chromium):
+    """Opens tabs, each with a context of its own, that note what they ask for and complain of."""
     contexts = []
 
-    def open_file(file: Path, **options) -> Opened:
+    def open_tab(**options) -> Opened:
         options.setdefault("viewport", {"width": 1280, "height": 900})
-        context = chromium.new_context(offline=True, **options)
+        context = chromium.new_context(**options)
         contexts.append(context)
         found = Opened(context.new_page())
         found.page.on("request", lambda each: found.requests.append(each.url))
@@ -73,11 +73,34 @@ def opened(chromium):
             lambda each: found.complaints.append(each.text) if each.type != "log" else None,
         )
         found.page.on("pageerror", lambda each: found.complaints.append(str(each)))
+        return found
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def opened(tabs):
+    """Opens a file, offline, and waits until the page says that it is whole."""
+
+    def open_file(file: Path, **options) -> Opened:
+        found = tabs(offline=True, **options)
         found.page.goto(file.as_uri())
         found.page.wait_for_selector("html[data-ready]", timeout=60_000)
         assert found.page.evaluate("document.documentElement.dataset.ready") == "true"
         return found
 
-    yield open_file
-    for context in contexts:
-        context.close()
+    return open_file
+
+
+@pytest.fixture
+def online(tabs):
+    """Opens the address of a server of this machine."""
+
+    def open_address(address: str, **options) -> Opened:
+        found = tabs(**options)
+        found.page.goto(address)
+        return found
+
+    return open_address

@@ -119,7 +119,9 @@ def test_by_keyboard_alone(opened, report) -> None:
 def test_the_table_behind_a_picture_is_downloaded(opened, report, cap, tmp_path) -> None:
     page = opened(report).page
     page.locator(".heads .row details summary").click()
+    # A fold's toggle, on which the table is filled, comes after the click.
     rows = page.locator(".row-table tbody tr")
+    rows.last.wait_for()
     assert rows.count() == len(cap.tokens)
     with page.expect_download() as waited:
         page.locator(".pattern-csv").click()

@@ -88,7 +88,8 @@ def test_a_mapping_from_names_and_layers(cache: SiteCache) -> None:
         (("resid_post", 1.5), OutOfRangeError, "whole number"),
         (("blocks.1.hook_resid_post", 1), UsageError, "names layer 1 too"),
         (5, UsageError, "names no site"),
-        (("mixer.decay", 1), UsageError, "is a gate"),
+        (("mixer.rate", 1), UsageError, "is a gate"),
+        (("state", 1), UsageError, "read in cap.states"),
     ],
 )
 def test_what_is_not_there(cache: SiteCache, key: Any, error: type, words: str) -> None:

@@ -132,3 +132,23 @@ def test_bad_samples_are_refused_before_anything_is_written(tmp_path: Path, text
     with pytest.raises(NoTokenizerError):
         ternarize(bare, out, sample=Sample.read(text))
     assert not out.exists()
+
+
+def test_too_much_damage_without_a_calibration_leaves_nothing(
+    out: Path, tmp_path: Path, text: Path
+) -> None:
+    """What was written is gone again; a caller's empty folder stays, and so does what is done."""
+    arguments = ["ternarize", str(demo_path()), "--rule", "exact", "--per", "row"]
+    bound = ["--evaluate", str(text), "--max-perplexity-ratio", "1.05"]
+    new, empty = tmp_path / "new", tmp_path / "empty"
+    empty.mkdir()
+    for folder in (new, empty):
+        refused = CliRunner().invoke(app, [*arguments, *bound, "-o", str(folder)])
+        assert refused.exit_code == 3
+        assert "Traceback" not in refused.output and refused.stderr.count("\n") == 1
+        assert "1.05" in refused.stderr and "nothing was written" in refused.stderr
+    assert list(tmp_path.iterdir()) == [empty] and not list(empty.iterdir())
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = CliRunner().invoke(app, [*arguments, *bound, "-o", str(out)])
+    assert again.exit_code == 3 and "written before" in again.stderr
+    assert files == {path.name: path.read_bytes() for path in out.iterdir()}

@@ -15,10 +15,10 @@ import pytest
 import trilens
 from corpus_cases import contents, id_documents, tiny_checkpoint
 from hostile.scale import scaled
-from trilens.corpus.dispatch import MOST_RETRIES, Failure, WorkerSpec, run_shards
-from trilens.corpus.processes import LocalWorkers
-from trilens.corpus.shards import ShardDone
-from trilens.errors import ShardError, UsageError
+from trilens.corpus.worker import worker_spec
+from trilens.errors import CorruptFileError, ShardError, UsageError
+from trilens.workers.dispatch import MOST_RETRIES, Done, Failure, run_shards
+from trilens.workers.processes import LocalWorkers
 
 OPTIONS = trilens.StoreOptions(
     context=16, shard_tokens=64, layers=(0, 1), dtype="bfloat16", reduce=("covariance", "gating")
@@ -70,7 +70,7 @@ def test_processes_write_the_same_bytes_and_are_replaced(
 
 def children() -> list[int]:
     found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in found if "trilens.corpus.worker" in command_of(pid)]
+    return [int(pid) for pid in found if "trilens.workers.worker" in command_of(pid)]
 
 
 def command_of(pid: str) -> str:
@@ -85,9 +85,12 @@ def test_what_a_worker_refuses_names_the_shard(checkpoint: str, tmp_path: Path) 
     trilens.capture_corpus(checkpoint, id_documents(30), folder, options=OPTIONS)
     tokens = folder / "tokens-00003.safetensors"
     tokens.write_bytes(tokens.read_bytes()[:-1])
-    workers = LocalWorkers(WorkerSpec(str(folder), checkpoint, {}, threads=1), 1)
-    with pytest.raises(ShardError, match=r"shard 3 could not be captured.*tokens-00003.*truncated"):
-        list(run_shards(workers, [2, 3, 4]))
+    workers = LocalWorkers(worker_spec(folder, checkpoint, {}, threads=1), 1)
+    with pytest.raises(
+        ShardError, match=r"shard 3 could not be captured.*tokens-00003.*truncated"
+    ) as caught:
+        list(run_shards(workers, [2, 3, 4], done="captured"))
+    assert isinstance(caught.value.__cause__, CorruptFileError)
     assert not children()
 
 
@@ -108,12 +111,12 @@ class Losing:
         self.given.append(shard)
         self.running.append(shard)
 
-    def wait(self) -> Sequence[ShardDone | Failure]:
+    def wait(self) -> Sequence[Done | Failure]:
         shard = self.running.pop(0)
         if self.losses.get(shard, 0):
             self.losses[shard] -= 1
             return [Failure(shard, "out of luck", lost=self.lost)]
-        return [ShardDone(shard, 10, 10)]
+        return [Done(shard, {})]
 
     def close(self) -> None:
         self.closed = True
@@ -121,16 +124,22 @@ class Losing:
 
 def test_retries_are_bounded() -> None:
     workers = Losing({1: MOST_RETRIES, 3: 1})
-    assert sorted(done.shard for done in run_shards(workers, range(5))) == [0, 1, 2, 3, 4]
+    assert sorted(done.shard for done in run_shards(workers, range(5), done="captured")) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert workers.given.count(1) == MOST_RETRIES + 1
     assert workers.closed
     workers = Losing({1: MOST_RETRIES + 1})
     with pytest.raises(ShardError, match=r"shard 1 .* its worker was lost 3 times: out of luck"):
-        list(run_shards(workers, range(5)))
+        list(run_shards(workers, range(5), done="captured"))
     assert workers.closed
     workers = Losing({2: 1}, lost=False)
     with pytest.raises(ShardError, match=r"shard 2 .* its worker refused it: out of luck"):
-        list(run_shards(workers, range(5)))
+        list(run_shards(workers, range(5), done="captured"))
     assert workers.given.count(2) == 1
 
 

@@ -55,6 +55,7 @@ def problem_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[i
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
         patch.setattr(sys, "stdin", io.StringIO("the cat"))
+        patch.setattr("uvicorn.Server.run", lambda *_, **__: None)  # would serve until Ctrl-C
         code: Any = None
         try:
             with within(_SECONDS):

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from trilens.errors import CorruptFileError, WriteError
-from trilens.io.atomic import AtomicFile, atomic, atomic_folder, write_bytes
+from trilens.io.atomic import AtomicFile, atomic, atomic_folder, locked_folder, write_bytes
 from trilens.io.guarded import open_regular, read_bytes
-from trilens.io.temporary import is_leftover
+from trilens.io.temporary import is_leftover, lock_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -228,6 +228,16 @@ def test_one_writer_alone(tmp_path: Path) -> None:
         # Places whose names begin alike are two places.
         with atomic(path.with_name(f"{path.name}.z"), alone=True):
             AtomicFile(path.with_name(f"{path.name}.zz"), alone=True).close()
+
+
+def test_a_lock_that_outlives_its_run_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """As where a run was killed between the fork and the exec of a worker."""
+    held = lock_folder(tmp_path)
+    release = threading.Timer(0.1, os.close, [held])
+    release.start()
+    with locked_folder(tmp_path) as is_new:
+        assert not is_new
+    release.join()
 
 
 def test_guarded_reading(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_other_sites(lens: Lens, captures: list[Capture]) -> None:
         ({"site": "resid_pots"}, UnknownSiteError, "resid_post"),
         ({"site": "attn.pattern"}, UsageError, "one value per token"),
         ({"site": "blocks.1.hook_resid_post"}, UsageError, "names layer 1 too"),
-        ({"site": "mixer.decay"}, UsageError, "is a gate"),
+        ({"site": "mixer.rate"}, UsageError, "is a gate"),
         ({"position": "first"}, UsageError, "'last' or 'mean'"),
         ({"position": 2}, OutOfRangeError, "prompt 0 of 2 tokens has positions"),
         ({"position": 1.5}, OutOfRangeError, "whole number"),

@@ -61,3 +61,18 @@ def test_dtypes() -> None:
     rotate(x).sum().backward()
     assert x.grad is not None
     assert_close_sums(x.grad, rotate_back(torch.ones(3, 96)), 96**0.5, 96, torch.float32)
+
+
+@pytest.mark.parametrize("width", [48, 768, 1536, 2048])
+def test_any_number_of_threads_gives_the_same_bits(width: int) -> None:
+    """Workers of one run share the processors: what they write may not depend on their share."""
+    before = torch.get_num_threads()
+    values = torch.randn(130, width)
+    found = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(rotate(values))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinymodels import build, forward_kwargs, prompt_ids
-from trilens.axes import SITES
+from trilens.axes import GATES_AS_SITES, NOT_READ, SITES
 from trilens.edits import Scale
 from trilens.errors import AttentionPathError, TrilensError
 from trilens.lens.capture import Capture
@@ -229,6 +229,8 @@ def family_sites(lens: Lens) -> tuple[tuple[str, ...], tuple[tuple[str, str], ..
     proven: list[str] = []
     refused: list[tuple[str, str]] = []
     for name, spec in SITES.items():
+        if name in GATES_AS_SITES or name in NOT_READ:  # Counted as gates and states.
+            continue
         layers = range(lens.n_layers) if spec.per_layer else (None,)
         keys = [(name, layer) for layer in layers]
         need(all((key in claims.sites) != (key in claims.reasons) for key in keys), f"{name} lost")

@@ -66,8 +66,8 @@ def copying_scores(
     factor = _factor(cap.sites["attn.out", layer], cap.sites["attn.add", layer])
     if factor is None:
         return none, (
-            f"layer {layer}: what attention adds to the stream is no multiple of attn.out (a norm "
-            "stands between), so that its heads have no direct effect of their own"
+            f"layer {layer}: what attention adds to the stream is neither a multiple of attn.out "
+            "nor its root-mean-square norm, so that its heads have no direct effect of their own"
         )
     ids = cap.token_ids.cpu()
     weights, at = _attended(pattern)
@@ -82,7 +82,7 @@ def copying_scores(
     whole = logits_of_tokens(lens, stream, tokens)
     scores = none.clone()
     for head in range(pattern.heads):
-        without = logits_of_tokens(lens, stream - factor * heads[:, head], tokens)
+        without = logits_of_tokens(lens, stream - (factor * heads[:, head]).to(stream), tokens)
         effect = whole - without
         places = torch.searchsorted(tokens, targets[head].clamp(min=int(tokens[0])))
         own = effect.gather(1, places[:, None])
@@ -93,12 +93,27 @@ def copying_scores(
     return scores, ""
 
 
-def _factor(out: Tensor, add: Tensor) -> float | None:
-    """The number that attn.add is of attn.out, where it is one."""
+def _factor(out: Tensor, add: Tensor) -> Tensor | None:
+    """What attn.out is multiplied by to be attn.add, where that is a number or a norm's factors.
+
+    A root-mean-square norm between the two divides each token by its root mean square and weighs
+    the channels: as it stands it is linear, and each head's share goes through it alike.
+
+    Shapes: [1, 1] or [seq, d_model]
+    """
     x, y = out.double(), add.double()
-    factor = float((x * y).sum() / x.square().sum().clamp(min=1e-300))
-    close = float((y - factor * x).norm()) <= _CLOSE * float(y.norm())
-    return factor if close else None
+
+    def fitted(x: Tensor, over: tuple[int, ...]) -> Tensor:
+        squares = x.square().sum(over, keepdim=True).clamp(min=1e-300)
+        return (x * y).sum(over, keepdim=True) / squares
+
+    norms = x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-300)
+    # Of one token every difference is a factor of the channels: no norm can be told from another.
+    by_channel = [fitted(x / norms, (0,)) / norms] if len(x) > 1 else []
+    for factor in (fitted(x, (0, 1)), *by_channel):
+        if float((y - factor * x).norm()) <= _CLOSE * float(y.norm()):
+            return factor
+    return None
 
 
 def _attended(pattern: Pattern) -> tuple[Tensor, Tensor]:

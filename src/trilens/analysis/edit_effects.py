@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -15,6 +15,7 @@ from trilens.analysis.tokens import Token, token_id
 from trilens.caches.indices import check_index
 from trilens.edits import Edit
 from trilens.errors import UsageError
+from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import PromptLike
@@ -23,7 +24,7 @@ from trilens.results import Tabular
 from trilens.statistics.divergence import kl_nats
 from trilens.statistics.probabilities import probabilities
 
-__all__ = ["EditEffect", "MovedToken", "edit_effect"]
+__all__ = ["EditEffect", "MovedToken", "edit_effect", "effect_between"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +143,33 @@ def edit_effect(
     if target is not None and against is not None:
         ids = token_id(lens, target), token_id(lens, against)
     plain = lens.capture(prompt, residual=None)
-    length = len(plain.tokens)
-    at = check_index(position, length, "position", "this prompt", negative=True)
+    at = check_index(position, len(plain.tokens), "position", "this prompt", negative=True)
     edited = lens.capture(plain.token_ids, residual=None, edits=given)
+    return effect_between(lens, plain, edited, given, ids=ids, position=at, k=n)
+
+
+def effect_between(
+    lens: Lens,
+    plain: Capture,
+    edited: Capture,
+    edits: Sequence[Edit],
+    *,
+    ids: tuple[int, int] | None = None,
+    position: int = -1,
+    k: int = 10,
+) -> EditEffect:
+    """What edits do, of captures without and with them; both hold all logits.
+
+    Args:
+        lens: the model of both.
+        plain: without edits.
+        edited: with them, of the same tokens.
+        edits: what was done.
+        ids: target and against, as `edit_effect` takes them.
+        position: as there.
+        k: likewise.
+    """
+    at = check_index(position, len(plain.tokens), "position", "this prompt", negative=True)
     diffs: tuple[float | None, float | None] = None, None
     if ids is not None:
         metric = logit_diff(*ids, position=at)
@@ -155,10 +180,10 @@ def edit_effect(
         probabilities(each[at], f"of position {at}").double().cpu()
         for each in (plain.logits, edited.logits)
     )
-    top = (after - before).abs().topk(min(n, len(before))).indices.tolist()
+    top = (after - before).abs().topk(min(k, len(before))).indices.tolist()
     return EditEffect(
         tokens=tuple(plain.tokens),
-        edits=tuple(map(str, given)),
+        edits=tuple(map(str, edits)),
         kl_nats=kl_nats(plain.logits, edited.logits),
         position=at,
         target=None if ids is None else ids[0],

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["GATE_FUNCTIONS", "INNER_FUNCTIONS", "RATED_FUNCTIONS", "GateFunction", "RatedFunction"]
+__all__ = [
+    "GATE_FUNCTIONS",
+    "INNER_FUNCTIONS",
+    "LOG_OF_ZERO",
+    "RATED_FUNCTIONS",
+    "GateFunction",
+    "RatedFunction",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +39,13 @@ class GateFunction:
             stays NaN. None for a function of which no such share exists.
         range: Lowest and highest attainable value, infinite where there is none. In a narrow dtype
             the values themselves are rounded, and may lie one rounding step outside.
+        closed: A pre-activation of which the value is 0.
     """
 
     value: Callable[[Tensor], Tensor]
     openness: Callable[[Tensor], Tensor] | None
     range: tuple[float, float]
+    closed: float = 0.0
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -93,6 +102,8 @@ def _identity(x: Tensor) -> Tensor:
 
 
 _INF = math.inf
+LOG_OF_ZERO = -104.0
+"""exp of it is 0 in float32; where logs are summed and subtracted, −inf would make NaN."""
 # The minima have no closed form: they are the values at the root of the derivative, in float64.
 _SILU_MIN = -0.27846454276107385
 _GELU_MIN = -0.16997120747990369
@@ -110,7 +121,7 @@ GATE_FUNCTIONS: Mapping[str, GateFunction] = MappingProxyType(
         "quick_gelu": GateFunction(_quick_gelu, _quick_logistic, (_SILU_MIN / 1.702, _INF)),
         "relu": GateFunction(F.relu, _step, (0.0, _INF)),
         "relu2": GateFunction(_relu2, _step, (0.0, _INF)),
-        "sigmoid": GateFunction(torch.sigmoid, _sigmoid_value, (0.0, 1.0)),
+        "sigmoid": GateFunction(torch.sigmoid, _sigmoid_value, (0.0, 1.0), -_INF),
         "tanh": GateFunction(torch.tanh, None, (-1.0, 1.0)),
         "identity": GateFunction(_identity, None, (-_INF, _INF)),
     }
@@ -139,10 +150,10 @@ INNER_FUNCTIONS: Mapping[str, GateFunction] = MappingProxyType(
     {
         "unit": GateFunction(_identity, _unit, (0.0, 1.0)),
         "doubled": GateFunction(_identity, _half, (0.0, 2.0)),
-        "log_decay": GateFunction(torch.exp, _decay, (0.0, 1.0)),
-        "softmax": GateFunction(_softmax, _softmax, (0.0, 1.0)),
-        "exp": GateFunction(torch.exp, None, (0.0, _INF)),
-        "softplus": GateFunction(F.softplus, None, (0.0, _INF)),
+        "log_decay": GateFunction(torch.exp, _decay, (0.0, 1.0), LOG_OF_ZERO),
+        "softmax": GateFunction(_softmax, _softmax, (0.0, 1.0), -_INF),
+        "exp": GateFunction(torch.exp, None, (0.0, _INF), LOG_OF_ZERO),
+        "softplus": GateFunction(F.softplus, None, (0.0, _INF), -_INF),
     }
 )
 """Functions of what recurrences and routers hold: a value in [0, 1] or a doubled one, kept as it

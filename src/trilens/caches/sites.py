@@ -8,7 +8,7 @@ from typing import Any, Self, SupportsIndex
 import torch
 from torch import Tensor
 
-from trilens.axes import RESIDUALS, SITE_ORDER, SITES, site_name
+from trilens.axes import NOT_READ, RESIDUALS, SITE_ORDER, SITES, site_name
 from trilens.caches.derived import Derived, rebuild_derived
 from trilens.caches.storage import absent_layer, distinct_bytes, moved, spell_layers
 from trilens.errors import AbsentLayerError, NotStoredError, UsageError
@@ -263,4 +263,6 @@ def plain_name(text: object) -> str:
         )
     if name not in SITES:
         raise UsageError(f"{name!r} is a gate: capture with gates=True and ask cap.gates")
+    if name in NOT_READ:
+        raise UsageError(f"{name!r} is captured with {name}s=, and read in cap.{name}s")
     return name

@@ -25,6 +25,7 @@ from trilens.ternary.calibrated.rules import levels_of, n_planes_of
 from trilens.ternary.codecs.packing import Base3, Codec, FourLevels, TwoBit
 from trilens.ternary.codecs.rows import compact_rows, pack_rows
 from trilens.ternary.granularity import resolve_units
+from trilens.ternary.histogram import LevelSample
 from trilens.ternary.quantize import PerLayerQuant, Scale
 from trilens.ternary.rules.kernels import parallel_map
 from trilens.ternary.rules.rules import RuleName
@@ -195,6 +196,7 @@ def code_tensor(
     measured: list[CodedMatrix] = []
     other_rule = ""
     was_ternary = True
+    sample = LevelSample()
     for index, stored_matrix in enumerate(matrices):
         matrix = stored_matrix.T if choice.transposed else stored_matrix
         name = header.name if stored.ndim == 2 else f"{header.name}[{index}]"
@@ -217,6 +219,7 @@ def code_tensor(
         of_error, of_energy = quant.energies(matrix)
         error, energy = error + of_error, energy + of_energy
         zeros += quant.sparsity
+        sample.add(matrix, quant)
         was_ternary = was_ternary and quant.was_ternary
         del quant  # before the next one is made
     reasons = [report.reason, f"coded by its weights alone: {other_rule}" if other_rule else ""]
@@ -224,9 +227,10 @@ def code_tensor(
         report,
         outcome="already ternary" if was_ternary else _CODED[levels_of(plan.rule)],
         reason="; ".join(filter(None, reasons)),
-        relative_error=error / energy if energy else 0.0,
-        sparsity=zeros / len(matrices),
+        relative_error=float(error / energy) if energy else 0.0,
+        sparsity=float(zeros / len(matrices)),
         decoded_exactly=True,
+        histogram=sample.result(),
         output_error=measured[0].output_error if len(measured) == 1 else None,
         output_error_held_out=measured[0].output_error_held_out if len(measured) == 1 else None,
     )

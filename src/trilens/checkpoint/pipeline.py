@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 from trilens.checkpoint.auxiliary_files import origin_of, write_side_files
 from trilens.checkpoint.calibration.aftermath import gone_on, write_own_text
@@ -15,7 +15,7 @@ from trilens.checkpoint.calibration.options import Calibration
 from trilens.checkpoint.calibration.own_text import OwnText, check_writes
 from trilens.checkpoint.calibration.rollback import rollback
 from trilens.checkpoint.calibration.store import Store
-from trilens.checkpoint.coding import code_tensor, entries, planned
+from trilens.checkpoint.coding import entries, planned
 from trilens.checkpoint.dense import write_dense
 from trilens.checkpoint.evaluate import Blocks, Sample, compare_checkpoints, read_samples
 from trilens.checkpoint.format.damage import Damage, check_damage
@@ -29,18 +29,19 @@ from trilens.checkpoint.format.names import (
 )
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.quantization_config import overrides
-from trilens.checkpoint.format.report import TensorReport, TernaryReport
-from trilens.checkpoint.format.shards import ShardWriter
+from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.gguf.formats import GgufFormat, find_format
 from trilens.checkpoint.gguf.writer import check_place, write_gguf
 from trilens.checkpoint.hf_bitnet import write_bitnet
 from trilens.checkpoint.job import Job, read_job
 from trilens.checkpoint.output_folder import check_folder, clean_refusal
+from trilens.checkpoint.sharding import Who, write_shards
 from trilens.checkpoint.validation import validate
 from trilens.errors import DamageError, UsageError, ValueRangeError, WriteError
 from trilens.io.atomic import locked_folder, write_bytes
 from trilens.io.paths import as_path
-from trilens.progress import Progress, Step
+from trilens.numbers import at_least
+from trilens.progress import Progress
 
 __all__ = ["Format", "ternarize"]
 
@@ -78,6 +79,8 @@ def ternarize(
     sample: Sample | Sequence[Sample] | None = None,
     max_perplexity_ratio: float | None = None,
     tokenizer: Any = None,
+    workers: SupportsIndex = 1,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> TernaryReport:
     """Write a ternary copy of a checkpoint.
@@ -122,20 +125,23 @@ def ternarize(
         WriteError: the output cannot be written, or another run writes it.
         DamageError: the perplexity rises by more than `max_perplexity_ratio`, here or of the
             calibration; nothing is left behind.
+        ShardError: a weight file whose worker was lost several times; names it and the cause.
         GenerationError: the model is to write its own calibration text, and writes none.
         TextError, AnatomyError: a text or a model that cannot be calibrated on; see
             `checkpoint.calibration.run.run_calibration`, also for its memory.
 
-    Memory: tensors are read one by one: up to 3 × the largest one for bfloat16 sources, and what
-    the rule needs (`PerLayerQuant.quantize`). A calibration maps the source. With a sample the
-    whole model is loaded before, and both models after.
+    Memory: tensors are read one by one, by each worker: up to 3 × the largest one for bfloat16
+    sources, and what the rule needs (`PerLayerQuant.quantize`). A calibration maps the source. With
+    a sample the whole model is loaded before, and both models after.
     """
     plan, gguf_format = plan or TernaryPlan(), find_format(format)
     samples = (sample,) if isinstance(sample, Sample) else tuple(sample or ())
     _check_bound(max_perplexity_ratio, samples)
     out = as_path(dst, "output")
     _check_format(format, gguf_format, out, plan)
+    who = Who(at_least(1, workers, "workers"), ray)
     if format != "trilens":
+        _check_alone(format, who)
         _check_unmeasured(format, calibration, samples)
     job = read_job(src, plan, revision=revision, ternary=format != "trilens", tokenizer=tokenizer)
     if format in _PLAIN:
@@ -188,7 +194,7 @@ def ternarize(
         journal = Journal(out, order)
         with clean_refusal(out, journal):
             return _write(
-                out, job, order, journal, calibration, texts, max_perplexity_ratio, progress
+                out, job, order, journal, calibration, texts, max_perplexity_ratio, who, progress
             )
 
 
@@ -209,13 +215,14 @@ def _write(
     calibration: Calibration | None,
     texts: tuple[Blocks, ...],
     highest: float | None,
+    who: Who,
     progress: Progress | None,
 ) -> TernaryReport:
     before: Store | None = None
     damage: Damage | None = None
     if calibration is not None:
         before, damage = rollback(out, job, calibration, journal, progress=progress)
-    tensors, digests = _write_shards(out, job, journal, before, progress)
+    tensors, digests = write_shards(out, job, order, journal, before, who=who, progress=progress)
     digests |= write_side_files(out, job)
     job.source.check_unchanged()
     order.check_copied(digests, job.source.side_files)
@@ -301,6 +308,16 @@ def _check_unmeasured(
         )
 
 
+def _check_alone(format: str, who: Who) -> None:
+    """Refuse workers for what one process writes."""
+    if not who.is_here:
+        given = f"workers {who.workers}" if who.ray is None else f"ray {who.ray!r}"
+        raise UsageError(
+            f"{given} cannot write format {format!r}: write a directory with several workers, then "
+            f"{format} from that directory, which keeps every trit"
+        )
+
+
 def _check_engine(out: Path, plan: TernaryPlan) -> None:
     """Refuse a place or a plan that no GGUF file has."""
     check_place(out)
@@ -345,42 +362,3 @@ def _check_space(out: Path, job: Job) -> None:
         raise WriteError(
             f"directory {out} has {free} bytes of free space: the output needs {needed - there}"
         )
-
-
-def _write_shards(
-    out: Path,
-    job: Job,
-    journal: Journal,
-    before: Store | None,
-    progress: Progress | None,
-) -> tuple[list[TensorReport], dict[str, str]]:
-    tensors: list[TensorReport] = []
-    digests: dict[str, str] = {}
-    for file in job.source.files:
-        shard = out / file.name
-        done = journal.finished(shard)
-        if done is None:
-            done = _write_shard(shard, file, job, before, progress, len(tensors))
-            journal.add(shard.name, *done)
-        digests[shard.name] = done[0]
-        tensors += done[1]
-    return tensors, digests
-
-
-def _write_shard(
-    shard: Path,
-    file: Path,
-    job: Job,
-    before: Store | None,
-    progress: Progress | None,
-    n_before: int,
-) -> tuple[str, list[TensorReport]]:
-    todo = job.of_file(file)
-    reports = []
-    with ShardWriter(shard, [e for c, h in todo for e in entries(c, h, job.plan)]) as writer:
-        for choice, header in todo:
-            reports.append(code_tensor(choice, header, job.plan, job.source, writer, before=before))
-            if progress is not None:
-                progress(Step(n_before + len(reports), len(job.choices), choice.name))
-        job.source.check_unchanged()
-        return writer.commit(), reports

@@ -21,6 +21,7 @@ from trilens.cli.commands.ls import ls
 from trilens.cli.commands.patch import patch
 from trilens.cli.commands.plan import plan
 from trilens.cli.commands.sensitivity import sensitivity
+from trilens.cli.commands.serve import serve
 from trilens.cli.commands.ternarize import ternarize
 from trilens.cli.commands.validate import validate
 from trilens.cli.errors import OneLineGroup
@@ -58,7 +59,7 @@ def _root(
 for _command in (
     demo, inspect, lens, attribute, capture, generate, patch, compare, ternarize, ls, validate,
     evaluate, sensitivity, plan,
-    families, convert,
+    serve, families, convert,
 ):  # fmt: skip
     app.command()(flattened(_command))
 

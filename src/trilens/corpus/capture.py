@@ -14,19 +14,17 @@ from typing import Any, SupportsIndex
 import torch
 
 from trilens.corpus.cutting import cut
-from trilens.corpus.dispatch import InProcess, Workers, WorkerSpec, run_shards
 from trilens.corpus.documents import ReadingReport, read_corpus
 from trilens.corpus.fingerprints import model_fingerprint, tokenizer_fingerprint
 from trilens.corpus.finishing import finish, is_done, merged_shards
 from trilens.corpus.manifest import StoreManifest, read_manifest
 from trilens.corpus.names import MANIFEST_NAME, is_own
 from trilens.corpus.options import StoreOptions
-from trilens.corpus.processes import LocalWorkers
-from trilens.corpus.ray import RayWorkers
 from trilens.corpus.reducing import merge_shards
-from trilens.corpus.shards import threads_of
+from trilens.corpus.shards import ShardDone, threads_of
 from trilens.corpus.sites import stored_sites
 from trilens.corpus.store import Store, open_store
+from trilens.corpus.worker import shard_runner, worker_spec
 from trilens.errors import ModelNotFoundError, UsageError
 from trilens.io.atomic import locked_folder
 from trilens.io.messages import listed
@@ -38,6 +36,8 @@ from trilens.models.tokens import vocab_size_of
 from trilens.numbers import at_least
 from trilens.progress import Progress, Step
 from trilens.version import __version__
+from trilens.workers.dispatch import InProcess, Workers, run_shards
+from trilens.workers.pool import open_pool
 
 __all__ = ["capture_corpus"]
 
@@ -113,15 +113,16 @@ def capture_corpus(
         manifest = _manifest(lens, source, folder, wanted)
         missing = [n for n in range(len(manifest.shards)) if not is_done(folder, manifest, n)]
         if missing:
-            pool: Workers = InProcess(lens, folder, manifest)
+            pool: Workers = InProcess(shard_runner(lens, folder, manifest))
             if together:
                 assert not isinstance(model, Lens)
-                spec = WorkerSpec(str(folder.resolve()), str(model), given, wanted.threads)
+                spec = worker_spec(folder, str(model), given, wanted.threads)
                 del lens
                 pool.close()
                 del pool
                 gc.collect()  # the model goes before the workers' own come
-                pool = _pool(spec, min(n_workers, len(missing)), ray, gpus_per_worker)
+                count = min(n_workers, len(missing))
+                pool = open_pool(spec, count, ray=ray, gpus=gpus_per_worker)
             _run(pool, folder, manifest, missing, progress)
         if not manifest.complete or missing:
             finish(folder, manifest)
@@ -227,12 +228,6 @@ def _new(lens: Lens, source: _Source, folder: Path, options: StoreOptions) -> St
     return manifest
 
 
-def _pool(spec: WorkerSpec, count: int, ray: str | None, gpus: float) -> Workers:
-    if ray is None:
-        return LocalWorkers(spec, count)
-    return RayWorkers(spec, address=ray, count=None, gpus=gpus)
-
-
 def _run(
     pool: Workers,
     folder: Path,
@@ -245,7 +240,8 @@ def _run(
     before, started, done = total - left, time.perf_counter(), 0
     if progress is not None:
         progress(Step(before, total, f"{len(missing)} of {len(manifest.shards)} shards to do"))
-    for number, shard in enumerate(run_shards(pool, missing), start=1):
+    for number, each in enumerate(run_shards(pool, missing, done="captured"), start=1):
+        shard = ShardDone(**each.report)
         done += shard.tokens
         if manifest.options.reduce and number % _MERGE_EVERY == 0:
             _merge(folder, manifest)

@@ -1,85 +1,58 @@
-"""A worker in a process of its own: opens the model, captures the shards that it is told.
-
-`python -m trilens.corpus.worker` reads one JSON object a line from standard input and answers
-each with one on standard output; it ends when its input does.
-"""
+"""What a worker of another process or machine opens to capture shards of a store."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from trilens.corpus.dispatch import WorkerSpec
 from trilens.corpus.fingerprints import model_fingerprint
-from trilens.corpus.manifest import read_manifest
-from trilens.corpus.shards import ShardDone, capture_shard, threads_of
-from trilens.errors import TrilensError, UsageError
-from trilens.io.messages import reason
+from trilens.corpus.manifest import StoreManifest, read_manifest
+from trilens.corpus.shards import capture_shard, threads_of
+from trilens.errors import UsageError
 from trilens.lens.lens import Lens
+from trilens.workers.dispatch import RunShard, WorkerSpec
 
-__all__ = ["ShardWorker", "main"]
+__all__ = ["open_worker", "shard_runner", "worker_spec"]
 
 
-class ShardWorker:
-    """A model that is held for the shards of one store.
+def worker_spec(folder: Path, model: str, loading: dict[str, Any], threads: int) -> WorkerSpec:
+    """What workers of a store open.
 
     Args:
-        spec: what to open.
+        folder: of the store, which every worker must reach.
+        model: checkpoint directory or hub id.
+        loading: further arguments of `Lens.from_pretrained`.
+        threads: of torch.
+    """
+    arguments = {"folder": str(folder.resolve()), "model": model, "loading": loading}
+    return WorkerSpec(__name__, arguments, threads)
+
+
+def open_worker(arguments: dict[str, Any]) -> RunShard:
+    """The model, held for the shards of one store.
 
     Raises:
         LoadError, AnatomyError: as `Lens.from_pretrained`.
         UsageError: the model is another than the store's.
     """
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._folder = Path(spec.folder)
-        self._manifest = read_manifest(self._folder)
-        threads_of(self._manifest.options)
-        self._lens = Lens.from_pretrained(spec.model, **spec.loading)
-        found = model_fingerprint(self._lens.model)
-        if found != self._manifest.model_fingerprint:
-            raise UsageError(
-                f"worker found another model at {spec.model} than the store's: fingerprint "
-                f"{found[:12]}, not {self._manifest.model_fingerprint[:12]}; give all workers the "
-                "same files"
-            )
-
-    def capture(self, shard: int) -> ShardDone:
-        """Capture one shard; as `capture_shard`."""
-        return capture_shard(self._lens, self._folder, self._manifest, shard)
+    folder, model = Path(arguments["folder"]), arguments["model"]
+    manifest = read_manifest(folder)
+    threads_of(manifest.options)
+    lens = Lens.from_pretrained(model, **arguments["loading"])
+    found = model_fingerprint(lens.model)
+    if found != manifest.model_fingerprint:
+        raise UsageError(
+            f"worker found another model at {model} than the store's: fingerprint "
+            f"{found[:12]}, not {manifest.model_fingerprint[:12]}; give all workers the same files"
+        )
+    return shard_runner(lens, folder, manifest)
 
 
-def main(requests: TextIO, answers: TextIO) -> None:
-    """Answer requests until they end."""
+def shard_runner(lens: Lens, folder: Path, manifest: StoreManifest) -> RunShard:
+    """`capture_shard` of this store, reported in plain values."""
 
-    def answer(plain: dict[str, Any]) -> None:
-        answers.write(json.dumps(plain) + "\n")
-        answers.flush()
+    def run(shard: int) -> dict[str, Any]:
+        return asdict(capture_shard(lens, folder, manifest, shard))
 
-    worker: ShardWorker | None = None
-    for line in requests:
-        request = json.loads(line)
-        try:
-            if worker is None:
-                worker = ShardWorker(WorkerSpec(**request))
-                answer({"ready": True})
-            else:
-                answer({"done": asdict(worker.capture(request["shard"]))})
-        except TrilensError as error:
-            answer({"refused": str(error)})
-        except MemoryError as error:
-            answer({"lost": reason(error)})
-
-
-if __name__ == "__main__":
-    # What libraries print goes to standard error: the answers have the output to themselves.
-    _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        main(sys.stdin, _answers)
-    except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(130)
+    return run

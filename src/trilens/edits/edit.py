@@ -146,10 +146,10 @@ class Ablate(SiteEdit):
     """Take away what a site says, by one of three methods.
 
     Attributes:
-        method: "zero": 0, and −inf for the logits of a router, so that the experts named are never
-            chosen; "mean": the mean over all tokens of a reference; "resample": for each token, the
-            value of a token of the reference, drawn by the seed and the position, the same one at
-            every site and layer.
+        method: "zero": 0; of a gate what its function gives 0 for, so that it is closed; of a
+            router −inf, so that the experts named are never chosen; "mean": the mean over all
+            tokens of a reference; "resample": for each token, the value of a token of the
+            reference, drawn by the seed and the position, the same one at every site and layer.
         reference: of "mean" and "resample": captures that hold the site (one, or several), or a
             tensor [tokens, *shape] of the whole site's shape.
         seed: of "resample".

@@ -33,6 +33,7 @@ __all__ = [
 TRIES = 6
 """Of two that begin at once each may see the other: both step back and begin again."""
 
+_ENDING_S = 0.5
 _NAME_LIMIT = 48  # characters of at most 4 bytes: a name has room for 255 bytes
 _IN_USE = "another run is writing it"
 _LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.partial", re.DOTALL)
@@ -101,7 +102,7 @@ def lock_folder(path: Path) -> int:
     except FileNotFoundError:
         return -1
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_soon(lock)
     except BlockingIOError:
         os.close(lock)
         raise OSError(errno.EBUSY, _IN_USE) from None
@@ -111,6 +112,20 @@ def lock_folder(path: Path) -> int:
         return lock
     os.close(lock)
     return -1
+
+
+def _lock_soon(file: int) -> None:
+    """Take a lock; the one of a run that was killed as it began a process lasts a moment longer."""
+    until = time.monotonic() + _ENDING_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def is_leftover(name: str) -> bool:

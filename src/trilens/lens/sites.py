@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from trilens.axes import GATE_SITES, SITE_ORDER, SITES, site_name
+from trilens.axes import GATE_SITES, NOT_READ, SITE_ORDER, SITES, site_name
 from trilens.caches.indices import check_index
 from trilens.caches.storage import spell_layers
 from trilens.errors import SiteError, UsageError
@@ -16,16 +16,16 @@ __all__ = ["layers_of", "read_sites", "why_no_site"]
 
 def layers_of(claims: SiteClaims) -> dict[str, tuple[int, ...]]:
     """Per site name the layers where it is proven; none for a site that the model has once."""
-    proven = {name for name, _ in claims.sites}
+    proven = {name for name, _ in claims.sites if name not in NOT_READ}
     return {name: claims.layers(name) for name in sorted(proven, key=SITE_ORDER.__getitem__)}
 
 
 def why_no_site(claims: SiteClaims, name: str, layer: int | None) -> str:
     """The sentence that says why a layer has not a site; "" where it has it."""
     if (name, layer) in claims.sites:
-        return ""
+        return claims.sites[name, layer].unread
     if name in GATE_SITES and name not in SITES:
-        return "it is a gate: capture with gates=True"
+        return "it is read and not edited: capture with gates=True"
     return claims.reasons.get((name, layer), "the rules found no such place in this model")
 
 
@@ -63,6 +63,7 @@ def read_sites(
         if name in SITES and not SITES[name].per_layer:
             at = [None]
         have = {(name, layer): claims.sites.get((name, layer)) for layer in at}
+        have = {key: None if site is None or site.unread else site for key, site in have.items()}
         missing = [key for key, site in have.items() if site is None]
         if missing and (chosen or own is not None or len(missing) == len(have)):
             raise SiteError(_refusal(missing[0], claims, model))

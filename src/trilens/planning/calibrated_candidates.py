@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from torch import Tensor
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
@@ -50,7 +49,7 @@ def hessians_of(
         counts[name] = counts.get(name, 0) + len(rows)
 
     observe_inputs(lens.model, input_sizes(matrices), blocks, add)
-    return {name: Hessian(found.numpy(), counts[name]) for name, found in sums.items()}
+    return {name: Hessian(found, counts[name]) for name, found in sums.items()}
 
 
 def with_text(hessians: dict[str, Hessian]) -> Callable[..., tuple[Candidate, ...]]:
@@ -98,7 +97,7 @@ def _of_text(
         found = calibrate(
             dense,
             name,
-            Moments.of(np.asarray(dense.numpy(), dtype=np.float64), hessian),
+            Moments.of(dense, hessian),
             rule=entry.rule,
             group_size=plan.group_size,
             per=plan.per,

@@ -12,6 +12,7 @@ from typing import Any
 from trilens.analysis.comparison.result import Comparison
 from trilens.analysis.comparison.series import ComparisonSeries
 from trilens.analysis.direct_attribution import Attribution
+from trilens.analysis.edit_effects import EditEffect
 from trilens.analysis.effect_sweep import EffectSweep
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.analysis.lenses.logit_lens import LogitLens, logit_lens, same_model
@@ -20,6 +21,7 @@ from trilens.caches.activation import FullActivationCache
 from trilens.caches.gates import GateCache
 from trilens.checkpoint.format.report import TernaryReport
 from trilens.checkpoint.gguf.report import GgufReport
+from trilens.corpus.store import Store
 from trilens.errors import UsageError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -30,6 +32,7 @@ from trilens.planning.sensitivity import Sensitivity
 from trilens.report.page import Chart, Page, Section
 from trilens.report.tables import Column, Table
 from trilens.report.text.comparison import comparison_sentence, counted
+from trilens.report.text.store import store_sentences
 from trilens.report.views.capture import (
     head_section,
     layer_section,
@@ -37,9 +40,11 @@ from trilens.report.views.capture import (
     state_section,
 )
 from trilens.report.views.changes import comparison_sections, series_sections, what_broke_first
+from trilens.report.views.edits import edit_sections
 from trilens.report.views.gates import gate_section
 from trilens.report.views.inspection import gate_table, layer_table, next_table, state_table
 from trilens.report.views.planning import plan_sentence, sensitivity_title
+from trilens.report.views.store import store_sections
 from trilens.report.views.sweeps import attribution_sections, effect_sections, patch_sections
 from trilens.report.views.ternary import gguf_sentence, gguf_table, ternary_sentence
 from trilens.report.views.weights import plan_sections, sensitivity_sections, ternary_sections
@@ -330,11 +335,33 @@ def _effects(found: EffectSweep) -> Page:
 
 
 @page_of.register
+def _edit_effect(found: EditEffect) -> Page:
+    return Page(
+        title="what edits change", sections=tuple(edit_sections(found)), tokens=found.tokens
+    )
+
+
+@page_of.register
 def _attribution(found: Attribution) -> Page:
     return Page(
         title="direct logit attribution",
         sections=tuple(attribution_sections(found)),
         notes=found.notes,
+    )
+
+
+@page_of.register
+def _store(store: Store) -> Page:
+    counts = store.manifest.counts
+    return Page(
+        title=store.folder.name,
+        sections=tuple(store_sections(store)),
+        facts={
+            "model": store.manifest.model.model_class,
+            "documents": f"{counts.documents:,}",
+            "tokens": f"{counts.tokens:,}",
+        },
+        notes=tuple(store_sentences(store)),
     )
 
 

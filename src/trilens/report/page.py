@@ -22,7 +22,8 @@ class Chart:
 
     Attributes:
         kind: "lines" and "bars" of `y` over `x`; "heatmap" of `y[0]` by `x` and `row`; "scatter" of
-            `y[0]` over `x`, named by `label`; "histogram": `y` from `x` to `until`.
+            `y[0]` over `x`, named by `label`; "histogram": `y` from `x` to `until`,
+            several on top of one another.
         table: what is drawn; columns are named by `Column.name`.
         x: column of the horizontal axis.
         y: columns that are drawn.
@@ -34,6 +35,7 @@ class Chart:
         diverging: values have signs: two colours that part at 0.
         log: the vertical axis is logarithmic.
         link: charts of one name move and zoom together.
+        marks: of a histogram, places on the horizontal axis with a line.
         scale: smallest and largest value of a heatmap's colours; those of its values if not given.
         width: of the page.
 
@@ -53,6 +55,7 @@ class Chart:
     diverging: bool = False
     log: bool = False
     link: str = ""
+    marks: tuple[float, ...] = ()
     scale: tuple[float, float] | None = None
     width: Literal["third", "half", "full"] = "half"
 

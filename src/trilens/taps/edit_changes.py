@@ -31,7 +31,7 @@ Change = Callable[[Tensor, Chosen], Tensor]
 """Of the values named, [n, *shape], the new ones; the same tensor where nothing changes."""
 
 _LOGITS = ("router", "attn.router")
-"""Sites that a softmax reads: nothing is −inf there, not 0."""
+"""Sites that experts are chosen by."""
 
 
 def change_of(edit: SiteEdit, target: Target, model: ModelFacts) -> Change:
@@ -94,15 +94,14 @@ def _steer(edit: Steer, target: Target, model: ModelFacts) -> Change:
 
 def _ablate(edit: Ablate, target: Target, model: ModelFacts) -> Change:
     if edit.method == "zero":
-        experts = target.site.shape[-1]
-        if target.site.name not in _LOGITS:
-            return lambda values, _: torch.zeros_like(values)
-        if target.units is None or len(target.units) == experts:
+        experts, closed = target.site.shape[-1], target.site.closed
+        chooses = target.site.name in _LOGITS
+        if chooses and (target.units is None or len(target.units) == experts):
             raise EditError(
                 f"{target.site.name} cannot be ablated whole: name experts as units, at most "
                 f"{experts - 1} of {experts}"
             )
-        return lambda values, _: torch.full_like(values, -torch.inf)
+        return lambda values, _: torch.full_like(values, closed)
     reference = _reference(edit, target, model)
     if edit.method == "mean":
         mean = target.pick(reference.double().mean(0, keepdim=True))[0]
@@ -148,6 +147,11 @@ def _of_capture(source: Any, target: Target, model: ModelFacts, noun: str) -> Te
                 f"model's {getattr(model, name)!r}; give the tensor itself where that is meant"
             )
     site = target.site
+    if site.unread:
+        raise EditError(
+            f"{noun} does not hold {site.name} as a site: give a tensor {list(site.shape)}, such "
+            f"as cap.states.get({site.layer}, position=…)"
+        )
     try:
         values = source.sites[site.name, site.layer]
     except (NotStoredError, KeyError) as error:

@@ -43,16 +43,24 @@ class Action:
     """One edit at one site.
 
     Attributes:
-        site: where.
-        number: of the edit, from 0.
+        target: where, and which tokens.
         apply: of a value [batch, seq, *site.shape] (of attn.scores and attn.pattern
             [batch, heads, seq_q, seq_k]) and the pass's tokens the new value; None where the pass
             holds no token that the edit names.
     """
 
-    site: Site
-    number: int
+    target: Target
     apply: Callable[[Tensor, Span], Tensor | None]
+
+    @property
+    def site(self) -> Site:
+        """Where."""
+        return self.target.site
+
+    @property
+    def number(self) -> int:
+        """Of the edit, from 0."""
+        return self.target.number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,4 +226,4 @@ def _action(target: Target, change: Change, touched: Touched, keeps_sum: bool) -
             made[chosen.rows, chosen.columns] = new
         return made.transpose(1, 2) if by_query else made
 
-    return Action(site, target.number, apply)
+    return Action(target, apply)

@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+KernelRun = Callable[[str, Callable[..., Any], Mapping[str, Any]], tuple[Any] | None]
+"""What runs a kernel function in the place of the model: its result in a tuple, or None."""
+
+
 @dataclass(frozen=True, slots=True)
 class KernelWatcher:
     """A callback of kernel calls: before each one, and after it with its arguments.
@@ -45,11 +49,14 @@ class KernelWatcher:
         edit: called before the function, with the name and the arguments by parameter name,
             defaults included: gives those that the function is called with instead, or the same
             object. `leave` sees what was used.
+        run: calls the function in the place of the model, given the name, the function and the
+            arguments by parameter name.
     """
 
     enter: Callable[[str], None]
     leave: Callable[[str, Mapping[str, Any], Any], None]
     edit: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    run: KernelRun | None = None
 
 
 @dataclass(slots=True)
@@ -106,7 +113,8 @@ class KernelTap:
             editors = [watcher.edit for watcher in mine if watcher.edit is not None]
             if editors:
                 args, kwargs = _edited(name, signature, editors, args, kwargs)
-            result = original(*args, **kwargs)
+            runs = [watcher.run for watcher in mine if watcher.run is not None]
+            result = _run(name, original, signature, runs, args, kwargs)
             if mine:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
@@ -115,6 +123,24 @@ class KernelTap:
             return result
 
         return kernel
+
+
+def _run(
+    name: str,
+    original: Callable[..., Any],
+    signature: inspect.Signature,
+    runs: Iterable[KernelRun],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What the function gives, or what a watcher gives in its place."""
+    for run in runs:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        found = run(name, original, bound.arguments)
+        if found is not None:
+            return found[0]
+    return original(*args, **kwargs)
 
 
 def _edited(

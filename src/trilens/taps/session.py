@@ -18,10 +18,11 @@ from trilens.taps.edits import Compiled
 from trilens.taps.gate_check import watch_gates
 from trilens.taps.hooks import hooked
 from trilens.taps.inline.tap import InlineTap, inline_modules
-from trilens.taps.kernels import KERNELS, KernelWatcher, kernel_places
+from trilens.taps.kernel_edits import KernelEdits
+from trilens.taps.kernels import KERNELS, kernel_places
 from trilens.taps.passing import Session
 from trilens.taps.recording import CaptureRequest, Recording
-from trilens.taps.recurrent_taps import WRITING_KERNELS, RecurrentTaps
+from trilens.taps.recurrent_taps import RecurrentTaps
 from trilens.taps.registry import REGISTRY, attention_keys
 from trilens.taps.stream_taps import StreamTaps
 
@@ -118,10 +119,10 @@ def session_of(
             elif tapped is not None and key[0] == "output":
                 hooks.after(tapped, hook)
         StreamTaps(session, anatomy).place(hooks)
-        kernels |= set(WRITING_KERNELS) if writes.layers - set(writes.boundaries) else set()
+        edited_kernels = KernelEdits(session.sites, writes)
+        kernels |= edited_kernels.names
         if kernels:
-            edit = writes.edit if writes.layers else None
-            watcher = KernelWatcher(_nothing, session.leave_kernel, edit)
+            watcher = edited_kernels.watcher(_nothing, session.leave_kernel)
             kernels |= {DECODE_KERNELS[name] for name in kernels & DECODE_KERNELS.keys()}
             hooks.enter(KERNELS.watch(kernel_places(model, sorted(kernels)), watcher))
         if attending - own.keys():

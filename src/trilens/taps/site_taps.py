@@ -20,6 +20,7 @@ from trilens.models.sites.values import read_value, replace_tensor, write_value
 from trilens.models.trace import tensors_in
 from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
+from trilens.taps.recording import CaptureRequest
 from trilens.taps.span import Span
 
 __all__ = ["Pass", "SiteTaps", "Spot", "spots_of"]
@@ -74,6 +75,7 @@ class Pass(Protocol):
     layer: int | None
     span: Span
     gradients: bool
+    request: CaptureRequest
 
     def mine(self) -> bool:
         """Whether this thread's pass is running."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,25 @@ def test_hybrids_and_experts(model_type: str) -> None:
     found = kinds(report)
     assert found["Attention"] == ["heads"] and "chart" in found["Gates"]
     assert ("Effective attention" in found) == bool(lens.effective_layers)
+
+
+def test_ternary_weights_by_level(tmp_path) -> None:
+    plan = trilens.TernaryPlan(rule="twn", group_size=128)
+    written = trilens.ternarize(trilens.demo_path("transformer"), tmp_path / "ternary", plan=plan)
+    report = make_report(written)
+    section = next(each for each in report.page.sections if each.anchor == "histograms")
+    worst = sorted(written.coded, key=lambda each: each.relative_error)[-6:][::-1]
+    assert [chart.table.title for chart in section.blocks] == [each.name for each in worst]
+    block = next(each for each in data_of(report.html)["blocks"] if each.get("marks"))
+    assert block["kind"] == "histogram" and len(block["table"]["rows"]) == 64
+    assert [column["title"] for column in block["table"]["columns"]][2:] == ["−1", "0", "+1"]
+    low, high = block["marks"]
+    assert -0.6 < low < -0.3 < 0.3 < high < 0.6
+    chart = section.blocks[0]
+    assert "thresholds at −0." in chart.words and "scale 0." in chart.words
+    # Files say nothing of it: what is read back has no such section.
+    again = type(written).from_dict(json.loads(json.dumps(written.to_dict())))
+    assert again == written and "histogram" not in written.to_dict()["tensors"][0]
+    assert "histograms" not in [each.anchor for each in make_report(again).page.sections]
+    grown = len(report.html) - len(make_report(again).html)
+    assert grown < 120_000

@@ -43,6 +43,26 @@ def test_output_error_is_that_of_the_tokens() -> None:
     assert summed(x, y).hessian.n_tokens == 400
 
 
+def test_float32_inputs_give_the_sums_of_float64_within_their_rounding() -> None:
+    """More tokens than are summed at once, more channels than a panel; and an overflow of one."""
+    x = torch.from_numpy(text(tokens=2500, cols=300)).float()
+    y = x[:, :5].clone()
+    sums = MomentSums("x", 300, {"w": 5})
+    sums.add(x, {"w": y})
+    found = sums.result()["w"]
+    wide = x.double().numpy()
+    scale = np.sqrt(np.sum(wide**2, axis=0))
+    terms = np.outer(scale, scale)
+    matrix, cross = found.hessian.matrix.numpy(), found.cross.numpy()
+    assert np.array_equal(matrix, matrix.T)
+    assert np.all(np.abs(matrix - wide.T @ wide) <= 1e-5 * terms)
+    assert np.all(np.abs(cross - wide[:, :5].T @ wide) <= 1e-5 * terms[:5])
+    assert found.energy == pytest.approx(np.sum(wide[:, :5] ** 2), rel=1e-5)
+    large = MomentSums("x", 300, {})
+    large.add(1e25 * x[:10], {})
+    assert bool(torch.isfinite(large.hessian().matrix).all())
+
+
 def test_no_weights_are_better_than_the_best_ones() -> None:
     """The target is the least-squares solution, up to its ridge."""
     x = text(tokens=4000)
@@ -75,7 +95,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     x = text()
     hessian = Hessian(x.T @ x, len(x))
     order = np.random.default_rng(0).permutation(24)
-    upper = upper_factor(hessian, order, 0.01)
+    upper = upper_factor(hessian, torch.from_numpy(order), 0.01).numpy()
     assert np.array_equal(upper, np.triu(upper))
     damped = x.T @ x + 0.01 * hessian.mean_diagonal * np.eye(24)
     inverse = np.linalg.inv(damped[np.ix_(order, order)])
@@ -95,7 +115,7 @@ def test_singular_hessians_have_a_factor(kind: str) -> None:
         x = 0 * x
     hessian = Hessian(x.T @ x, len(x))
     assert hessian.dead[3]
-    upper = upper_factor(hessian, np.arange(24), 0.003)
+    upper = upper_factor(hessian, torch.arange(24), 0.003).numpy()
     assert np.all(np.isfinite(upper)) and np.all(np.diag(upper) > 0)
 
 
@@ -110,7 +130,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(NonFiniteError, match="inputs of layer 3 hold 1"):
         sums.add(bad, {})
     with pytest.raises(NonFiniteError, match="positive definite"):
-        upper_factor(Hessian(-np.eye(4), 1), np.arange(4), 0.01)
+        upper_factor(Hessian(-np.eye(4), 1), torch.arange(4), 0.01)
     sums = MomentSums("x", 24, {"w": 2})
     with pytest.raises(ShapeError, match="tokens"):
         sums.add(torch.zeros(4, 24), {"w": torch.zeros(3, 2)})

@@ -6,10 +6,11 @@ block, run on the dense model's residual stream, gives the target outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.block_job import (
@@ -21,9 +22,11 @@ from trilens.checkpoint.calibration.block_job import (
 )
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.experts import expert_inputs, expert_of
-from trilens.checkpoint.calibration.fit import fit_block, transposed
+from trilens.checkpoint.calibration.fit import fit_block
 from trilens.checkpoint.calibration.handover import Carried, Key
-from trilens.checkpoint.calibration.stages import Stage, find_stages, watching
+from trilens.checkpoint.calibration.pair import Aims, BlockPair
+from trilens.checkpoint.calibration.replay import Spool
+from trilens.checkpoint.calibration.stages import Stage
 from trilens.checkpoint.calibration.store import BlockRecord, MatrixRecord
 from trilens.checkpoint.calibration.streams import Batch, Stream
 from trilens.checkpoint.rotation import plain_weights, to_be_coded
@@ -42,9 +45,9 @@ __all__ = ["CodedBlock", "code_block"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodedBlock:
-    """A finished block: its module in float32, what to keep of it, and what was measured."""
+    """A finished block: how it runs, what to keep of it, and what was measured."""
 
-    module: nn.Module
+    run: Callable[[Batch, Carried], dict[Key, Tensor]]
     quants: dict[tuple[str, int], PerLayerQuant]
     vectors: dict[str, Tensor]
     record: BlockRecord
@@ -71,13 +74,13 @@ def code_block(
     moments of one stage, or its ternary matrices decoded; one batch of the text.
     """
     coder = _Coder(runner, job)
-    after = dense_after(coder.dense)
+    after = coder.pair.after = dense_after(coder.dense)
     parts = [matrix for matrix in job.matrices if not matrix.path]
     experts = coder.seen_experts(parts)
     for matrix in parts:
         if matrix.parameter not in experts:
             coder.code_without_inputs(matrix, matrix.reason)
-    stages, unseen = coder.stages()
+    stages, unseen = coder.pair.stages()
     by_path = {matrix.path: matrix for matrix in job.matrices if matrix.path}
     for path, why in unseen.items():
         coder.code_without_inputs(by_path[path], why)
@@ -108,11 +111,9 @@ class _Coder:
     """The state of a block while its matrices are coded one after the other."""
 
     def __init__(self, runner: BlockRunner, job: BlockJob) -> None:
-        self.runner, self.job = runner, job
-        self.dense = runner.block(job.index)
-        self.block = runner.block(job.index)
-        job.put_earlier(self.block)
-        self.rule = job.rule
+        self.job, self.rule = job, job.rule
+        self.pair = BlockPair(runner, job)
+        self.dense, self.block = self.pair.dense, self.pair.block
         self.quants: dict[tuple[str, int], PerLayerQuant] = {}
         self.records: list[MatrixRecord] = []
 
@@ -125,33 +126,14 @@ class _Coder:
             "scale_dtype": plan.scale_dtype,
         }
 
-    def run(self, block: nn.Module, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
-        call = self.runner.call(self.job.index, batch.ids, carried)
-        return self.runner.run(self.job.index, block, call)
-
-    def residual_of(
-        self, block: nn.Module, batch: Batch, stream: Stream
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The residual stream before a block, and what gives it after it, once."""
-        index = self.job.index
-        call = self.runner.call(index, batch.ids, stream.read(batch))
-
-        def run() -> Tensor:
-            return self.runner.residual(index, self.runner.run(index, block, call))
-
-        return call.hidden, run
-
-    def stages(self) -> tuple[tuple[Stage, ...], dict[str, str]]:
-        paths = [matrix.path for matrix in self.job.matrices if matrix.path]
-        hidden, run = self.residual_of(self.dense, self.job.batches[0], self.job.dense)
-        return find_stages(self.dense, paths, run, hidden)
-
     def code_stage(self, stage: Stage, by_path: Mapping[str, BlockMatrix]) -> None:
         routed = stage.n_tokens != self.job.batches[0].ids.numel()
         rules = {path: rule_of(self.job.plan, self.rule, by_path[path]) for path in stage.members}
         corrected = {path for path, rule in rules.items() if rule and rule.corrected and not routed}
         repairing = {path for path in corrected if (rule := rules[path]) and rule.repairs_residual}
-        moments = self._moments(stage, corrected, repairing)
+        aims = Aims(stage, corrected, repairing)
+        inputs = Spool(self.job.dense.path.parent)
+        moments = self._moments(aims, inputs)
         coded: dict[str, _Coded] = {}
         for path in stage.members:
             matrix, of = by_path[path], moments.get(path)
@@ -161,18 +143,35 @@ class _Coder:
             else:
                 coded[path] = self._code(matrix, of)
         del moments
-        # Before any of them is put in the block: all saw the same one when they were fitted.
-        plan = self.job.plan
-        errors = {
+        for path, error in self._held_out(aims, coded, inputs).items():
+            self._keep(coded[path], error)
+        self.pair.settled(stage, inputs)
+        inputs.close()
+
+    def _held_out(
+        self, aims: Aims, coded: Mapping[str, _Coded], inputs: Spool
+    ) -> dict[str, float | None]:
+        """The error of each matrix on the text that it was not fitted to."""
+        first = aims.stage.members[0]
+        plan, dense = self.job.plan, {path: self.pair.dense_weight(path) for path in coded}
+        found = {
             path: HeldOutError(plain_weights(each.found.quant, plan))
             for path, each in coded.items()
         }
-        dense = {path: self._dense_weight(path) for path in stage.members}
-        for inputs, targets in self._seen(stage, corrected, repairing, self.job.held_out):
-            for path, error in errors.items():
-                error.add(inputs, target=targets.get(path), dense=dense[path])
-        for path, found in coded.items():
-            self._keep(found, errors[path].value)
+        sums = MomentSums(f"{self.pair.path}.{first}", dense[first].shape[1], {})
+        for batch in self.job.held_out:
+            if batch.start in inputs:
+                entered = inputs.get(batch.start)
+                if len(aims.corrected) < len(found):
+                    sums.add(entered, {})
+                for path in aims.corrected:
+                    target = inputs.get((batch.start, path))
+                    found[path].add(entered, dense=dense[path], target=target)
+        if sums.n_tokens:
+            hessian = sums.hessian()
+            for path in set(found) - set(aims.corrected):
+                found[path].add_moments(hessian, dense=dense[path])
+        return {path: error.value for path, error in found.items()}
 
     def seen_experts(self, parts: Sequence[BlockMatrix]) -> tuple[str, ...]:
         """The parameters that hold experts whose products can be seen, in order."""
@@ -183,7 +182,7 @@ class _Coder:
         }
         if not names:
             return ()
-        _, run = self.residual_of(self.dense, self.job.batches[0], self.job.dense)
+        _, run = self.pair.residual(self.dense, self.job.batches[0], self.job.dense)
         seen = expert_inputs(self.dense, sorted(names), run)
         return tuple(dict.fromkeys(name for name, _, _ in seen))
 
@@ -193,12 +192,10 @@ class _Coder:
         weights = [held_weight(self.dense, matrix) for matrix in matrices]
         experts = [expert_of(weight, held) for weight in weights]
         sums = {
-            expert: MomentSums(
-                f"{self.runner.path(self.job.index)}.{name}[{expert}]", weight.shape[1], {}
-            )
+            expert: MomentSums(f"{self.pair.path}.{name}[{expert}]", weight.shape[1], {})
             for expert, weight in zip(experts, weights, strict=True)
         }
-        for expert, inputs in self._expert_inputs(name, self.job.batches):
+        for expert, inputs in self.pair.expert_inputs(name, self.job.batches):
             if expert in sums:
                 sums[expert].add(inputs, {})
         coded: list[_Coded] = []
@@ -213,78 +210,39 @@ class _Coder:
         for each in coded:  # what an expert is given is not of its own making
             put_matrix(self.block, each.matrix, each.found.quant, self.job.plan)
             errors.append(HeldOutError(held_weight(self.block, each.matrix)))
-        for seen, inputs in self._expert_inputs(name, self.job.held_out):
+        for seen, inputs in self.pair.expert_inputs(name, self.job.held_out):
             for expert, weight, error in zip(experts, weights, errors, strict=True):
                 if expert == seen:
                     error.add(inputs, dense=weight)
         for each, error in zip(coded, errors, strict=True):
             self._keep(each, error.value)
+        self.pair.forget()
 
-    def _expert_inputs(self, name: str, batches: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
-        """What the experts of one parameter are given, batch by batch."""
-        for batch in batches:
-            _, run = self.residual_of(self.block, batch, self.job.ternary)
-            for _, expert, inputs in expert_inputs(self.block, [name], run):
-                yield expert, inputs
-
-    def _moments(
-        self, stage: Stage, corrected: set[str], repairing: set[str]
-    ) -> dict[str, Moments]:
+    def _moments(self, aims: Aims, inputs: Spool) -> dict[str, Moments]:
         """Moments of the text for the matrices of a stage; nothing where no token came by.
 
-        Those in `corrected` should give what the dense model's give, those in `repairing` what the
-        residual stream lacks; all others what the dense matrix makes of the same input.
+        In the same pass inputs are kept that are needed once more: all of them where the stage's
+        output is the last of a part of the block, and those of the text held out, with targets.
         """
-        job = self.job
-        weights = {path: self._dense_weight(path) for path in stage.members}
+        stage = aims.stage
+        weights = {path: self.pair.dense_weight(path) for path in stage.members}
+        outputs = {path: len(weights[path]) for path in aims.corrected}
         first = next(iter(weights.values()))
-        outputs = {path: len(weights[path]) for path in stage.members if path in corrected}
-        sums = MomentSums(
-            f"{self.runner.path(job.index)}.{stage.members[0]}",
-            first.shape[1],
-            outputs,
-        )
-        for inputs, targets in self._seen(stage, corrected, repairing, job.batches):
-            sums.add(inputs, targets)
+        sums = MomentSums(f"{self.pair.path}.{stage.members[0]}", first.shape[1], outputs)
+        carried = bool(self.pair.carried(stage))
+        for batch, entered, targets in self.pair.seen(aims, self.job.batches):
+            sums.add(entered, targets)
+            if carried:
+                inputs.put(batch.start, entered)
+        for batch, entered, targets in self.pair.seen(aims, self.job.held_out):
+            inputs.put(batch.start, entered)
+            for path, target in targets.items():
+                inputs.put((batch.start, path), target)
         if sums.n_tokens == 0:
             return {}
         hessian = sums.hessian()
-        rest = {path: weight for path, weight in weights.items() if path not in corrected}
+        rest = {path: weight for path, weight in weights.items() if path not in aims.corrected}
         return sums.result() | {path: Moments.of(w, hessian) for path, w in rest.items()}
-
-    def _seen(
-        self, stage: Stage, corrected: set[str], repairing: set[str], batches: Sequence[Batch]
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Inputs of a stage and what those in `corrected` should give, batch by batch."""
-        job = self.job
-        sites = {path: site for path, site in stage.sites.items() if path in repairing}
-        for batch in batches:
-            hidden, run = self.residual_of(self.block, batch, job.ternary)
-            befores = sorted({site.before for site in sites.values()})
-            afters = sorted({site.after for site in sites.values()})
-            with watching(
-                self.block, inputs=stage.members[:1], states=befores, shape=hidden.shape
-            ) as watch:
-                seen = watch(run)
-            entered = seen.get(("input", stage.members[0]))
-            if entered is None:
-                continue
-            targets: dict[str, Tensor] = {}
-            if corrected:
-                own = [path for path in stage.members if path in corrected and path not in sites]
-                _, run = self.residual_of(self.dense, batch, job.dense)
-                with watching(self.dense, outputs=own, states=afters, shape=hidden.shape) as watch:
-                    true = watch(run)
-                for path in filter(corrected.__contains__, stage.members):
-                    if path in sites:
-                        before = seen.get(("state", sites[path].before), hidden)
-                        targets[path] = true[("state", sites[path].after)] - before
-                        bias = self._bias(path)
-                    else:
-                        targets[path], bias = true[("output", path)], self._bias(path)
-                    if bias is not None:
-                        targets[path] = targets[path] - bias
-            yield entered, targets
 
     def _code(self, matrix: BlockMatrix, moments: Moments) -> _Coded:
         weight = held_weight(self.dense, matrix)
@@ -312,7 +270,7 @@ class _Coder:
         error = None
         if moments is not None:
             decoded = plain_weights(quant, self.job.plan)
-            error = moments.output_error(decoded.double().numpy())
+            error = moments.output_error(decoded)
         n_tokens = 0 if moments is None else moments.hessian.n_tokens
         found = Calibrated(quant, error if error is not None else -1.0, None, n_tokens, 0)
         return _Coded(matrix, found, why if calibrated is not None else "")
@@ -360,17 +318,19 @@ class _Coder:
             batches=job.batches,
             inputs=job.ternary,
             targets=after,
-            run=self.run,
-            counted=self.runner.changed(job.index),
+            run=self.pair.run,
+            counted=self.pair.runner.changed(job.index),
+            as_coded=self.pair.again,
             plan=job.plan,
             options=job.fit,
         )
         if not fitted.error < float("inf"):
             raise NonFiniteError(
-                f"{self.runner.path(job.index)} gives NaN or Inf on the calibration text: check "
+                f"{self.pair.path} gives NaN or Inf on the calibration text: check "
                 "the model's weights, or calibrate with other text"
             )
         if wants:
+            self.pair.forget()
             before = fitted.error_before
             names = {m.path: (m.name, m.expert) for m in job.matrices}
             self.quants |= {names[path]: quant for path, quant in fitted.quants.items()}
@@ -378,13 +338,8 @@ class _Coder:
         record = BlockRecord(
             job.index, tuple(self.records), tuple(sorted(vectors)), before, fitted.error
         )
-        return CodedBlock(self.block, self.quants, vectors, record)
+        return CodedBlock(self._after, self.quants, vectors, record)
 
-    def _dense_weight(self, path: str) -> Tensor:
-        """[out, in]."""
-        weight = self.dense.get_parameter(f"{path}.weight").data
-        return weight.T if transposed(self.dense, path) else weight
-
-    def _bias(self, path: str) -> Tensor | None:
-        bias = getattr(self.dense.get_submodule(path), "bias", None)
-        return bias.data if isinstance(bias, Tensor) else None
+    @torch.no_grad()
+    def _after(self, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
+        return self.pair.again(self.block, batch, carried)

@@ -1,4 +1,4 @@
-"""What one block leaves for later ones: which tensors, of which shape, and how long they are needed.
+"""What one block leaves for later ones: which tensors, of which shape.
 
 A block hands on what it returns and what it writes into containers that it was given. Of that a
 later block, or the head, needs some: which, is measured. All of it is numbered: the tensors of what
@@ -174,7 +174,7 @@ class Form:
         """The inverse of `to_rows`."""
         sizes = [axes.row_numel(seq) for _, axes in self.axes]
         found = {}
-        for (key, axes), part in zip(self.axes, rows.split(sizes, dim=1), strict=True):
+        for (key, axes), part in zip(self.axes, torch.split(rows, sizes, dim=1), strict=True):
             tensor = axes.from_rows(part, seq)
             found[key] = tensor if axes.dtype.is_floating_point else tensor.to(axes.dtype)
         return found

@@ -93,7 +93,8 @@ def _with_shared(anatomy: Anatomy, placed: Sequence[Placed]) -> tuple[Placed, ..
             for matrix in earlier[0]:
                 path = inside.removesuffix(".weight") if matrix.path else ""
                 matrices.append(replace(matrix, path=path, parameter=inside))
-            vectors |= {inside: name for name in earlier[1]}
+            for name in earlier[1]:
+                vectors[inside] = name
         found.append(replace(own, shared=tuple(matrices), shared_vectors=vectors))
         for matrix in own.matrices:
             inside = f"{matrix.path}.weight" if matrix.path else matrix.parameter

@@ -180,7 +180,7 @@ def _passed(
     run: _Run,
     instead: Mapping[Key, Tensor],
 ) -> tuple[list[Any], Tensor]:
-    """Each block's arguments and the logits, where blocks hand on what they did, or other values."""
+    """Each block's arguments and the logits, where blocks hand on what they did, but for some."""
     seen: list[Any] = []
 
     def made(step: int) -> tuple[Made, list[Tensor]]:

@@ -25,6 +25,7 @@ from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.handover import Key
+from trilens.checkpoint.calibration.kept import DAMAGE_NAME, PROMPTS_NAME, read_damage
 from trilens.checkpoint.calibration.measured import measure_text
 from trilens.checkpoint.calibration.options import Calibration, Drawn, block_length, draw
 from trilens.checkpoint.calibration.own_text import kept_text, write_text
@@ -36,9 +37,8 @@ from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.rotation import plain_weights
-from trilens.errors import CorruptFileError
 from trilens.io.atomic import write_bytes
-from trilens.io.sealed import read_sealed, sealed
+from trilens.io.sealed import sealed
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.positions import configured_positions
@@ -47,10 +47,7 @@ from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["prompts_of", "run_calibration"]
-
-_DAMAGE_NAME = "damage.json"
-_PROMPTS_NAME = "prompts.json"
+__all__ = ["run_calibration"]
 
 
 def run_calibration(
@@ -85,9 +82,9 @@ def run_calibration(
     The model's own weights are mapped from their files.
     """
     store = Store(folder)
-    done = folder / _DAMAGE_NAME
+    done = folder / DAMAGE_NAME
     if done.is_file():
-        return store, _read_damage(done)
+        return store, read_damage(done)
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
     model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
@@ -113,22 +110,9 @@ def run_calibration(
     run.whole()
     damage = run.damage()
     prompts = {text.name: [b[:PROMPT_TOKENS].tolist() for b in text.blocks] for text in drawn.apart}
-    write_bytes(folder / _PROMPTS_NAME, sealed({"prompts": prompts}))
+    write_bytes(folder / PROMPTS_NAME, sealed({"prompts": prompts}))
     write_bytes(done, sealed(damage.to_dict()))
     return store, damage
-
-
-def prompts_of(folder: Path) -> dict[str, list[Tensor]]:
-    """The beginnings of the blocks that a finished calibration measured on, by text.
-
-    Raises:
-        CorruptFileError: they are not as they were written.
-    """
-    path = folder / _PROMPTS_NAME
-    found = read_sealed(path)[0].get("prompts")
-    if not isinstance(found, dict):
-        raise CorruptFileError(f"{path} holds no prompts: begin in a new directory")
-    return {name: [torch.tensor(ids) for ids in rows] for name, rows in found.items()}
 
 
 def _written(
@@ -262,7 +246,7 @@ class _Run:
             return self._write("dense", index + 1, self._after(index, dense, block))
 
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
-        self._write("ternary", index + 1, self._after(index, ternary, coded.module))
+        self._write("ternary", index + 1, lambda batch: coded.run(batch, ternary.read(batch)))
         self.check_source()
         kept = {self._path(name, index + 1).name for name in ("dense", "ternary")}
         digests = {name: digest for name, digest in self.digests.items() if name in kept}
@@ -398,13 +382,3 @@ class _Run:
                 spent = time.monotonic() - self.began
                 left = spent / self.finished_now * (total - index)
         self.progress(Step(index, total, what, left))
-
-
-def _read_damage(path: Path) -> Damage:
-    values, _ = read_sealed(path, required=False)  # older ones have no hash
-    try:
-        return Damage.from_dict(values)
-    except (KeyError, TypeError) as cause:
-        raise CorruptFileError(
-            f"{path} is no record of a damage: begin in a new directory"
-        ) from cause

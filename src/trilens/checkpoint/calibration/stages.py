@@ -214,11 +214,14 @@ def watching(
 
         return hook
 
+    def reading(path: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            note(("input", path), args[0])
+
+        return hook
+
     def leaving(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if ("input", path) in requested:
-                found.setdefault(("input", path), args[0].detach())
-                missing.discard(("input", path))
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             note(("output", path), output)
 
         return hook
@@ -228,7 +231,8 @@ def watching(
         for site in states
         if site not in {BLOCK_INPUT, BLOCK_OUTPUT}
     ]
-    handles += [modules[path].register_forward_hook(leaving(path)) for path in {*inputs, *outputs}]
+    handles += [modules[path].register_forward_pre_hook(reading(path)) for path in inputs]
+    handles += [modules[path].register_forward_hook(leaving(path)) for path in outputs]
 
     def once(run: Callable[[], Tensor]) -> dict[tuple[str, str], Tensor]:
         found.clear()

@@ -111,5 +111,5 @@ def write_stream(
     with atomic(path) as file:
         for batch in batches:
             rows = form.to_rows(make(batch), *batch.ids.shape)
-            file.write(np.ascontiguousarray(rows.numpy(), dtype="<f4").tobytes())
+            file.write(np.ascontiguousarray(rows.cpu().numpy(), dtype="<f4").tobytes())
     return Stream(path, form, batches), file.sha256

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -199,7 +199,7 @@ class Journal:
         """Note that a shard is whole."""
         self._shards[shard] = {
             "sha256": digest,
-            "tensors": [asdict(report) for report in reports],
+            "tensors": [report.to_dict() for report in reports],
         }
         self._write()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from trilens.checkpoint.format.damage import Damage
@@ -11,6 +11,7 @@ from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.sample import SampleReport, worst_of
 from trilens.io.messages import clip, in_blocks
 from trilens.results import Tabular
+from trilens.ternary.histogram import LevelHistogram
 
 __all__ = ["Outcome", "SampleReport", "TensorReport", "TernaryReport"]
 
@@ -44,6 +45,7 @@ class TensorReport:
         output_error_held_out: The same on the text set apart, which nothing was fitted to; None
             where not measured, and in files that lack it.
         fitted: A kept vector has new values, fitted to the dense block's outputs.
+        histogram: Weights by size and level, of a sample, for a report's charts; not in files.
     """
 
     name: str
@@ -60,6 +62,7 @@ class TensorReport:
     output_error: float | None = None
     fitted: bool = False
     output_error_held_out: float | None = None
+    histogram: LevelHistogram | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_weights(self) -> int:
@@ -71,14 +74,20 @@ class TensorReport:
         """Everything stored for the tensor, in bits for each weight."""
         return 8 * self.size_bytes / self.n_weights if self.n_weights else 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(replace(self, histogram=None))
+        del values["histogram"]
+        return {**values, "shape": list(self.shape)}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The report that `dataclasses.asdict` gave these values.
+        """The report that `to_dict` gave these values.
 
         Raises:
             TypeError, KeyError: values that are none.
         """
-        tensor = cls(**{**values, "shape": tuple(values["shape"])})
+        tensor = cls(**{**values, "shape": tuple(values["shape"]), "histogram": None})
         sizes = (*tensor.shape, tensor.size_bytes, tensor.size_bytes_before)
         errors = (tensor.relative_error, tensor.output_error, tensor.output_error_held_out)
         shares = (*errors, tensor.sparsity)
@@ -232,7 +241,7 @@ class TernaryReport(Tabular):
             "sample": self.sample.to_dict() if self.sample else None,
             **({"samples": [s.to_dict() for s in self.samples]} if len(self.samples) > 1 else {}),
             **({"note": self.note} if self.note else {}),
-            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
         }
 
     @classmethod

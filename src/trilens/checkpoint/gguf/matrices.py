@@ -16,6 +16,7 @@ from trilens.errors import ValueRangeError
 from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.codecs.rows import expand_rows, unpack_rows
 from trilens.ternary.granularity import Per
+from trilens.ternary.histogram import LevelSample
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.rules import RuleName
 
@@ -51,8 +52,10 @@ class GgufMatrix:
         )
 
 
-def matrix_of(job: Job, piece: Piece, plan: TernaryPlan) -> GgufMatrix:
+def matrix_of(job: Job, piece: Piece, plan: TernaryPlan, sample: LevelSample) -> GgufMatrix:
     """A matrix as trits: coded by the plan, or the trits that are there.
+
+    Weights that are coded go into the sample, too.
 
     Raises:
         NonFiniteError: NaN or Inf among the weights.
@@ -75,6 +78,7 @@ def matrix_of(job: Job, piece: Piece, plan: TernaryPlan) -> GgufMatrix:
         per=plan.per,
         scale_dtype=plan.scale_dtype,
     )
+    sample.add(matrix, quant)
     return GgufMatrix(quant, quant.relative_error(matrix), quant.was_ternary)
 
 

@@ -37,6 +37,7 @@ from trilens.errors import CorruptFileError, NonFiniteError, UsageError, WriteEr
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.sealed import NO_HASH
 from trilens.progress import Progress, Step
+from trilens.ternary.histogram import LevelSample
 from trilens.version import __version__
 
 __all__ = ["check_place", "write_gguf"]
@@ -178,8 +179,9 @@ def _write_coded(
 ) -> dict[str, Any]:
     """Write a matrix, or one for each expert, and give what its report says of it."""
     coded, measured = [], []
+    sample = LevelSample()
     for piece in slot.pieces:
-        matrix = matrix_of(job, piece, plan)
+        matrix = matrix_of(job, piece, plan, sample)
         quant = matrix.quant
         trits, scales = quant.trits.numpy(), quant.units.per_block(quant.scales, format.block)
         if slot.order is not None:
@@ -196,6 +198,7 @@ def _write_coded(
         "reason": why,
         "relative_error": sum(m.relative_error for m, _ in measured) / len(measured),
         "sparsity": sum(sparsity for _, sparsity in measured) / len(measured),
+        "histogram": sample.result(),
     }
 
 

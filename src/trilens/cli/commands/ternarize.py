@@ -1,12 +1,13 @@
 """Declaration of `trilens ternarize`.
 
-Exit codes: 0 done; 1 the output can't be written; 2 an argument is wrong, or the source can't be
-used; 3 more damage than --max-perplexity-ratio allows.
+Exit codes: 0 done; 1 the output can't be written, or workers are lost; 2 an argument is wrong, or
+the source can't be used; 3 more damage than --max-perplexity-ratio allows.
 """
 
 from __future__ import annotations
 
 from trilens.cli import options as o
+from trilens.cli import store_options as so
 from trilens.cli.groups import Coding, Fitting
 from trilens.cli.lazy import run
 
@@ -33,6 +34,8 @@ def ternarize(
     field: o.Field = "text",
     revision: o.Revision = None,
     tokenizer: o.TokenizerFiles = None,
+    workers: so.Workers = 1,
+    ray: so.Ray = None,
     dry_run: o.DryRun = False,
     report: o.Report = None,
     format: o.Format = "table",

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.analysis.inspection import Inspection, inspect_capture
+from trilens.analysis.whole_capture import available_parts, capture_known_gates, whole_capture
 from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.pages import is_page, model_facts, write_page
 from trilens.cli.run.prompts import chosen_layers, open_lens, prompt_of
 from trilens.edits import Edit, parse_edit
-from trilens.errors import UnclaimedGateError, UsageError
+from trilens.errors import UsageError
 from trilens.io.hub import file_refusal
 from trilens.io.paths import as_path
 from trilens.io.sealed import NO_HASH_NOTE
@@ -106,32 +104,12 @@ def inspect_page(
     lens: Lens, prompt: PromptLike, layers: list[int] | None, edits: Sequence[Edit] = ()
 ) -> Page:
     """Capture all that this model has of a prompt, as a page; what it has not is a note."""
-    asked = range(lens.n_layers) if layers is None else layers
-    attention, gates, notes = _what_there_is(lens, asked)
-    effective = any(layer in asked for layer in lens.effective_layers)
-    states = any(layer in asked for layer in lens.state_layers)
-
-    capture = _capture(
-        "capturing", lens, prompt, notes,
-        residual="all", attention=attention, gates=gates, effective=effective, states=states,
-        layers=layers, edits=edits,
-    )  # fmt: skip
+    with status("capturing"):
+        capture, notes = whole_capture(lens, prompt, layers=layers, edits=edits)
     with status(f"summarising {len(capture.token_ids)} tokens"):
         page = capture_page(capture, lens=lens)
     # What this model has not is no reason to capture again.
     return replace(page, notes=(*notes, *map(_edited, edits)))
-
-
-def _capture(
-    words: str, lens: Lens, prompt: PromptLike, notes: list[str], *, gates: bool, **asked: Any
-) -> Capture:
-    """Capture; without gates, and with a note, where one of them is unknown."""
-    with status(words):
-        try:
-            return lens.capture(prompt, gates=gates, **asked)
-        except UnclaimedGateError as error:
-            notes.append(f"no gates: {error}")
-            return lens.capture(prompt, gates=False, **asked)
 
 
 def _edited(edit: Edit) -> str:
@@ -170,7 +148,7 @@ def inspect_prompt(
     """Capture what this model has of a prompt and summarise it; what it has not is a note."""
     chosen = chosen_layers(layers, lens.n_layers)
     asked = range(lens.n_layers) if chosen is None else chosen
-    attention, gates, notes = _what_there_is(lens, asked)
+    attention, gates, notes = available_parts(lens, asked)
     recurrent = [layer for layer in lens.effective_layers if layer in asked]
     if effective:
         notes.append(
@@ -181,11 +159,12 @@ def inspect_prompt(
         notes.append("recurrent layers: --effective shows what they attend to")
 
     notes += map(_edited, edits)
-    capture = _capture(
-        f"capturing {name}", lens, prompt, notes,
-        attention=attention, gates=gates, effective=effective, layers=chosen, states=states,
-        edits=edits,
-    )  # fmt: skip
+    with status(f"capturing {name}"):
+        capture = capture_known_gates(
+            lens, prompt, notes,
+            attention=attention, gates=gates, effective=effective, layers=chosen, states=states,
+            edits=edits,
+        )  # fmt: skip
     # Statistics of all positions take the time of another pass, where a prompt is long.
     with status(f"summarising {len(capture.token_ids)} tokens"):
         return inspect_capture(
@@ -195,23 +174,3 @@ def inspect_prompt(
             token_text=lambda token: token_strings([token], lens.tokenizer)[0],
             notes=notes,
         )
-
-
-def _what_there_is(lens: Lens, layers: range | list[int]) -> tuple[bool, bool, list[str]]:
-    """Whether attention and gates can be captured in these layers, and notes on what can't."""
-    anatomy, notes = lens.anatomy, []
-    odd = [layer for layer in layers if layer in anatomy.other_attention]
-    attention = not odd and any(layer in anatomy.attention for layer in layers)
-    if odd:
-        notes.append(f"no attention patterns: layer {odd[0]}: {anatomy.other_attention[odd[0]]}")
-    elif not attention:
-        notes.append("no softmax attention in these layers")
-    gated = {layer for found in lens.gate_layers.values() for layer in found}
-    gates = any(layer in gated for layer in layers)
-    if not gates:
-        notes.append("no gates are proven in these layers")
-    if lens.unused_weights:
-        notes.append(f"{len(lens.unused_weights)} stored tensors have no place in this model")
-    if type(lens.model) in MODEL_FOR_MASKED_LM_MAPPING.values():
-        notes.append("a masked language model: next is what it would put in the last token's place")
-    return attention, gates, notes

@@ -48,6 +48,8 @@ def run(
     field: str,
     revision: str | None,
     tokenizer: Path | None,
+    workers: int,
+    ray: str | None,
     dry_run: bool,
     report: Path | None,
     format: str,
@@ -98,6 +100,8 @@ def run(
             calibration=calibration,
             sample=samples,
             max_perplexity_ratio=bound,
+            workers=workers,
+            ray=ray,
             progress=progress,
         )
     show_result(found, print_report, format=format, head=REPORT_HEAD)

@@ -18,7 +18,14 @@ from trilens.errors import RecurrentStateError
 from trilens.models.gates.kernels import DECODE_KERNELS, Arguments, KernelRecord
 from trilens.models.trace import tensors_in
 
-__all__ = ["STATE_ARGUMENTS", "TOKEN_AXES", "as_prefill", "join_calls"]
+__all__ = [
+    "STATE_ARGUMENTS",
+    "TOKEN_AXES",
+    "as_prefill",
+    "join_calls",
+    "step_argument",
+    "with_step_argument",
+]
 
 STATE_ARGUMENTS = (
     "initial_state",
@@ -103,6 +110,27 @@ def as_prefill(name: str, arguments: Arguments, result: Any) -> tuple[str, dict[
         output = _before_gate(arguments, output)
         given["z"] = None
     return function, given, output.unsqueeze(axes[_OUTPUT])
+
+
+def step_argument(name: str, argument: str, arguments: Arguments) -> Tensor:
+    """One argument of a kernel call with the axis of the tokens, of prefill or of decoding."""
+    tensor: Tensor = arguments[argument]
+    function = _PREFILL.get(name, name)
+    if function == name or function not in _RENAMED:
+        return tensor
+    if function == "mamba2_chunk_scan" and argument == "dt" and tensor.dim() == 3:
+        tensor = tensor[..., 0]
+    return tensor.unsqueeze(TOKEN_AXES[function][argument])
+
+
+def with_step_argument(name: str, argument: str, arguments: Arguments, value: Tensor) -> Tensor:
+    """The argument that a kernel is called with, of one that `step_argument` gave; a new tensor."""
+    given: Tensor = arguments[argument]
+    function = _PREFILL.get(name, name)
+    if function == name or function not in _RENAMED:
+        return value
+    value = value.squeeze(TOKEN_AXES[function][argument])
+    return value if value.dim() == given.dim() else value[..., None].expand_as(given)
 
 
 def _before_gate(args: Arguments, output: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,8 +21,10 @@ from trilens.models.sites import attention, mlp
 from trilens.models.sites.block import Kind, Parts, find_parts, find_stream_sites
 from trilens.models.sites.ends import find_model_sites
 from trilens.models.sites.found import Found
+from trilens.models.sites.gates import find_gate_sites
 from trilens.models.sites.several import READS, claim_correction, claim_parts
 from trilens.models.sites.site import Site, SiteKey, Tap
+from trilens.models.sites.states import find_state_site
 from trilens.models.sites.streams import BlockStreams
 from trilens.models.stream_form import StreamForm
 from trilens.models.stream_steps import StreamStep, base_of, steps_of
@@ -109,6 +112,8 @@ class _Layer:
         else:
             attention.find_attention_sites(self.view, streams, site, projection, found)
         self._find_router()
+        find_gate_sites(self.view, self.gates, self.layer, found)
+        find_state_site(self.view, self.gates, self.layer, found)
         if not any(self._mine(site.tick) for site in self.trace.cross):
             found.refuse(_CROSS, "the layer attends to no source", absent=True)
         if form.n_streams > 1:
@@ -257,13 +262,14 @@ class _Layer:
         calls = (c for c in self.view.calls if c.module is source.module)
         call = next((c for c in calls if len(c.outputs) > 1), None)
         if source.event != "output" or call is None:
-            self.found.claim("router", tap, gate.layout, gate.spec.shape)
+            self.found.claim("router", tap, gate.layout, gate.spec.shape, closed=-math.inf)
             return
         # Its logits are a by-product: what the model goes on with was made of them inside.
         write = self._inside_router(call, call.outputs[source.index])
         why = f"{gate.spec.where} hands its logits out beside what it has made of them"
         fixed = why if write is None else ""
-        self.found.claim("router", tap, gate.layout, gate.spec.shape, write=write, fixed=fixed)
+        shape, closed = gate.spec.shape, -math.inf
+        self.found.claim("router", tap, gate.layout, shape, write=write, fixed=fixed, closed=closed)
 
     def _inside_router(self, call: ModuleCall, logits: Tensor) -> Tap | None:
         """The product in a router, or the module in it, that gives its logits, up to a cast."""

@@ -38,9 +38,23 @@ class Found:
         projection: nn.Module | None = None,
         overwritten: bool = False,
         fixed: str = "",
+        closed: float = 0.0,
+        unread: str = "",
     ) -> None:
         """A site is proven."""
-        site = Site(name, self.layer, tap, layout, shape, write, projection, overwritten, fixed)
+        site = Site(
+            name,
+            self.layer,
+            tap,
+            layout,
+            shape,
+            write,
+            projection,
+            overwritten,
+            fixed,
+            closed,
+            unread,
+        )
         if site.key not in self.reasons:
             self.sites.setdefault(site.key, site)
 

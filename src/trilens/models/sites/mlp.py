@@ -12,6 +12,7 @@ from trilens.models.gates.block import BlockView
 from trilens.models.gates.site import GateSite, Layout, UpSource, is_numbered, layout_of
 from trilens.models.sites.block import Kind, Parts
 from trilens.models.sites.found import Found
+from trilens.models.sites.gates import closed_at
 from trilens.models.sites.head_out import is_projection
 from trilens.models.sites.site import Tap
 from trilens.models.sites.streams import BlockStreams
@@ -178,7 +179,8 @@ def _claim_glu(view: BlockView, gate: GateSite, found: Found) -> None:
     assert source.event != "kernel"
     assert source.event != "function"
     tap = Tap(source.event, source.module, source.index, source.order)
-    found.claim("mlp.gate", tap, gate.layout, gate.spec.shape)
+    closed = closed_at(gate.spec)
+    found.claim("mlp.gate", tap, gate.layout, gate.spec.shape, closed=closed)
     call = next((c for c in view.calls if c.module is check.up.module), None)
     if call is None:
         found.refuse(("mlp.up",), "what the gate multiplies is shown by no module of the block")

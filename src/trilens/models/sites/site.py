@@ -20,8 +20,8 @@ class Tap:
     """One tensor that passes by while the model runs.
 
     Attributes:
-        event: a module's input or output, an attention call's, a sum of two tensors, or a product
-            with a weight.
+        event: a module's input or output, an attention call's, a sum of two tensors, a product
+            with a weight, an argument of a recurrence's kernel function, or the state it carries.
         module: the module; of an attention call the one that calls; of a sum or product the one
             whose own code makes it (no module inside it is running), mostly the block or a router.
         index: which tensor of the module's arguments or outputs, in the order of `tensors_in`.
@@ -29,10 +29,10 @@ class Tap:
             code makes in the block's run, or of the products in its call, counted as
             `models/sites/sums.py` says.
         part: of an attention call: "query", "key", "value", "output", "scores" or "pattern"; of a
-            sum: "" for its result, "left" or "right" for an operand.
+            sum: "" for its result, "left" or "right" for an operand; of a kernel: the argument.
     """
 
-    event: Literal["input", "output", "attention", "sum", "linear"]
+    event: Literal["input", "output", "attention", "sum", "linear", "kernel", "state"]
     module: nn.Module
     index: int = 0
     order: int = 0
@@ -56,6 +56,8 @@ class Site:
         projection: of attn.head_out: the output projection, whose input `tap` reads.
         overwritten: whether the model writes into the tensor later: what is read must be copied.
         fixed: why it can be read and not edited, in a sentence; "" where it can.
+        unread: why it can be edited and not read, in a sentence; "" where it can.
+        closed: what zero ablation puts there: 0, but what a gate's function gives 0 for.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Site:
     projection: nn.Module | None = None
     overwritten: bool = False
     fixed: str = ""
+    closed: float = 0.0
+    unread: str = ""
 
     @property
     def key(self) -> SiteKey:

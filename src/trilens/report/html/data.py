@@ -12,7 +12,11 @@ from trilens.report.page import Block, Chart, Heads, LensGrid, Page, Profiles
 from trilens.report.tables import Table
 from trilens.report.words import token_text
 
-__all__ = ["as_bytes", "blocks_of", "packed", "packed_codes", "page_data"]
+__all__ = ["DATA_VERSION", "as_bytes", "blocks_of", "packed", "packed_codes", "page_data"]
+
+
+DATA_VERSION = 1
+"""Of what the page's script reads."""
 
 
 def packed(data: bytes) -> str:
@@ -23,7 +27,7 @@ def packed(data: bytes) -> str:
 def page_data(page: Page) -> dict[str, Any]:
     """The page as JSON: blocks by number, in the order of the page."""
     return {
-        "version": 1,
+        "version": DATA_VERSION,
         "tokens": [token_text(token) for token in page.tokens],
         "blocks": [_block(block) for block in blocks_of(page)],
     }
@@ -82,6 +86,7 @@ def _block(block: Block) -> dict[str, Any]:
             "diverging": block.diverging,
             "log": block.log,
             "link": block.link,
+            "marks": block.marks,
             "scale": block.scale,
             "title": block.title or block.table.title,
             "table": _table(block.table),

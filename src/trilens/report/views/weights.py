@@ -9,6 +9,7 @@ from trilens.planning.result import Planned
 from trilens.planning.sensitivity import Sensitivity
 from trilens.report.page import Block, Chart, Section
 from trilens.report.tables import Column, Table
+from trilens.report.views.histograms import histogram_section
 from trilens.report.views.planning import plan_table, sensitivity_tables
 from trilens.report.views.ternary import ternary_table
 
@@ -52,7 +53,7 @@ def _grids(table: Table, names: dict[str, str]) -> tuple[Block, ...]:
 
 
 def ternary_sections(report: TernaryReport) -> list[Section]:
-    """Error, zeros and bits of each matrix."""
+    """Error, zeros and bits of each matrix; the weights of the worst."""
     table = ternary_table(report)
     charts = _grids(
         table,
@@ -64,7 +65,9 @@ def ternary_sections(report: TernaryReport) -> list[Section]:
             "bits_per_weight": "bits per weight",
         },
     )
-    return [Section("Matrices", (*charts, table), name="matrices")]
+    matrices = Section("Matrices", (*charts, table), name="matrices")
+    histograms = histogram_section(report)
+    return [matrices] if histograms is None else [matrices, histograms]
 
 
 def sensitivity_sections(found: Sensitivity) -> list[Section]:

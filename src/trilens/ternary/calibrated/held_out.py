@@ -6,13 +6,15 @@ import math
 
 from torch import Tensor
 
+from trilens.ternary.calibrated.hessian import Hessian, wide
+
 __all__ = ["HeldOutError"]
 
 
 class HeldOutError:
     """Σ‖Ŵx − y‖² / Σ‖y‖², summed batch by batch.
 
-    Two numbers are kept, not moments: where the weights are known, those are all it takes.
+    Two numbers are kept: where the weights are known, those are all it takes.
 
     Shapes: weights [rows, cols]
 
@@ -47,6 +49,17 @@ class HeldOutError:
         self._error += float(error.double().square().sum())
         self._energy += float(y.double().square().sum())
         self.n_tokens += len(x)
+
+    def add_moments(self, hessian: Hessian, *, dense: Tensor) -> None:
+        """Add all the tokens that a Hessian is the sum of, where y is W·x.
+
+        Shapes: hessian of [cols, cols]; dense [rows, cols]
+        """
+        true = wide(dense, hessian.device)
+        gap = wide(self._weights - dense.float(), hessian.device)
+        self._error += float((gap @ hessian.matrix * gap).sum())
+        self._energy += float((true @ hessian.matrix * true).sum())
+        self.n_tokens += hessian.n_tokens
 
     @property
     def value(self) -> float | None:

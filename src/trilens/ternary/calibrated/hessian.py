@@ -21,18 +21,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.errors import NonFiniteError, ShapeError, UsageError
 from trilens.ternary.rotation import rotate
 
-__all__ = ["FloatMatrix", "Hessian", "MomentSums", "Moments", "upper_factor"]
+__all__ = ["Hessian", "MomentSums", "Moments", "upper_factor", "wide"]
 
-FloatMatrix = NDArray[np.float64]
-
+_TOKENS = 2048  # summed in the dtype of the inputs, before the sum is added up in float64
+_PANEL = 256  # columns of H that are computed together
 _RIDGE = 0.01  # of the mean diagonal: inputs that the text hardly shows leave the weights alone
 
 
@@ -41,29 +39,36 @@ class Hessian:
     """H = Σ x xᵀ over the tokens of a text.
 
     Attributes:
-        matrix: float64 [cols, cols], symmetric.
+        matrix: float64 [cols, cols], symmetric; what is computed with it is computed where it is.
         n_tokens: How many inputs it is the sum of.
     """
 
-    matrix: FloatMatrix
+    matrix: Tensor
     n_tokens: int
 
-    @property
-    def diagonal(self) -> FloatMatrix:
-        """Energy of each input channel. Shapes: → [cols]."""
-        found: FloatMatrix = np.diagonal(self.matrix).copy()
-        return found
+    def __post_init__(self) -> None:
+        """Take arrays too."""
+        object.__setattr__(self, "matrix", wide(self.matrix))
 
     @property
-    def dead(self) -> NDArray[np.bool_]:
-        """Channels that were 0 at every token. Shapes: → [cols]."""
-        found: NDArray[np.bool_] = self.diagonal <= 0
-        return found
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.matrix.device
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Energy of each input channel. Shapes: → [cols]."""
+        return self.matrix.diagonal().clone()
+
+    @property
+    def dead(self) -> Tensor:
+        """Channels that were 0 at every token. Shapes: → bool [cols]."""
+        return self.diagonal <= 0
 
     @property
     def mean_diagonal(self) -> float:
         """The mean energy of a channel; 1 where all are dead, so that a damping has a size."""
-        return float(np.mean(self.diagonal)) or 1.0
+        return float(self.diagonal.mean()) or 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +82,7 @@ class Moments:
     """
 
     hessian: Hessian
-    cross: FloatMatrix
+    cross: Tensor
     energy: float
 
     @classmethod
@@ -86,42 +91,41 @@ class Moments:
 
         Shapes: weights [rows, cols]
         """
-        matrix = np.asarray(weights, dtype=np.float64)
+        matrix = wide(weights, hessian.device)
         cross = matrix @ hessian.matrix
-        return cls(hessian, cross, float(np.sum(cross * matrix)))
+        return cls(hessian, cross, float((cross * matrix).sum()))
 
     def rotated(self) -> Moments:
         """The moments where inputs and weights are rotated by `rotation.rotate`."""
-        half = rotate(torch.from_numpy(self.hessian.matrix))
-        matrix = rotate(half.T.contiguous()).numpy()
+        half = rotate(self.hessian.matrix)
+        matrix = rotate(half.T.contiguous())
         hessian = Hessian(0.5 * (matrix + matrix.T), self.hessian.n_tokens)
-        return Moments(hessian, rotate(torch.from_numpy(self.cross)).numpy(), self.energy)
+        return Moments(hessian, rotate(self.cross), self.energy)
 
-    def output_error(self, weights: FloatMatrix) -> float:
+    def output_error(self, weights: Any) -> float:
         """Σ‖Ŵx − y‖² / Σ‖y‖²: 0 for exact, 1 for nothing left.
 
         Shapes: weights [rows, cols]
         """
         # PROMOTE: three large terms cancel; float64 leaves 1e-12 of the energy
-        found = float(np.sum(weights @ self.hessian.matrix * weights))
-        error = found - 2 * float(np.sum(weights * self.cross)) + self.energy
+        matrix = wide(weights, self.hessian.device)
+        found = float((matrix @ self.hessian.matrix * matrix).sum())
+        error = found - 2 * float((matrix * self.cross).sum()) + self.energy
         if self.energy <= 0:
             return 0.0 if found <= 0 else math.inf
         return max(0.0, error / self.energy)
 
-    def best_weights(self, weights: Any) -> FloatMatrix:
+    def best_weights(self, weights: Any) -> Tensor:
         """W + (C − W·H)·(H + λ)⁻¹: what Ŵ should be near, λ being 1 % of H's mean diagonal.
 
         Shapes: weights [rows, cols] → [rows, cols]
         """
-        matrix = np.asarray(weights, dtype=np.float64)
+        matrix = wide(weights, self.hessian.device)
         missing = self.cross - matrix @ self.hessian.matrix
-        damped = self.hessian.matrix.copy()
-        damped[np.diag_indices_from(damped)] += _RIDGE * self.hessian.mean_diagonal
-        factor = torch.linalg.cholesky(torch.from_numpy(damped))
-        step = torch.cholesky_solve(torch.from_numpy(missing.T.copy()), factor)
-        found: FloatMatrix = matrix + step.numpy().T
-        return found
+        damped = self.hessian.matrix.clone()
+        damped.diagonal().add_(_RIDGE * self.hessian.mean_diagonal)
+        step = torch.cholesky_solve(missing.T.contiguous(), torch.linalg.cholesky(damped))
+        return matrix + step.T
 
 
 class MomentSums:
@@ -131,15 +135,19 @@ class MomentSums:
         name: what errors call the input.
         cols: its channels.
         outputs: the matrices, and the rows of each.
+        device: where inputs and outputs are.
 
     Memory: 8·cols·(cols + Σ rows) bytes, and 8·(cols + rows) bytes for each token of a batch.
     """
 
-    def __init__(self, name: str, cols: int, outputs: Mapping[str, int]) -> None:
+    def __init__(
+        self, name: str, cols: int, outputs: Mapping[str, int], *, device: Any = None
+    ) -> None:
         self.name = name
-        self._hessian = torch.zeros(cols, cols, dtype=torch.float64)
+        options: Any = {"dtype": torch.float64, "device": device}
+        self._hessian = torch.zeros(cols, cols, **options)
         self._cross = {
-            output: torch.zeros(rows, cols, dtype=torch.float64) for output, rows in outputs.items()
+            output: torch.zeros(rows, cols, **options) for output, rows in outputs.items()
         }
         self._energy = dict.fromkeys(outputs, 0.0)
         self.n_tokens = 0
@@ -153,22 +161,36 @@ class MomentSums:
             ShapeError: other channels than were announced, or unlike numbers of tokens.
             NonFiniteError: NaN or Inf among the inputs or the target outputs.
         """
-        # PROMOTE: sums over 1e5 tokens of products of channels that differ 1000-fold
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).double()
+        x = _rows(inputs)
         if x.shape[1] != len(self._hessian):
             raise ShapeError(
                 f"inputs of {self.name} have {x.shape[1]} channels: {len(self._hessian)} are needed"
             )
-        _check(x, f"inputs of {self.name}")
-        self._hessian.addmm_(x.T, x)
-        for output, values in outputs.items():
-            y = values.detach().reshape(-1, values.shape[-1]).double()
+        given = {output: _rows(values) for output, values in outputs.items()}
+        for output, y in given.items():
             if len(y) != len(x):
                 raise ShapeError(f"outputs of {output} are of {len(y)} tokens, inputs of {len(x)}")
-            _check(y, f"outputs of {output}")
-            self._cross[output].addmm_(y.T, x)
-            self._energy[output] += float(y.square().sum())
+        # PROMOTE: a sum over 1e5 tokens drifts in float32; one over 2,048 is as exact as its terms.
+        for first in range(0, len(x), _TOKENS):
+            part = x[first : first + _TOKENS]
+            self._add_squares(part)
+            for output, y in given.items():
+                own = y[first : first + _TOKENS]
+                energy = float(own.square().sum(dtype=torch.float64))
+                if not math.isfinite(energy):
+                    _check(own, f"outputs of {output}")
+                self._cross[output] += own.T @ part
+                self._energy[output] += energy
         self.n_tokens += len(x)
+
+    def _add_squares(self, x: Tensor) -> None:
+        """Add x xᵀ: its upper part alone, panel by panel."""
+        for first in range(0, x.shape[1], _PANEL):
+            found = x[:, first : first + _PANEL].T @ x[:, first:]
+            if not bool(torch.isfinite(found.diagonal()).all()):
+                _check(x, f"inputs of {self.name}")
+                found = x[:, first : first + _PANEL].double().T @ x[:, first:].double()
+            self._hessian[first : first + _PANEL, first:] += found
 
     def hessian(self) -> Hessian:
         """The Hessian of the inputs so far.
@@ -178,8 +200,8 @@ class MomentSums:
         """
         if self.n_tokens == 0:
             raise UsageError(f"no token reached {self.name}: the calibration text is too short")
-        matrix = self._hessian.numpy()
-        return Hessian(0.5 * (matrix + matrix.T), self.n_tokens)
+        upper = torch.triu(self._hessian)
+        return Hessian(upper + torch.triu(upper, 1).T, self.n_tokens)
 
     def result(self) -> dict[str, Moments]:
         """The moments of each matrix; they share one Hessian.
@@ -189,12 +211,12 @@ class MomentSums:
         """
         hessian = self.hessian()
         return {
-            output: Moments(hessian, cross.numpy(), self._energy[output])
+            output: Moments(hessian, cross, self._energy[output])
             for output, cross in self._cross.items()
         }
 
 
-def upper_factor(hessian: Hessian, order: NDArray[np.int64], damping: float) -> FloatMatrix:
+def upper_factor(hessian: Hessian, order: Tensor, damping: float) -> Tensor:
     """The upper triangular U with UᵀU = (H + λ)⁻¹, channels taken in an order.
 
     λ is `damping` of the mean diagonal; a dead channel gets a diagonal of 1 mean instead of 0, so
@@ -208,19 +230,29 @@ def upper_factor(hessian: Hessian, order: NDArray[np.int64], damping: float) -> 
     Source: arXiv 2210.17323, section 3.3, step 3; without an inverse on the way: for the flipped
     matrix's lower Cholesky factor L, the flipped L is an upper R with H = R Rᵀ, and U = R⁻¹.
     """
-    mean = hessian.mean_diagonal
-    damped = hessian.matrix[np.ix_(order[::-1], order[::-1])]
-    diagonal = np.diagonal(damped) + np.where(hessian.dead[order[::-1]], mean, 0.0) + damping * mean
-    damped[np.diag_indices_from(damped)] = diagonal
-    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(damped))
+    mean, last_first = hessian.mean_diagonal, order.flip(0)
+    damped = hessian.matrix[last_first][:, last_first]
+    damped.diagonal().add_(hessian.dead[last_first].double() * mean + damping * mean)
+    lower, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) or not bool(torch.isfinite(lower).all()):
         raise NonFiniteError(
             f"the Hessian of {len(order)} channels is not positive definite with a damping of "
             f"{damping:g}: it holds NaN, or is no sum of squares; calibrate with other text"
         )
-    eye = torch.eye(len(order), dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1])
+    eye = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return inverse.flip(0, 1).contiguous()
+
+
+def wide(values: Any, device: torch.device | None = None) -> Tensor:
+    """Values in float64, on a device; where they are unless given."""
+    return torch.as_tensor(values).to(device=device, dtype=torch.float64)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Shapes: [..., cols] → [tokens, cols], in float32, or in float64 where it is that."""
+    rows = values.detach().reshape(-1, values.shape[-1])
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def _check(values: Tensor, what: str) -> None:

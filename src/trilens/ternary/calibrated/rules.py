@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trilens.errors import ShapeError, UsageError
 from trilens.ternary.calibrated.descent import (
@@ -31,7 +32,7 @@ from trilens.ternary.calibrated.descent import (
     loss,
     refit_scales,
 )
-from trilens.ternary.calibrated.hessian import FloatMatrix, Hessian, Moments, upper_factor
+from trilens.ternary.calibrated.hessian import Hessian, Moments, upper_factor, wide
 from trilens.ternary.granularity import Per, Units
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules.coder import ScaleDtype
@@ -176,13 +177,13 @@ def calibrate(
         raise ShapeError(
             f"moments of {name!r} are for a matrix {moments.cross.shape}, its shape is {view.shape}"
         )
-    dense = view.read(0, view.size).reshape(view.shape).astype(np.float64)
+    hessian = moments.hessian
+    dense = wide(view.read(0, view.size).reshape(view.shape), hessian.device)
     options: dict[str, Any] = {"group_size": group_size, "per": per, "scale_dtype": scale_dtype}
     plain = PerLayerQuant.quantize(weights, name, rule=found.start, **options)
-    hessian = moments.hessian
-    dead = int(np.count_nonzero(hessian.dead))
+    dead = int(hessian.dead.sum())
     if plain.was_ternary:
-        error = moments.output_error(plain.reconstruct().double().numpy())
+        error = moments.output_error(plain.reconstruct())
         return Calibrated(plain, error, None, hessian.n_tokens, dead)
     target = moments.best_weights(dense) if found.corrected else dense
     grid = _start(target, name, plain.units, found, scale_dtype)
@@ -193,7 +194,7 @@ def calibrate(
     quant = replace(
         _as_quant(grid, plain), rule=found.name, was_ternary=False, zeroed_units=plain.zeroed_units
     )
-    error = moments.output_error(quant.reconstruct().double().numpy())
+    error = moments.output_error(quant.reconstruct())
     return Calibrated(quant, error, damping, hessian.n_tokens, dead, changes)
 
 
@@ -237,7 +238,7 @@ def find_calibrated(name: str) -> CalibratedRule:
 
 def refine(
     grid: Grid,
-    target: FloatMatrix,
+    target: Tensor,
     hessian: Hessian,
     *,
     name: str,
@@ -268,7 +269,7 @@ def refine(
 
 
 def _start(
-    target: FloatMatrix,
+    target: Tensor,
     name: str,
     units: Units,
     rule: CalibratedRule,
@@ -276,7 +277,7 @@ def _start(
 ) -> Grid:
     """The scales that the rule without data gives the target."""
     first = PerLayerQuant.quantize(
-        target,
+        target.cpu(),
         name,
         rule=rule.start,
         per=units.per,
@@ -286,16 +287,17 @@ def _start(
     scales = [first.scales]
     if first.second_scale is not None:
         scales.append(np.asarray(first.second_scale, dtype=np.float32).reshape(-1))
-    return Grid.empty(units, np.stack(scales, axis=1), levels=rule.levels)
+    found = np.stack(scales, axis=1)
+    return Grid.empty(units, found, levels=rule.levels, device=target.device)
 
 
-def _code(grid: Grid, target: FloatMatrix, hessian: Hessian) -> tuple[Grid, float]:
+def _code(grid: Grid, target: Tensor, hessian: Hessian) -> tuple[Grid, float]:
     """GPTQ with the damping that is best on a few rows, spread over the matrix."""
     step = max(1, len(target) // _TRIAL_ROWS)
-    rows = np.arange(0, len(target), step)[:_TRIAL_ROWS]
+    rows = torch.arange(0, len(target), step, device=target.device)[:_TRIAL_ROWS]
     few = replace(grid, trits=grid.trits[rows], scales=grid.scales[rows])
     order = coding_order(hessian)
-    best: tuple[float, float, FloatMatrix] | None = None
+    best: tuple[float, float, Tensor] | None = None
     for damping in DAMPINGS:
         upper = upper_factor(hessian, order, damping)
         tried = code_in_order(few, target[rows], hessian, damping=damping, upper=upper)
@@ -308,19 +310,17 @@ def _code(grid: Grid, target: FloatMatrix, hessian: Hessian) -> tuple[Grid, floa
 
 
 def _as_quant(grid: Grid, like: PerLayerQuant) -> PerLayerQuant:
-    planes = [
-        torch.from_numpy(np.ascontiguousarray(grid.trits[:, p])) for p in range(grid.n_planes)
-    ]
-    scales = grid.unit_scales
+    planes = [grid.trits[:, p].cpu().contiguous() for p in range(grid.n_planes)]
+    scales = grid.unit_scales.cpu()
     two = grid.n_planes == 2
     return PerLayerQuant.from_trits(
         planes[0],
-        torch.from_numpy(scales[:, 0].copy()),
+        scales[:, 0].clone(),
         like.name,
         group_size=like.group_size,
         per=like.per,
         second_trits=planes[1] if two else None,
-        second_scale=torch.from_numpy(scales[:, 1].copy()) if two else None,
+        second_scale=scales[:, 1].clone() if two else None,
         scale_dtype=like.scale_dtype,
         levels=grid.levels,
     )

@@ -157,14 +157,27 @@ const DRAW = {
 
   histogram(block, element) {
     const { table } = block;
-    const [left, right, top] = [values(table, block.x), values(table, block.until), values(table, block.y[0])];
-    const found = figure({ height: 230, x_axis_label: heading(table, block.x).replace("from ", ""), y_axis_label: heading(table, block.y[0]),
-      x_range: new Bokeh.Range1d({ start: left[0], end: right.at(-1) }), y_range: new Bokeh.Range1d({ start: 0, end: Math.max(...top) * 1.08 || 1 }) });
-    found.quad({ left: { field: "left" }, right: { field: "right" }, top: { field: "top" }, bottom: 0, color: SERIES[scheme()][0], line_color: css("--card"),
-      source: new Bokeh.ColumnDataSource({ data: { left, right, top } }) });
+    const [left, right] = [values(table, block.x), values(table, block.until)];
+    const all = block.y.map((name) => values(table, name));
+    const sums = left.map((_, i) => all.reduce((sum, each) => sum + each[i], 0));
+    const top = Math.max(...sums) * 1.08 || 1;
+    const found = figure({ height: 230, x_axis_label: heading(table, block.x).replace("from ", ""), y_axis_label: block.y.length > 1 ? "" : heading(table, block.y[0]),
+      x_range: new Bokeh.Range1d({ start: left[0], end: right.at(-1) }), y_range: new Bokeh.Range1d({ start: 0, end: top }) });
+    const colours = SERIES[scheme()];
+    const floor = left.map(() => 0);
+    all.forEach((each, i) => {
+      const bottom = [...floor];
+      each.forEach((v, j) => { floor[j] += v; });
+      found.quad({ left: { field: "left" }, right: { field: "right" }, top: { field: "top" }, bottom: { field: "bottom" }, color: colours[i % colours.length], line_color: css("--card"),
+        source: new Bokeh.ColumnDataSource({ data: { left, right, bottom, top: [...floor] } }) });
+    });
+    for (const x of block.marks) {
+      found.line({ x: [x, x], y: [0, top], color: css("--ink"), line_width: 1.5, line_dash: "dashed" });
+    }
+    if (all.length > 1) legend(element, block.y.map((name) => heading(table, name)), colours);
     return [found, (x) => {
       const i = left.findIndex((low, j) => x >= low && x < right[j]);
-      return i < 0 ? "" : `${number(left[i])} … ${number(right[i])}\n${heading(table, block.y[0])}: ${number(top[i])}`;
+      return i < 0 ? "" : [`${number(left[i])} … ${number(right[i])}`, ...block.y.map((name, j) => `${heading(table, name)}: ${number(all[j][i])}`)].join("\n");
     }];
   },
 

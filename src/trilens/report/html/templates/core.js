@@ -18,8 +18,8 @@ async function inflate(element) {
 }
 
 const page = { tokens: [], blocks: [], codes: [] };
-const state = { token: 0 };
-const listeners = { token: [], scheme: [] };
+const state = { token: 0, head: null }; // head: { layer, head }, the one that was chosen last
+const listeners = { token: [], head: [], scheme: [], ready: [] };
 const on = (what, call) => listeners[what].push(call);
 const tell = (what) => listeners[what].forEach((call) => call());
 

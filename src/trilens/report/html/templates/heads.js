@@ -47,9 +47,16 @@ function telling(data) {
   return found;
 }
 
+// The head that was asked for, where this block has it.
+function asked(data) {
+  const layer = state.head ? data.layers.indexOf(state.head.layer) : -1;
+  return layer >= 0 && state.head.head < data.heads[layer] ? { layer, head: state.head.head } : null;
+}
+
 async function buildHeads(element, block, codes) {
   const data = headData(block, codes);
-  const pick = { ...telling(data), way: "from" };
+  const pick = { ...(asked(data) ?? telling(data)), way: "from" };
+  state.head ??= { layer: data.layers[pick.layer], head: pick.head };
   const [layerBox, headBox] = [$("select.layer", element), $("select.head", element)];
   layerBox.replaceChildren(...data.layers.map((layer, i) => make("option", { value: i }, String(layer))));
   const cell = () => Math.min(Math.floor(state.token / data.pool), data.side - 1);
@@ -68,12 +75,18 @@ async function buildHeads(element, block, codes) {
     redraw.frame(); await redraw.pattern(); redraw.row();
   }
 
+  async function pickOut(layer, head) {
+    await select(layer, head);
+    state.head = { layer: data.layers[pick.layer], head: pick.head };
+    tell("head");
+  }
+
   const name = () => `layer ${data.layers[pick.layer]}, head ${pick.head}`;
   const own = () => { tint.owner = element; }; // the chips show what was asked last
   element.addEventListener("pointerdown", own, true);
   element.addEventListener("change", own, true);
-  layerBox.addEventListener("change", () => select(Number(layerBox.value), pick.head));
-  headBox.addEventListener("change", () => select(pick.layer, Number(headBox.value)));
+  layerBox.addEventListener("change", () => pickOut(Number(layerBox.value), pick.head));
+  headBox.addEventListener("change", () => pickOut(pick.layer, Number(headBox.value)));
   for (const radio of $$("input[type=radio]", element)) {
     radio.addEventListener("change", () => { pick.way = radio.value; redraw.row(); });
   }
@@ -157,7 +170,7 @@ async function buildHeads(element, block, codes) {
       return `layer ${data.layers[at.layer]}, head ${at.head}\nquery ${cellWords(data, q)}\nkey ${cellWords(data, k)}\nweight ${number(best)}`;
     }, (x, y) => {
       const at = place(x, y);
-      if (at) select(at.layer, at.head);
+      if (at) pickOut(at.layer, at.head);
     });
     await mount(found, plot, `${data.scales.length} attention patterns, one tile per head; choose one with the lists above`);
     return () => {

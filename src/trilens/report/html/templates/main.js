@@ -67,6 +67,7 @@ async function start() {
     await drawAll();
     on("token", () => redraws.forEach((update) => update()));
   }
+  tell("ready");
   document.documentElement.dataset.ready = "true";
 }
 

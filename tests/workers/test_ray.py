@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 import trilens
+from checkpoint_cases import saved
 from corpus_cases import contents, id_documents, tiny_checkpoint
-from trilens.corpus.dispatch import WorkerSpec
+from trilens.corpus.worker import worker_spec
 from trilens.errors import UsageError
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -23,7 +24,7 @@ with warnings.catch_warnings():
     import ray
     from ray.cluster_utils import Cluster
 
-    from trilens.corpus.ray import RayWorkers
+    from trilens.workers.ray import RayWorkers
 
 OPTIONS = trilens.StoreOptions(context=16, shard_tokens=64, layers=(0, 1), reduce=("mean",))
 DOCUMENTS = id_documents(30)
@@ -97,7 +98,15 @@ def test_both_nodes_work_and_one_is_lost(cluster: Any, checkpoint: str, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_cluster_ternarizes_to_the_same_bytes(cluster: Any, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "src", shard_size="80KB")
+    trilens.ternarize(source, tmp_path / "wanted")
+    trilens.ternarize(source, tmp_path / "out", ray="auto")
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_cluster_without_room_is_refused(cluster: Any, checkpoint: str, tmp_path: Path) -> None:
-    spec = WorkerSpec(str(tmp_path), checkpoint, {}, threads=64)
+    spec = worker_spec(tmp_path, checkpoint, {}, threads=64)
     with pytest.raises(UsageError, match="no room for a worker of 64 CPUs"):
         RayWorkers(spec, address="auto", count=None)

@@ -1,4 +1,4 @@
-"""Workers as local processes, each with the model and its own threads."""
+"""Workers as local processes, each with its own threads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from multiprocessing.connection import wait
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from trilens.corpus.dispatch import Failure, WorkerSpec
-from trilens.corpus.shards import ShardDone
+from trilens.workers.dispatch import Done, Failure, WorkerSpec
+from trilens.workers.worker import error_of
 
 __all__ = ["LocalWorkers"]
 
@@ -46,16 +46,16 @@ class LocalWorkers:
         process.begin(shard)
         self._busy.append(process)
 
-    def wait(self) -> Sequence[ShardDone | Failure]:
+    def wait(self) -> Sequence[Done | Failure]:
         """What has ended; waits for at least one."""
-        found: list[ShardDone | Failure] = []
+        found: list[Done | Failure] = []
         while not found and self._busy:
             by_pipe = {process.answers.fileno(): process for process in self._busy}
             for ready in wait(list(by_pipe)):
                 process = by_pipe[ready]  # type: ignore[index]
                 outcome = process.read()
                 if outcome is None:
-                    continue  # the model is open
+                    continue  # it is open now
                 self._busy.remove(process)
                 if process.is_alive:
                     self._idle.append(process)
@@ -76,7 +76,7 @@ class _Process:
         self.is_alive = True
         threads = str(spec.threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trilens.corpus.worker"],
+            [sys.executable, "-m", "trilens.workers.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -92,11 +92,11 @@ class _Process:
         return self._process.stdout
 
     def begin(self, shard: int) -> None:
-        """Let it capture a shard, once its model is open."""
+        """Let it do a shard, once it is open."""
         self._shard = shard
         self._say({"shard": shard})
 
-    def read(self) -> ShardDone | Failure | None:
+    def read(self) -> Done | Failure | None:
         """Its next answer; None where it says that it is ready."""
         line = self.answers.readline()
         if not line.endswith(b"\n"):
@@ -107,10 +107,11 @@ class _Process:
             return Failure(self._shard, words, lost=True)
         answer: dict[str, Any] = json.loads(line)
         if "done" in answer:
-            return ShardDone(**answer["done"])
+            return Done(self._shard, answer["done"])
         if "refused" in answer:
             self.end()
-            return Failure(self._shard, answer["refused"], lost=False)
+            error = error_of(answer["error"], answer["refused"])
+            return Failure(self._shard, answer["refused"], lost=False, error=error)
         if "lost" in answer:
             self.end()
             return Failure(self._shard, answer["lost"], lost=True)

@@ -1,8 +1,8 @@
-"""Workers as Ray actors that hold the model, on every node of a cluster.
+"""Workers as Ray actors that stay open, on every node of a cluster.
 
-Nodes write to the store's folder, which all must share; only what a shard counted comes back.
+Nodes write to the output's folder, which all must share; only what a shard reports comes back.
 Actors are not restarted by Ray: a shard whose actor or node is lost goes to another actor, and
-where the driver is lost, the store's own files say what is missing.
+where the driver is lost, the output's own files say what is missing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from trilens.corpus.dispatch import Failure, WorkerSpec
-from trilens.corpus.shards import ShardDone
-from trilens.corpus.worker import ShardWorker
 from trilens.errors import TrilensError, UsageError
 from trilens.io.messages import reason
+from trilens.workers.dispatch import Done, Failure, WorkerSpec
+from trilens.workers.worker import ShardWorker
 
 __all__ = ["RayWorkers"]
 
@@ -85,11 +84,11 @@ class RayWorkers:
     def give(self, shard: int) -> None:
         """Let an idle actor, or a new one, begin a shard."""
         actor: Any = self._idle.pop() if self._idle else self._actor.remote(self._spec)
-        self._busy[actor.capture.remote(shard)] = (actor, shard)
+        self._busy[actor.run.remote(shard)] = (actor, shard)
 
-    def wait(self) -> Sequence[ShardDone | Failure]:
+    def wait(self) -> Sequence[Done | Failure]:
         """What has ended; waits for at least one."""
-        found: list[ShardDone | Failure] = []
+        found: list[Done | Failure] = []
         while not found and self._busy:
             ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=_POLL_S)
             for reference in ready:
@@ -97,19 +96,20 @@ class RayWorkers:
                 found.append(self._outcome(reference, actor, shard))
         return found
 
-    def _outcome(self, reference: Any, actor: Any, shard: int) -> ShardDone | Failure:
+    def _outcome(self, reference: Any, actor: Any, shard: int) -> Done | Failure:
         try:
-            done: ShardDone = self._ray.get(reference)
+            report: dict[str, Any] = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             self._kill(actor)
-            known = isinstance(cause, TrilensError)
-            return Failure(shard, str(cause) if known else reason(cause), lost=not known)
+            if isinstance(cause, TrilensError):
+                return Failure(shard, str(cause), lost=False, error=cause)
+            return Failure(shard, reason(cause), lost=True)
         except self._ray.exceptions.RayError as error:
             self._kill(actor)
             return Failure(shard, _first_line(error), lost=True)
         self._idle.append(actor)
-        return done
+        return Done(shard, report)
 
     def _kill(self, actor: Any) -> None:
         with suppress(Exception):

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from trilens.corpus.manifest import StoreManifest
-from trilens.corpus.shards import ShardDone, capture_shard
-from trilens.errors import ShardError
-from trilens.lens.lens import Lens
+from trilens.errors import ShardError, TrilensError
 
-__all__ = ["MOST_RETRIES", "Failure", "InProcess", "WorkerSpec", "Workers", "run_shards"]
+__all__ = [
+    "MOST_RETRIES",
+    "Done",
+    "Failure",
+    "InProcess",
+    "RunShard",
+    "WorkerSpec",
+    "Workers",
+    "run_shards",
+]
+
+RunShard: TypeAlias = Callable[[int], dict[str, Any]]
+"""The shard function: does a shard, whole or not at all, and reports it in plain values."""
 
 MOST_RETRIES = 2
 """How often a shard whose worker was lost is given to another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A shard that is finished.
+
+    Attributes:
+        shard: its number.
+        report: what the worker reports of it, in values that JSON can hold.
+    """
+
+    shard: int
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +49,13 @@ class Failure:
         cause: why, in words.
         lost: whether the worker was lost: it may go better with another. What a worker itself
             reports would be the same again.
+        error: what the worker raised, where it refused.
     """
 
     shard: int
     cause: str
     lost: bool
+    error: TrilensError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +63,13 @@ class WorkerSpec:
     """What a worker opens: plain values that go to another process or machine.
 
     Attributes:
-        folder: of the store, which every worker must reach.
-        model: checkpoint directory or hub id.
-        loading: further arguments of `Lens.from_pretrained`.
+        module: where `open_worker` is, which takes `arguments` and gives a `RunShard`.
+        arguments: plain values; paths in them must be reached by every worker.
         threads: of torch.
     """
 
-    folder: str
-    model: str
-    loading: dict[str, Any]
+    module: str
+    arguments: dict[str, Any]
     threads: int
 
 
@@ -62,7 +83,7 @@ class Workers(Protocol):
     def give(self, shard: int) -> None:
         """Let a free worker begin a shard."""
 
-    def wait(self) -> Sequence[ShardDone | Failure]:
+    def wait(self) -> Sequence[Done | Failure]:
         """What has ended; waits for at least one while any is running."""
 
     def close(self) -> None:
@@ -72,8 +93,8 @@ class Workers(Protocol):
 class InProcess:
     """This process as the only worker."""
 
-    def __init__(self, lens: Lens, folder: Path, manifest: StoreManifest) -> None:
-        self._lens, self._folder, self._manifest = lens, folder, manifest
+    def __init__(self, run: RunShard) -> None:
+        self._run = run
         self._next: int | None = None
 
     @property
@@ -85,26 +106,36 @@ class InProcess:
         """Note the shard; `wait` does the work."""
         self._next = shard
 
-    def wait(self) -> Sequence[ShardDone | Failure]:
-        """Capture it; errors are raised as they are."""
+    def wait(self) -> Sequence[Done | Failure]:
+        """Do it; errors are raised as they are."""
         shard, self._next = self._next, None
-        return [] if shard is None else [self._capture(shard)]
-
-    def _capture(self, shard: int) -> ShardDone:
-        return capture_shard(self._lens, self._folder, self._manifest, shard)
+        return [] if shard is None else [Done(shard, self._run(shard))]
 
     def close(self) -> None:
         """Nothing is left."""
 
 
-def run_shards(workers: Workers, shards: Iterable[int]) -> Iterator[ShardDone]:
+def run_shards(
+    workers: Workers,
+    shards: Iterable[int],
+    *,
+    done: str,
+    name: Callable[[int], str] = "shard {}".format,
+) -> Iterator[Done]:
     """Run shards on workers, in order as they are free.
+
+    Args:
+        workers: which are closed at the end.
+        shards: their numbers.
+        done: what is done with a shard: "captured".
+        name: what errors call a shard.
 
     Yields:
         Each shard as it is done.
 
     Raises:
-        ShardError: a worker reports an error, or was lost with one shard several times.
+        ShardError: a worker reports an error, which is its cause, or was lost with one shard
+            several times.
     """
     waiting = deque(shards)
     lost: Counter[int] = Counter()
@@ -116,20 +147,21 @@ def run_shards(workers: Workers, shards: Iterable[int]) -> Iterator[ShardDone]:
                 running += 1
             for outcome in workers.wait():
                 running -= 1
-                if isinstance(outcome, ShardDone):
+                if isinstance(outcome, Done):
                     yield outcome
                     continue
                 lost[outcome.shard] += 1
                 if not outcome.lost or lost[outcome.shard] > MOST_RETRIES:
-                    raise ShardError(_words(outcome, lost[outcome.shard]))
+                    words = _words(outcome, lost[outcome.shard], name(outcome.shard), done)
+                    raise ShardError(words) from outcome.error
                 waiting.appendleft(outcome.shard)
     finally:
         workers.close()
 
 
-def _words(failure: Failure, times: int) -> str:
+def _words(failure: Failure, times: int, name: str, done: str) -> str:
     how = f"its worker was lost {times} times" if failure.lost else "its worker refused it"
     return (
-        f"shard {failure.shard} could not be captured: {how}: {failure.cause}; what is done stays, "
+        f"{name} could not be {done}: {how}: {failure.cause}; what is done stays, "
         "and the same command goes on from there"
     )
