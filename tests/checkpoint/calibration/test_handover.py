@@ -133,7 +133,7 @@ class Rest(UserDict):  # type: ignore[type-arg]
 
 def test_tensors_of_a_nest_are_replaced_in_new_containers() -> None:
     one, two = torch.zeros(2), torch.ones(2)
-    nest = (one, {"a": [one, None], "b": Rest(x=(two, 3))})
+    nest: Any = (one, {"a": [one, None], "b": Rest(x=(two, 3))})
     found = replaced(nest, {(1, "b", "x", 0): one})
     assert [path for path, _ in leaves(found)] == [(0,), (1, "a", 0), (1, "b", "x", 0)]
     assert found[1]["b"]["x"] == (one, 3) and nest[1]["b"]["x"][0] is two
