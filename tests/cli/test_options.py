@@ -72,7 +72,7 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
     parameters = inspect.signature(flat).parameters
     assert list(parameters) == [
         "model", "dtype", "device_map", "revision", "trust_remote_code", "attn_implementation",
-        "tokenizer",
+        "stack", "gguf_file", "tokenizer",
     ]  # fmt: skip
     assert parameters["dtype"].default == "float32"
     assert get_type_hints(flat, include_extras=True)["dtype"] == options.Dtype
@@ -83,11 +83,18 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
         revision="r",
         trust_remote_code=True,
         attn_implementation="eager",
+        stack="encoder",
+        gguf_file="m.gguf",
         tokenizer=None,
     )
-    assert taken == [
-        ("m", groups.Loading(revision="r", trust_remote_code=True, attn_implementation="eager"))
-    ]
+    loading = groups.Loading(
+        revision="r",
+        trust_remote_code=True,
+        attn_implementation="eager",
+        stack="encoder",
+        gguf_file="m.gguf",
+    )
+    assert taken == [("m", loading)]
 
 
 def test_reducers_in_the_help_are_the_librarys() -> None:

@@ -23,6 +23,8 @@ class Loading:
     revision: o.Revision = None
     trust_remote_code: o.TrustRemoteCode = False
     attn_implementation: o.AttnImplementation = None
+    stack: o.Stack = None
+    gguf_file: o.GgufFile = None
     tokenizer: o.TokenizerFiles = None
 
 
@@ -55,6 +57,7 @@ class Fitting:
     seq_length: o.SeqLength = None
     batch_size: o.BatchSize = None
     seed: o.Seed = None
+    device: o.Device = None
 
 
 @dataclass(frozen=True, kw_only=True)

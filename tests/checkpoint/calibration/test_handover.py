@@ -33,7 +33,7 @@ CARRIED = {
     "bloom": 1,  # weights beside the residual, which nobody reads
     "xlnet": 1,  # the sequence first
     "deepseek_v4": 1,  # an axis of streams
-    "gemma3n_text": 3,  # streams before the batch; shared keys and values
+    "gemma3n_text": 5,  # streams before the batch; shared keys and values
     "gemma4": 5,
     "hy_v4": 2,  # indices of one block that the next takes
     "hrm_text": 2,  # two states, blocks that run several times

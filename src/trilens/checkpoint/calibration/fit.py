@@ -113,7 +113,7 @@ def fit_block(
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
     values, new_quants = task.descend(quants, start, plan, options, rate)
-    new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
+    new_vectors = {name: values[name].to("cpu", dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
         put_weight(block, path, plain_weights(quant, plan))
     for name, value in new_vectors.items():
@@ -121,7 +121,8 @@ def fit_block(
     after = task.error()
     if after < before:
         # A small step can round to nothing in bfloat16.
-        moved = {n: v for n, v in new_vectors.items() if not torch.equal(v, start[n].to(v.dtype))}
+        old = {n: start[n].to("cpu", v.dtype) for n, v in new_vectors.items()}
+        moved = {n: v for n, v in new_vectors.items() if not torch.equal(v, old[n])}
         return BlockFit(new_quants, moved, before, after)
     for path, weight in weights.items():
         _weight_of(block, path).copy_(weight)
@@ -165,7 +166,7 @@ class _Task:
             targets = self.targets.read(batch)
             found = (run or self.run)(self.block, batch, self.inputs.read(batch))
             for key in self.counted:
-                target = targets[key]
+                target = targets[key].to(found[key].device)
                 # PROMOTE: sums over a whole text drift in float32.
                 wrong[key] += float((found[key] - target).square().sum(dtype=torch.float64))
                 energy[key] += float(target.square().sum(dtype=torch.float64))
@@ -174,11 +175,8 @@ class _Task:
 
     def difference(self, found: Mapping[Key, Tensor], targets: Carried) -> Tensor:
         """The same on one batch, with a gradient."""
-        each = [
-            (found[key] - targets[key]).square().sum()
-            / targets[key].square().sum().clamp_min(1e-12)
-            for key in self.counted
-        ]
+        pairs = [(found[key], targets[key].to(found[key].device)) for key in self.counted]
+        each = [(x - y).square().sum() / y.square().sum().clamp_min(1e-12) for x, y in pairs]
         return each[0] if len(each) == 1 else torch.stack(each).mean()
 
     def descend(
@@ -191,7 +189,10 @@ class _Task:
     ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
         """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
         trainable = {
-            path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()
+            path: TrainableMatrix(
+                quant, rotate=plan.rotate, device=_weight_of(self.block, path).device
+            )
+            for path, quant in quants.items()
         }
         sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
         steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}

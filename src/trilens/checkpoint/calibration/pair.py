@@ -61,6 +61,11 @@ class BlockPair:
         }
         self.after: Stream | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where both copies are."""
+        return next(self.block.parameters()).device
+
     def run(self, block: nn.Module, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
         """What stands after the block or a copy of it."""
         call = self.runner.call(self.job.index, batch.ids, carried)
@@ -189,7 +194,8 @@ class BlockPair:
         known: dict[tuple[str, str], Tensor] = {}
         if BLOCK_OUTPUT in states and self.after is not None:
             after = self.after.read(batch)
-            known["state", BLOCK_OUTPUT] = self.runner.residual(self.job.index, after)
+            residual = self.runner.residual(self.job.index, after)
+            known["state", BLOCK_OUTPUT] = residual.to(self.device)
             states.remove(BLOCK_OUTPUT)
         if not own and not states:
             return known

@@ -25,6 +25,7 @@ def capture(
     prompt: o.Prompt = None,
     data: o.Corpus = None,
     sites: o.Sites = None,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     residual: o.Residual = "last",
     attention: Annotated[

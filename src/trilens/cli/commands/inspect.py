@@ -21,6 +21,7 @@ def inspect(
         ),
     ],
     prompt: o.Prompt = None,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     layers: o.Layers = None,
     top_k: o.TopK = 3,

@@ -50,7 +50,11 @@ def run(
         for name, text in map(named_text, evaluate or ())
     ]
     lens = open_lens(model, loading)
-    other = None if made_from is None else open_lens(made_from, replace(loading, revision=None))
+    other = (
+        None
+        if made_from is None
+        else open_lens(made_from, replace(loading, revision=None, gguf_file=None))
+    )
     with status("measuring"):
         texts = evaluate_texts(lens, samples, against=other, max_tokens=max_tokens)
     tasks = run_tasks(lens, task, limit=limit, seed=seed or 0) if task else {}

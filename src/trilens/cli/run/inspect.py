@@ -34,6 +34,7 @@ def run(
     *,
     model: str,
     prompt: str | None,
+    decoder_prompt: str | None,
     chat: bool,
     layers: str | None,
     top_k: int,
@@ -56,7 +57,8 @@ def run(
                 "--states": states, "--edit": edit, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
                 "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
-                "--attn-implementation": loading.attn_implementation,
+                "--attn-implementation": loading.attn_implementation, "--stack": loading.stack,
+                "--gguf-file": loading.gguf_file, "--decoder-prompt": decoder_prompt,
             }  # fmt: skip
             given = [name for name, value in needless.items() if value]
             if given:
@@ -72,10 +74,11 @@ def run(
             raise UsageError(f"model {model} needs a prompt: give -p TEXT, or -p - to read it")
         else:
             lens = open_lens(model, loading)
+            given_prompt = prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt)
             if output is not None and is_page(output):
                 page = inspect_page(
                     lens,
-                    prompt_of(prompt, chat=chat),
+                    given_prompt,
                     chosen_layers(layers, lens.n_layers),
                     edits,
                 )
@@ -85,7 +88,7 @@ def run(
             inspection = inspect_prompt(
                 lens,
                 name,
-                prompt_of(prompt, chat=chat),
+                given_prompt,
                 layers,
                 top_k,
                 effective=effective,

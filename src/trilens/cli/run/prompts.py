@@ -11,7 +11,7 @@ from trilens.errors import UsageError
 from trilens.io.messages import reason
 from trilens.lens.lens import Lens
 from trilens.models.tokenizer_files import read_tokenizer
-from trilens.models.tokens import PromptLike
+from trilens.models.tokens import PromptLike, SourceTarget
 
 __all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text", "typed_token"]
 
@@ -46,9 +46,17 @@ def prompt_text(prompt: str) -> str:
         ) from error
 
 
-def prompt_of(prompt: str, *, chat: bool) -> PromptLike:
-    """The prompt as text, or as the one message of a chat."""
+def prompt_of(prompt: str, *, chat: bool, decoder_prompt: str | None = None) -> PromptLike:
+    """The prompt as text, as the one message of a chat, or as the source of a decoder's text.
+
+    Raises:
+        UsageError: a chat and a decoder's text, which no model reads together.
+    """
+    if chat and decoder_prompt is not None:
+        raise UsageError("--chat and --decoder-prompt exclude each other: leave one out")
     text = prompt_text(prompt)
+    if decoder_prompt is not None:
+        return SourceTarget(text, decoder_prompt)
     return [{"role": "user", "content": text}] if chat else text
 
 
