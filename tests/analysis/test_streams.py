@@ -16,8 +16,7 @@ from trilens.analysis.inspection import inspect_capture
 from trilens.analysis.lenses.tuned_lens import tuned_lens
 from trilens.analysis.path_patching import path_patch
 from trilens.checkpoint import TernaryPlan, ternarize
-from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.errors import AnatomyError, IncomparableError
+from trilens.errors import IncomparableError
 from trilens.lens.lens import Lens
 
 TYPE = "hy_v4"
@@ -105,8 +104,3 @@ def test_ternarized_and_opened_again(tmp_path: Path) -> None:
     one, other = (each.capture(ids, residual="all").residual for each in (before, after))
     assert one[0].shape == other[0].shape
     assert not torch.equal(one[0], other[0])
-
-
-def test_calibration_is_refused_by_name(lens: Lens) -> None:
-    with pytest.raises(AnatomyError, match="keeps 4 residual streams: not calibrated yet"):
-        BlockRunner(lens.model, lens.anatomy)

@@ -85,17 +85,19 @@ def test_what_a_block_is_called_with_is_moved_to_it(tmp_path: Path) -> None:
         seen.append((args, kwargs))
 
     block.register_forward_pre_hook(look, with_kwargs=True)
-    call, hidden = runner.call(0, ids), runner.first(ids)
-    runner.run(0, block, call, hidden)
+    call = runner.call(0, ids, {})
+    runner.run(0, block, call)
     args, kwargs = seen[0]
     given = [*args, *kwargs.values()]
-    assert any(each is hidden for each in given)
+    assert any(each is call.hidden for each in given)
     assert any(isinstance(each, tuple) for each in given)  # cosines and sines
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
+        carried: Any = {}
         for index in range(runner.n_blocks):
-            hidden = runner.run(index, runner.block(index), runner.call(index, ids), hidden)
-    assert torch.equal(runner.logits(ids, hidden), logits)
+            call = runner.call(index, ids, carried)
+            carried = runner.run(index, runner.block(index), call)
+    assert torch.equal(runner.logits(ids, carried), logits)
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "nowhere", 3.5, "hpu", "mkldnn", ""])

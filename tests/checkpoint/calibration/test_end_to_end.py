@@ -16,7 +16,7 @@ from tolerances import assert_near, sum_error
 from trilens.checkpoint.calibration import end_to_end as whole
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.fit import FitOptions
-from trilens.checkpoint.calibration.streams import Stream, batches_of, write_stream
+from trilens.checkpoint.calibration.streams import batches_of, write_stream
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.lens.proof import prove
@@ -82,15 +82,16 @@ def parts(tmp_path: Path) -> Any:
     ids = torch.randint(0, 100, (20, 24), generator=generator)
     batches = batches_of(list(ids), 4)
 
-    def last(batch: Any) -> torch.Tensor:
-        hidden = runner.first(batch.ids)
+    def last(batch: Any) -> Any:
+        carried: Any = {}
         with torch.no_grad():
             for i in range(runner.n_blocks):
-                hidden = runner.run(i, runner.block(i), runner.call(i, batch.ids), hidden)
-        return hidden
+                call = runner.call(i, batch.ids, carried)
+                carried = runner.run(i, runner.block(i), call)
+        return carried
 
-    path, width, _ = write_stream(tmp_path / "dense.f32", batches, last)
-    return model, runner, batches, Stream(path, width, ids.numel())
+    form = runner.form(runner.n_blocks)
+    return model, runner, batches, write_stream(tmp_path / "dense.f32", form, batches, last)[0]
 
 
 @pytest.mark.parametrize("rotate", [False, True])

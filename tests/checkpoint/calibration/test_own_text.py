@@ -226,7 +226,7 @@ def test_a_model_that_overflows_is_named(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_calibrated_writes_nothing_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its blocks hand on more than the residual stream, which is known first."""
+    """Its blocks depend on more than their arguments, which is known first."""
 
     def written(*_args: Any, **_options: Any) -> Any:
         raise AssertionError("the text was written")

@@ -369,8 +369,8 @@ def test_the_runner_leaves_no_hook_behind(small_demo: Path) -> None:
     anatomy = prove(model, only_stack(model)).anatomy
     runner = BlockRunner(model, anatomy)
     ids = torch.arange(20)[None]
-    runner.call(1, ids)
-    runner.first(ids)
+    carried = runner.run(0, runner.block(0), runner.call(0, ids, {}))
+    runner.call(1, ids, carried)
     for block in anatomy.blocks:
         assert "forward" not in block.module.__dict__
         assert not block.module._forward_pre_hooks and not block.module._forward_hooks

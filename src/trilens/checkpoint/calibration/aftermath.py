@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from trilens.checkpoint.calibration.kept import prompts_of
 from trilens.checkpoint.calibration.own_text import kept_lines
-from trilens.checkpoint.calibration.run import prompts_of
 from trilens.checkpoint.calibration.store import Store
 from trilens.checkpoint.evaluate import compare_freely
 from trilens.checkpoint.format.damage import Damage

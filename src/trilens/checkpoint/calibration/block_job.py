@@ -58,6 +58,8 @@ class BlockJob:
         plan: Group size and scales' dtype.
         rule: What is done; None for the plan's rule, which looks at weights alone.
         fit: How norms, biases and scales are fitted.
+        put_earlier: Puts into a dense copy of the block what was coded where an earlier block runs
+            the same weights.
     """
 
     index: int
@@ -70,6 +72,7 @@ class BlockJob:
     plan: TernaryPlan
     rule: CalibratedRule | None
     fit: FitOptions
+    put_earlier: Callable[[nn.Module], None] = lambda _block: None
 
 
 def rule_of(

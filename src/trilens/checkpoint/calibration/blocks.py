@@ -1,16 +1,16 @@
 """A model run block by block: what comes before the blocks, one block at a time, what comes after.
 
-All but the block that is looked at is passed over: the model runs with blocks that hand their input
-on, stops where the requested block is called, and reports the arguments it would have got (masks,
-positions). So no block's way of being called has to be known. That this gives what the model gives
-is proven on a short probe before anything else.
+The model itself runs, with blocks that hand on what they are told instead of computing it, and
+stops where the requested block is called: so no block's way of being called has to be known, nor
+what the model does between its blocks. What a block leaves for later ones, in what it returns and
+in what it writes into containers, is seen on a probe, and how long each of these tensors is needed.
+That the blocks one after another give what the model gives is proven before anything else.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,43 +19,41 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilens.checkpoint.calibration.experts import computing_one_by_one
+from trilens.checkpoint.calibration.handover import Axes, Carried, Form, Key, Made, snapshot
+from trilens.checkpoint.calibration.nest import leaves
+from trilens.checkpoint.calibration.passing import Passed, Reached, passing
+from trilens.checkpoint.calibration.probing import Probed, probe_blocks
 from trilens.errors import AnatomyError
 from trilens.models.anatomy import Anatomy
-from trilens.models.forward_call import forward_arguments, probe_ids
-from trilens.models.tokens import vocab_size_of
+from trilens.models.forward_call import forward_arguments
 from trilens.models.trace import tensors_in
 from trilens.taps.mode import evaluating
 
-__all__ = ["BlockRunner"]
-
-_PROBE_TOKENS = 12
+__all__ = ["BlockCall", "BlockRunner"]
 
 
-class _StopError(Exception):
-    """The requested block was reached."""
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockCall:
+    """How the model calls a block on a batch; good for one run of it.
 
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """How a block is called: its arguments, with a gap where the residual stream goes."""
+    Attributes:
+        args: As the model passes them.
+        kwargs: Likewise.
+        carried: What stood before the block.
+        hidden: The residual stream among the arguments.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    place: int | str
-
-    def on(self, block: nn.Module, hidden: Tensor) -> Any:
-        args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(self.place, int):
-            args[self.place] = hidden
-        else:
-            kwargs[self.place] = hidden
-        return block(*args, **kwargs)
+    carried: Carried
+    hidden: Tensor
 
 
 class BlockRunner:
-    """Runs a model's blocks one by one, in float32, on residual streams that the caller keeps.
+    """Runs a model's blocks one by one, in float32, on what the caller keeps between them.
 
-    The model's own blocks are never run or changed after the proof: `block` gives copies.
+    The model's own blocks are never run or changed after the proof: `block` gives copies. A block
+    that the model runs several times is a block of its own each time.
 
     Args:
         model: in eval mode; its parts outside the blocks are made float32.
@@ -76,16 +74,19 @@ class BlockRunner:
         self.model = model
         self.anatomy = anatomy
         self._blocks = [block.module for block in anatomy.blocks]
-        self._tuples: dict[int, int] = {}  # blocks that return a tuple, and its length
-        self._check_structure()
+        if not anatomy.unembedding:
+            name = type(model).__name__
+            raise AnatomyError(f"{name} gives no logits: the damage could not be measured")
+        self._wide = False
         with evaluating(model), torch.no_grad():
+            self._probed: Probed = probe_blocks(model, anatomy)
             self._prove()
         before()
         self._widen()
 
     @property
     def n_blocks(self) -> int:
-        """How many blocks."""
+        """How many blocks; one that runs several times counts as often."""
         return len(self._blocks)
 
     def block(self, index: int) -> nn.Module:
@@ -97,164 +98,123 @@ class BlockRunner:
         """Where a block stands in the model."""
         return self.anatomy.blocks[index].path
 
-    @torch.no_grad()
-    def first(self, ids: Tensor) -> Tensor:
-        """The residual stream before the first block.
+    def form(self, index: int) -> Form:
+        """What stands before a block; of `n_blocks`, what the head reads."""
+        return Form(
+            tuple(
+                (key, axes)
+                for key, axes in self._probed.axes.items()
+                if key[0] < index <= self._probed.needed_until.get(key, -1)
+            )
+        )
 
-        Shapes: ids int64 [batch, seq] → float32 [batch, seq, d_model]
-        """
-        call, hidden = self._reach(0, ids)
-        del call
-        return hidden.float()
+    def changed(self, index: int) -> tuple[Key, ...]:
+        """What a block itself makes of that which stands after it, indices and alike left out."""
+        return tuple(
+            key
+            for key, axes in self.form(index + 1).axes
+            if key[0] == index
+            and key not in self._probed.passed_on
+            and axes.dtype.is_floating_point
+        )
 
-    def call(self, index: int, ids: Tensor) -> _Call:
-        """How the model would call this block on these tokens: `run` takes it.
+    def call(self, index: int, ids: Tensor, carried: Carried) -> BlockCall:
+        """How the model calls a block on these tokens: `run` takes it, once.
 
         Shapes: ids int64 [batch, seq]
+
+        Args:
+            index: which block.
+            ids: the tokens.
+            carried: what stands before the block.
         """
-        with torch.no_grad():
-            return self._reach(index, ids)[0]
+        try:
+            self._pass(ids, carried, stop=index)
+        except Reached as reached:
+            nest = (reached.args_given, reached.kwargs)
+            hidden = dict(leaves(nest))[self._probed.inputs[index]]
+            return BlockCall(*nest, carried, hidden)
+        raise AnatomyError(f"block {self.path(index)} is not called on a plain prompt")
 
-    def run(self, index: int, block: nn.Module, call: _Call, hidden: Tensor) -> Tensor:
-        """The residual stream after a block.
-
-        Shapes: hidden [batch, seq, d_model] → the same
+    def run(self, index: int, block: nn.Module, call: BlockCall) -> dict[Key, Tensor]:
+        """What stands after a block.
 
         Args:
             index: which block it is.
             block: a copy of it, changed or not.
-            call: from `call`, for the same tokens.
-            hidden: the residual stream before it.
+            call: from `call`, not run yet.
         """
-        return list(tensors_in(call.on(block, hidden)))[self.anatomy.blocks[index].output]
+        nest = (call.args, call.kwargs)
+        before = snapshot(nest)
+        made = Made.of(block(*call.args, **call.kwargs), before, nest).tensors
+        if len(made) != len(self._probed.made[index].tensors):
+            raise AnatomyError(
+                f"{self.path(index)} hands on {len(made)} tensors, where it handed on "
+                f"{len(self._probed.made[index].tensors)} on a probe"
+            )
+        return {
+            key: made[key[1]] if key[0] == index else call.carried[key]
+            for key, _ in self.form(index + 1).axes
+        }
+
+    def residual(self, index: int, carried: Carried) -> Tensor:
+        """The residual stream after a block, of what stands there."""
+        return carried[(index, self.anatomy.blocks[index].output)]
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of the residual stream after the last block.
+    def logits(self, ids: Tensor, carried: Carried) -> Tensor:
+        """What the model makes of what stands after the last block.
 
-        Shapes: ids [batch, seq], hidden [batch, seq, d_model] → [batch, seq, vocab]
+        Shapes: ids [batch, seq] → [batch, seq, vocab]
 
         Memory: the unembedding in float32 from the first call on, and the logits.
         """
-        return self.logits_with_gradient(ids, hidden)
+        return self.logits_with_gradient(ids, carried)
 
-    def logits_with_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The same, with a gradient for the residual stream where that has one."""
+    def logits_with_gradient(self, ids: Tensor, carried: Carried) -> Tensor:
+        """The same, with a gradient for what is carried where that has one."""
         head: Any = self.model.get_output_embeddings()
         if head is not None:
             head.float()
-        with self._passing({self.n_blocks - 1: hidden}):
+        return self._pass(ids, carried)
+
+    def _pass(self, ids: Tensor, carried: Carried, stop: int | None = None) -> Tensor:
+        def made(step: int) -> Passed:
+            template = self._probed.made[step]
+            axes = [self._probed.axes[(step, n)] for n in range(len(template.tensors))]
+            tensors = [
+                carried[(step, n)] if (step, n) in carried else self._blank(a, ids)
+                for n, a in enumerate(axes)
+            ]
+            return template, tensors
+
+        with passing(self._blocks, made, stop):
             found = self.model(**forward_arguments(self.model, ids, None)).logits
         return found if isinstance(found, Tensor) else next(tensors_in(found))
 
-    def _reach(self, index: int, ids: Tensor) -> tuple[_Call, Tensor]:
-        reached: list[_Call] = []
-        seen: list[Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = self._passed[0] if self._passed else None
-            call, found = _call_of(args, kwargs, hidden)
-            reached.append(call)
-            seen.append(found)
-            raise _StopError
-
-        with self._passing({}):
-            handle = self._blocks[index].register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                self.model(**forward_arguments(self.model, ids, None))
-            except _StopError:
-                pass
-            finally:
-                handle.remove()
-        if not reached:
-            raise AnatomyError(f"block {self.path(index)} is not called on a plain prompt")
-        return reached[0], seen[0]
-
-    @contextmanager
-    def _passing(self, given: dict[int, Tensor]) -> Iterator[None]:
-        """Let every block hand its input on; those in `given` hand on what is given."""
-        self._passed: list[Tensor] = []
-
-        def passing(index: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                previous = self._passed[0] if self._passed else None
-                hidden = given.get(index)
-                if hidden is None:
-                    hidden = _call_of(args, kwargs, previous)[1]
-                self._passed[:] = [hidden]
-                length = self._tuples.get(index)
-                if length is None:
-                    return hidden
-                rest: list[Any] = [None] * length
-                rest[self.anatomy.blocks[index].output] = hidden
-                return tuple(rest)
-
-            return forward
-
-        for index, block in enumerate(self._blocks):
-            block.forward = passing(index)
-        try:
-            yield
-        finally:
-            for block in self._blocks:
-                block.__dict__.pop("forward", None)
-
-    def _check_structure(self) -> None:
-        name = type(self.model).__name__
-        if self.anatomy.n_streams > 1:
-            raise AnatomyError(
-                f"{name} keeps {self.anatomy.n_streams} residual streams: not calibrated yet; "
-                "ternarize it without calibration, by a rule that reads the weights alone"
-            )
-        if not self.anatomy.form.batch_first:
-            raise AnatomyError(f"{name} has a residual [seq, batch, d_model]: not calibrated yet")
-        if len({id(block) for block in self._blocks}) < len(self._blocks):
-            raise AnatomyError(
-                f"{name} runs one block several times: its matrices have no inputs of their own"
-            )
-        if not self.anatomy.unembedding:
-            raise AnatomyError(f"{name} gives no logits: the damage could not be measured")
+    def _blank(self, axes: Axes, ids: Tensor) -> Tensor:
+        """What nobody needs, in its form."""
+        wide = self._wide and axes.dtype.is_floating_point
+        dtype = torch.float32 if wide else axes.dtype
+        return torch.zeros(axes.shape(*ids.shape), dtype=dtype, device=ids.device)
 
     def _prove(self) -> None:
-        """Compare each block, run by itself, with what it gave inside the model."""
-        ids = probe_ids(self.model, vocab_size_of(self.model), _PROBE_TOKENS)
-        outputs: list[Any] = []
-        inputs: list[Tensor] = []
-
-        def before(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(_call_of(args, kwargs, None)[1].clone())
-
-        handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in self._blocks]
-        handles += [
-            b.register_forward_hook(lambda _m, _i, output: outputs.append(output))
-            for b in self._blocks
-        ]
-        try:
-            logits = self.model(**forward_arguments(self.model, ids, None)).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        for index, output in enumerate(outputs):
-            if isinstance(output, tuple | list):
-                self._tuples[index] = len(output)
-                if len(list(tensors_in(output))) > 1:
+        """Run the blocks one after another, and compare with what the model gave."""
+        ids, carried = self._probed.ids, dict[Key, Tensor]()
+        for index, module in enumerate(self._blocks):
+            carried = self.run(index, module, self.call(index, ids, carried))
+            for key, tensor in carried.items():
+                if key[0] == index and not torch.equal(
+                    tensor, self._probed.made[index].tensors[key[1]]
+                ):
                     raise AnatomyError(
-                        f"{self.path(index)} hands on more than the residual stream: the blocks "
-                        "cannot be run one by one"
+                        f"{self.path(index)} by itself gives another output than inside the "
+                        "model: it depends on more than its arguments; this model cannot be "
+                        "calibrated"
                     )
-        for index, block in enumerate(self._blocks):
-            call, _ = self._reach(index, ids)
-            expected = next(tensors_in(outputs[index]))
-            if not torch.equal(self.run(index, block, call, inputs[index]), expected):
-                raise AnatomyError(
-                    f"{self.path(index)} by itself gives another output than inside the model: it "
-                    "depends on more than its arguments; this model cannot be calibrated"
-                )
-        with self._passing({self.n_blocks - 1: next(tensors_in(outputs[-1]))}):
-            rebuilt = self.model(**forward_arguments(self.model, ids, None)).logits
-        if not torch.equal(rebuilt, logits):
+        if not torch.equal(self._pass(ids, carried), self._probed.logits):
             raise AnatomyError(
-                f"{type(self.model).__name__}'s logits depend on more than its last block's output"
+                f"{type(self.model).__name__}'s logits depend on more than what its blocks hand on"
             )
 
     def _widen(self) -> None:
@@ -271,17 +231,4 @@ class BlockRunner:
                 if parameter.is_floating_point():
                     setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
         self.model.requires_grad_(False)
-
-
-def _call_of(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None
-) -> tuple[_Call, Tensor]:
-    """Where the residual stream is among a block's arguments: what was handed on, or the first."""
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    tensors = [(place, value) for place, value in named if isinstance(value, Tensor)]
-    same = [pair for pair in tensors if pair[1] is hidden]
-    floating = [pair for pair in tensors if pair[1].is_floating_point() and pair[1].ndim == 3]
-    if not same and not floating:
-        raise AnatomyError("a block is called without a residual stream among its arguments")
-    place, value = (same or floating)[0]
-    return _Call(args, kwargs, place), value
+        self._wide = True

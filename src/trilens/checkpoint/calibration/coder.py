@@ -23,6 +23,7 @@ from trilens.checkpoint.calibration.block_job import (
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.experts import expert_inputs, expert_of
 from trilens.checkpoint.calibration.fit import fit_block
+from trilens.checkpoint.calibration.handover import Carried, Key
 from trilens.checkpoint.calibration.pair import Aims, BlockPair
 from trilens.checkpoint.calibration.replay import Spool
 from trilens.checkpoint.calibration.stages import Stage
@@ -46,7 +47,7 @@ __all__ = ["CodedBlock", "code_block"]
 class CodedBlock:
     """A finished block: how it runs, what to keep of it, and what was measured."""
 
-    run: Callable[[Batch, Tensor], Tensor]
+    run: Callable[[Batch, Carried], dict[Key, Tensor]]
     quants: dict[tuple[str, int], PerLayerQuant]
     vectors: dict[str, Tensor]
     record: BlockRecord
@@ -183,11 +184,8 @@ class _Coder:
         }
         if not names:
             return ()
-        batch = self.job.batches[0]
-        hidden = self.pair.read(self.job.dense, batch)
-        seen = expert_inputs(
-            self.dense, sorted(names), lambda: self.pair.run(self.dense, batch, hidden)
-        )
+        _, run = self.pair.residual(self.dense, self.job.batches[0], self.job.dense)
+        seen = expert_inputs(self.dense, sorted(names), run)
         return tuple(dict.fromkeys(name for name, _, _ in seen))
 
     def code_experts(self, name: str, matrices: Sequence[BlockMatrix]) -> None:
@@ -324,6 +322,7 @@ class _Coder:
             inputs=job.ternary,
             targets=after,
             run=self.pair.run,
+            counted=self.pair.runner.changed(job.index),
             as_coded=self.pair.again,
             plan=job.plan,
             options=job.fit,
@@ -345,5 +344,5 @@ class _Coder:
         return CodedBlock(self._after, self.quants, vectors, record)
 
     @torch.no_grad()
-    def _after(self, batch: Batch, hidden: Tensor) -> Tensor:
-        return self.pair.again(self.block, batch, hidden)
+    def _after(self, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
+        return self.pair.again(self.block, batch, carried)

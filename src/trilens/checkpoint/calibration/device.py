@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.handover import Carried
 from trilens.errors import UsageError
 from trilens.io.messages import reason
 from trilens.models.anatomy import Anatomy
@@ -65,6 +66,7 @@ class PlacedRunner(BlockRunner):
         device: torch.device,
         before: Callable[[], None] = lambda: None,
     ) -> None:
+        self.device = torch.device("cpu")  # where it is proven
         super().__init__(model, anatomy, before=before)
         self.device = device
         inside = {id(m) for block in anatomy.blocks for m in block.module.modules()}
@@ -75,13 +77,11 @@ class PlacedRunner(BlockRunner):
 
     def block(self, index: int) -> nn.Module:
         """A copy of a block in float32 on the device, in eval mode, without gradients."""
-        twin = super().block(index).to(self.device)
-        twin.register_forward_pre_hook(_moving(self.device), with_kwargs=True)
-        return twin
+        return super().block(index).to(self.device)
 
-    def logits_with_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The same as `BlockRunner`'s, on the device."""
-        return super().logits_with_gradient(ids, _moved(hidden, self.device))
+    def _pass(self, ids: Tensor, carried: Carried, stop: int | None = None) -> Tensor:
+        moved = {key: tensor.to(self.device) for key, tensor in carried.items()}
+        return super()._pass(ids.to(self.device), moved, stop)
 
 
 def _move_own(module: nn.Module, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.device import PlacedRunner
 from trilens.checkpoint.calibration.fit import FitOptions, Overridden, put_weight, transposed
+from trilens.checkpoint.calibration.handover import Carried, Key
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
@@ -145,51 +146,62 @@ class _Model:
     def __init__(self, runner: BlockRunner, blocks: Sequence[_Block]) -> None:
         self.runner, self.blocks = runner, blocks
 
-    def run(self, index: int, batch: Batch, hidden: Tensor, *, as_stored: bool = False) -> Tensor:
+    def run(
+        self, index: int, batch: Batch, carried: Carried, *, as_stored: bool = False
+    ) -> dict[Key, Tensor]:
         module = self.blocks[index].put(self.runner.block(index))
-        call = self.runner.call(index, batch.ids)
+        call = self.runner.call(index, batch.ids, carried)
         if not as_stored:
             module = Overridden(module, self.blocks[index].given(module))
-            return self.runner.run(index, module, call, hidden)
+            return self.runner.run(index, module, call)
         quants, vectors = self.blocks[index].stored()
         for path, quant in quants.items():
             put_weight(module, path, plain_weights(quant, self.blocks[index].finished.plan))
         for name, value in vectors.items():
             module.get_parameter(name).data.copy_(value.float())
-        return self.runner.run(index, module, call, hidden)
+        return self.runner.run(index, module, call)
 
-    def divergence(self, batch: Batch, target: Tensor, hidden: Tensor) -> Tensor:
+    def divergence(self, batch: Batch, target: Tensor, carried: Carried) -> Tensor:
         """Σ KL(dense ‖ ternary) over the tokens of a batch, in nats."""
-        found = torch.log_softmax(self.runner.logits_with_gradient(batch.ids, hidden), -1)
+        found = torch.log_softmax(self.runner.logits_with_gradient(batch.ids, carried), -1)
         return nn.functional.kl_div(found, target, log_target=True, reduction="sum")
 
     def learn(self, batch: Batch, target: Tensor) -> None:
         """Add the gradient of the mean divergence on a batch to everything that moves."""
-        between = [self.runner.first(batch.ids)]
+        between: list[dict[Key, Tensor]] = [{}]
         with torch.no_grad():
             for index in range(len(self.blocks)):
                 between.append(self.run(index, batch, between[-1]))
-        last = between.pop().requires_grad_(True)
+        last = _with_gradients(between.pop())
         with torch.enable_grad():
             (self.divergence(batch, target, last) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
-            gradient = last.grad
             for index in reversed(range(len(self.blocks))):
-                entered = between.pop().requires_grad_(True)
+                entered = _with_gradients(between.pop())
                 output = self.run(index, batch, entered)
-                output.backward(gradient)  # type: ignore[no-untyped-call]
-                gradient = entered.grad
+                given = {key: t.grad for key, t in last.items() if t.grad is not None}
+                keys = [key for key in given if output[key].requires_grad]
+                torch.autograd.backward([output[key] for key in keys], [given[key] for key in keys])
+                last = entered
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Batch], target: Callable[[Batch], Tensor]) -> float:
         """Mean divergence with the values as they will be stored, in nats."""
         total = count = 0.0
         for batch in batches:
-            hidden = self.runner.first(batch.ids)
+            carried: dict[Key, Tensor] = {}
             for index in range(len(self.blocks)):
-                hidden = self.run(index, batch, hidden, as_stored=True)
-            total += float(self.divergence(batch, target(batch), hidden))
+                carried = self.run(index, batch, carried, as_stored=True)
+            total += float(self.divergence(batch, target(batch), carried))
             count += batch.ids.numel()
         return total / count
+
+
+def _with_gradients(carried: Carried) -> dict[Key, Tensor]:
+    """Leaves of a graph of their own."""
+    return {
+        key: t.detach().requires_grad_(True) if t.is_floating_point() else t
+        for key, t in carried.items()
+    }
 
 
 def fit_end_to_end(
@@ -209,7 +221,7 @@ def fit_end_to_end(
         runner: runs blocks.
         blocks: every block as it was coded.
         batches: the text.
-        dense: the dense model's residual stream after its last block.
+        dense: what the dense model has after its last block.
         options: how long, how fast.
         observe: called with the share of the work that is done, in [0, 1].
 

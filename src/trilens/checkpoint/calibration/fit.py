@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trilens.checkpoint.calibration.handover import Carried, Key
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
@@ -25,8 +26,8 @@ from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "transposed"]
 
-RunBlock = Callable[[nn.Module, Batch, Tensor], Tensor]
-"""Runs a block on a batch's residual stream."""
+RunBlock = Callable[[nn.Module, Batch, Carried], Mapping[Key, Tensor]]
+"""Runs a block on what stands before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class BlockFit:
     Attributes:
         quants: The matrices with their new scales, by path in the block.
         vectors: New norm weights and biases, by parameter name in the block, in their own dtype.
-        error_before: Σ(y − ŷ)²/Σy² of the block's output over the text, before.
+        error_before: Σ(y − ŷ)²/Σy² of the block's output over the text, before; where it hands
+            on more than the residual stream, the mean of its tensors' errors.
         error: The same after.
     """
 
@@ -83,6 +85,7 @@ def fit_block(
     inputs: Stream,
     targets: Stream,
     run: RunBlock,
+    counted: Sequence[Key],
     plan: TernaryPlan,
     options: FitOptions,
     as_coded: RunBlock | None = None,
@@ -94,14 +97,15 @@ def fit_block(
         quants: these matrices, by path.
         vectors: the vectors that may move, and the dtype in which each is stored.
         batches: of the text.
-        inputs: the residual stream before the block, as the ternary blocks before give it.
-        targets: after it, as the dense model gives it.
+        inputs: what stands before the block, as the ternary blocks before give it.
+        targets: what stands after it, as the dense model gives it.
         run: how to run it.
+        counted: which of that is the block's own; the error is the mean of theirs.
         plan: whether matrices are transposed.
         options: how long, how fast.
         as_coded: a faster way to run it while it is as it was coded.
     """
-    task = _Task(block, batches, inputs, targets, run)
+    task = _Task(block, batches, inputs, targets, run, tuple(counted))
     before = task.error(as_coded)
     start = {name: block.get_parameter(name).detach().clone() for name in vectors}
     weights = {path: _weight_of(block, path).clone() for path in quants}
@@ -153,17 +157,27 @@ class _Task:
     inputs: Stream
     targets: Stream
     run: RunBlock
+    counted: tuple[Key, ...]
 
     @torch.no_grad()
     def error(self, run: RunBlock | None = None) -> float:
-        wrong = energy = 0.0
+        wrong, energy = dict.fromkeys(self.counted, 0.0), dict.fromkeys(self.counted, 0.0)
         for batch in self.batches:
+            targets = self.targets.read(batch)
             found = (run or self.run)(self.block, batch, self.inputs.read(batch))
-            target = self.targets.read(batch).to(found.device)
-            # PROMOTE: sums over a whole text drift in float32.
-            wrong += float((found - target).square().sum(dtype=torch.float64))
-            energy += float(target.square().sum(dtype=torch.float64))
-        return wrong / energy if energy else 0.0
+            for key in self.counted:
+                target = targets[key].to(found[key].device)
+                # PROMOTE: sums over a whole text drift in float32.
+                wrong[key] += float((found[key] - target).square().sum(dtype=torch.float64))
+                energy[key] += float(target.square().sum(dtype=torch.float64))
+        each = [wrong[key] / energy[key] if energy[key] else 0.0 for key in self.counted]
+        return sum(each) / max(1, len(each))
+
+    def difference(self, found: Mapping[Key, Tensor], targets: Carried) -> Tensor:
+        """The same on one batch, with a gradient."""
+        pairs = [(found[key], targets[key].to(found[key].device)) for key in self.counted]
+        each = [(x - y).square().sum() / y.square().sum().clamp_min(1e-12) for x, y in pairs]
+        return each[0] if len(each) == 1 else torch.stack(each).mean()
 
     def descend(
         self,
@@ -194,15 +208,14 @@ class _Task:
         generator = torch.Generator().manual_seed(options.seed)
         for _ in range(options.passes):
             for i in torch.randperm(len(batches), generator=generator).tolist():
-                batch = batches[i]
+                batch, targets = batches[i], self.targets.read(batches[i])
                 given = {}
                 for path, matrix in trainable.items():
                     weights = matrix.weights()
                     given[f"{path}.weight"] = weights.T if transposed(self.block, path) else weights
                 given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
                 found = self.run(Overridden(self.block, given), batch, self.inputs.read(batch))
-                target = self.targets.read(batch).to(found.device)
-                error = (found - target).square().sum() / target.square().sum().clamp_min(1e-12)
+                error = self.difference(found, targets)
                 adam.zero_grad()
                 error.backward()  # type: ignore[no-untyped-call]
                 adam.step()

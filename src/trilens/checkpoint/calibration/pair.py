@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from trilens.checkpoint.calibration.block_job import BlockJob
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.experts import expert_inputs
 from trilens.checkpoint.calibration.fit import transposed
+from trilens.checkpoint.calibration.handover import Carried, Key
 from trilens.checkpoint.calibration.replay import Replay, Spool, find_carriers
 from trilens.checkpoint.calibration.stages import (
     BLOCK_OUTPUT,
@@ -53,6 +54,7 @@ class BlockPair:
         self.runner, self.job = runner, job
         self.dense = runner.block(job.index)
         self.block = runner.block(job.index)
+        job.put_earlier(self.block)
         self._folder: Path = job.dense.path.parent
         self._replays = {
             id(twin): Replay(twin, {}, self._folder) for twin in (self.dense, self.block)
@@ -64,37 +66,51 @@ class BlockPair:
         """Where both copies are."""
         return next(self.block.parameters()).device
 
-    def read(self, stream: Stream, batch: Batch) -> Tensor:
-        """A residual stream, where the block is. Shapes: → float32 [batch, seq, d_model]."""
-        return stream.read(batch).to(self.device)
+    def run(self, block: nn.Module, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
+        """What stands after the block or a copy of it."""
+        call = self.runner.call(self.job.index, batch.ids, carried)
+        return self.runner.run(self.job.index, block, call)
 
-    def run(self, block: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
-        """The residual stream after the block or a copy of it."""
-        call = self.runner.call(self.job.index, batch.ids)
-        return self.runner.run(self.job.index, block, call, hidden)
+    def residual(
+        self, block: nn.Module, batch: Batch, stream: Stream, watched: Collection[str] = ()
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The residual stream before a block, and what gives it after it, once.
+
+        Parts of the block whose output is known do not run again.
+        """
+        index = self.job.index
+        call = self.runner.call(index, batch.ids, stream.read(batch))
+
+        def run() -> Tensor:
+            with self._replays[id(block)].on(batch, watched):
+                return self.runner.residual(index, self.runner.run(index, block, call))
+
+        return call.hidden, run
 
     @property
     def path(self) -> str:
         """Where the block stands in the model."""
         return self.runner.path(self.job.index)
 
-    def again(
-        self, block: nn.Module, batch: Batch, hidden: Tensor, watched: Collection[str] = ()
-    ) -> Tensor:
-        """The same, without running the parts again whose output is known."""
-        with self._replays[id(block)].on(batch, watched):
-            return self.run(block, batch, hidden)
+    def again(self, block: nn.Module, batch: Batch, carried: Carried) -> dict[Key, Tensor]:
+        """As `run`, without running the parts again whose output is known."""
+        with self._replays[id(block)].on(batch):
+            return self.run(block, batch, carried)
 
     def stages(self) -> tuple[tuple[Stage, ...], dict[str, str]]:
         """Which matrices read the same input, in order; those without a stage, and why."""
         batch = self.job.batches[0]
-        hidden = self.read(self.job.dense, batch)
         paths = [matrix.path for matrix in self.job.matrices if matrix.path]
-        found = find_stages(self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden)
+        hidden, run = self.residual(self.dense, batch, self.job.dense)
+        found = find_stages(self.dense, paths, run, hidden)
         seen = [path for stage in found[0] for path in stage.members]
         probe = pieces_of([batch], 1)[0]
-        there = self.read(self.job.dense, probe)
-        carriers = find_carriers(self.dense, seen, lambda: self.run(self.dense, probe, there))
+
+        def everything() -> Tensor:
+            after = self.run(self.dense, probe, self.job.dense.read(probe))
+            return torch.cat([tensor.float().flatten() for tensor in after.values()])
+
+        carriers = find_carriers(self.dense, seen, everything)
         for twin in (self.dense, self.block):
             self._replays[id(twin)] = Replay(twin, carriers, self._folder)
         return found
@@ -109,11 +125,10 @@ class BlockPair:
         first = aims.stage.members[0]
         befores = sorted({site.before for site in aims.sites.values()})
         for batch in batches:
-            hidden = self.read(self.job.ternary, batch)
+            watched = (first, *befores)
+            hidden, run = self.residual(self.block, batch, self.job.ternary, watched)
             with watching(self.block, inputs=[first], states=befores, shape=hidden.shape) as watch:
-                seen = watch(
-                    lambda b=batch, h=hidden: self.again(self.block, b, h, (first, *befores))  # type: ignore[misc]
-                )
+                seen = watch(run)
             entered = seen.get(("input", first))
             if entered is None:
                 continue
@@ -156,11 +171,7 @@ class BlockPair:
     def expert_inputs(self, name: str, batches: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """What the experts of one parameter are given, batch by batch."""
         for batch in batches:
-            hidden = self.read(self.job.ternary, batch)
-
-            def run(batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
-                return self.again(self.block, batch, hidden, (name,))
-
+            _, run = self.residual(self.block, batch, self.job.ternary, (name,))
             for _, expert, inputs in expert_inputs(self.block, [name], run):
                 yield expert, inputs
 
@@ -182,14 +193,16 @@ class BlockPair:
         kept = [path for path in self.carried(aims.stage) if path not in replay.ready]
         known: dict[tuple[str, str], Tensor] = {}
         if BLOCK_OUTPUT in states and self.after is not None:
-            known["state", BLOCK_OUTPUT] = self.read(self.after, batch)
+            after = self.after.read(batch)
+            residual = self.runner.residual(self.job.index, after)
+            known["state", BLOCK_OUTPUT] = residual.to(self.device)
             states.remove(BLOCK_OUTPUT)
         if not own and not states:
             return known
-        hidden = self.read(self.job.dense, batch)
         requested = sorted({*own, *kept})
+        hidden, run = self.residual(self.dense, batch, self.job.dense, (*requested, *states))
         with watching(self.dense, outputs=requested, states=states, shape=hidden.shape) as watch:
-            true = watch(lambda: self.again(self.dense, batch, hidden, (*requested, *states)))
+            true = watch(run)
         for path in kept:
             if ("output", path) in true:
                 replay.keep(path, batch, true["output", path])

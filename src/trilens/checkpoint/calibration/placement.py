@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,14 @@ class Placed:
     Attributes:
         matrices: What is ternarized.
         vectors: Norms and biases: parameter in the block → stored tensor and its dtype.
+        shared: Matrices of earlier blocks that this block runs too, where they stand in it.
+        shared_vectors: Likewise norms and biases: parameter in the block → stored tensor.
     """
 
     matrices: tuple[BlockMatrix, ...]
     vectors: dict[str, tuple[str, torch.dtype]]
+    shared: tuple[BlockMatrix, ...] = ()
+    shared_vectors: dict[str, str] = field(default_factory=dict)
 
 
 def place_choices(
@@ -67,7 +71,37 @@ def place_choices(
             )
         inside = choice.target.removeprefix(starts[index])
         matrices[index] += _matrices(choice, inside, tensors[choice.name], model)
-    return tuple(Placed(tuple(m), v) for m, v in zip(matrices, vectors, strict=True))
+    return _with_shared(
+        anatomy, [Placed(tuple(m), v) for m, v in zip(matrices, vectors, strict=True)]
+    )
+
+
+def _with_shared(anatomy: Anatomy, placed: Sequence[Placed]) -> tuple[Placed, ...]:
+    """Tell each block which weights of earlier ones it runs: a module of several, or a tied one."""
+    known: dict[int, tuple[list[BlockMatrix], list[str]]] = {}
+    found = []
+    for block, own in zip(anatomy.blocks, placed, strict=True):
+        names = dict(block.module.named_parameters(remove_duplicate=False))
+        matrices: list[BlockMatrix] = []
+        vectors: dict[str, str] = {}
+        seen: set[int] = set()
+        for inside, parameter in names.items():
+            earlier = known.get(id(parameter))
+            if earlier is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            for matrix in earlier[0]:
+                path = inside.removesuffix(".weight") if matrix.path else ""
+                matrices.append(replace(matrix, path=path, parameter=inside))
+            for name in earlier[1]:
+                vectors[inside] = name
+        found.append(replace(own, shared=tuple(matrices), shared_vectors=vectors))
+        for matrix in own.matrices:
+            inside = f"{matrix.path}.weight" if matrix.path else matrix.parameter
+            known.setdefault(id(names[inside]), ([], []))[0].append(matrix)
+        for inside, (name, _) in own.vectors.items():
+            known.setdefault(id(names[inside]), ([], []))[1].append(name)
+    return tuple(found)
 
 
 def _parameter(model: nn.Module, name: str) -> Tensor | None:

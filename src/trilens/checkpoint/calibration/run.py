@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from trilens.checkpoint.calibration.device import PlacedRunner, find_device
 from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
+from trilens.checkpoint.calibration.handover import Key
+from trilens.checkpoint.calibration.kept import DAMAGE_NAME, PROMPTS_NAME, read_damage
 from trilens.checkpoint.calibration.measured import measure_text
 from trilens.checkpoint.calibration.options import Calibration, Drawn, block_length, draw
 from trilens.checkpoint.calibration.own_text import kept_text, write_text
@@ -35,9 +38,8 @@ from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.job import Job
 from trilens.checkpoint.rotation import plain_weights
-from trilens.errors import CorruptFileError
 from trilens.io.atomic import write_bytes
-from trilens.io.sealed import read_sealed, sealed
+from trilens.io.sealed import sealed
 from trilens.lens.proof import prove
 from trilens.models.loading import load_mapped
 from trilens.models.positions import configured_positions
@@ -46,10 +48,7 @@ from trilens.progress import Progress, Step
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["prompts_of", "run_calibration"]
-
-_DAMAGE_NAME = "damage.json"
-_PROMPTS_NAME = "prompts.json"
+__all__ = ["run_calibration"]
 
 
 def run_calibration(
@@ -84,9 +83,9 @@ def run_calibration(
     The model's own weights are mapped from their files.
     """
     store = Store(folder)
-    done = folder / _DAMAGE_NAME
+    done = folder / DAMAGE_NAME
     if done.is_file():
-        return store, _read_damage(done)
+        return store, read_damage(done)
     torch.manual_seed(calibration.seed)
     source, plan, tensors = job.source, job.plan, job.tensors
     model, tokenizer = load_mapped(source.folder, type(job.model), source.config, tensors)
@@ -113,22 +112,9 @@ def run_calibration(
     run.whole()
     damage = run.damage()
     prompts = {text.name: [b[:PROMPT_TOKENS].tolist() for b in text.blocks] for text in drawn.apart}
-    write_bytes(folder / _PROMPTS_NAME, sealed({"prompts": prompts}))
+    write_bytes(folder / PROMPTS_NAME, sealed({"prompts": prompts}))
     write_bytes(done, sealed(damage.to_dict()))
     return store, damage
-
-
-def prompts_of(folder: Path) -> dict[str, list[Tensor]]:
-    """The beginnings of the blocks that a finished calibration measured on, by text.
-
-    Raises:
-        CorruptFileError: they are not as they were written.
-    """
-    path = folder / _PROMPTS_NAME
-    found = read_sealed(path)[0].get("prompts")
-    if not isinstance(found, dict):
-        raise CorruptFileError(f"{path} holds no prompts: begin in a new directory")
-    return {name: [torch.tensor(ids) for ids in rows] for name, rows in found.items()}
 
 
 def _written(
@@ -196,8 +182,10 @@ class _Run:
             self.texts.append(batches_of(text.blocks, size, start=start))
         self.apart = tuple(batch for batches in self.texts for batch in batches)
         self.all = (*self.text, *self.apart)
-        self.n_tokens = self.all[-1].stop
-        self.width = runner.anatomy.d_model
+        # Weights of several blocks stay as they were coded when all blocks are fitted together.
+        self.repeated = {(m.name, m.expert) for each in placed for m in each.shared} | {
+            (name, 0) for each in placed for name in each.shared_vectors.values()
+        }
         self.began = time.monotonic()
         self.finished_now = 0
 
@@ -205,7 +193,7 @@ class _Run:
         """Code every block that is not finished."""
         self.store.check_streams()
         if not self.store.records:
-            self._write("dense", 0, lambda batch: self.runner.first(batch.ids))
+            self._write("dense", 0, lambda _batch: {})
         for index in range(len(self.store.records), self.runner.n_blocks):
             self._block(index)
             self.finished_now += 1
@@ -252,19 +240,12 @@ class _Run:
             self.plan,
             self.rule,
             self.fit,
+            partial(self._put_earlier, index),
         )
-
-        def after(stream: Stream, block: nn.Module) -> Callable[[Batch], Tensor]:
-            def make(batch: Batch) -> Tensor:
-                call = self.runner.call(index, batch.ids)
-                with torch.no_grad():
-                    return self.runner.run(index, block, call, stream.read(batch))
-
-            return make
 
         def dense_after(block: nn.Module) -> Stream:
             self._report(index, "dense block")
-            return self._write("dense", index + 1, after(dense, block))
+            return self._write("dense", index + 1, self._after(index, dense, block))
 
         coded = code_block(self.runner, job, dense_after, lambda what: self._report(index, what))
         self._write("ternary", index + 1, lambda batch: coded.run(batch, ternary.read(batch)))
@@ -315,31 +296,36 @@ class _Run:
             found = self.store.quant(matrix.name, matrix.expert, cols, self.plan.of(matrix.name))
             assert found is not None
             rule = rule_of(self.plan, self.rule, matrix)
-            if matrix.path and rule and rule.fits_whole and not found[0].was_ternary:
+            alone = (matrix.name, matrix.expert) not in self.repeated
+            fits = rule is not None and rule.fits_whole and not found[0].was_ternary
+            if matrix.path and alone and fits:
                 quants[matrix.path] = found[0]
             else:
                 fixed.append((matrix, found[0]))
 
-        def put(block: nn.Module) -> None:
-            for matrix, quant in fixed:
-                put_matrix(block, matrix, quant, self.plan)
-
-        vectors = {}
+        vectors, still = dict[str, Tensor](), dict[str, Tensor]()
         for inside, (name, _) in placed.vectors.items():
             new = self.store.vector(name)
-            vectors[inside] = dense.get_parameter(inside).data if new is None else new
-        dtypes = {inside: dtype for inside, (_, dtype) in placed.vectors.items()}
+            value = dense.get_parameter(inside).data if new is None else new
+            (still if (name, 0) in self.repeated else vectors)[inside] = value
+
+        def put(block: nn.Module) -> None:
+            self._put_earlier(index, block)
+            for matrix, quant in fixed:
+                put_matrix(block, matrix, quant, self.plan)
+            for inside, value in still.items():
+                block.get_parameter(inside).data.copy_(value.float())
+
+        dtypes = {inside: placed.vectors[inside][1] for inside in vectors}
         return FinishedBlock(put, quants, vectors, dtypes, self.plan)
 
     def _once_more(self) -> Stream:
         """The residual stream of the finished model on the texts set apart alone."""
         first = self.apart[0].start
         apart = [Batch(batch.ids, batch.start - first) for batch in self.apart]
-        n_tokens = apart[-1].stop
         path = self.store.folder / "apart.f32"
-        write_stream(path, apart, lambda batch: self.runner.first(batch.ids))
+        before, _ = write_stream(path, self.runner.form(0), apart, lambda _batch: {})
         for index in range(self.runner.n_blocks):
-            before = Stream(path, self.width, n_tokens)
             parts = self._finished(index)
             block = self.runner.block(index)
             parts.fixed(block)
@@ -347,27 +333,46 @@ class _Run:
                 put_weight(block, inside, plain_weights(quant, self.plan))
             for inside, value in parts.vectors.items():
                 block.get_parameter(inside).data.copy_(value.float())
+            after = self._after(index, before, block)
+            before, _ = write_stream(path, self.runner.form(index + 1), apart, after)
+        return before
+
+    def _after(
+        self, index: int, before: Stream, block: nn.Module
+    ) -> Callable[[Batch], dict[Key, Tensor]]:
+        """What makes of a batch before a block what stands after it."""
+
+        def make(batch: Batch) -> dict[Key, Tensor]:
             with torch.no_grad():
-                write_stream(
-                    path,
-                    apart,
-                    lambda batch, i=index, b=block, s=before: self.runner.run(  # type: ignore[misc]
-                        i, b, self.runner.call(i, batch.ids), s.read(batch)
-                    ),
-                )
-        return Stream(path, self.width, n_tokens)
+                call = self.runner.call(index, batch.ids, before.read(batch))
+                return self.runner.run(index, block, call)
+
+        return make
+
+    def _put_earlier(self, index: int, block: nn.Module) -> None:
+        """Put what earlier blocks' matrices and vectors became where this block runs them too."""
+        for matrix in self.placed[index].shared:
+            cols = held_weight(block, matrix).shape[1]
+            found = self.store.quant(matrix.name, matrix.expert, cols, self.plan.of(matrix.name))
+            assert found is not None
+            put_matrix(block, matrix, found[0], self.plan)
+        for inside, name in self.placed[index].shared_vectors.items():
+            new = self.store.vector(name)
+            if new is not None:
+                block.get_parameter(inside).data.copy_(new.float())
 
     def _path(self, name: str, index: int) -> Path:
         return self.store.folder / f"{name}-{index:05d}.f32"
 
     def _stream(self, name: str, index: int) -> Stream:
-        return Stream(self._path(name, index), self.width, self.n_tokens)
+        return Stream(self._path(name, index), self.runner.form(index), self.all)
 
-    def _write(self, name: str, index: int, make: Callable[[Batch], Tensor]) -> Stream:
-        path, _, self.digests[self._path(name, index).name] = write_stream(
-            self._path(name, index), self.all, make
+    def _write(self, name: str, index: int, make: Callable[[Batch], dict[Key, Tensor]]) -> Stream:
+        path = self._path(name, index)
+        stream, self.digests[path.name] = write_stream(
+            path, self.runner.form(index), self.all, make
         )
-        return Stream(path, self.width, self.n_tokens)
+        return stream
 
     def _report(self, index: int, what: str, left: float | None = None) -> None:
         if self.progress is None:
@@ -379,13 +384,3 @@ class _Run:
                 spent = time.monotonic() - self.began
                 left = spent / self.finished_now * (total - index)
         self.progress(Step(index, total, what, left))
-
-
-def _read_damage(path: Path) -> Damage:
-    values, _ = read_sealed(path, required=False)  # older ones have no hash
-    try:
-        return Damage.from_dict(values)
-    except (KeyError, TypeError) as cause:
-        raise CorruptFileError(
-            f"{path} is no record of a damage: begin in a new directory"
-        ) from cause

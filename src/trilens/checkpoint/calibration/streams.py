@@ -1,18 +1,22 @@
-"""Residual streams of a text, on disk: memory holds one batch of them.
+"""What stands between two blocks on a text, on disk: memory holds one batch of it.
 
-A stream is one file of float32 [tokens, d_model], batch after batch, written in full or not at all.
+A stream is one file of float32, row after row of each batch, written in full or not at all; of a
+residual stream alone that is [tokens, d_model].
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trilens.checkpoint.calibration.handover import Carried, Form, Key
 from trilens.errors import CorruptFileError
 from trilens.io.atomic import atomic
 from trilens.text.token_blocks import batches_by_length
@@ -64,42 +68,48 @@ class Stream:
 
     Args:
         path: its file.
-        width: d_model.
+        form: which tensors stand in it.
+        batches: all that were written, in order.
 
     Raises:
         CorruptFileError: the file is missing or of another size.
     """
 
-    def __init__(self, path: Path, width: int, n_tokens: int) -> None:
-        self.path, self.width = path, width
+    def __init__(self, path: Path, form: Form, batches: Sequence[Batch]) -> None:
+        self.path, self.form = path, form
+        self._starts = [batch.start for batch in batches]
+        sizes = [len(b.ids) * form.row_numel(b.ids.shape[1]) for b in batches]
+        self._offsets = [0, *accumulate(sizes)]
         size = path.stat().st_size if path.is_file() else -1
-        if size != 4 * width * n_tokens:
+        if size != 4 * self._offsets[-1]:
             raise CorruptFileError(
                 f"{path} is missing or of another size: begin in a new directory"
             )
 
-    def read(self, batch: Batch) -> Tensor:
-        """Shapes: → float32 [batch, seq, d_model]."""
-        count = (batch.stop - batch.start) * self.width
-        values = np.fromfile(self.path, "<f4", count, offset=4 * self.width * batch.start)
-        return torch.from_numpy(values).reshape(*batch.ids.shape, self.width)
+    def read(self, batch: Batch) -> dict[Key, Tensor]:
+        """What stands there for a batch, or for some rows of one."""
+        rows, seq = batch.ids.shape
+        whole = bisect_right(self._starts, batch.start) - 1
+        width = self.form.row_numel(seq)
+        first = self._offsets[whole] + (batch.start - self._starts[whole]) // seq * width
+        values = np.fromfile(self.path, "<f4", rows * width, offset=4 * first)
+        return self.form.from_rows(torch.from_numpy(values).reshape(rows, width), seq)
 
 
 def write_stream(
-    path: Path, batches: Sequence[Batch], make: Callable[[Batch], Tensor]
-) -> tuple[Path, int, str]:
-    """Write what `make` gives for each batch; the batches follow one another from 0.
+    path: Path, form: Form, batches: Sequence[Batch], make: Callable[[Batch], Carried]
+) -> tuple[Stream, str]:
+    """Write what `make` gives for each batch, one after another.
 
     Returns:
-        The path, d_model, and the hash of the content.
+        The stream, and the hash of the content.
 
     Raises:
+        AnatomyError: tensors of another shape than the form tells.
         WriteError: no space, no permission.
     """
-    width = 0
     with atomic(path) as file:
         for batch in batches:
-            hidden = make(batch)
-            width = hidden.shape[-1]
-            file.write(np.ascontiguousarray(hidden.detach().cpu().numpy(), dtype="<f4").tobytes())
-    return path, width, file.sha256
+            rows = form.to_rows(make(batch), *batch.ids.shape)
+            file.write(np.ascontiguousarray(rows.cpu().numpy(), dtype="<f4").tobytes())
+    return Stream(path, form, batches), file.sha256
