@@ -79,6 +79,7 @@ FLOORS = {
     "cli.lazy": 22,
     "cli.errors": 22,
     "cli.groups": 22,
+    "cli.model_options": 22,
     "cli.options": 22,
     "cli.store_options": 22,
     "cli.pages": 22,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
+from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli import store_options as so
 
@@ -24,6 +25,8 @@ class Loading:
     trust_remote_code: o.TrustRemoteCode = False
     attn_implementation: o.AttnImplementation = None
     tokenizer: o.TokenizerFiles = None
+    stack: mo.Stack = None
+    gguf_file: mo.GgufFile = None
 
 
 @dataclass(frozen=True, kw_only=True)

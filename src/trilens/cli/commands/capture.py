@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading, Storing
 from trilens.cli.lazy import run
@@ -25,6 +26,7 @@ def capture(
     prompt: o.Prompt = None,
     data: o.Corpus = None,
     sites: o.Sites = None,
+    target_text: mo.TargetText = None,
     chat: o.Chat = False,
     residual: o.Residual = "last",
     attention: Annotated[

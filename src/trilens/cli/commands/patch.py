@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
@@ -23,6 +24,7 @@ def patch(
     corrupted: Annotated[str, typer.Argument(metavar="CORRUPTED", help="The corrupted prompt.")],
     target: o.RequiredTarget,
     against: o.RequiredAgainst,
+    target_text: mo.TargetText = None,
     site: o.PatchSite = "resid_pre",
     by: o.By = "position",
     direction: o.Direction = "denoise",

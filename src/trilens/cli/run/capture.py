@@ -30,6 +30,7 @@ def run(
     prompt: str | None,
     data: str | None,
     sites: str | None,
+    target_text: str | None,
     chat: bool,
     output: Path,
     residual: Which,
@@ -51,10 +52,10 @@ def run(
             "capture --help lists the options)"
         )
     if prompt is None:
-        if chat or attention or gates or effective or states or edit:
+        if chat or attention or gates or effective or states or edit or target_text:
             raise UsageError(
-                "--chat, --attention, --gates, --effective, --states and --edit are of one prompt: "
-                "of a corpus name --sites and --reduce"
+                "--target-text, --chat, --attention, --gates, --effective, --states and --edit are "
+                "of one prompt: of a corpus name --sites and --reduce"
             )
         _store(model, str(data), names, output, layers, storing, loading)
         return
@@ -67,7 +68,7 @@ def run(
         lens = open_lens(model, loading)
         with status("capturing"):
             capture = lens.capture(
-                prompt_of(prompt, chat=chat),
+                prompt_of(prompt, chat=chat, target=target_text),
                 residual=None if residual == "none" else residual,
                 attention=attention,
                 gates=gates,

@@ -53,9 +53,19 @@ def open_dense(model: str, loading: Loading) -> Dense:
     """Open a checkpoint whose weights are not quantized yet.
 
     Raises:
-        UsageError: they are.
+        UsageError: they are, or what is asked is no whole model in safetensors.
         LoadError: it can't be loaded.
     """
+    if loading.gguf_file is not None:
+        raise UsageError(
+            f"--gguf-file {loading.gguf_file} is no source here: its matrices are rounded, and "
+            "their names are not the checkpoint's; give the directory with dense safetensors"
+        )
+    if loading.stack is not None:
+        raise UsageError(
+            f"--stack {loading.stack} is no choice here: a model's matrices are measured as a "
+            "whole; leave it out"
+        )
     folder, source = local_folder(model, revision=loading.revision, code=loading.trust_remote_code)
     if read_json(folder / "config.json", ConfigError).get("quantization_config") is not None:
         raise UsageError(f"{source} is quantized already: give the checkpoint with dense weights")

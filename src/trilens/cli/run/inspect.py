@@ -34,6 +34,7 @@ def run(
     *,
     model: str,
     prompt: str | None,
+    target_text: str | None,
     chat: bool,
     layers: str | None,
     top_k: int,
@@ -52,11 +53,13 @@ def run(
             if Path(model).suffix.lower() in _WEIGHTS:
                 raise file_refusal(Path(model))
             needless = {
-                "--prompt": prompt, "--chat": chat, "--layers": layers, "--effective": effective,
-                "--states": states, "--edit": edit, "--device-map": loading.device_map,
+                "--prompt": prompt, "--target-text": target_text, "--chat": chat,
+                "--layers": layers, "--effective": effective, "--states": states,
+                "--edit": edit, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
                 "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
                 "--attn-implementation": loading.attn_implementation,
+                "--stack": loading.stack, "--gguf-file": loading.gguf_file,
             }  # fmt: skip
             given = [name for name, value in needless.items() if value]
             if given:
@@ -75,7 +78,7 @@ def run(
             if output is not None and is_page(output):
                 page = inspect_page(
                     lens,
-                    prompt_of(prompt, chat=chat),
+                    prompt_of(prompt, chat=chat, target=target_text),
                     chosen_layers(layers, lens.n_layers),
                     edits,
                 )
@@ -85,7 +88,7 @@ def run(
             inspection = inspect_prompt(
                 lens,
                 name,
-                prompt_of(prompt, chat=chat),
+                prompt_of(prompt, chat=chat, target=target_text),
                 layers,
                 top_k,
                 effective=effective,

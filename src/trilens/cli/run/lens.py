@@ -20,6 +20,7 @@ def run(
     *,
     model: str,
     prompt: str,
+    target_text: str | None,
     chat: bool,
     target: str | None,
     layers: str | None,
@@ -39,7 +40,7 @@ def run(
         captured = None if chosen is None else sorted({*chosen, lens.n_layers - 1})
         with status(f"capturing {model}"):
             cap = lens.capture(
-                prompt_of(prompt, chat=chat),
+                prompt_of(prompt, chat=chat, target=target_text),
                 layers=captured,
                 logits=None,
                 # A page has room for every token.

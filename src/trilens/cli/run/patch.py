@@ -19,6 +19,7 @@ from trilens.cli.pages import model_facts
 from trilens.cli.run.prompts import chosen_layers, open_lens, typed_token
 from trilens.cli.streams import say
 from trilens.errors import UsageError
+from trilens.models.tokens import SourceTarget
 from trilens.report.text.patching import print_patch
 
 __all__ = ["run"]
@@ -33,6 +34,7 @@ def run(
     corrupted: str,
     target: str,
     against: str,
+    target_text: str | None,
     site: str,
     by: Literal["position", "head"],
     direction: Literal["denoise", "noise"],
@@ -52,16 +54,20 @@ def run(
         raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
     metric = logit_diff(*tokens)
     chosen = chosen_layers(layers, lens.n_layers)
+    pair = [
+        text if target_text is None else SourceTarget(text, target_text)
+        for text in (clean, corrupted)
+    ]
     if attribution:
         with status("computing gradients"):
             found = attribution_patch(
-                lens, clean, corrupted, metric,
+                lens, *pair, metric,
                 site=site, layers=chosen, by=by, direction=direction,
             )  # fmt: skip
     else:
         with shown_progress() as progress:
             found = patch_sweep(
-                lens, clean, corrupted, metric,
+                lens, *pair, metric,
                 site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip

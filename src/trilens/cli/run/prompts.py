@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from trilens.cli.console import status
 from trilens.cli.groups import Loading
@@ -11,14 +12,25 @@ from trilens.errors import UsageError
 from trilens.io.messages import reason
 from trilens.lens.lens import Lens
 from trilens.models.tokenizer_files import read_tokenizer
-from trilens.models.tokens import PromptLike
+from trilens.models.tokens import PromptLike, SourceTarget
 
 __all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text", "typed_token"]
 
 
 def open_lens(model: str, loading: Loading | None = None) -> Lens:
-    """Load a model, with a line on the terminal while it loads."""
+    """Load a model, with a line on the terminal while it loads.
+
+    A path of a GGUF file stands for its directory and `--gguf-file`.
+
+    Raises:
+        UsageError: a GGUF file is named twice, or two of them.
+        LoadError: it can't be loaded.
+    """
     options = asdict(loading or Loading())
+    if model.lower().endswith(".gguf") and Path(model).is_file():
+        if options["gguf_file"] is not None:
+            raise UsageError(f"--gguf-file is of a directory, and {model} is a file: leave it out")
+        model, options["gguf_file"] = str(Path(model).parent), Path(model).name
     tokenizer = options.pop("tokenizer")
     with status(f"loading {model}"):
         # Read first: a wrong path should not cost the time of a load.
@@ -46,10 +58,11 @@ def prompt_text(prompt: str) -> str:
         ) from error
 
 
-def prompt_of(prompt: str, *, chat: bool) -> PromptLike:
-    """The prompt as text, or as the one message of a chat."""
+def prompt_of(prompt: str, *, chat: bool, target: str | None = None) -> PromptLike:
+    """The prompt as text, or as the one message of a chat; with a target, as a source."""
     text = prompt_text(prompt)
-    return [{"role": "user", "content": text}] if chat else text
+    read: PromptLike = [{"role": "user", "content": text}] if chat else text
+    return read if target is None else SourceTarget(read, target)
 
 
 def chosen_layers(text: str | None, n_layers: int | None) -> list[int] | None:
