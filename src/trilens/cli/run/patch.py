@@ -19,7 +19,7 @@ from trilens.cli.pages import model_facts
 from trilens.cli.run.prompts import chosen_layers, open_lens, typed_token
 from trilens.cli.streams import say
 from trilens.errors import UsageError
-from trilens.models.tokens import SourceTarget
+from trilens.models.tokens import PromptLike, SourceTarget
 from trilens.report.text.patching import print_patch
 
 __all__ = ["run"]
@@ -54,20 +54,17 @@ def run(
         raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
     metric = logit_diff(*tokens)
     chosen = chosen_layers(layers, lens.n_layers)
-    pair = [
-        text if target_text is None else SourceTarget(text, target_text)
-        for text in (clean, corrupted)
-    ]
+    first, second = (_prompt(text, target_text) for text in (clean, corrupted))
     if attribution:
         with status("computing gradients"):
             found = attribution_patch(
-                lens, *pair, metric,
+                lens, first, second, metric,
                 site=site, layers=chosen, by=by, direction=direction,
             )  # fmt: skip
     else:
         with shown_progress() as progress:
             found = patch_sweep(
-                lens, *pair, metric,
+                lens, first, second, metric,
                 site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip
@@ -82,3 +79,7 @@ def run(
     if not found.complete:
         say("trilens: interrupted: points that were not run have no value", err=True)
         raise typer.Exit(INTERRUPTED)
+
+
+def _prompt(text: str, target: str | None) -> PromptLike:
+    return text if target is None else SourceTarget(text, target)
