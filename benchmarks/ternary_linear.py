@@ -5,8 +5,9 @@
     python -m benchmarks.ternary_linear --decode    an 88M Llama, all block linears ternary
 
 A layer is timed as twelve equal ones in turn, so that weights come from memory as they do in a
-model, not from the cache. All runs of a comparison are interleaved; figures are medians. The floor
-for one input is the time in which this machine reads the layer's bytes.
+model, not from the cache: alone, and beside one process that computes without end. All runs of a
+comparison are interleaved; figures are medians of the ratios within a round, and the extremes. The
+floor for one input is the time in which this machine reads the layer's bytes.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import BitLinear, pack_weights
 
-from benchmarks.common import RESULTS, llama_88m, paired, peak_memory, save
+from benchmarks.common import RESULTS, llama_88m, paired, peak_memory, ratios, save
 from trilens.checkpoint import TernaryPlan, ternarize
 from trilens.ternary.packed.linear import TernaryLinear
 from trilens.ternary.quantize import PerLayerQuant
@@ -38,7 +41,8 @@ KINDS = {
     "groups of 128": {"rule": "exact", "group_size": 128},
     "two planes, groups of 128": {"rule": "planes", "group_size": 128},
 }
-BATCHES = (1, 2, 4, 8, 16, 64, 256, 512)
+BATCHES = (1, 4, 16, 64, 512)
+BUSY = "while True: pass"
 PROMPT, NEW = 16, 48
 RESULT = RESULTS / "ternary_linear.json"
 
@@ -88,8 +92,29 @@ def bit_linear(quant: PerLayerQuant) -> BitLinear:
     return layer
 
 
-def layer_figures(threads: int, rounds: int) -> dict[str, Any]:
+@contextmanager
+def busy_neighbour(wanted: bool) -> Iterator[None]:
+    """One process that computes without end."""
+    if not wanted:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def layer_figures(
+    threads: int, rounds: int, *, busy: bool, clock: Callable[[], float]
+) -> dict[str, Any]:
     """Ratios for each number of inputs."""
+    with busy_neighbour(busy):
+        return _layer_figures(threads, rounds, clock)
+
+
+def _layer_figures(threads: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     quants = {
         name: PerLayerQuant.quantize(torch.randn(WIDTH, WIDTH), "w", **options)
@@ -105,17 +130,22 @@ def layer_figures(threads: int, rounds: int) -> dict[str, Any]:
         n = COPIES if batch <= 16 else 1
         runs = {"bf16 nn.Linear": in_turn(dense[:n], x)}
         runs |= {name: in_turn(layers[:n], x) for name, layers in packed.items()}
-        medians = paired(runs, rounds)
-        base = medians["bf16 nn.Linear"]
+        compared = ratios(runs, rounds, clock)
+        base = compared["bf16 nn.Linear"]["seconds"]
         rows: dict[str, Any] = {"bf16 nn.Linear, ms": round(1e3 * base / n, 3)}
         for name, layers in packed.items():
-            ms = 1e3 * medians[name] / n
-            rows[name] = {"ms": round(ms, 3), "times_faster": round(base / medians[name], 2)}
+            ms = 1e3 * compared[name]["seconds"] / n
+            rows[name] = {
+                "ms": round(ms, 3),
+                "times_faster": round(1 / compared[name]["ratio"], 2),
+                "least": round(1 / compared[name]["ratio_max"], 2),
+                "most": round(1 / compared[name]["ratio_min"], 2),
+            }
             if batch == 1:
                 floor = layers[0].packed.size_bytes / speed / 1e6
                 rows[name]["over_the_bytes_floor"] = round(ms / floor, 2)
         found[f"{batch} inputs"] = rows
-    return found | {"BitLinear": bit_linear_figures(quants["per tensor"], rounds)}
+    return found
 
 
 def bit_linear_figures(quant: PerLayerQuant, rounds: int) -> dict[str, Any]:
@@ -215,6 +245,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", action="store_true", help="only one layer")
     parser.add_argument("--decode", action="store_true", help="only decoding")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--alone", action="store_true", help="not beside a busy process too")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of this process, where others run too"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--loops", action="store_true", help=argparse.SUPPRESS)
@@ -226,9 +261,22 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with torch.no_grad():
         if both or arguments.layer:
+            clock = time.process_time if arguments.processor_time else time.perf_counter
             figures["layer 4096 x 4096"] = {
-                f"{threads} threads": layer_figures(threads, arguments.rounds) for threads in (1, 2)
+                f"{threads} threads{', beside one busy process' if busy else ''}": layer_figures(
+                    threads, arguments.rounds, busy=busy, clock=clock
+                )
+                for threads in arguments.threads
+                for busy in ((False,) if arguments.alone else (False, True))
             }
+            figures["layer 4096 x 4096"]["setting"] = {
+                "clock": clock.__name__,
+                "rounds": arguments.rounds,
+                "load_average_at_the_end": round(psutil.getloadavg()[0], 1),
+            }
+            torch.set_num_threads(1)
+            quant = PerLayerQuant.quantize(torch.randn(WIDTH, WIDTH), "w")
+            figures["BitLinear, 4096 x 4096"] = bit_linear_figures(quant, arguments.rounds)
         if both or arguments.decode:
             figures["decode, 88M Llama"] = {
                 f"vocabulary {size}": decode_figures(size, arguments.rounds)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from trilens.arrow import arrow_table
 from trilens.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Shown", "Tabular"]
 
@@ -19,6 +23,8 @@ class Shown:
     __slots__ = ()
 
     _static: ClassVar[Callable[[object], str] | None] = None
+    _figure: ClassVar[Callable[[object, str | None, dict[str, Any]], Any] | None] = None
+    _tabulated: ClassVar[Callable[[object], list[dict[str, Any]]] | None] = None
     _interactive: ClassVar[Callable[[object, dict[str, Any]], None] | None] = None
 
     def _repr_html_(self) -> str | None:
@@ -40,6 +46,53 @@ class Shown:
             raise UsageError("nothing shows results here: import trilens first")
         display(self, options)
 
+    def plot(self, name: str | None = None, **options: Any) -> Any:
+        """A matplotlib figure of a picture of the report, for a paper: `.savefig("x.pdf")`.
+
+        Args:
+            name: of the picture; the one that says most where not given. A name that is not there
+                is answered with those that are.
+            options: `layer=` and `head=` of one attention pattern; `token=` of pictures of one
+                token over the layers, the last where not given.
+
+        Raises:
+            UsageError: matplotlib is not installed, or there is no such picture.
+            OutOfRangeError: a layer, head or token that is not there.
+        """
+        draw = Shown._figure
+        if draw is None:
+            raise UsageError("nothing draws results here: import trilens first")
+        return draw(self, name, options)
+
+    def to_arrow(self) -> pa.Table:
+        """The table as Arrow holds it; `polars.from_arrow` and others read it.
+
+        Raises:
+            UsageError: there is no table.
+        """
+        rows = Shown._tabulated
+        if rows is None:
+            raise UsageError("nothing makes tables here: import trilens first")
+        return arrow_table(rows(self))
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> Any:
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_pandas(self) -> Any:
+        """The table as a pandas DataFrame; columns of whole numbers are nullable integers.
+
+        Raises:
+            UsageError: pandas is not installed, or there is no table.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UsageError(
+                "pandas is not installed: pip install 'trilens[pandas]', or use table()"
+            ) from error
+        whole = {"int64": pandas.Int64Dtype()}
+        return self.to_arrow().to_pandas(types_mapper=lambda kind: whole.get(str(kind)))
+
 
 class Tabular(Shown):
     """A result with a table."""
@@ -54,22 +107,6 @@ class Tabular(Shown):
         """The whole result as JSON can hold it."""
         raise NotImplementedError
 
-    def to_pandas(self) -> Any:
-        """The table as a pandas DataFrame; columns of whole numbers are nullable integers.
-
-        Raises:
-            UsageError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise UsageError(
-                "pandas is not installed: pip install 'trilens[pandas]', or use table()"
-            ) from error
-        rows = self.table()
-        whole = {
-            name: "Int64"
-            for name in (rows[0] if rows else ())
-            if {type(row[name]) for row in rows} - {type(None)} == {int}
-        }
-        return pandas.DataFrame(rows).astype(whole)
+    def to_arrow(self) -> pa.Table:
+        """The table as Arrow holds it; `polars.from_arrow` and others read it."""
+        return arrow_table(self.table())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -32,8 +33,9 @@ def server():
         raise AssertionError(lines)
     timer.cancel()
     yield found[0]
-    process.terminate()
-    process.wait(20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == ""
     process.stderr.close()
 
 

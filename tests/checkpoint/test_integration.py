@@ -60,8 +60,8 @@ def test_load_save_and_load_again(model_type: str, plan: str, tmp_path: Path) ->
     # A dense model from the same weights, which transformers saves and loads by itself.
     model.dequantize()
     assert not layers(model)
-    # The same operations but for Conv1D: addmm and linear sum in another order.
-    close = 0.0 if model_type != "gpt2" else 1e-5
+    # The same operations but for Conv1D and experts: other products, which sum in another order.
+    close = 1e-5 if model_type in {"gpt2", "gpt_oss", "mixtral", "granitemoe"} else 0.0
     assert_near(logits(model, model_type), first, close)
     model.save_pretrained(tmp_path / "dense")
     dense = load(tmp_path / "dense")

@@ -13,11 +13,10 @@ import typer
 from trilens.analysis.comparison import run as comparison
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.pipeline import Format
-from trilens.cli import groups, model_options, options, store_options
+from trilens.cli import groups, options, store_options
 from trilens.cli.main import app
 from trilens.corpus.options import REDUCERS, StoredDtype, StoreOptions
 from trilens.models import loading
-from trilens.models.stacks import STACKS
 from trilens.planning.result import Costs
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 from trilens.ternary.granularity import Per
@@ -44,14 +43,12 @@ def choices(alias: object) -> set[str]:
         ("Costs", set(get_args(Costs))),
         ("To", set(get_args(Format))),
         ("Dtype", set(loading._DTYPES)),
-        ("Stack", set(STACKS)),
         ("LogitLens", set(comparison._LENSES)),
         ("StoreDtype", set(get_args(StoredDtype))),
     ],
 )
 def test_choices_are_the_librarys(option: str, known: set[str]) -> None:
-    modules = (options, model_options, store_options)
-    (declared,) = (each for each in modules if option in each.__all__)
+    declared = options if option in options.__all__ else store_options
     assert choices(getattr(declared, option)) == known
 
 
@@ -75,7 +72,7 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
     parameters = inspect.signature(flat).parameters
     assert list(parameters) == [
         "model", "dtype", "device_map", "revision", "trust_remote_code", "attn_implementation",
-        "tokenizer", "stack", "gguf_file",
+        "stack", "gguf_file", "tokenizer",
     ]  # fmt: skip
     assert parameters["dtype"].default == "float32"
     assert get_type_hints(flat, include_extras=True)["dtype"] == options.Dtype
@@ -86,21 +83,18 @@ def test_a_group_is_declared_flat_and_taken_whole() -> None:
         revision="r",
         trust_remote_code=True,
         attn_implementation="eager",
+        stack="encoder",
+        gguf_file="m.gguf",
         tokenizer=None,
-        stack=None,
+    )
+    loading = groups.Loading(
+        revision="r",
+        trust_remote_code=True,
+        attn_implementation="eager",
+        stack="encoder",
         gguf_file="m.gguf",
     )
-    assert taken == [
-        (
-            "m",
-            groups.Loading(
-                revision="r",
-                trust_remote_code=True,
-                attn_implementation="eager",
-                gguf_file="m.gguf",
-            ),
-        )
-    ]
+    assert taken == [("m", loading)]
 
 
 def test_reducers_in_the_help_are_the_librarys() -> None:
@@ -136,7 +130,7 @@ def test_no_declared_option_is_forgotten() -> None:
         for hint in get_type_hints(callback, include_extras=True).values()
         for info in getattr(hint, "__metadata__", ())
     }
-    for module in (model_options, options, store_options):
+    for module in (options, store_options):
         for name in module.__all__:
             (info,) = getattr(module, name).__metadata__
             assert isinstance(info, typer.models.ParameterInfo)

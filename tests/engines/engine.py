@@ -32,6 +32,7 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.utils import logging
 
 import trilens
+from trilens.ternary.packed.experts import TernaryExperts
 from trilens.ternary.packed.linear import TernaryLinear
 
 __all__ = [
@@ -221,12 +222,25 @@ def engine_rounding(model: Any, format: str, *, rounded_head: bool = False) -> I
     def by_tanh(_: Any, inputs: tuple[torch.Tensor, ...], __: Any) -> torch.Tensor:
         return gelu(inputs[0].half().float(), approximate="tanh").half().float()
 
-    # Experts are dense in memory: their products are seen where they are taken.
+    # Products of experts are seen where they are taken: packed ones, and dense ones of a block
+    # that indexes their tensor.
     experts = {
         p.untyped_storage().data_ptr()
         for name, p in model.named_parameters()
-        if p.ndim == 3 and "expert" in name
+        if p.ndim == 3 and p.is_floating_point() and "expert" in name
     }
+    packed: list[Any] = [m for m in model.modules() if isinstance(m, TernaryExperts)]
+    read: list[torch.Tensor] = []  # as long as one is there, no other has its address
+    multiply, item = TernaryExperts.multiply, TernaryExperts.__getitem__
+
+    def of_packed(self: Any, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return multiply(self, rounded(x), ends)
+
+    def of_index(self: Any, index: Any) -> torch.Tensor:
+        read.append(item(self, index))
+        experts.add(read[-1].untyped_storage().data_ptr())
+        return read[-1]
+
     linear = torch.nn.functional.linear
 
     def of_experts(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
@@ -245,8 +259,9 @@ def engine_rounding(model: Any, format: str, *, rounded_head: bool = False) -> I
             handles.append(module.register_forward_hook(half_out))
         elif isinstance(module, GELUActivation | torch.nn.GELU):
             handles.append(module.register_forward_hook(by_tanh))
-    if experts:
+    if experts or packed:
         torch.nn.functional.linear = of_experts
+        TernaryExperts.multiply, TernaryExperts.__getitem__ = of_packed, of_index
     if rounded_head:
         handles.append(head.register_forward_pre_hook(by_blocks_of_32))
     elif bool((head.weight == head.weight.bfloat16()).all()):
@@ -255,6 +270,7 @@ def engine_rounding(model: Any, format: str, *, rounded_head: bool = False) -> I
         yield
     finally:
         torch.nn.functional.linear = linear
+        TernaryExperts.multiply, TernaryExperts.__getitem__ = multiply, item
         for handle in handles:
             handle.remove()
 

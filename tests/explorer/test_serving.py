@@ -87,6 +87,9 @@ def test_what_is_wrong_is_one_line(served, monkeypatch) -> None:
         result = run(str(trilens.demo_path("transformer")), "--port", port)
     assert result.exit_code == 2 and "is in use" in result.stderr
     assert run("/nothing/there", "--port", "0").exit_code == 2
+    for seconds in ("nan", "0", "-1"):
+        result = run(str(trilens.demo_path("transformer")), "--time-limit", seconds)
+        assert result.exit_code == 2 and "--time-limit" in result.stderr
     assert not served
     monkeypatch.setattr(serve_run, "find_spec", lambda name: None)
     result = run(str(trilens.demo_path("transformer")))

@@ -111,6 +111,7 @@ def _sound(parameter: Any, whole: dict[str, Path], place: Path) -> tuple[str, ..
         "path": tuple(str(whole[each]) for each in _SAVED),
         "layers": ("0", "0-1", "1"), "top_k": ("1", "3"), "seed": ("0", "7"), "field": ("text",),
         "group_size": ("4", "8"), "budget_bits": ("4", "8"), "device_map": ("cpu",),
+        "device": ("cpu",),
         "max_perplexity_ratio": ("1.5",), "fail_if": ("kl_nats_mean>0",), "type": ("llama",),
         "ignore": ("mlp",), "only": ("mlp",), "residual": which, "logits": which, "lens": which,
         "format": ("table", "json"), "dtype": ("auto", "float32", "bfloat16"),

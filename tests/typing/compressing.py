@@ -23,7 +23,8 @@ def compress(source: Path, out: Path) -> str:
 
 def judge(before: trilens.Lens, after: Path, prompts: list[str]) -> float | None:
     found = trilens.compare(before, after, prompts, options=trilens.CompareOptions(lens="all"))
-    print(found.to_pandas(), found.to_dict())
+    print(found.to_pandas(), found.to_arrow(), found.to_dict())
+    found.plot("direction kept").savefig("direction.pdf")
     return found.row("perplexity").delta
 
 

@@ -15,9 +15,10 @@ from trilens.checkpoint.coding import CODES_PER_BYTE
 from trilens.errors import ConfigError, CorruptFileError
 from trilens.ternary.calibrated.rules import levels_of, n_planes_of
 from trilens.ternary.codecs.rows import expand_rows, holds_code_3, is_compact, pack_rows
+from trilens.ternary.packed.experts import TernaryExperts
 from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear
 
-__all__ = ["Arriving", "dense_like", "packed_like", "two_bit_codes"]
+__all__ = ["Arriving", "dense_like", "experts_like", "packed_like", "two_bit_codes"]
 
 
 class Arriving(TernaryLinear):
@@ -108,6 +109,37 @@ def packed_like(
         new.make_room()
     new.train(old.training)
     return new
+
+
+def experts_like(
+    held: Tensor, options: Mapping[str, Any], *, transposed: bool, rotated: bool
+) -> TernaryExperts:
+    """Empty packed experts in the place of a parameter.
+
+    Shapes: held [experts, out, in], or [experts, in, out] if `transposed`
+
+    Args:
+        held: the parameter.
+        options: its rule, per and group size.
+        transposed: see above.
+        rotated: of weights and inputs that are rotated.
+    """
+    n_experts, *sizes = held.shape
+    rows, cols = sizes[::-1] if transposed else sizes
+    return TernaryExperts(
+        n_experts,
+        cols,
+        rows,
+        per_row=options["per"] != "tensor",
+        group_size=options["group_size"],
+        has_offset=options["rule"] == "asymmetric",
+        has_second=n_planes_of(options["rule"]) == 2,
+        transposed=transposed,
+        rotated=rotated,
+        levels=levels_of(options["rule"]),
+        device=held.device,
+        dtype=held.dtype,
+    )
 
 
 def dense_like(layer: TernaryLinear, dtype: torch.dtype | None) -> nn.Module:

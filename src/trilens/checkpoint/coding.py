@@ -51,7 +51,7 @@ Entry = tuple[str, str, tuple[int, ...], int]
 _ROWS_WEIGHTS = 1 << 20  # weights packed and compared together
 
 _CODED: dict[int, Outcome] = {3: "ternary", 4: "four levels"}
-_DECODED = "packed in the file, unpacked when loaded"
+_ELSEWHERE = {"merged": "merged or split when loaded", "experts": "many experts in one tensor"}
 _FITTED = "fitted to the dense block's outputs"
 
 
@@ -126,7 +126,7 @@ def planned(choice: Choice, header: TensorHeader, plan: TernaryPlan) -> TensorRe
         packed_as=choice.packed_as,
         shape=header.shape,
         outcome="kept" if choice.storage == "kept" else "planned",
-        reason=_DECODED if choice.storage in {"merged", "experts"} else choice.reason,
+        reason=_ELSEWHERE.get(choice.storage, choice.reason),
         is_matrix=choice.is_matrix,
         size_bytes_before=header.size_bytes,
         size_bytes=sum(size_bytes for *_, size_bytes in entries(choice, header, plan)),

@@ -32,6 +32,7 @@ from trilens.text.token_blocks import batches_by_length, token_blocks
 
 __all__ = [
     "FEWEST_TOKENS",
+    "NEW_TOKENS",
     "PROMPT_TOKENS",
     "Blocks",
     "Sample",
@@ -53,7 +54,7 @@ _LENGTH = 512
 _LIMIT_TOKENS = 1 << 14
 _BATCH = 8
 _PROMPTS = 8
-_NEW_TOKENS = 48
+NEW_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +213,8 @@ def free_prompts(model: Any, prompts: Sequence[Tensor]) -> tuple[list[Tensor], i
     if not chosen or not _generates(model):
         return [], 0
     longest = max_positions_of(model)
-    room = _NEW_TOKENS if longest is None else longest - max(map(len, chosen))
-    return (chosen, min(_NEW_TOKENS, room)) if room > 0 else ([], 0)
+    room = NEW_TOKENS if longest is None else longest - max(map(len, chosen))
+    return (chosen, min(NEW_TOKENS, room)) if room > 0 else ([], 0)
 
 
 def _generates(model: Any) -> bool:

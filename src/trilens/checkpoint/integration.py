@@ -1,9 +1,9 @@
 """Teaching transformers to load a ternary checkpoint, through its own extension points.
 
 `trilens.registration` enters the quantization method "trilens". `from_pretrained` then builds the
-model on the meta device, puts a `TernaryLinear` where the checkpoint says so, and reads codes and
-scales straight into it. What transformers merges, splits or keeps in one tensor for many experts is
-unpacked on the way in.
+model on the meta device, puts a `TernaryLinear` or `TernaryExperts` where the checkpoint says so,
+and reads codes and scales straight into it. What transformers merges or splits is merged packed
+(`packed_loading`); where that cannot be, it is unpacked on the way in.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ from trilens.checkpoint.arriving import Arriving, dense_like, packed_like, two_b
 from trilens.checkpoint.format.names import FORMAT_VERSION, QUANT_METHOD, ROTATION, part_name
 from trilens.checkpoint.format.plan import Storage
 from trilens.checkpoint.format.skeleton import module_at
+from trilens.checkpoint.packed_experts import restore_experts, use_packed_experts
+from trilens.checkpoint.packed_loading import Merges, place_packed, read_headers
 from trilens.errors import ConfigError, CorruptFileError
 from trilens.io.weight_files import GUARD_NAME
 from trilens.ternary.calibrated.rules import levels_of
+from trilens.ternary.packed.experts import TernaryExperts
 from trilens.ternary.packed.linear import PARTS, Packed, TernaryLinear
+from trilens.ternary.packed.module import PackedModule
 from trilens.ternary.rotation import rotate_back
 
 __all__ = ["TrilensConfig", "TrilensQuantizer", "Unpack"]
@@ -210,6 +214,8 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: TrilensConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._changed: list[tuple[WeightConverter, WeightConverter | None]] = []
+        self._merges = Merges()
+        self._packed: list[tuple[WeightConverter, WeightConverter | None]] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Finds the weights where they are: what config.json names is there to stop others."""
@@ -227,10 +233,12 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
         transformers without trilens would make up a weight and warn. It refuses one of another
         shape.
         """
-        packed = [path for path, m in model.named_modules() if isinstance(m, TernaryLinear)]
+        modules = dict(model.named_modules())
+        packed = [path for path, m in modules.items() if isinstance(m, TernaryLinear)]
+        plain = [path for path in packed if path not in self._merges.paths]
         # Layers that became dense since, as by merging an adapter, are saved as dense ones.
-        self.quantization_config.layers = packed
-        guards = {f"{path}.weight": torch.empty(0) for path in packed}
+        self.quantization_config.layers = plain
+        guards = {f"{path}.weight": torch.empty(0) for path in plain}
         return {**model.state_dict(), **guards}, {}
 
     @property
@@ -246,23 +254,37 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Adds the packed names to transformers' converters, and one for expert tensors."""
-        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        before = set(map(id, weight_conversions))
-        # A converter was replaced in its place; those added stand at the end.
-        self._changed = [
-            (new, old)
-            for new, old in zip(updated, weight_conversions, strict=False)
-            if id(new) not in before
-        ]
-        for ending in self.quantization_config.experts:
-            sources = [part_name(ending, part) for part in PARTS]
-            own = WeightConverter(sources, ending, [Unpack(self.quantization_config, whole=True)])
-            self._changed.append((own, None))
-            updated.append(own)
+        config, updated = self.quantization_config, []
+        self._changed, self._packed = [], []
+        for old in weight_conversions:
+            parts = self._merges.converters(old, config) if isinstance(old, WeightConverter) else []
+            if parts:
+                # Saving reverses the order and takes the first that matches: parts stand behind.
+                updated += [old, *parts]
+                self._packed += [(part, old) for part in parts]
+                continue
+            (new,) = super().update_weight_conversions([old], model)
+            updated.append(new)
+            if new is not old:
+                self._changed.append((new, old))
+        for ending in config.experts:
+            parts = self._merges.whole(ending, config)
+            self._packed += [(part, None) for part in parts]
+            if not parts:
+                sources = [part_name(ending, part) for part in PARTS]
+                parts = [WeightConverter(sources, ending, [Unpack(config, whole=True)])]
+                self._changed.append((parts[0], None))
+            updated += parts
         return updated
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
         config = self.quantization_config
+        if config.merged or config.experts:
+            self._merges = place_packed(model, read_headers(checkpoint_files), config)
+            if any(isinstance(m, TernaryExperts) for m in model.modules()):
+                use_packed_experts(model)
         for path in config.layers:
             found = _path_in(model, path)
             if found is None:
@@ -281,12 +303,12 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
         if getattr(model, "dry_run", False):
             return model  # shapes without values, from `models.config_check`
         for path, module in list(model.named_modules()):
-            if isinstance(module, TernaryLinear):
+            if isinstance(module, PackedModule):
                 _check_read(module, path)
             if isinstance(module, Arriving):
                 module = module.arrived(path)  # noqa: PLW2901
                 model.set_submodule(path, module)
-            if isinstance(module, TernaryLinear):
+            if isinstance(module, PackedModule):
                 for parameter in module.packed.parts.values():
                     parameter.requires_grad_(False)
                 if module.codes.device.type != "meta":
@@ -310,10 +332,35 @@ class TrilensQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, module in list(model.named_modules()):
             if isinstance(module, TernaryLinear):
                 model.set_submodule(path, dense_like(module, target))
+            elif isinstance(module, TernaryExperts):
+                home, _dot, leaf = path.rpartition(".")
+                holder = model.get_submodule(home)
+                del holder._modules[leaf]
+                holder.register_parameter(leaf, module.parameter(target))
+        restore_experts(model)
+        model._weight_conversions = _without_parts(model._weight_conversions, self._packed)
         return model
 
 
-def _check_read(layer: TernaryLinear, path: str) -> None:
+def _without_parts(
+    used: Sequence[Any] | None, packed: Sequence[tuple[WeightConverter, WeightConverter | None]]
+) -> list[Any] | None:
+    """The conversions of a model that became dense: transformers' own in the place of the parts'.
+
+    Saving turns them around, and goes by those that loading has used.
+    """
+    if used is None:
+        return None
+    originals = {id(new): old for new, old in packed}
+    found: list[Any] = []
+    for conversion in used:
+        old = originals.get(id(conversion), conversion)
+        if old is not None and all(old is not other for other in found):
+            found.append(old)
+    return found
+
+
+def _check_read(layer: PackedModule, path: str) -> None:
     """Refuse a layer that transformers filled with whatever lay in memory.
 
     Raises:

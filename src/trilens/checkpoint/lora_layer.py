@@ -8,9 +8,24 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from trilens.checkpoint.arriving import dense_like
+from trilens.errors import UsageError
+from trilens.ternary.packed.experts import TernaryExperts
 from trilens.ternary.packed.linear import TernaryLinear
 
-__all__ = ["TernaryLora"]
+__all__ = ["TernaryLora", "refuse_experts"]
+
+
+def refuse_experts(experts: TernaryExperts, *_args: Any, **_options: Any) -> nn.Module:
+    """Say what adapters on packed experts need.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        f"target_modules names packed experts {list(experts.shape)}, which take no adapters: name "
+        "linear layers, such as q_proj; to adapt the experts, call model.dequantize() and pass "
+        "target_parameters"
+    )
 
 
 class TernaryLora(Linear):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli import store_options as so
 
@@ -24,9 +23,9 @@ class Loading:
     revision: o.Revision = None
     trust_remote_code: o.TrustRemoteCode = False
     attn_implementation: o.AttnImplementation = None
+    stack: o.Stack = None
+    gguf_file: o.GgufFile = None
     tokenizer: o.TokenizerFiles = None
-    stack: mo.Stack = None
-    gguf_file: mo.GgufFile = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,7 @@ class Fitting:
     seq_length: o.SeqLength = None
     batch_size: o.BatchSize = None
     seed: o.Seed = None
+    device: o.Device = None
 
 
 @dataclass(frozen=True, kw_only=True)

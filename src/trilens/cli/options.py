@@ -25,6 +25,7 @@ __all__ = [
     "Costs",
     "Data",
     "Debug",
+    "DecoderPrompt",
     "DeviceMap",
     "Direction",
     "DryRun",
@@ -38,6 +39,7 @@ __all__ = [
     "FailIf",
     "Field",
     "Format",
+    "GgufFile",
     "GroupSize",
     "Ignore",
     "Layers",
@@ -72,6 +74,7 @@ __all__ = [
     "Seed",
     "SeqLength",
     "Sites",
+    "Stack",
     "States",
     "Stop",
     "Storage",
@@ -152,6 +155,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
     typer.Option("--dtype", help="Dtype to load the model in; auto: the checkpoint's."),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="Device to calibrate on: cpu, cuda, cuda:1."),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option("--device-map", metavar="DEVICE", help="cpu, cuda, cuda:1, auto: transformers'."),
@@ -176,6 +183,18 @@ TokenizerFiles = Annotated[
         help="Tokenizer: directory, tokenizer.json, or RWKV's vocabulary file (.txt).",
     ),
 ]
+Stack = Annotated[
+    Literal["decoder", "encoder", "language", "vision", "audio"] | None,
+    typer.Option(
+        "--stack", help="Which stack of blocks, of a model with several. [default: its decoder]"
+    ),
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file", metavar="NAME", help="GGUF file in the directory to read the weights from."
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code of the checkpoint.")
 ]
@@ -185,6 +204,14 @@ _Which: TypeAlias = Literal["last", "all", "none"]
 _PROMPT = typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads standard input.")
 Prompt = Annotated[str | None, _PROMPT]
 RequiredPrompt = Annotated[str, _PROMPT]
+DecoderPrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder-prompt",
+        metavar="TEXT",
+        help="Text that the decoder of an encoder-decoder reads; the prompt is its source.",
+    ),
+]
 Chat = Annotated[
     bool,
     typer.Option("--chat", help="Prompt as a user's message, in the tokenizer's chat template."),

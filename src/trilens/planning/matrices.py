@@ -18,7 +18,7 @@ from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.lens.lens import Lens
 from trilens.taps.matrices import matrices_of
-from trilens.ternary.packed.linear import TernaryLinear
+from trilens.ternary.packed.module import PackedModule
 
 __all__ = ["ModelMatrix", "find_matrices", "input_sizes"]
 
@@ -86,7 +86,7 @@ def find_matrices(
         UsageError: there is none, or the model is ternary already.
     """
     model: nn.Module = lens.model
-    packed = next((path for path, m in model.named_modules() if isinstance(m, TernaryLinear)), None)
+    packed = next((path for path, m in model.named_modules() if isinstance(m, PackedModule)), None)
     if packed is not None:
         raise UsageError(
             f"{packed} is packed already: give the checkpoint that the ternary one was made from"

@@ -14,6 +14,7 @@ from trilens.analysis.comparison.series import ComparisonSeries
 from trilens.analysis.direct_attribution import Attribution
 from trilens.analysis.edit_effects import EditEffect
 from trilens.analysis.effect_sweep import EffectSweep
+from trilens.analysis.heads import HeadScores
 from trilens.analysis.inspection import Inspection, inspect_capture
 from trilens.analysis.lenses.logit_lens import LogitLens, logit_lens, same_model
 from trilens.analysis.patch_result import PatchSweep
@@ -42,6 +43,7 @@ from trilens.report.views.capture import (
 from trilens.report.views.changes import comparison_sections, series_sections, what_broke_first
 from trilens.report.views.edits import edit_sections
 from trilens.report.views.gates import gate_section
+from trilens.report.views.heads import score_sections
 from trilens.report.views.inspection import gate_table, layer_table, next_table, state_table
 from trilens.report.views.planning import plan_sentence, sensitivity_title
 from trilens.report.views.store import store_sections
@@ -332,6 +334,11 @@ def _patching(found: PatchSweep) -> Page:
 @page_of.register
 def _effects(found: EffectSweep) -> Page:
     return Page(title=found.title, sections=tuple(effect_sections(found)))
+
+
+@page_of.register
+def _scores(found: HeadScores) -> Page:
+    return Page(title="heads", sections=tuple(score_sections(found)), notes=found.notes)
 
 
 @page_of.register

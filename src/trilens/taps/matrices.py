@@ -24,6 +24,7 @@ from trilens.errors import CaptureError
 from trilens.io.messages import reason
 from trilens.models.offload import execution_device, hooks_on, in_memory
 from trilens.taps.mode import evaluating
+from trilens.ternary.packed.experts import TernaryExperts
 from trilens.ternary.packed.linear import TernaryLinear
 
 __all__ = ["Matrices", "Matrix", "matrices_of"]
@@ -50,7 +51,8 @@ class Matrix:
         name: of the parameter, or of the parameter that the layer stands in for.
         shape: [out, in] of a linear layer, however it is stored; else the parameter's own.
         source: "parameter": it is the module's own, in memory or offloaded; "packed": of a
-            `TernaryLinear`; "tensor": asked of a quantized tensor; "measured": of the layer itself.
+            `TernaryLinear` or `TernaryExperts`; "tensor": asked of a quantized tensor; "measured":
+            of the layer itself.
         read: gives the values, [*shape]; raises CaptureError, saying why it cannot.
     """
 
@@ -118,7 +120,11 @@ class _Walk:
         for path, module in self.model.named_modules():
             if inside and path.startswith(inside):
                 continue
-            if path and self._is_asked(module):
+            if isinstance(module, TernaryExperts):
+                inside = f"{path}."
+                home, _dot, leaf = path.rpartition(".")
+                yield home, module, {leaf: None}
+            elif path and self._is_asked(module):
                 inside = f"{path}."
                 weight = getattr(module, "_parameters", {}).get("weight")
                 yield path, module, {"weight": weight}
@@ -130,6 +136,8 @@ class _Walk:
         self, name: str, path: str, module: nn.Module, leaf: str, parameter: Tensor | None
     ) -> Matrix | str:
         """One matrix, or why there is none."""
+        if isinstance(module, TernaryExperts):
+            return Matrix(name, tuple(module.shape), "packed", partial(_experts, module))
         if self._is_asked(module):
             linear: Any = module
             shape = int(linear.out_features), int(linear.in_features)
@@ -204,6 +212,10 @@ def _is_plain(parameter: Tensor) -> bool:
 def _unpacked(module: TernaryLinear) -> Tensor:
     dense = module.reconstruct()
     return dense.T if module.transposed else dense
+
+
+def _experts(module: TernaryExperts) -> Tensor:
+    return module.parameter(torch.float32).detach()
 
 
 def _dequantized(parameter: Any, name: str) -> Tensor:

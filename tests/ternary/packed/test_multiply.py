@@ -14,6 +14,7 @@ from packed_cases import DTYPES, RULES, biases, check, inputs, made, packed_matr
 from tolerances import assert_close_sums, sum_error
 from trilens.errors import UsageError
 from trilens.ternary.packed import multiply as subject
+from trilens.ternary.packed.cpu import native
 from trilens.ternary.packed.cpu import thread_pool as team
 from trilens.ternary.packed.linear import Packed, TernaryLinear
 from trilens.ternary.packed.multiply import multiply, multiply_back
@@ -25,6 +26,8 @@ loops = importlib.import_module("trilens.ternary.packed.cpu.loops")
 @pytest.fixture(autouse=True)
 def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "_WORTH_PACKED", 0)
+    # what is used where the library was not built; test_native.py has the library
+    monkeypatch.setattr(native, "_level", lambda: 0)
 
 
 @st.composite

@@ -154,10 +154,12 @@ class _Coder:
         first = aims.stage.members[0]
         plan, dense = self.job.plan, {path: self.pair.dense_weight(path) for path in coded}
         found = {
-            path: HeldOutError(plain_weights(each.found.quant, plan))
+            path: HeldOutError(plain_weights(each.found.quant, plan).to(self.pair.device))
             for path, each in coded.items()
         }
-        sums = MomentSums(f"{self.pair.path}.{first}", dense[first].shape[1], {})
+        sums = MomentSums(
+            f"{self.pair.path}.{first}", dense[first].shape[1], {}, device=self.pair.device
+        )
         for batch in self.job.held_out:
             if batch.start in inputs:
                 entered = inputs.get(batch.start)
@@ -182,7 +184,7 @@ class _Coder:
         if not names:
             return ()
         batch = self.job.batches[0]
-        hidden = self.job.dense.read(batch)
+        hidden = self.pair.read(self.job.dense, batch)
         seen = expert_inputs(
             self.dense, sorted(names), lambda: self.pair.run(self.dense, batch, hidden)
         )
@@ -230,7 +232,8 @@ class _Coder:
         weights = {path: self.pair.dense_weight(path) for path in stage.members}
         outputs = {path: len(weights[path]) for path in aims.corrected}
         first = next(iter(weights.values()))
-        sums = MomentSums(f"{self.pair.path}.{stage.members[0]}", first.shape[1], outputs)
+        name = f"{self.pair.path}.{stage.members[0]}"
+        sums = MomentSums(name, first.shape[1], outputs, device=self.pair.device)
         carried = bool(self.pair.carried(stage))
         for batch, entered, targets in self.pair.seen(aims, self.job.batches):
             sums.add(entered, targets)
@@ -251,7 +254,7 @@ class _Coder:
         rule = rule_of(self.job.plan, self.rule, matrix)
         if rule is None:
             return self._without_inputs(matrix, "", moments)
-        weight = to_be_coded(weight, matrix.name, self.job.plan)
+        weight = to_be_coded(weight.cpu(), matrix.name, self.job.plan)
         moments = moments.rotated() if self.job.plan.rotate else moments
         found = calibrate(weight, matrix.name, moments, rule=rule, **self.options_of(matrix))
         return _Coded(matrix, found, "")
@@ -264,7 +267,7 @@ class _Coder:
         self, matrix: BlockMatrix, why: str, moments: Moments | None = None
     ) -> _Coded:
         """Code a matrix by its weights alone; `why`: the reason, where the rule needs inputs."""
-        weight = to_be_coded(held_weight(self.dense, matrix), matrix.name, self.job.plan)
+        weight = to_be_coded(held_weight(self.dense, matrix).cpu(), matrix.name, self.job.plan)
         calibrated = rule_of(self.job.plan, self.rule, matrix)
         rule = cast("RuleName", self.job.plan.of(matrix.name).rule)  # where none is calibrated
         rule = rule if calibrated is None else calibrated.start

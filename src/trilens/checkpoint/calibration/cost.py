@@ -1,8 +1,8 @@
 """What a calibration costs, told before it starts: tokens × weights, and an estimate of the time.
 
 Counted are the operations of every pass over the text, of the moments and of coding; the rate is
-that of a float32 product measured at once. It is an estimate: small models reach less of that rate,
-and other work on the machine is not foreseen.
+that of a float32 product measured at once. Text is written token by token, which costs each layer a
+time of its own beside them. It is an estimate: other work on the machine is not foreseen.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 
 from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.options import Calibration, block_length
-from trilens.checkpoint.calibration.own_text import check_writes
+from trilens.checkpoint.calibration.own_text import ROWS_AT_ONCE, check_writes
+from trilens.checkpoint.evaluate import NEW_TOKENS
 from trilens.checkpoint.job import Job
+from trilens.models.forward_call import text_config
 from trilens.models.positions import configured_positions
 from trilens.results import Tabular
 from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
@@ -26,7 +28,8 @@ __all__ = ["CalibrationCost", "cost_of"]
 
 _CODING = 24  # operations for each row · cols² of `gptq`: twelve products of float32
 _DESCENT = 96  # likewise, of the alternating minimisation of scales and trits
-_REACHED = 0.3  # of the measured rate, in a model's passes
+_REACHED = 0.4  # of the measured rate, in a model's passes
+_STEP_SECONDS = 3e-3  # of each layer, for each token that is written: small products, and calls
 _PROBE = 768  # rows of the product that is timed
 
 
@@ -41,7 +44,7 @@ class CalibrationCost(Tabular):
         evaluation_tokens: To measure on, at most.
         weights: Of the model.
         operations: For each part of the work, multiplications and additions.
-        seconds: All of them at the rate of this machine now.
+        seconds: All of them at the rate of this machine now, and the steps of writing text.
     """
 
     effort: str
@@ -118,9 +121,12 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
             continue
         rules.add(rule)
         cols = header.shape[-1]
-        moments += 4.0 * (tokens + measured) * cols**2
+        # Half of H is computed, and matrices that read one input share it.
+        moments += 1.0 * (tokens + measured) * cols**2
         coding += math.prod(header.shape) * cols * (_CODING + _DESCENT * rule.refined)
-    parts |= {"moments": moments + once * (4 if any(r.corrected for r in rules) else 2)}
+    if rules:
+        # What the dense model gives is seen in passes of its own, and multiplied by the inputs.
+        parts |= {"moments": moments + once * 3 * any(rule.corrected for rule in rules)}
     parts |= {"coding": coding}
     if any(rule.fits_block for rule in rules):
         parts["fit of each block"] = 3 * fit.passes * once
@@ -128,6 +134,9 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
         parts["fit of all blocks"] = 4 * (fit.whole_passes + fit.trit_passes) * once
     parts = {name: operations for name, operations in parts.items() if operations}
     seconds = sum(parts.values()) / (rate or _REACHED * _measured_rate())
+    steps = math.ceil((rows + apart) / ROWS_AT_ONCE) * length
+    steps += 2 * NEW_TOKENS * (named + bool(apart))
+    seconds += _STEP_SECONDS * steps * text_config(job.model).num_hidden_layers
     return CalibrationCost(
         calibration.effort,
         tokens,

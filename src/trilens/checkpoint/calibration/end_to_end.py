@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.device import PlacedRunner
 from trilens.checkpoint.calibration.fit import FitOptions, Overridden, put_weight, transposed
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
@@ -78,13 +79,15 @@ class EndToEndFit:
 class _Block:
     """One block whose scales and vectors have gradients."""
 
-    def __init__(self, finished: FinishedBlock) -> None:
+    def __init__(self, finished: FinishedBlock, device: torch.device | None = None) -> None:
         self.finished = finished
         self.matrices = {
-            path: TrainableMatrix(q, rotate=finished.plan.rotate)
+            path: TrainableMatrix(q, rotate=finished.plan.rotate, device=device)
             for path, q in finished.quants.items()
         }
-        self.start = {name: value.float() for name, value in finished.vectors.items()}
+        self.start = {
+            name: value.to(device, torch.float32) for name, value in finished.vectors.items()
+        }
         self.sizes = {name: v.abs().mean().clamp_min(1e-3) for name, v in self.start.items()}
         self.steps = {
             name: torch.zeros_like(value, requires_grad=True) for name, value in self.start.items()
@@ -132,7 +135,7 @@ class _Block:
     def stored(self) -> tuple[dict[str, PerLayerQuant], dict[str, Tensor]]:
         dtypes = self.finished.dtypes
         with torch.no_grad():
-            vectors = {name: v.to(dtypes[name]) for name, v in self.values().items()}
+            vectors = {name: v.to("cpu", dtypes[name]) for name, v in self.values().items()}
         return {path: matrix.result() for path, matrix in self.matrices.items()}, vectors
 
 
@@ -226,7 +229,9 @@ def fit_end_to_end(
             return torch.log_softmax(runner.logits(batch.ids, dense.read(batch)), -1)
 
     fit = _Fit(runner, text, held_out, target, options)
-    before = _Model(runner, [_Block(block) for block in blocks]).measure(held_out, target)
+    before = _Model(runner, [_Block(block, _device(runner)) for block in blocks]).measure(
+        held_out, target
+    )
     if not 0 < before < math.inf:
         return nothing
     found, kl = list(blocks), before
@@ -282,7 +287,7 @@ class _Fit:
     ) -> tuple[list[FinishedBlock], float]:
         """Descend, and give the best that was seen on the text held out."""
         options = self.options
-        parts = [_Block(block) for block in blocks]
+        parts = [_Block(block, _device(self.runner)) for block in blocks]
         latents: list[Tensor] = []
         if free:
             for index, part in enumerate(parts):
@@ -320,6 +325,10 @@ class _Fit:
             if idle == _PATIENCE:
                 break
         return best, least
+
+
+def _device(runner: BlockRunner) -> torch.device | None:
+    return runner.device if isinstance(runner, PlacedRunner) else None
 
 
 def _changes(before: Sequence[FinishedBlock], after: Sequence[FinishedBlock]) -> int:

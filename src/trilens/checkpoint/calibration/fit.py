@@ -109,7 +109,7 @@ def fit_block(
         return BlockFit(dict(quants), {}, before, before)
     rate = options.rate * before**0.5
     values, new_quants = task.descend(quants, start, plan, options, rate)
-    new_vectors = {name: values[name].to(dtype) for name, dtype in vectors.items()}
+    new_vectors = {name: values[name].to("cpu", dtype) for name, dtype in vectors.items()}
     for path, quant in new_quants.items():
         put_weight(block, path, plain_weights(quant, plan))
     for name, value in new_vectors.items():
@@ -117,7 +117,8 @@ def fit_block(
     after = task.error()
     if after < before:
         # A small step can round to nothing in bfloat16.
-        moved = {n: v for n, v in new_vectors.items() if not torch.equal(v, start[n].to(v.dtype))}
+        old = {n: start[n].to("cpu", v.dtype) for n, v in new_vectors.items()}
+        moved = {n: v for n, v in new_vectors.items() if not torch.equal(v, old[n])}
         return BlockFit(new_quants, moved, before, after)
     for path, weight in weights.items():
         _weight_of(block, path).copy_(weight)
@@ -157,8 +158,8 @@ class _Task:
     def error(self, run: RunBlock | None = None) -> float:
         wrong = energy = 0.0
         for batch in self.batches:
-            target = self.targets.read(batch)
             found = (run or self.run)(self.block, batch, self.inputs.read(batch))
+            target = self.targets.read(batch).to(found.device)
             # PROMOTE: sums over a whole text drift in float32.
             wrong += float((found - target).square().sum(dtype=torch.float64))
             energy += float(target.square().sum(dtype=torch.float64))
@@ -174,7 +175,10 @@ class _Task:
     ) -> tuple[dict[str, Tensor], dict[str, PerLayerQuant]]:
         """Adam on factors of the scales and steps of the vectors, each relative to its own size."""
         trainable = {
-            path: TrainableMatrix(quant, rotate=plan.rotate) for path, quant in quants.items()
+            path: TrainableMatrix(
+                quant, rotate=plan.rotate, device=_weight_of(self.block, path).device
+            )
+            for path, quant in quants.items()
         }
         sizes = {name: value.abs().mean().clamp_min(1e-3) for name, value in start.items()}
         steps = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
@@ -190,13 +194,14 @@ class _Task:
         generator = torch.Generator().manual_seed(options.seed)
         for _ in range(options.passes):
             for i in torch.randperm(len(batches), generator=generator).tolist():
-                batch, target = batches[i], self.targets.read(batches[i])
+                batch = batches[i]
                 given = {}
                 for path, matrix in trainable.items():
                     weights = matrix.weights()
                     given[f"{path}.weight"] = weights.T if transposed(self.block, path) else weights
                 given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
                 found = self.run(Overridden(self.block, given), batch, self.inputs.read(batch))
+                target = self.targets.read(batch).to(found.device)
                 error = (found - target).square().sum() / target.square().sum().clamp_min(1e-12)
                 adam.zero_grad()
                 error.backward()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from trilens.checkpoint.calibration.device import find_device
 from trilens.checkpoint.calibration.effort import EffortName, find_effort
 from trilens.checkpoint.calibration.own_text import SELF, OwnText
 from trilens.checkpoint.evaluate import Sample
@@ -50,6 +51,7 @@ class Calibration:
             of several texts the worst counts.
         own_text: The model writes the calibration text itself; beside documents, half of it.
         effort: How many tokens, and how long rules that fit do so: "fast", "default" or "max".
+        device: Where blocks run and are coded, such as "cuda"; sums round otherwise there.
 
     Raises:
         TextError: no document, where the model does not write the text itself.
@@ -67,6 +69,7 @@ class Calibration:
     max_perplexity_ratio: float | None = None
     own_text: OwnText | None = None
     effort: EffortName = "default"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -100,6 +103,7 @@ class Calibration:
         for name, lowest in least.items():
             number = at_least(lowest, getattr(self, name), f"calibration {name}")
             object.__setattr__(self, name, number)  # NumPy's integers are none for JSON
+        find_device(self.device)
         bound = self.max_perplexity_ratio
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise ValueRangeError(
@@ -168,6 +172,8 @@ class Calibration:
             values["own_text"] = self.own_text.to_dict()
         if self.effort != "default":
             values["effort"] = self.effort
+        if torch.device(self.device).type != "cpu":
+            values["device"] = torch.device(self.device).type
         return values
 
 

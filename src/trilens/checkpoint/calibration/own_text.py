@@ -32,13 +32,23 @@ from trilens.io.sealed import read_sealed, sealed
 from trilens.lens.decoding import continue_batch
 from trilens.models.tokens import vocab_size_of
 
-__all__ = ["SELF", "OwnText", "check_writes", "kept_lines", "kept_text", "write_text"]
+__all__ = [
+    "ROWS_AT_ONCE",
+    "SELF",
+    "OwnText",
+    "check_writes",
+    "kept_lines",
+    "kept_text",
+    "write_text",
+]
 
 SELF = "self"
 """The word for the model's own text, where a text is asked for."""
 
 _NAME = "own-text.json"
-_ROWS = 32  # written at once
+ROWS_AT_ONCE = 32
+"""Rows that are written together."""
+
 _FEWEST = 2  # new tokens after a prompt
 
 
@@ -133,7 +143,7 @@ def write_text(
     number = 0
     while order:
         first = len(starts[order[0]])
-        batch = [i for i in order[:_ROWS] if len(starts[i]) == first]
+        batch = [i for i in order[:ROWS_AT_ONCE] if len(starts[i]) == first]
         order = order[len(batch) :]
         observe(len(written) / rows)
         try:

@@ -59,6 +59,15 @@ class BlockPair:
         }
         self.after: Stream | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where both copies are."""
+        return next(self.block.parameters()).device
+
+    def read(self, stream: Stream, batch: Batch) -> Tensor:
+        """A residual stream, where the block is. Shapes: → float32 [batch, seq, d_model]."""
+        return stream.read(batch).to(self.device)
+
     def run(self, block: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
         """The residual stream after the block or a copy of it."""
         call = self.runner.call(self.job.index, batch.ids)
@@ -79,12 +88,12 @@ class BlockPair:
     def stages(self) -> tuple[tuple[Stage, ...], dict[str, str]]:
         """Which matrices read the same input, in order; those without a stage, and why."""
         batch = self.job.batches[0]
-        hidden = self.job.dense.read(batch)
+        hidden = self.read(self.job.dense, batch)
         paths = [matrix.path for matrix in self.job.matrices if matrix.path]
         found = find_stages(self.dense, paths, lambda: self.run(self.dense, batch, hidden), hidden)
         seen = [path for stage in found[0] for path in stage.members]
         probe = pieces_of([batch], 1)[0]
-        there = self.job.dense.read(probe)
+        there = self.read(self.job.dense, probe)
         carriers = find_carriers(self.dense, seen, lambda: self.run(self.dense, probe, there))
         for twin in (self.dense, self.block):
             self._replays[id(twin)] = Replay(twin, carriers, self._folder)
@@ -100,7 +109,7 @@ class BlockPair:
         first = aims.stage.members[0]
         befores = sorted({site.before for site in aims.sites.values()})
         for batch in batches:
-            hidden = self.job.ternary.read(batch)
+            hidden = self.read(self.job.ternary, batch)
             with watching(self.block, inputs=[first], states=befores, shape=hidden.shape) as watch:
                 seen = watch(
                     lambda b=batch, h=hidden: self.again(self.block, b, h, (first, *befores))  # type: ignore[misc]
@@ -147,7 +156,7 @@ class BlockPair:
     def expert_inputs(self, name: str, batches: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """What the experts of one parameter are given, batch by batch."""
         for batch in batches:
-            hidden = self.job.ternary.read(batch)
+            hidden = self.read(self.job.ternary, batch)
 
             def run(batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
                 return self.again(self.block, batch, hidden, (name,))
@@ -173,11 +182,11 @@ class BlockPair:
         kept = [path for path in self.carried(aims.stage) if path not in replay.ready]
         known: dict[tuple[str, str], Tensor] = {}
         if BLOCK_OUTPUT in states and self.after is not None:
-            known["state", BLOCK_OUTPUT] = self.after.read(batch)
+            known["state", BLOCK_OUTPUT] = self.read(self.after, batch)
             states.remove(BLOCK_OUTPUT)
         if not own and not states:
             return known
-        hidden = self.job.dense.read(batch)
+        hidden = self.read(self.job.dense, batch)
         requested = sorted({*own, *kept})
         with watching(self.dense, outputs=requested, states=states, shape=hidden.shape) as watch:
             true = watch(lambda: self.again(self.dense, batch, hidden, (*requested, *states)))

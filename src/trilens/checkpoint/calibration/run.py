@@ -20,6 +20,7 @@ from trilens.checkpoint.calibration.block_job import (
 )
 from trilens.checkpoint.calibration.blocks import BlockRunner
 from trilens.checkpoint.calibration.coder import code_block
+from trilens.checkpoint.calibration.device import PlacedRunner, find_device
 from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
@@ -101,7 +102,8 @@ def run_calibration(
         written = _written(model, tokenizer, calibration, longest, store, progress)
         texts.append(draw(calibration, tokenizer, longest=longest, written=written))
 
-    runner = BlockRunner(model, anatomy, before=take_text)
+    device = find_device(calibration.device)
+    runner = PlacedRunner(model, anatomy, before=take_text, device=device)
     drawn = texts[0]
     rule = rule or CALIBRATED_RULES.get(plan.rule)
     fit = fit or find_effort(calibration.effort).seeded(calibration.seed)

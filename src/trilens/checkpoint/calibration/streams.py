@@ -101,5 +101,5 @@ def write_stream(
         for batch in batches:
             hidden = make(batch)
             width = hidden.shape[-1]
-            file.write(np.ascontiguousarray(hidden.detach().numpy(), dtype="<f4").tobytes())
+            file.write(np.ascontiguousarray(hidden.detach().cpu().numpy(), dtype="<f4").tobytes())
     return path, width, file.sha256

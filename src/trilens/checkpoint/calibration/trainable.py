@@ -31,20 +31,23 @@ class TrainableMatrix:
     Args:
         quant: where it begins.
         rotate: the matrix was rotated before it was coded: its weights are rotated back.
+        device: where its weights are computed; the processor unless given.
 
     Memory: beside `quant`, 12 bytes for each scale; a call of `weights` 8 bytes for each weight;
     4 bytes for each weight whose trit is free, and what the optimizer keeps of it.
     """
 
-    def __init__(self, quant: PerLayerQuant, *, rotate: bool = False) -> None:
-        self.quant, self._rotate = quant, rotate
+    def __init__(
+        self, quant: PerLayerQuant, *, rotate: bool = False, device: torch.device | None = None
+    ) -> None:
+        self.quant, self._rotate, self._device = quant, rotate, device
         units = quant.units
         self._grid = (1, 1) if quant.per == "tensor" else (units.rows, units.per_row)
         self._length = units.length if quant.per == "group" else units.cols
         self._cols = units.cols
-        self._trits, self._start = [quant.trits], [self._on_grid(quant.scale)]
+        self._trits, self._start = [quant.trits.to(device)], [self._on_grid(quant.scale)]
         if quant.second_trits is not None and quant.second_scale is not None:
-            self._trits.append(quant.second_trits)
+            self._trits.append(quant.second_trits.to(device))
             self._start.append(self._on_grid(quant.second_scale))
         self._offset = None if quant.offset is None else self._on_grid(quant.offset)
         self.factors = [torch.zeros_like(scale, requires_grad=True) for scale in self._start]
@@ -96,11 +99,11 @@ class TrainableMatrix:
             for trits, values in zip(self._stored_trits(), self._scales(), strict=True):
                 turned = (values < 0) & (quant.levels == 3)
                 signs = torch.where(turned, -1, 1).to(torch.int8)
-                flat = (values * signs).reshape(-1).double().numpy()
+                flat = (values * signs).reshape(-1).double().cpu().numpy()
                 rounded = round_scales(
                     flat, quant.scale_dtype or "float32", quant.name, np.arange(units.count)
                 )
-                planes.append(trits * self._spread(signs))
+                planes.append((trits * self._spread(signs)).cpu())
                 scales.append(torch.from_numpy(rounded))
         two = len(planes) == 2
         made = PerLayerQuant.from_trits(
@@ -140,7 +143,8 @@ class TrainableMatrix:
         ]
 
     def _on_grid(self, values: object) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(self._grid))
+        held = np.array(values, dtype=np.float32).reshape(self._grid)
+        return torch.from_numpy(held).to(self._device)
 
     def _spread(self, values: Tensor) -> Tensor:
         if values.shape[1] == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from trilens.errors import UsageError
 from trilens.io.safetensors_header import TensorHeader
 
 __all__ = ["overrides", "quantization_config"]
+
+_DIGITS = re.compile(r"\.\d+\.")
 
 
 def quantization_config(
@@ -56,6 +59,7 @@ def overrides(
     Raises:
         UsageError: tensors that are merged into one parameter, with unlike options.
     """
+    _check_lists(choices)
     found: dict[str, dict[str, Any]] = {}
     for choice in choices:
         if choice.storage == "kept":
@@ -72,6 +76,17 @@ def overrides(
             )
     plain = {"rule": plan.rule, "per": plan.per, "group_size": plan.group_size}
     return {target: options for target, options in found.items() if options != plain}
+
+
+def _check_lists(choices: Sequence[Choice]) -> None:
+    """Refuse lists of like tensors, as of experts, that are coded in part: they become one."""
+    merged = {(c.target, _DIGITS.sub(".*.", c.name)) for c in choices if c.storage == "merged"}
+    for choice in choices:
+        if choice.storage == "kept" and (choice.target, _DIGITS.sub(".*.", choice.name)) in merged:
+            raise UsageError(
+                f"{choice.name} is kept, and merged into {choice.target} with tensors that are "
+                "not: keep all of them or none"
+            )
 
 
 def _ending(target: str) -> str:

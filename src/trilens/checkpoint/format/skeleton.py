@@ -32,7 +32,7 @@ from trilens.io.safetensors_header import TensorHeader
 from trilens.models.build import candidate_classes
 from trilens.ternary.packed.linear import PARTS
 
-__all__ = ["HOMELESS", "Choice", "build_skeleton", "choose", "module_at"]
+__all__ = ["HOMELESS", "Choice", "Names", "build_skeleton", "choose", "module_at"]
 
 Placement: TypeAlias = Literal["layer", "merged", "experts", "kept"]
 
@@ -49,9 +49,9 @@ class Choice:
     Attributes:
         name: Its name in the source.
         packed_as: The name from which those of its packed parts are made.
-        storage: "layer": packed, and a `TernaryLinear` in memory; "merged" and "experts": packed
-            in the file and unpacked when loaded, because transformers merges or splits it, or
-            because it holds many experts; "kept": as it is.
+        storage: "layer": packed, and a `TernaryLinear` in memory; "merged": packed, and
+            merged or split by transformers on the way; "experts": packed, a matrix for each of
+            many experts; "kept": as it is.
         target: The parameter that it fills, or "" where there is none, or where a kept tensor is
             merged or split on the way.
         transposed: It is stored as [in, out].
@@ -87,7 +87,7 @@ def build_skeleton(config: Any, stored: Iterable[str]) -> Any:
             contexts = model_class.get_init_context(torch.float32, False, False, None)
             with ContextManagers(contexts):
                 model = model_class(own)
-            names = _Names(model)
+            names = Names(model)
             known = sum(names.place(name).target is not None for name in stored)
         except Exception as cause:  # noqa: BLE001
             failure = failure or cause
@@ -102,13 +102,14 @@ def build_skeleton(config: Any, stored: Iterable[str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a stored tensor goes: a parameter, and the converter that merges or splits it."""
+    """Where a stored tensor goes: a parameter, and what merges or splits it, by which pattern."""
 
     target: str | None
     converter: Any
+    pattern: str = ""
 
 
-class _Names:
+class Names:
     """transformers' own way from a stored name to a parameter of a model."""
 
     def __init__(self, model: Any) -> None:
@@ -116,26 +117,28 @@ class _Names:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
-        self._state = dict.fromkeys(model.state_dict(), True)
+        self.state = dict.fromkeys(model.state_dict(), True)
 
     def place(self, name: str) -> _Place:
         """Where a stored tensor goes."""
-        target, pattern = self._rename(name, self._state)
-        if target not in self._state and name in self._state:
+        target, pattern = self.rename(name, self.state)
+        if target not in self.state and name in self.state:
             target, pattern = name, None
         by = [c for c in self._converters if pattern in c.source_patterns]
-        return _Place(target if target in self._state else None, by[0] if by else None)
+        filled = target if target in self.state else None
+        return _Place(filled, by[0] if by else None, pattern or "")
 
     def arrive(self, packed_as: str, target: str) -> bool:
         """Whether all packed parts are led to where the layer has them."""
         # A chain, because copying the names for each tensor takes minutes where there are 50,000.
-        state = ChainMap({part_name(target, part): True for part in PARTS}, self._state)
+        state = ChainMap({part_name(target, part): True for part in PARTS}, self.state)
         return all(
-            self._rename(part_name(packed_as, part), state) == (part_name(target, part), None)
+            self.rename(part_name(packed_as, part), state) == (part_name(target, part), None)
             for part in PARTS
         )
 
-    def _rename(self, name: str, state: Mapping[str, bool]) -> tuple[str, str | None]:
+    def rename(self, name: str, state: Mapping[str, bool]) -> tuple[str, str | None]:
+        """A stored name in the model, and the pattern of a converter that it matched."""
         found: tuple[str, str | None] = rename_source_key(
             name, self._renamings, self._converters, self._prefix, state
         )
@@ -166,7 +169,7 @@ class _Rules:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.names = _Names(model)
+        self.names = Names(model)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self.tied = set(tied) | set(tied.values())
         self.head = model.get_output_embeddings() if _has_head(model) else None

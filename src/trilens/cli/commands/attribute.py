@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
@@ -15,7 +14,6 @@ def attribute(
     prompt: o.RequiredPrompt,
     target: o.RequiredTarget,
     against: o.Against = None,
-    target_text: mo.TargetText = None,
     by: o.Parts = "component",
     top_k: o.TopK = 5,
     chat: o.Chat = False,

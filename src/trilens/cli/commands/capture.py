@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading, Storing
 from trilens.cli.lazy import run
@@ -26,7 +25,7 @@ def capture(
     prompt: o.Prompt = None,
     data: o.Corpus = None,
     sites: o.Sites = None,
-    target_text: mo.TargetText = None,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     residual: o.Residual = "last",
     attention: Annotated[

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.lazy import run
 from trilens.errors import NonFiniteError
@@ -43,7 +42,6 @@ def compare(
     trust_remote_code: o.TrustRemoteCode = False,
     attn_implementation: o.AttnImplementation = None,
     tokenizer: o.TokenizerFiles = None,
-    stack: mo.Stack = None,
     report: o.Report = None,
     format: o.Format = "table",
     debug: o.Debug = False,

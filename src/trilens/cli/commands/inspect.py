@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
@@ -22,7 +21,7 @@ def inspect(
         ),
     ],
     prompt: o.Prompt = None,
-    target_text: mo.TargetText = None,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     layers: o.Layers = None,
     top_k: o.TopK = 3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
@@ -13,7 +12,6 @@ __all__ = ["lens"]
 def lens(
     model: o.Model,
     prompt: o.RequiredPrompt,
-    target_text: mo.TargetText = None,
     chat: o.Chat = False,
     target: o.Target = None,
     layers: o.Layers = None,

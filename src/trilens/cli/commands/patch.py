@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from trilens.cli import model_options as mo
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
@@ -24,7 +23,6 @@ def patch(
     corrupted: Annotated[str, typer.Argument(metavar="CORRUPTED", help="The corrupted prompt.")],
     target: o.RequiredTarget,
     against: o.RequiredAgainst,
-    target_text: mo.TargetText = None,
     site: o.PatchSite = "resid_pre",
     by: o.By = "position",
     direction: o.Direction = "denoise",

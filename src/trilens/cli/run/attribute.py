@@ -23,7 +23,6 @@ def run(
     against: str | None,
     by: By,
     top_k: int,
-    target_text: str | None,
     chat: bool,
     output: Path | None,
     format: str,
@@ -37,9 +36,7 @@ def run(
         second = None if against is None else token_id(lens, typed_token(against))
         with status(f"capturing {model}"):
             sites = attribution_sites(lens, by)
-            cap = lens.capture(
-                prompt_of(prompt, chat=chat, target=target_text), sites=sites, logits="last"
-            )
+            cap = lens.capture(prompt_of(prompt, chat=chat), sites=sites, logits="last")
             found = attribute(cap, lens, first, second, by=by, k=top_k)
         show_result(
             found,

@@ -30,7 +30,7 @@ def run(
     prompt: str | None,
     data: str | None,
     sites: str | None,
-    target_text: str | None,
+    decoder_prompt: str | None,
     chat: bool,
     output: Path,
     residual: Which,
@@ -52,10 +52,11 @@ def run(
             "capture --help lists the options)"
         )
     if prompt is None:
-        if chat or attention or gates or effective or states or edit or target_text:
+        of_one = (chat, attention, gates, effective, states, edit, decoder_prompt is not None)
+        if any(of_one):
             raise UsageError(
-                "--target-text, --chat, --attention, --gates, --effective, --states and --edit are "
-                "of one prompt: of a corpus name --sites and --reduce"
+                "--decoder-prompt, --chat, --attention, --gates, --effective, --states and --edit "
+                "are of one prompt: of a corpus name --sites and --reduce"
             )
         _store(model, str(data), names, output, layers, storing, loading)
         return
@@ -68,7 +69,7 @@ def run(
         lens = open_lens(model, loading)
         with status("capturing"):
             capture = lens.capture(
-                prompt_of(prompt, chat=chat, target=target_text),
+                prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt),
                 residual=None if residual == "none" else residual,
                 attention=attention,
                 gates=gates,

@@ -20,7 +20,6 @@ from trilens.cli.pages import is_page, write_page
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of
 from trilens.cli.streams import say
-from trilens.models.stacks import StackName
 from trilens.report.text.comparison import print_comparison
 from trilens.report.text.series import print_series
 from trilens.text.token_blocks import token_blocks
@@ -50,7 +49,6 @@ def run(
     trust_remote_code: bool,
     attn_implementation: str | None,
     tokenizer: Path | None,
-    stack: StackName | None,
 ) -> None:
     """Compare, print, save, and check the conditions."""
     conditions = [parse_condition(text) for text in fail_if or ()]
@@ -67,7 +65,6 @@ def run(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             tokenizer=tokenizer,
-            stack=stack,
         )
         left = open_lens(before, loading)
         options = CompareOptions(lens=lens, batch_size=batch_size, seed=seed or 0)

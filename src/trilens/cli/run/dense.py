@@ -53,19 +53,15 @@ def open_dense(model: str, loading: Loading) -> Dense:
     """Open a checkpoint whose weights are not quantized yet.
 
     Raises:
-        UsageError: they are, or what is asked is no whole model in safetensors.
+        UsageError: they are, or an option that names other weights or a part of the model.
         LoadError: it can't be loaded.
     """
-    if loading.gguf_file is not None:
-        raise UsageError(
-            f"--gguf-file {loading.gguf_file} is no source here: its matrices are rounded, and "
-            "their names are not the checkpoint's; give the directory with dense safetensors"
-        )
-    if loading.stack is not None:
-        raise UsageError(
-            f"--stack {loading.stack} is no choice here: a model's matrices are measured as a "
-            "whole; leave it out"
-        )
+    for option, value in (("--stack", loading.stack), ("--gguf-file", loading.gguf_file)):
+        if value is not None:
+            raise UsageError(
+                f"{option} {value} cannot be taken here: the matrices are those of a checkpoint's "
+                "safetensors, and the damage is that of the whole model; leave it out"
+            )
     folder, source = local_folder(model, revision=loading.revision, code=loading.trust_remote_code)
     if read_json(folder / "config.json", ConfigError).get("quantization_config") is not None:
         raise UsageError(f"{source} is quantized already: give the checkpoint with dense weights")

@@ -50,14 +50,13 @@ def run(
         for name, text in map(named_text, evaluate or ())
     ]
     lens = open_lens(model, loading)
-    other = None if made_from is None else open_lens(made_from, _of_source(loading))
+    other = (
+        None
+        if made_from is None
+        else open_lens(made_from, replace(loading, revision=None, gguf_file=None))
+    )
     with status("measuring"):
         texts = evaluate_texts(lens, samples, against=other, max_tokens=max_tokens)
     tasks = run_tasks(lens, task, limit=limit, seed=seed or 0) if task else {}
     found = ModelEvaluation(model, made_from, texts, tasks)
     show_result(found, print_evaluation, format=format, head=_HEAD, file=output)
-
-
-def _of_source(loading: Loading) -> Loading:
-    """How the model that it was made from is loaded: what names files of the other is not its."""
-    return replace(loading, revision=None, gguf_file=None)

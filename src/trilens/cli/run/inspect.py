@@ -34,7 +34,7 @@ def run(
     *,
     model: str,
     prompt: str | None,
-    target_text: str | None,
+    decoder_prompt: str | None,
     chat: bool,
     layers: str | None,
     top_k: int,
@@ -53,13 +53,12 @@ def run(
             if Path(model).suffix.lower() in _WEIGHTS:
                 raise file_refusal(Path(model))
             needless = {
-                "--prompt": prompt, "--target-text": target_text, "--chat": chat,
-                "--layers": layers, "--effective": effective, "--states": states,
-                "--edit": edit, "--device-map": loading.device_map,
+                "--prompt": prompt, "--chat": chat, "--layers": layers, "--effective": effective,
+                "--states": states, "--edit": edit, "--device-map": loading.device_map,
                 "--revision": loading.revision, "--dtype": loading.dtype != "auto",
                 "--trust-remote-code": loading.trust_remote_code, "--tokenizer": loading.tokenizer,
-                "--attn-implementation": loading.attn_implementation,
-                "--stack": loading.stack, "--gguf-file": loading.gguf_file,
+                "--attn-implementation": loading.attn_implementation, "--stack": loading.stack,
+                "--gguf-file": loading.gguf_file, "--decoder-prompt": decoder_prompt,
             }  # fmt: skip
             given = [name for name, value in needless.items() if value]
             if given:
@@ -75,10 +74,11 @@ def run(
             raise UsageError(f"model {model} needs a prompt: give -p TEXT, or -p - to read it")
         else:
             lens = open_lens(model, loading)
+            given_prompt = prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt)
             if output is not None and is_page(output):
                 page = inspect_page(
                     lens,
-                    prompt_of(prompt, chat=chat, target=target_text),
+                    given_prompt,
                     chosen_layers(layers, lens.n_layers),
                     edits,
                 )
@@ -88,7 +88,7 @@ def run(
             inspection = inspect_prompt(
                 lens,
                 name,
-                prompt_of(prompt, chat=chat, target=target_text),
+                given_prompt,
                 layers,
                 top_k,
                 effective=effective,

@@ -20,7 +20,6 @@ def run(
     *,
     model: str,
     prompt: str,
-    target_text: str | None,
     chat: bool,
     target: str | None,
     layers: str | None,
@@ -40,7 +39,7 @@ def run(
         captured = None if chosen is None else sorted({*chosen, lens.n_layers - 1})
         with status(f"capturing {model}"):
             cap = lens.capture(
-                prompt_of(prompt, chat=chat, target=target_text),
+                prompt_of(prompt, chat=chat),
                 layers=captured,
                 logits=None,
                 # A page has room for every token.

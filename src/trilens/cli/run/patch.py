@@ -19,7 +19,6 @@ from trilens.cli.pages import model_facts
 from trilens.cli.run.prompts import chosen_layers, open_lens, typed_token
 from trilens.cli.streams import say
 from trilens.errors import UsageError
-from trilens.models.tokens import PromptLike, SourceTarget
 from trilens.report.text.patching import print_patch
 
 __all__ = ["run"]
@@ -34,7 +33,6 @@ def run(
     corrupted: str,
     target: str,
     against: str,
-    target_text: str | None,
     site: str,
     by: Literal["position", "head"],
     direction: Literal["denoise", "noise"],
@@ -54,17 +52,16 @@ def run(
         raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
     metric = logit_diff(*tokens)
     chosen = chosen_layers(layers, lens.n_layers)
-    first, second = (_prompt(text, target_text) for text in (clean, corrupted))
     if attribution:
         with status("computing gradients"):
             found = attribution_patch(
-                lens, first, second, metric,
+                lens, clean, corrupted, metric,
                 site=site, layers=chosen, by=by, direction=direction,
             )  # fmt: skip
     else:
         with shown_progress() as progress:
             found = patch_sweep(
-                lens, first, second, metric,
+                lens, clean, corrupted, metric,
                 site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip
@@ -79,7 +76,3 @@ def run(
     if not found.complete:
         say("trilens: interrupted: points that were not run have no value", err=True)
         raise typer.Exit(INTERRUPTED)
-
-
-def _prompt(text: str, target: str | None) -> PromptLike:
-    return text if target is None else SourceTarget(text, target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from trilens.cli.console import status
 from trilens.cli.groups import Loading
@@ -18,19 +17,8 @@ __all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text", "typed_toke
 
 
 def open_lens(model: str, loading: Loading | None = None) -> Lens:
-    """Load a model, with a line on the terminal while it loads.
-
-    A path of a GGUF file stands for its directory and `--gguf-file`.
-
-    Raises:
-        UsageError: a GGUF file is named twice, or two of them.
-        LoadError: it can't be loaded.
-    """
+    """Load a model, with a line on the terminal while it loads."""
     options = asdict(loading or Loading())
-    if model.lower().endswith(".gguf") and Path(model).is_file():
-        if options["gguf_file"] is not None:
-            raise UsageError(f"--gguf-file is of a directory, and {model} is a file: leave it out")
-        model, options["gguf_file"] = str(Path(model).parent), Path(model).name
     tokenizer = options.pop("tokenizer")
     with status(f"loading {model}"):
         # Read first: a wrong path should not cost the time of a load.
@@ -58,11 +46,18 @@ def prompt_text(prompt: str) -> str:
         ) from error
 
 
-def prompt_of(prompt: str, *, chat: bool, target: str | None = None) -> PromptLike:
-    """The prompt as text, or as the one message of a chat; with a target, as a source."""
+def prompt_of(prompt: str, *, chat: bool, decoder_prompt: str | None = None) -> PromptLike:
+    """The prompt as text, as the one message of a chat, or as the source of a decoder's text.
+
+    Raises:
+        UsageError: a chat and a decoder's text, which no model reads together.
+    """
+    if chat and decoder_prompt is not None:
+        raise UsageError("--chat and --decoder-prompt exclude each other: leave one out")
     text = prompt_text(prompt)
-    read: PromptLike = [{"role": "user", "content": text}] if chat else text
-    return read if target is None else SourceTarget(read, target)
+    if decoder_prompt is not None:
+        return SourceTarget(text, decoder_prompt)
+    return [{"role": "user", "content": text}] if chat else text
 
 
 def chosen_layers(text: str | None, n_layers: int | None) -> list[int] | None:

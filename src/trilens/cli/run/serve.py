@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ def run(*, path: str, host: str | None, port: int, time_limit: float, loading: L
         raise UsageError(
             "starlette and uvicorn are not installed, which serve pages: pip install 'trilens[app]'"
         )
+    if math.isnan(time_limit):
+        raise UsageError("--time-limit nan is no time: give seconds, 1 or more")
     place = as_path(path, "model")
     serving = import_module("trilens.explorer.serving")
     app = import_module("trilens.explorer.app")

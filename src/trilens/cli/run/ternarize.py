@@ -79,7 +79,7 @@ def run(
         bound = given.pop("max_perplexity_ratio", None) if samples else None
         if given:
             raise UsageError(
-                "--max-tokens, --seq-length, --batch-size, --seed, --effort and "
+                "--max-tokens, --seq-length, --batch-size, --seed, --effort, --device and "
                 "--max-perplexity-ratio are options of a calibration: add --calibrate TEXT "
                 "(the last one also goes with --evaluate TEXT)"
             )

@@ -18,6 +18,7 @@ from trilens.models.gates.site import (
     rows_of,
 )
 from trilens.models.trace import ModuleCall, Trace, parent_path, same, tensors_in
+from trilens.ternary.packed.experts import TernaryExperts
 
 __all__ = ["BlockView", "blocks_of"]
 
@@ -268,6 +269,8 @@ def _is_stacked(module: nn.Module) -> bool:
     """Whether the module holds one matrix per expert."""
     if isinstance(module, nn.Conv1d):
         return False
+    if any(isinstance(child, TernaryExperts) for child in module.children()):
+        return True
     return any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
 
 

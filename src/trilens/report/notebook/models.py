@@ -12,6 +12,7 @@ from trilens.lens.lens import Lens
 from trilens.report.page import Block, Chart, Heads, Page, Section
 from trilens.report.patterns import head_patterns
 from trilens.report.tables import Column, Table
+from trilens.report.views.capture import state_norms
 from trilens.report.words import four_digits
 from trilens.ternary.quantize import PerLayerQuant
 
@@ -100,21 +101,7 @@ def _residual(cache: ActivationCache | FullActivationCache) -> Page | None:
 def _states(cache: StateCache) -> Page | None:
     if cache.is_empty:
         return None
-    position = cache.positions[-1]
-    rows = [
-        (layer, part.name, "×".join(map(str, part.shape)),
-         float(cache.get(layer, position, part.name).float().norm()))
-        for layer in cache.layers
-        for part in cache.spec(layer).parts
-    ]  # fmt: skip
-    columns = (
-        Column("layer"),
-        Column("state", left=True),
-        Column("shape"),
-        Column("norm", note=f"Frobenius norm after token {position}", spell=four_digits),
-    )
-    table = Table(columns, tuple(rows), title="recurrent states", keys=2)
-    return Page(title="recurrent states", sections=(Section("States", (table,)),))
+    return Page(title="recurrent states", sections=(state_norms(cache),))
 
 
 @model_page.register

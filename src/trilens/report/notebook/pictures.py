@@ -13,6 +13,8 @@ from markupsafe import escape
 from numpy.typing import NDArray
 
 from trilens.printable import escaped
+from trilens.report.colours import BLUES, ORANGES, SERIES
+from trilens.report.mosaic import mosaic
 from trilens.report.page import Chart
 from trilens.report.patterns import HeadPatterns
 from trilens.report.words import four_digits
@@ -21,9 +23,6 @@ __all__ = ["chart_picture", "mosaic_picture", "png"]
 
 Pixels = NDArray[np.uint8]
 
-_BLUES = ("#ffffff", "#cfe3f5", "#8fbfe3", "#4a90c8", "#1c5fa5", "#08306b")
-_ORANGES = ("#ffffff", "#fde0c8", "#fbb77f", "#ee8234", "#c4530a", "#7f2704")
-_SERIES = ("#0b5cad", "#c2410c", "#00795b", "#a3468a")
 _MOSAIC_SIDE = 720  # pixels of its longer side
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 560, 200, 52, 34
 _BARS = 24
@@ -37,7 +36,7 @@ def _ramp(colours: Sequence[str]) -> NDArray[np.uint8]:
     return found
 
 
-_PALETTE = np.concatenate([_ramp(_ORANGES)[::-1][:127], _ramp(_BLUES), np.full((1, 3), 216)])
+_PALETTE = np.concatenate([_ramp(ORANGES)[::-1][:127], _ramp(BLUES), np.full((1, 3), 216)])
 
 
 def png(codes: Pixels) -> bytes:
@@ -74,26 +73,10 @@ def _image(codes: Pixels, words: str, width: int) -> str:
 
 def mosaic_picture(patterns: HeadPatterns) -> str:
     """All heads, a row per layer."""
-    columns = max(patterns.heads)
-    room = _MOSAIC_SIDE // max(columns, len(patterns.layers))
-    step = max(1, -(-patterns.side // max(room - 1, 1)))
-    tile = -(-patterns.side // step)
-    grid = np.full(
-        (len(patterns.layers) * (tile + 1) + 1, columns * (tile + 1) + 1), np.nan, np.float32
-    )
-    at = 0
-    for i, layer in enumerate(patterns.layers):
-        for head in range(patterns.heads[i]):
-            weights = patterns.weights(layer, head) / (patterns.scales[at] or 1)
-            pad = tile * step - patterns.side
-            padded = np.pad(weights, (0, pad)).reshape(tile, step, tile, step)
-            high, low = padded.max((1, 3)), padded.min((1, 3))
-            best = np.where(-low > high, low, high)
-            y, x = i * (tile + 1) + 1, head * (tile + 1) + 1
-            grid[y : y + tile, x : x + tile] = np.sign(best) * np.sqrt(np.abs(best))
-            at += 1
+    grid, _ = mosaic(patterns, _MOSAIC_SIDE)
     words = f"attention patterns: a row for each of {len(patterns.layers)} layers, a tile per head"
-    return _image(_coded(grid), words, min(_MOSAIC_SIDE, max(grid.shape[1], 90 * columns)))
+    width = min(_MOSAIC_SIDE, max(grid.shape[1], 90 * max(patterns.heads)))
+    return _image(_coded(grid), words, width)
 
 
 def chart_picture(chart: Chart) -> str:
@@ -172,7 +155,7 @@ def _lines(chart: Chart) -> str:
     (left, right), (low, high) = _spread(xs), _spread(np.concatenate(all_ys))
     parts, names = [], []
     for number, (name, ys) in enumerate(zip(chart.y, all_ys, strict=True)):
-        colour = _SERIES[number % len(_SERIES)]
+        colour = SERIES[number % len(SERIES)]
         points = zip(_places(xs, left, right), _heights(ys, low, high), strict=True)
         way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points if math.isfinite(y))
         parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
@@ -187,7 +170,7 @@ def _scatter(chart: Chart) -> str:
     (left, right), (low, high) = _spread(xs), _spread(ys)
     points = zip(_places(xs, left, right), _heights(ys, low, high), strict=True)
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_SERIES[0]}" fill-opacity=".55"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{SERIES[0]}" fill-opacity=".55"/>'
         for x, y in points
         if math.isfinite(x) and math.isfinite(y)
     )
@@ -205,7 +188,7 @@ def _bars(chart: Chart) -> str:
     zero = float(_heights(np.zeros(1), low, high)[0])
     parts = []
     for i, (name, y, value) in enumerate(zip(names, _heights(ys, low, high), ys, strict=True)):
-        colour = _SERIES[1] if value < 0 else _SERIES[0]
+        colour = SERIES[1] if value < 0 else SERIES[0]
         parts.append(
             f'<rect x="{_LEFT + 6 + i * width:.1f}" y="{min(y, zero):.1f}" '
             f'width="{width * 0.8:.1f}" height="{abs(zero - y):.1f}" fill="{colour}">'

@@ -17,7 +17,7 @@ from trilens.report.notebook.pictures import chart_picture, mosaic_picture
 from trilens.report.page import Block, Chart, Heads, LensGrid, Page, Profiles
 from trilens.report.tables import Table
 
-__all__ = ["MOST_BYTES", "framed", "show", "static_html"]
+__all__ = ["MOST_BYTES", "framed", "show", "shown_rows", "static_html"]
 
 MOST_BYTES = 100_000
 """Of what stands in a notebook without being asked for."""
@@ -49,6 +49,18 @@ def static_html(result: object) -> str:
     if len(found.encode()) <= MOST_BYTES:
         return found
     return "".join(part for part in parts if part not in pictured)[:MOST_BYTES]
+
+
+def shown_rows(result: object) -> list[dict[str, Any]]:
+    """The rows of the table that a notebook shows.
+
+    Raises:
+        UsageError: there is none.
+    """
+    table = _table_of(model_page(result) or page_of(result))
+    if table is None:
+        raise UsageError(f"{type(result).__name__} has no table")
+    return table.to_dict()
 
 
 def show(result: object, **options: Any) -> None:

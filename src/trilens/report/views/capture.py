@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trilens.analysis.lenses.logit_lens import LogitLens
 from trilens.caches.activation import FullActivationCache
 from trilens.caches.attention import AttentionCache
+from trilens.caches.states import StateCache
 from trilens.lens.capture import Capture
 from trilens.report.page import Chart, Heads, LensGrid, Profiles, Section
 from trilens.report.patterns import head_patterns
@@ -17,7 +18,14 @@ from trilens.report.tables import Column, Table
 from trilens.report.views.logit_lens import lens_rows
 from trilens.report.words import four_digits, token_text
 
-__all__ = ["head_section", "layer_section", "lens_grid", "lens_section", "state_section"]
+__all__ = [
+    "head_section",
+    "layer_section",
+    "lens_grid",
+    "lens_section",
+    "state_norms",
+    "state_section",
+]
 
 Values = NDArray[np.float32]
 _LONG = 1024
@@ -289,9 +297,11 @@ def _head_table(cache: AttentionCache, layers: tuple[int, ...]) -> Table:
 
 def state_section(capture: Capture) -> Section | None:
     """Norms of recurrent states after the last token that is stored; None where there are none."""
-    if not capture.has("states"):
-        return None
-    states = capture.states
+    return state_norms(capture.states) if capture.has("states") else None
+
+
+def state_norms(states: StateCache) -> Section:
+    """Norms after the last token that is stored, by layer and head."""
     position = states.positions[-1]
     rows = []
     for layer in states.layers:

@@ -9,23 +9,21 @@ but for the order in which sums are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from trilens.errors import CorruptFileError, ShapeError
-from trilens.ternary.codecs.rows import holds_code_3
+from trilens.errors import ShapeError
 from trilens.ternary.packed.matrix import PARTS, Packed
+from trilens.ternary.packed.module import PackedModule
 from trilens.ternary.packed.multiply import multiply, multiply_back
+from trilens.ternary.packed.operators import call_multiply, call_rotate
 from trilens.ternary.packed.read_only import ReadOnlyWeight
 from trilens.ternary.quantize import PerLayerQuant
-from trilens.ternary.rotation import rotate, rotate_back
+from trilens.ternary.rotation import rotate
 
 __all__ = ["PARTS", "Packed", "TernaryLinear"]
-
-_ZERO_TRITS = 0b01010101  # four codes of the trit 0
 
 
 class _Multiply(torch.autograd.Function):
@@ -47,7 +45,7 @@ class _Multiply(torch.autograd.Function):
         return by_x, by_bias, None
 
 
-class TernaryLinear(nn.Module):
+class TernaryLinear(PackedModule):
     """A linear layer with a packed ternary weight: y = x · Ŵᵀ + b.
 
     Stands in for `nn.Linear`, and for transformers' transposed `Conv1D`, whose weight is held as
@@ -69,13 +67,7 @@ class TernaryLinear(nn.Module):
         dtype: of the bias, and of `weight`.
     """
 
-    codes: nn.Parameter
-    scale: nn.Parameter
-    offset: nn.Parameter | None
-    second_codes: nn.Parameter | None
-    second_scale: nn.Parameter | None
     bias: nn.Parameter | None
-    _like: Tensor
 
     def __init__(
         self,
@@ -102,28 +94,15 @@ class TernaryLinear(nn.Module):
         self.levels = levels
         n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
         grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
-        codes = (out_features, math.ceil(in_features / 4))
-
-        def part(wanted: bool, shape: tuple[int, int], fill: int | None) -> nn.Parameter | None:
-            if not wanted:
-                return None
-            kind = torch.float32 if fill is None else torch.uint8
-            # A byte of 0x55 is four zeros: a layer nobody has filled yet gives its bias.
-            empty = torch.full(shape, fill or 0, dtype=kind, device=device)
-            return nn.Parameter(empty, requires_grad=False)
-
-        shapes = {
-            "codes": part(True, codes, _ZERO_TRITS),
-            "scale": part(True, grid, None),
-            "offset": part(has_offset, grid, None),
-            "second_codes": part(has_second, codes, _ZERO_TRITS),
-            "second_scale": part(has_second, grid, None),
-            "bias": nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-            if bias
-            else None,
-        }
-        for name, parameter in shapes.items():
-            self.register_parameter(name, parameter)
+        self.make_parts(
+            (out_features, math.ceil(in_features / 4)),
+            grid,
+            has_offset=has_offset,
+            has_second=has_second,
+            device=device,
+        )
+        zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         # Follows the module through .to(); remembers the dtype where there is no bias to do so.
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
@@ -175,19 +154,6 @@ class TernaryLinear(nn.Module):
         return layer
 
     @property
-    def packed(self) -> Packed:
-        """The packed weight, by reference."""
-        return Packed(
-            self.codes,
-            self.scale,
-            self.in_features,
-            self.group_size,
-            self.offset,
-            self.second_codes,
-            self.second_scale,
-        )
-
-    @property
     def weight(self) -> Tensor:
         """The weight as the replaced layer would hold it, unpacked anew at each access.
 
@@ -197,7 +163,7 @@ class TernaryLinear(nn.Module):
         Shapes: [out_features, in_features]; transposed: [in_features, out_features]
         """
         with torch.no_grad():
-            dense = self._plain(self._like.dtype)
+            dense = self.unrotated(self.packed, self._like.dtype)
         return (dense.T if self.transposed else dense).as_subclass(ReadOnlyWeight)
 
     @property
@@ -211,29 +177,8 @@ class TernaryLinear(nn.Module):
         Memory: 4 bytes per weight.
         """
         with torch.no_grad():
-            dense = self._plain(torch.float32)
+            dense = self.unrotated(self.packed, torch.float32)
         return dense.T if self.transposed else dense
-
-    def _plain(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in], not rotated."""
-        if not self.rotated:
-            return self.packed.dense(dtype)
-        return rotate_back(self.packed.dense()).to(dtype)
-
-    def check(self, name: str) -> None:
-        """Refuse codes and scales that no quantizer makes.
-
-        Args:
-            name: what the error calls the layer.
-
-        Raises:
-            CorruptFileError: a code 3, or a scale that is not finite.
-        """
-        for part, tensor in self.packed.parts.items():
-            if part.endswith("codes") and self.levels == 3 and holds_code_3(tensor):
-                raise CorruptFileError(f"{part} of {name} hold the code 3: codes are 0, 1 or 2")
-            if not part.endswith("codes") and not bool(torch.isfinite(tensor).all()):
-                raise CorruptFileError(f"{part} of {name} holds NaN or Inf: it must be finite")
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply.
@@ -243,8 +188,10 @@ class TernaryLinear(nn.Module):
         Memory: see `multiply`: two megabytes, and what a few inputs are prepared to.
         """
         if self.rotated:
-            x = rotate(x)
+            x = call_rotate(x) if torch.compiler.is_compiling() else rotate(x)
         bias = self.bias
+        if torch.compiler.is_compiling():
+            return call_multiply(x, self.packed, bias)
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         if wants and torch.is_grad_enabled():
             found: Tensor = _Multiply.apply(x, bias, self.packed)  # type: ignore[no-untyped-call]
@@ -259,13 +206,3 @@ class TernaryLinear(nn.Module):
         rotated += ", four levels" if self.levels == 4 else ""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}, scale per {per}{rotated}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._parameters[name] for name in PARTS}
-        kept = {name: part.data for name, part in before.items() if part is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():
-            new = self._parameters[name]
-            if new is not None and new.dtype != old.dtype:
-                self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
-        return self

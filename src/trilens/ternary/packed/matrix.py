@@ -112,6 +112,15 @@ class Packed:
         parts: dict[str, Any] = {name: part(name, tensor) for name, tensor in self.parts.items()}
         return replace(self, **parts)
 
+    def lead(self, index: Any) -> Self:
+        """One matrix of several by reference, or some.
+
+        Args:
+            index: of the first dimension, as a tensor takes it.
+        """
+        parts: dict[str, Any] = {name: tensor[index] for name, tensor in self.parts.items()}
+        return replace(self, **parts)
+
     def _plane(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         trits = unpack_rows(codes, self.cols, dtype)
         return trits.mul_(self._spread(scale.to(dtype)))

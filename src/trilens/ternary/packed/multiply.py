@@ -1,7 +1,11 @@
 """x · Ŵᵀ from packed codes, without ever unpacking the whole matrix.
 
+Where the library that is built with the package computes (`cpu.native`: bfloat16 on processors
+that multiply it), it takes the codes as they are, up to some hundred inputs. Elsewhere numba's
+loops help:
+
 Few inputs (`looked_up`): the codes themselves pick prepared sums of inputs; sums are float32.
-Many inputs (`tiled`): a few hundred rows are unpacked to what a dense layer would hold, and
+Many inputs (`tiled`): some hundred rows are unpacked to what a dense layer would hold, and
 multiplied by torch, then the next ones. Both compute with the matrix that `Packed.dense` gives for
 the dtype of the input (with two planes or an offset `looked_up` leaves out its last rounding).
 
@@ -19,6 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trilens.ternary.packed.cpu.native import (
+    multiply_native,
+    native_computes,
+    native_reads,
+    unpack_native,
+)
 from trilens.ternary.packed.cpu.thread_pool import find_loop, make_job, methods, run_job
 from trilens.ternary.packed.gpu.dispatch import multiply_on_gpu, triton_computes
 from trilens.ternary.packed.matrix import Packed
@@ -28,6 +38,7 @@ __all__ = ["multiply", "multiply_back"]
 _WORTH_PACKED = 1 << 18  # weights: below, torch is done before the compiled code is loaded
 _WORTH_A_THREAD = 1 << 19  # weights times inputs
 _TILE_BYTES = 1 << 21  # stays in the cache between unpacking and multiplying
+_MANY, _TALLER = 128, 4  # inputs for which a tile is larger, so that they are read less often
 _LOOKUP_INPUTS = {"pairs": 12, "singles": 8, "any": 5}
 """Up to how many inputs the codes are looked up: beyond, tiles are faster."""
 
@@ -44,7 +55,8 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows], in the dtype of x (under
     autocast in autocast's)
 
-    Memory: 2 MB, and 32 bytes for each number in up to 12 inputs.
+    Memory: 2 MB, 8 MB with more than 128 inputs; and a copy of the inputs, or 32 bytes for each
+        number in up to 12 of them.
     """
     on_gpu = triton_computes(x, packed)
     if not on_gpu and not _by_address(x, packed):
@@ -59,6 +71,10 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if on_gpu:
         return multiply_on_gpu(x, packed, bias)
     flat = x.reshape(-1, packed.cols)
+    if native_computes(flat, packed):
+        n_threads = 1 + len(flat) * len(packed.codes) * packed.cols // _WORTH_A_THREAD
+        out = multiply_native(flat, packed, bias, n_threads)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
     method = _method(flat, packed)
     out = _tiled(flat, packed, bias) if method is None else _looked_up(flat, packed, method)
     if method is not None:
@@ -80,7 +96,7 @@ def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
     flat = grad.reshape(-1, grad.shape[-1]).to(wide)
     out = flat.new_zeros(len(flat), packed.cols)
     with torch.autocast("cpu", enabled=False):
-        for start, stop in _tiles(packed, wide):
+        for start, stop in _tiles(packed, wide, len(flat)):
             tile = _unpacked(packed, start, stop, grad.dtype, wide)
             out = out.addmm_(flat[:, start:stop], tile)
     return out.to(grad.dtype).reshape(*grad.shape[:-1], packed.cols)
@@ -155,16 +171,17 @@ def _looked_up(flat: Tensor, packed: Packed, method: str) -> Tensor:
 def _tiled(flat: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """Shapes: flat [inputs, cols] → [inputs, rows]."""
     out = flat.new_empty(len(flat), len(packed.codes))
-    for start, stop in _tiles(packed, flat.dtype):
+    for start, stop in _tiles(packed, flat.dtype, len(flat)):
         tile = _unpacked(packed, start, stop, flat.dtype, flat.dtype)
         part = None if bias is None else bias[start:stop]
         out[:, start:stop] = functional.linear(flat, tile, part)
     return out
 
 
-def _tiles(packed: Packed, dtype: torch.dtype) -> list[tuple[int, int]]:
+def _tiles(packed: Packed, dtype: torch.dtype, n_inputs: int) -> list[tuple[int, int]]:
     rows = len(packed.codes)
-    step = max(16, _TILE_BYTES // (packed.cols * dtype.itemsize) // 16 * 16)
+    tile_bytes = _TILE_BYTES * (_TALLER if n_inputs > _MANY else 1)
+    step = max(16, tile_bytes // (packed.cols * dtype.itemsize) // 16 * 16)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -176,6 +193,9 @@ def _unpacked(
     Shapes: → [stop − start, cols]
     """
     cols = packed.cols
+    if rounded == torch.bfloat16 and native_reads(packed):
+        n_threads = 1 + (stop - start) * cols // _WORTH_A_THREAD
+        return unpack_native(packed, start, stop, n_threads).to(dtype)
     if not methods() or rounded not in _ROUNDING or not _readable(packed):
         return packed.rows(start, stop).dense(rounded).to(dtype)
     tile = torch.empty(stop - start, -(-cols // 16) * 16, dtype=dtype)

@@ -1,0 +1,3 @@
+"""Pictures for a paper: matplotlib figures of what the report draws."""
+
+__all__: list[str] = []

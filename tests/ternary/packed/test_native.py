@@ -1,0 +1,196 @@
+"""The library built with the package against float64, and the ways around it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packed_cases import RULES, biases, check, inputs, made, packed_matrices
+from trilens.ternary.packed import multiply as subject
+from trilens.ternary.packed.cpu import native
+from trilens.ternary.packed.cpu import thread_pool as team
+from trilens.ternary.packed.linear import Packed, TernaryLinear
+from trilens.ternary.packed.multiply import multiply, multiply_back
+from trilens.ternary.quantize import PerLayerQuant
+
+ROOT = Path(__file__).parents[3]
+LEVEL = native._level()
+WAYS = ["native", "without"] if LEVEL else ["without"]
+
+
+@pytest.fixture(autouse=True)
+def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "_WORTH_PACKED", 0)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the library where this processor can use it, and as if there were none."""
+    if request.param == "without":
+        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(native, "_level", native._level.__wrapped__)
+    return request.param
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the library was asked for."""
+    found: list[str] = []
+    ask = native._function
+    monkeypatch.setattr(native, "_function", lambda name: found.append(name) or ask(name))
+    return found
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
+    packed = draw(packed_matrices((1, 150), (1, 700), [16, 32, 48, 128, 1024]))
+    count = draw(st.integers(1, 14) | st.sampled_from([40, 65]))
+    x = inputs(count, packed.cols, torch.bfloat16)
+    return packed, x, draw(biases(packed, x))
+
+
+def test_it_is_built_where_a_compiler_is() -> None:
+    compilers = [shutil.which(name) for name in ("cc", "gcc", "clang")]
+    assert (native._library() is not None) or not any(compilers)
+
+
+def test_it_computes_where_the_processor_can() -> None:
+    flags = set()
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        line = next(line for line in text.splitlines() if line.startswith("flags"))
+        flags = set(line.split())
+    able = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"} <= flags
+    assert int(able and native._library() is not None) == LEVEL
+
+
+def test_it_is_optional_and_its_source_is_shipped() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    (module,) = tools["setuptools"]["ext-modules"]
+    assert module["optional"] is True
+    shipped = tools["setuptools"]["package-data"]["trilens"]
+    assert [f"src/trilens/{name}" for name in shipped if name.endswith(".c")] == module["sources"]
+
+
+def test_the_fields_of_a_job_are_those_of_the_source() -> None:
+    source = (Path(native.__file__).parent / "native.c").read_text(encoding="utf-8")
+    inside = source[source.index("typedef struct {") : source.index("} Job;")]
+    names = inside.split("{")[1].replace("int64_t", "").replace(";", ",").split(",")
+    assert tuple(name.strip() for name in names if name.strip()) == native.JOB
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def _holds(case: tuple[Packed, torch.Tensor, torch.Tensor | None]) -> None:
+    packed, x, bias = case
+    check(multiply(x, packed, bias), x, packed, bias)
+
+
+def test_it_is_the_dense_layer(way: str, monkeypatch: pytest.MonkeyPatch, used: list[str]) -> None:
+    monkeypatch.setattr(native, "_CHUNK_BYTES", 20_000)  # several chunks
+    _holds()
+    assert ("multiply" in used) == (way == "native")
+
+
+@pytest.mark.parametrize("options", [{}, {"per": "row"}, {"group_size": 32}, {"group_size": 48}])
+@pytest.mark.parametrize("rule", [*RULES, "quad"])
+def test_tiles_are_the_dense_weight_bit_for_bit(way: str, rule: str, options: dict) -> None:
+    packed = made(70, 203, rule=rule, **options)
+    dense = packed.dense(torch.bfloat16)
+    tile = subject._unpacked(packed, 3, 68, torch.bfloat16, torch.bfloat16)
+    assert torch.equal(tile, dense[3:68])
+    wide = subject._unpacked(packed, 3, 68, torch.bfloat16, torch.float32)
+    assert torch.equal(wide, dense[3:68].float())
+
+
+@pytest.mark.parametrize("n_inputs", [1, 2, 7, 20])
+def test_four_levels_and_negative_scales(way: str, n_inputs: int) -> None:
+    packed = made(100, 256, rule="quad", group_size=128)
+    x = inputs(n_inputs, 256, torch.bfloat16)
+    check(multiply(x, packed), x, packed, None)
+    with torch.no_grad():
+        packed.scale.mul_(-1)
+    check(multiply(x, packed), x, packed, None)
+
+
+def test_many_inputs_go_to_torch(
+    way: str, monkeypatch: pytest.MonkeyPatch, used: list[str]
+) -> None:
+    packed = made(300, 128, group_size=32)
+    monkeypatch.setattr(subject, "_TILE_BYTES", 10_000)
+    x = inputs(native._MOST_INPUTS + 1, 128, torch.bfloat16)
+    check(multiply(x, packed), x, packed, None)
+    assert "multiply" not in used
+    assert ("unpack" in used) == (way == "native")
+    # where a processor multiplies matrices, few inputs are many
+    monkeypatch.setattr(native, "_has_matrix_units", lambda: True)
+    check(multiply(x[:20], packed), x[:20], packed, None)
+    assert "multiply" not in used
+
+
+def test_other_dtypes_and_two_planes_do_without(used: list[str]) -> None:
+    packed, planes = made(100, 128), made(100, 128, rule="planes")
+    for matrix, dtype in ((packed, torch.float32), (packed, torch.half), (planes, torch.bfloat16)):
+        x = inputs(3, 128, dtype)
+        check(multiply(x, matrix), x, matrix, None)
+    assert used == []
+
+
+def test_inputs_that_are_views(way: str) -> None:
+    packed = made(100, 96, per="row")
+    wide = inputs(8, 300, torch.bfloat16)
+    for x in (wide[:, 7:103], wide[::2, 0:288:3], wide[:1].expand(5, -1)[:, :96], wide[0, :96]):
+        flat = x.reshape(-1, 96).clone()
+        assert torch.equal(multiply(x, packed).reshape(-1, 100), multiply(flat, packed))
+    assert multiply(wide[:0, :96], packed).shape == (0, 100)
+
+
+def test_infinite_inputs_are_not_hidden(way: str) -> None:
+    packed = made(100, 64, per="row")
+    x = inputs(1, 64, torch.bfloat16)
+    x[0, 5] = float("inf")
+    expected = (x.float() @ packed.dense(torch.bfloat16).float().T).bfloat16()
+    found = multiply(x, packed)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[found.isinf()], expected[expected.isinf()])
+    x[0, 5] = float("nan")
+    assert multiply(x, packed).isnan().all()
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_threads_share_the_rows(way: str, openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(team, "_openmp", lambda: None)
+    packed, x = made(1000, 300, group_size=32), inputs(20, 300, torch.bfloat16)
+    alone = multiply(x, packed)
+    monkeypatch.setattr(subject, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            found = multiply(x, packed)
+            assert torch.equal(found, alone) or way == "without"
+            check(found, x, packed, None)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_and_bias_of_a_layer(way: str) -> None:
+    weights = torch.randn(70, 96, generator=torch.Generator().manual_seed(3))
+    quant = PerLayerQuant.quantize(weights, "w", rule="exact", group_size=32)
+    layer = TernaryLinear.from_quant(quant, torch.linspace(-1, 1, 70), dtype=torch.bfloat16)
+    x = inputs(9, 96, torch.bfloat16).requires_grad_()
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    check(y.detach(), x.detach(), layer.packed, layer.bias.detach())
+    assert torch.equal(x.grad, multiply_back(torch.ones_like(y), layer.packed))
+    assert torch.equal(layer.bias.grad, torch.full((70,), 9.0, dtype=torch.bfloat16))
