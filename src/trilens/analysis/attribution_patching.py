@@ -56,9 +56,7 @@ def attribution_patch(
         lens, clean, corrupted, metric, site=site, layers=layers, direction=direction, by=by
     )
     source = runs.aligned()
-    found = lens.gradients(
-        runs.receiver.token_ids, metric, sites=[runs.site], layers=runs.layers
-    ).gradients
+    found = lens.gradients(runs.prompt, metric, sites=[runs.site], layers=runs.layers).gradients
     effects = [
         _effects(_delta(runs, source, layer), found[runs.site, layer], by) for layer in runs.layers
     ]
@@ -91,7 +89,7 @@ def integrated_gradients(
     runs = read_runs(
         lens, clean, corrupted, metric, site=site, layers=layers, direction=direction, by=by
     )
-    source, ids = runs.aligned(), runs.receiver.token_ids
+    source = runs.aligned()
     effects, errors, done = [], [], 0
     for layer in runs.layers:
         start, delta = runs.receiver.sites[runs.site, layer], _delta(runs, source, layer)
@@ -99,13 +97,15 @@ def integrated_gradients(
         for step in range(n):
             at = start + (step + 0.5) / n * delta
             edit = Replace(runs.site, at, layers=layer)
-            there = lens.gradients(ids, metric, sites=[runs.site], layers=[layer], edits=edit)
+            there = lens.gradients(
+                runs.prompt, metric, sites=[runs.site], layers=[layer], edits=edit
+            )
             mean += there.gradients[runs.site, layer] / n
             done += 1
             if progress is not None:
                 progress(Step(done, n * len(runs.layers), f"gradients of layer {layer}"))
         whole = Replace(runs.site, start + delta, layers=layer)
-        reached = measure(metric, lens.capture(ids, residual=None, edits=whole))
+        reached = measure(metric, lens.capture(runs.prompt, residual=None, edits=whole))
         effects.append(_effects(delta, mean, by))
         errors.append(float(abs(effects[-1].sum() - (reached - runs.base))))
     return _sweep(runs, np.stack(effects), by, direction, f"integrated, {n} steps", tuple(errors))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.analysis.metrics import logit_diff
-from trilens.analysis.sweeping import measure
+from trilens.analysis.sweeping import measure, prompt_again
 from trilens.analysis.tokens import Token, token_id
 from trilens.caches.indices import check_index
 from trilens.edits import Edit
@@ -144,7 +144,7 @@ def edit_effect(
         ids = token_id(lens, target), token_id(lens, against)
     plain = lens.capture(prompt, residual=None)
     at = check_index(position, len(plain.tokens), "position", "this prompt", negative=True)
-    edited = lens.capture(plain.token_ids, residual=None, edits=given)
+    edited = lens.capture(prompt_again(lens, prompt, plain), residual=None, edits=given)
     return effect_between(lens, plain, edited, given, ids=ids, position=at, k=n)
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilens.analysis.points import Points
-from trilens.analysis.sweeping import measure, measure_points
+from trilens.analysis.sweeping import measure, measure_points, prompt_again
 from trilens.edits import Edit
 from trilens.lens.gradients import Metric
 from trilens.lens.lens import Lens
+from trilens.models.encoded import each_prompt
 from trilens.models.tokens import PromptLike
 from trilens.numbers import at_least
 from trilens.progress import Progress
@@ -111,13 +112,15 @@ def swept(
         EditError: an edit that does not fit.
     """
     size = at_least(1, batch_size, "batch_size")
-    plain = list(lens.capture_many(prompts, batch_size=1, residual=None))
+    given = list(each_prompt(prompts))
+    plain = list(lens.capture_many(given, batch_size=1, residual=None))
     bases = [measure(metric, each) for each in plain]
     runs: list[list[float]] = []
-    for number, each in enumerate(plain):
+    for number, (prompt, each) in enumerate(zip(given, plain, strict=True)):
         found = measure_points(
-            lens, each.token_ids, metric, points, edits_of, batch_size=size, what=title,
-            progress=progress, done=number * len(points), total=len(plain) * len(points),
+            lens, prompt_again(lens, prompt, each), metric, points, edits_of,
+            batch_size=size, what=title, progress=progress,
+            done=number * len(points), total=len(plain) * len(points),
         )  # fmt: skip
         whole = len(found) == len(points)
         if whole or not runs:

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from trilens.analysis.patch_result import By, Direction, PatchSweep
-from trilens.analysis.sweeping import measure, measure_points
+from trilens.analysis.sweeping import measure, measure_points, prompt_again
 from trilens.axes import SITES, site_name
 from trilens.caches.derived import Derived
 from trilens.caches.indices import check_positions
@@ -42,7 +42,7 @@ class Runs:
     """The two runs of a sweep, with the values of one site.
 
     Attributes:
-        receiver: the run that is patched.
+        receiver: the run that is patched; `prompt` gives it again.
         donor: the run whose values are put in.
         pairs: (position in the receiver, in the donor) of tokens that stand for each other.
         base: the metric of the receiver; `target` that of the donor.
@@ -50,6 +50,7 @@ class Runs:
 
     site: str
     layers: tuple[int, ...]
+    prompt: PromptLike
     receiver: Capture
     donor: Capture
     pairs: tuple[tuple[int, int], ...]
@@ -100,6 +101,7 @@ def read_runs(
         for prompt in (clean, corrupted)
     ]
     donor, receiver = captures if direction == "denoise" else reversed(captures)
+    prompt = prompt_again(lens, corrupted if direction == "denoise" else clean, receiver)
     pairs = receiver.align(donor).pairs
     if not pairs:
         raise UsageError("no token of one prompt stands for one of the other: nothing to patch")
@@ -112,7 +114,7 @@ def read_runs(
             f"the metric is {base:g} in both runs: no effect can be told; take prompts or a metric "
             "in which they differ"
         )
-    return Runs(name, held, receiver, donor, pairs, base, target)
+    return Runs(name, held, prompt, receiver, donor, pairs, base, target)
 
 
 def patch_sweep(
@@ -167,7 +169,7 @@ def patch_sweep(
     ]
     source = runs.aligned()
     found = measure_points(
-        lens, runs.receiver.token_ids, metric, points,
+        lens, runs.prompt, metric, points,
         lambda batch: _edits(runs, source, batch, places, by),
         batch_size=size, what=f"patches of {runs.site}", progress=progress,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, SupportsIndex
 
 from trilens.analysis.patch_result import Direction
 from trilens.analysis.patching import Runs
-from trilens.analysis.sweeping import measure
+from trilens.analysis.sweeping import measure, prompt_again
 from trilens.axes import SITE_ORDER, SITES, site_name
 from trilens.caches.indices import check_index
 from trilens.caches.sites import SiteCache
@@ -155,13 +155,13 @@ def path_patch(
     frozen = {(end[:2]): _between(lens, start, end, freeze_mlps) for end in ends}
     keys = {start[:2], *frozen, *(key for each in frozen.values() for key in each)}
     runs = _runs(lens, clean, corrupted, metric, start, list(keys), direction)
-    ids, own = runs.receiver.token_ids, runs.receiver
+    own = runs.receiver
     send = Patch(start[0], layers=start[1], heads=start[2], source=runs.aligned())
     read: dict[tuple[str, int | None], Any] = {}
     for (site, layer), still in frozen.items():
         keep = [Patch(name, layers=at, source=own) for name, at in still]
         found = lens.capture(
-            ids,
+            runs.prompt,
             residual=None,
             logits=None,
             sites=[site],
@@ -173,7 +173,7 @@ def path_patch(
     last: list[Edit] = [
         Patch(site, layers=layer, heads=head, source=source) for site, layer, head in ends
     ]
-    value = measure(metric, lens.capture(ids, residual=None, edits=last))
+    value = measure(metric, lens.capture(runs.prompt, residual=None, edits=last))
     return PathPatch(
         sender=start,
         receivers=tuple(ends),
@@ -257,6 +257,7 @@ def _runs(
         raise UsageError(f"direction {direction!r} is not an option: 'denoise' or 'noise'")
     captures = [_captured(lens, prompt, keys) for prompt in (clean, corrupted)]
     donor, receiver = captures if direction == "denoise" else reversed(captures)
+    prompt = prompt_again(lens, corrupted if direction == "denoise" else clean, receiver)
     pairs = receiver.align(donor).pairs
     if not pairs:
         raise UsageError("no token of one prompt stands for one of the other: nothing to patch")
@@ -266,7 +267,7 @@ def _runs(
             f"the metric is {base:g} in both runs: no effect can be told; take prompts or a metric "
             "in which they differ"
         )
-    return Runs(start[0], (start[1],), receiver, donor, pairs, base, target)  # type: ignore[arg-type]
+    return Runs(start[0], (start[1],), prompt, receiver, donor, pairs, base, target)  # type: ignore[arg-type]
 
 
 def _captured(lens: Lens, prompt: PromptLike, keys: Sequence[tuple[str, int | None]]) -> Capture:

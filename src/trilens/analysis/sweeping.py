@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from torch import Tensor
-
 from trilens.edits import Edit
 from trilens.errors import MetricError
 from trilens.lens.capture import Capture
 from trilens.lens.gradients import Metric, scalar_of
 from trilens.lens.lens import Lens
+from trilens.models.tokens import PromptLike
 from trilens.progress import Progress, Step
 
-__all__ = ["measure", "measure_points"]
+__all__ = ["measure", "measure_points", "prompt_again"]
 
 Point = TypeVar("Point")
 
@@ -30,9 +29,14 @@ def measure(metric: Metric, capture: Capture) -> float:
     return float(scalar_of(metric, capture.logits))
 
 
+def prompt_again(lens: Lens, prompt: PromptLike, capture: Capture) -> PromptLike:
+    """What gives a captured run again: its token ids, or the prompt that holds a source beside."""
+    return prompt if lens.reads_source else capture.token_ids
+
+
 def measure_points(
     lens: Lens,
-    ids: Tensor,
+    prompt: PromptLike,
     metric: Metric,
     points: Sequence[Point],
     edits_of: Callable[[Sequence[Point]], Sequence[Edit]],
@@ -47,7 +51,7 @@ def measure_points(
 
     Args:
         lens: the model.
-        ids: [seq], the prompt's token ids.
+        prompt: as `prompt_again` gives it.
         metric: of the logits [seq, vocab].
         points: what differs from run to run.
         edits_of: the edits of a batch of points; their positions are `PerPrompt`, an entry for
@@ -63,7 +67,7 @@ def measure_points(
         for start in range(0, len(points), batch_size):
             batch = points[start : start + batch_size]
             found = lens.capture_many(
-                [ids] * len(batch), batch_size=len(batch), residual=None, edits=edits_of(batch)
+                [prompt] * len(batch), batch_size=len(batch), residual=None, edits=edits_of(batch)
             )
             values += [measure(metric, capture) for capture in found]
             if progress is not None:
