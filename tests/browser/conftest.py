@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("playwright", "axe_playwright_python", "nbconvert")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def absent() -> str:
     """Why there is no browser; "" where there is one."""
-    if importlib.util.find_spec("playwright") is None:
-        return "Playwright is not installed: `make test-browser` installs it"
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed: `make test-browser` installs it"
     if not any(map(shutil.which, BROWSERS)):
         return "no Chromium on this machine: apt-get install chromium"
     return ""

@@ -120,7 +120,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(model_type: str) ->
     gc.collect()
     gc.freeze()
     for at in sorted(
-        random.Random(0).sample(points, scaled(full=min(len(points), 500), subset=40))
+        random.Random(0).sample(points, scaled(full=min(len(points), 300), subset=40))
     ):
         # An interpreter that shows a traceback holds on to its frames, and to what they opened.
         shown = interrupted(lambda: lens.capture(ids, **request), at)
@@ -159,7 +159,7 @@ def test_an_interrupted_generation_leaves_the_model_as_it_was(model_type: str) -
     points = range(1, counter.lines + 1)
     gc.collect()
     gc.freeze()
-    for at in sorted(random.Random(0).sample(points, scaled(full=250, subset=30))):
+    for at in sorted(random.Random(0).sample(points, scaled(full=150, subset=30))):
         shown = interrupted(work, at)
         assert shown is not None
         with torch.no_grad():
@@ -181,7 +181,7 @@ def test_an_interrupted_probe_leaves_the_model_as_it_was() -> None:
     with Interrupt() as counter:
         Lens(model)
     n_lines = counter.lines
-    for at in sorted(random.Random(0).sample(range(1, n_lines + 1), scaled(full=200, subset=25))):
+    for at in sorted(random.Random(0).sample(range(1, n_lines + 1), scaled(full=120, subset=25))):
         assert interrupted(lambda: Lens(model), at) is not None
         with torch.no_grad():
             assert torch.equal(model(tensor).logits, plain), f"line {at}"

@@ -150,7 +150,7 @@ def test_an_interrupt_at_any_time_of_the_work(command: str, tmp_path: Path) -> N
         "capture": (DEMO, "-p", "import os", "-o", str(tmp_path / "out.tlc")),
         "compare": (DEMO, DEMO, *small, "-o", str(tmp_path / "out")),
     }[command]
-    times = scaled(full=40, subset=4)
+    times = scaled(full=25, subset=4)
     done = subprocess.run(
         [sys.executable, "-c", FORKS, str(times), str(tmp_path), command, *arguments],
         capture_output=True, text=True, env=ENVIRONMENT, check=False,
