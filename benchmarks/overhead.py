@@ -61,14 +61,49 @@ def peers(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def bare_hooks(model: Any, plain: Callable[[], Any]) -> Callable[[], Any]:
+    """The floor of a capture: the same tensors held by hand, nothing proven, nothing wrapped.
+
+    What is held can't be written over by the next layer, so that the pass has to take fresh memory.
+    """
+
+    def run() -> Any:
+        held: list[Any] = []
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            held.append(output)
+
+        def keep_input(_module: Any, args: Any) -> None:
+            held.append(args[0])
+
+        def last(_module: Any, _args: Any, output: Any) -> None:
+            held.append(output[:, -1].clone())
+
+        handles = []
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                handles.append(projection.register_forward_hook(keep))
+            handles.append(layer.mlp.act_fn.register_forward_pre_hook(keep_input))
+            handles.append(layer.register_forward_hook(last))
+        try:
+            return plain(), held
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
 def main() -> None:
     """Measure and keep."""
     model = llama_88m()
     ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     lens = Lens(model)
 
+    plain = plain_pass(model, ids)
     runs: dict[str, Callable[[], Any]] = {
-        "plain": plain_pass(model, ids),
+        "plain": plain,
+        "bare hooks": bare_hooks(model, plain),
         "trilens": lambda: lens.capture(ids, residual="last", attention=True, gates=True),
         "trilens, residual": lambda: lens.capture(ids, residual="last"),
     }
