@@ -106,6 +106,19 @@ def test_a_cluster_ternarizes_to_the_same_bytes(cluster: Any, tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_actor_without_room_waits_for_one_that_is_done(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a node was lost a moment ago: it is still counted, and has no room."""
+    true = RayWorkers._room
+    monkeypatch.setattr(RayWorkers, "_room", lambda self: true(self) + 1)
+    source = saved("llama", tmp_path / "src", shard_size="80KB")
+    trilens.ternarize(source, tmp_path / "wanted")
+    trilens.ternarize(source, tmp_path / "out", ray="auto")
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_cluster_without_room_is_refused(cluster: Any, checkpoint: str, tmp_path: Path) -> None:
     spec = worker_spec(tmp_path, checkpoint, {}, threads=64)
     with pytest.raises(UsageError, match="no room for a worker of 64 CPUs"):

@@ -87,7 +87,12 @@ class RayWorkers:
         self._busy[actor.run.remote(shard)] = (actor, shard)
 
     def wait(self) -> Sequence[Done | Failure]:
-        """What has ended; waits for at least one."""
+        """What has ended; waits for at least one.
+
+        Actors that are idle now have nothing left to do. They are ended: one that a lost node
+        still had room for when it was asked for waits for theirs.
+        """
+        self._end_idle()
         found: list[Done | Failure] = []
         while not found and self._busy:
             ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=_POLL_S)
@@ -115,11 +120,16 @@ class RayWorkers:
         with suppress(Exception):
             self._ray.kill(actor, no_restart=True)
 
+    def _end_idle(self) -> None:
+        while self._idle:
+            self._kill(self._idle.pop())
+
     def close(self) -> None:
         """End all actors, and the session where it was opened here."""
-        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
+        self._end_idle()
+        for actor, _ in self._busy.values():
             self._kill(actor)
-        self._idle, self._busy = [], {}
+        self._busy = {}
         if self._opened:
             self._ray.shutdown()
 
