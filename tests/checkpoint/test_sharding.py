@@ -78,7 +78,10 @@ def test_a_worker_does_what_this_process_does(
         return InProcess(lambda shard: json.loads(json.dumps(run(shard))))
 
     monkeypatch.setattr(sharding, "open_pool", pool)
-    ternarize(source, tmp_path / "out", plan=PLANS[name], workers=3)
+    report = ternarize(source, tmp_path / "out", plan=PLANS[name], workers=3)
+    own = ternarize(source, tmp_path / "here", plan=PLANS[name])
+    shown = [each.histogram for each in own.tensors]
+    assert [each.histogram for each in report.tensors] == shown and any(shown)
     assert len(specs) == 1
     assert content(tmp_path / "out") == written(source, tmp_path / "one", PLANS[name])
 

@@ -247,7 +247,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     ("options", "error", "words"),
     [
         ({"sites": ("attn.pattern",)}, UsageError, "not one value a token"),
-        ({"sites": ("mixer.decay",)}, UsageError, "is a gate, whose openness is reduced"),
+        ({"sites": ("mixer.rate",)}, UsageError, "is a gate, whose openness is reduced"),
         ({"sites": ("mixer.out",)}, SiteError, "is not there"),
         ({"sites": "resid_post"}, UsageError, "is not a list"),
         ({"layers": (9,)}, OutOfRangeError, "layer 9"),

@@ -267,8 +267,8 @@ def test_the_reader_of_pickles_is_the_only_one() -> None:
             if word in {"torch.load", "eval", "exec", "compile", "pickle.load", "pickle.loads",
                         "os.system", "subprocess.run", "subprocess.Popen"}:  # fmt: skip
                 found.add((str(path.relative_to(source)), word))
-    # The workers of a corpus are Python's own interpreter on a module of this package.
-    workers = ("corpus/processes.py", "subprocess.Popen")
+    # Workers are Python's own interpreter on a module of this package.
+    workers = ("workers/processes.py", "subprocess.Popen")
     assert found <= {("models/rwkv7/convert.py", "torch.load"), workers}
     text = Path(convert_module.__file__).read_text()
     assert text.count("torch.load(") == text.count("weights_only=True")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from trilens.checkpoint.shard_worker import shard_runner, worker_spec
 from trilens.errors import ShardError, TrilensError, WriteError
 from trilens.io.temporary import is_leftover, sweep
 from trilens.progress import Progress, Step
+from trilens.ternary.histogram import LevelHistogram
 from trilens.workers.dispatch import InProcess, Workers, run_shards
 from trilens.workers.pool import open_pool
 
@@ -78,7 +80,7 @@ def write_shards(
             pool, missing, done="ternarized", name=lambda n: f"shard {files[n].name}"
         ):
             name, digest = files[done.shard].name, done.report["sha256"]
-            reports = [TensorReport.from_dict(tensor) for tensor in done.report["tensors"]]
+            reports = [_reported(tensor) for tensor in done.report["tensors"]]
             _check_there(out / name)
             journal.add(name, digest, reports)
             finished[done.shard] = digest, reports
@@ -94,6 +96,12 @@ def write_shards(
     in_order = [finished[n] for n in range(len(files))]
     tensors = [report for _, reports in in_order for report in reports]
     return tensors, {file.name: digest for file, (digest, _) in zip(files, in_order, strict=True)}
+
+
+def _reported(values: dict[str, Any]) -> TensorReport:
+    """A tensor's report, with the histogram that files leave out."""
+    report, held = TensorReport.from_dict(values), values["histogram"]
+    return report if held is None else replace(report, histogram=LevelHistogram.from_dict(held))
 
 
 class _Counter:

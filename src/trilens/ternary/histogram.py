@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,17 @@ class LevelHistogram:
     def n_weights(self) -> int:
         """How many weights were sampled."""
         return sum(map(sum, self.counts))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` gave, also after a way through JSON."""
+        low, middle, high = values["scale"]
+        return cls(
+            levels=tuple(values["levels"]),
+            counts=tuple(map(tuple, values["counts"])),
+            thresholds=tuple(values["thresholds"]),
+            scale=(low, middle, high),
+        )
 
 
 class LevelSample:
