@@ -10,6 +10,11 @@ import torch
 import tinymodels
 import trilens
 
+# What nbconvert reads when it is imported, it leaves open.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:

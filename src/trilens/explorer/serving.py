@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import secrets
 import socket
 from collections.abc import Callable
@@ -106,4 +107,6 @@ def serve(app: ASGIApp, bound: Bound, started: Callable[[], None]) -> None:
         h11_max_incomplete_event_size=_HEADER_BYTES,
     )
     started()
+    # A page that is closed while it is answered is no news to whoever reads the terminal.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     uvicorn.Server(config).run(sockets=[bound.socket])
