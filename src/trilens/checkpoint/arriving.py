@@ -95,13 +95,9 @@ def packed_like(
         first if transposed else second,
         second if transposed else first,
         bias=old.bias is not None,
-        per_row=options["per"] != "tensor",
-        group_size=options["group_size"],
-        has_offset=options["rule"] == "asymmetric",
-        has_second=n_planes_of(options["rule"]) == 2,
         transposed=transposed,
         rotated=rotated,
-        levels=levels_of(options["rule"]),
+        **_coded_as(options),
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
@@ -130,13 +126,9 @@ def experts_like(
         n_experts,
         cols,
         rows,
-        per_row=options["per"] != "tensor",
-        group_size=options["group_size"],
-        has_offset=options["rule"] == "asymmetric",
-        has_second=n_planes_of(options["rule"]) == 2,
         transposed=transposed,
         rotated=rotated,
-        levels=levels_of(options["rule"]),
+        **_coded_as(options),
         device=held.device,
         dtype=held.dtype,
     )
@@ -168,3 +160,15 @@ def two_bit_codes(codes: Tensor, cols: int, name: str, storage: str, levels: int
     if levels == 3 and holds_code_3(codes):
         raise CorruptFileError(f"{name} holds the code 3: codes are 0, 1 or 2")
     return codes
+
+
+def _coded_as(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a packed layer has to know of a rule, per and group size."""
+    rule = options["rule"]
+    return {
+        "per_row": options["per"] != "tensor",
+        "group_size": options["group_size"],
+        "has_offset": rule == "asymmetric",
+        "has_second": n_planes_of(rule) == 2,
+        "levels": levels_of(rule),
+    }
