@@ -36,7 +36,9 @@ def run(
         second = None if against is None else token_id(lens, typed_token(against))
         with status(f"capturing {model}"):
             sites = attribution_sites(lens, by)
-            cap = lens.capture(prompt_of(prompt, chat=chat), sites=sites, logits="last")
+            cap = lens.capture(
+                prompt_of(prompt, chat=chat), sites=sites, gates=lens.n_streams > 1, logits="last"
+            )
             found = attribute(cap, lens, first, second, by=by, k=top_k)
         show_result(
             found,
