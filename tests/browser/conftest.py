@@ -72,6 +72,29 @@ def screenshot():
     return keep
 
 
+SERIOUS = {"serious", "critical"}
+
+
+@pytest.fixture
+def serious():
+    """What axe-core finds, of all its rules or some: rule, impact, what to do, first elements."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    def find(page, *rules: str) -> list[str]:
+        options: dict[str, object] = {"resultTypes": ["violations"]}
+        if rules:
+            options["runOnly"] = list(rules)
+        found = Axe().run(page, options=options).response["violations"]
+        return [
+            f"{each['id']} ({each['impact']}): {each['help']}: "
+            + "; ".join(f"{node['target']} {node['html'][:160]}" for node in each["nodes"][:3])
+            for each in found
+            if each["impact"] in SERIOUS
+        ]
+
+    return find
+
+
 @pytest.fixture
 def tabs(chromium):
     """Opens tabs, each with a context of its own, that note what they ask for and complain of."""
