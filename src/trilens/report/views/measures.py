@@ -46,7 +46,7 @@ def gating_sections(found: GatingStatistics) -> list[Section]:
     counts = [np.histogram(average[units], edges)[0].tolist() for units in groups.values()]
     table = Table(
         (
-            Column("from", spell=four_digits),
+            Column("from", unit="average", spell=four_digits),
             Column("to", spell=four_digits),
             *(Column(name, note="units") for name in groups),
         ),
@@ -192,6 +192,10 @@ def mapping_sections(found: MappingTable) -> list[Section]:
 
 def cost_sections(found: CalibrationCost) -> list[Section]:
     """The operations of each part of the work."""
-    table = plain_table(found, "operations of each part")
+    table = Table(
+        (Column("part", left=True), Column("operations", unit="10⁹", spell=four_digits)),
+        tuple((part, n / 1e9) for part, n in found.operations.items()),
+        title="operations of each part",
+    )
     chart = Chart(kind="bars", table=table, x="part", y=("operations",), width="full")
     return [Section("Cost", (chart,), name="cost")]

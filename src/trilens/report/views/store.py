@@ -66,9 +66,9 @@ def store_sections(store: Store) -> list[Section]:
 def _lengths(store: Store) -> Chart:
     """How long the documents are."""
     lengths = store.token_counts
-    longest = int(lengths.max())
-    width = max(1, -(-longest // _BINS))
-    edges = np.arange(0, longest + width + 1, width)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(longest + 1 - shortest) // _BINS))
+    edges = np.arange(shortest, longest + width + 1, width)
     counts, _ = np.histogram(lengths, edges)
     table = Table(
         (

@@ -82,9 +82,10 @@ def gguf_sections(report: GgufReport) -> list[Section]:
     sizes: Counter[str] = Counter()
     for tensor in report.tensors:
         sizes[tensor.type] += tensor.size_bytes
+    rows = tuple((name, size / 1e6) for name, size in sizes.most_common())
     types = Table(
-        (Column("type", left=True), Column("size", unit="bytes", spell="{:,}".format)),
-        tuple(sizes.most_common()),
+        (Column("type", left=True), Column("size", unit="MB", spell="{:,.3f}".format)),
+        rows,
         title="what each type of tensor takes",
     )
     bars = Chart(kind="bars", table=types, x="type", y=("size",))
