@@ -200,6 +200,12 @@ def test_ternary_weights_by_level(tmp_path) -> None:
     chart = section.blocks[0]
     assert "thresholds at −0." in chart.words and "scale 0." in chart.words
     # Files say nothing of it: what is read back has no such section.
+    # Every matrix has its scale, zeros, error and bits: as a picture, and in the table.
+    matrices = next(each for each in report.page.sections if each.anchor == "matrices")
+    charts = {each.y[0]: each for each in matrices.blocks[:-1]}
+    assert {*charts} == {"relative_error", "scale", "zeros", "bits_per_weight"}
+    scales = {row[3]: row[2] for row in charts["scale"].table.rows}
+    assert scales == {each.name: each.histogram.scale[1] for each in written.coded}
     again = type(written).from_dict(json.loads(json.dumps(written.to_dict())))
     assert again == written and "histogram" not in written.to_dict()["tensors"][0]
     assert "histograms" not in [each.anchor for each in make_report(again).page.sections]

@@ -57,13 +57,14 @@ def _grids(table: Table, names: dict[str, str]) -> tuple[Block, ...]:
 
 def ternary_sections(report: TernaryReport) -> list[Section]:
     """Error, zeros and bits of each matrix; the weights of the worst."""
-    table = ternary_table(report)
+    table = ternary_table(report, scales=True)
     charts = _grids(
         table,
         {
             "relative_error": "relative error of the weights",
             "output_error": "output error on the text of the calibration",
             "output_error_held_out": "output error on held-out text",
+            "scale": "scale, the median of a matrix's units",
             "zeros": "share of zeros",
             "bits_per_weight": "bits per weight",
         },
