@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tinymodels.mappings import build_as
 from trilens.analysis.comparison.run import compare
 from trilens.edits import Scale
-from trilens.errors import GenerationError, NotStoredError, PromptError, UsageError
+from trilens.errors import NotStoredError, PromptError, UsageError
 from trilens.evaluation.reference import ReferenceLogits
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -240,11 +240,6 @@ def test_a_model_without_a_source_takes_no_target() -> None:
     lens = Lens(build_as("masked", "bert"))
     with pytest.raises(UsageError, match="reads no target"):
         lens.capture(SOURCE, target=TARGET)
-
-
-def test_a_decoder_that_answers_a_source_does_not_generate_here() -> None:
-    with pytest.raises(GenerationError, match=r"answers a source.*target="):
-        t5().generate(SOURCE)
 
 
 def test_decoders_that_answer_a_source_are_not_compared_on_texts() -> None:

@@ -241,6 +241,7 @@ class Lens(Opened):
         prompt: PromptLike | None = None,
         *,
         inputs: Mapping[str, Any] | None = None,
+        target: PromptLike | None = None,
         max_new_tokens: SupportsIndex = 40,
         edits: Iterable[Edit] | Edit = (),
         capture: Mapping[str, Any] | None = None,
@@ -254,9 +255,12 @@ class Lens(Opened):
     ) -> Generation:
         """Go on from a prompt, with the model's cache, and keep what was asked of every pass.
 
+        The decoder of an encoder–decoder answers the source that its encoder reads.
+
         Args:
             prompt: as in `capture`; chat messages end with the start of an answer.
             inputs: as in `capture`, of token ids.
+            target: what such a decoder goes on from; where it is not given, what it begins with.
             max_new_tokens: the most tokens to add.
             edits: applied in every pass; their positions count in the whole text.
             capture: options of `capture`, {} for its defaults: one capture of the whole text, the
@@ -284,6 +288,7 @@ class Lens(Opened):
             stop=stop,
             vocab=self._runner.vocab,
         )
+        prompt, inputs = with_target(prompt, inputs, target)
         return generate(
             self._runner,
             prompt,

@@ -113,10 +113,12 @@ def split(
 
 def _cross_attention(recording: Recording, n_layers: int) -> CrossAttentionCache | None:
     """Of a single row: prompts with a source run one by one."""
-    if not recording.cross:
+    patterns = {layer: pattern_of(call) for layer, call in recording.cross.items()}
+    patterns |= recording.crossed
+    if not patterns:
         return None
     return CrossAttentionCache.from_layers(
-        {layer: pattern_of(call) for layer, call in recording.cross.items()},
+        patterns,
         n_model_layers=n_layers,
         reasons=recording.request.absent_cross,
     )
