@@ -53,17 +53,19 @@ def run(
         raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
     metric = logit_diff(*tokens)
     chosen = chosen_layers(layers, lens.n_layers)
-    pair = [answered(text, decoder_prompt) for text in (clean, corrupted)]
+    one, other = (answered(text, decoder_prompt) for text in (clean, corrupted))
     if attribution:
         with status("computing gradients"):
             found = attribution_patch(
-                lens, *pair, metric,
+                lens, one,
+                other, metric,
                 site=site, layers=chosen, by=by, direction=direction,
             )  # fmt: skip
     else:
         with shown_progress() as progress:
             found = patch_sweep(
-                lens, *pair, metric,
+                lens, one,
+                other, metric,
                 site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip
