@@ -22,6 +22,7 @@ from trilens.lens.unembedding import unembedded
 from trilens.models.tokens import PromptLike
 from trilens.numbers import at_least
 from trilens.progress import Progress
+from trilens.taps.held_readout import held_readout
 from trilens.taps.mode import evaluating
 
 __all__ = ["Lens"]
@@ -341,3 +342,8 @@ class Lens(Opened):
         """Final norm and unembedding of some tokens as one affine map, as `folded_head` says."""
         with self._runner.lock(), evaluating(self.model):
             return folded_head(self.model, self.anatomy, residual, tokens)
+
+    def fold_readout(self, streams: Tensor, direction: Tensor) -> Tensor:
+        """A direction of the readout as one of several streams, as `held_readout` says."""
+        with self._runner.lock(), evaluating(self.model):
+            return held_readout(self.model, self.anatomy, streams, direction, self._runner.vocab)

@@ -38,7 +38,7 @@ def run(
         with status(f"capturing {model}"):
             sites = attribution_sites(lens, by)
             given = prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt)
-            cap = lens.capture(given, sites=sites, logits="last")
+            cap = lens.capture(given, sites=sites, gates=lens.n_streams > 1, logits="last")
             found = attribute(cap, lens, first, second, by=by, k=top_k)
         show_result(
             found,
