@@ -10,6 +10,7 @@ arXiv 2402.17764.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ __all__ = ["TrainableMatrix"]
 
 _NEAR = 0.4  # of the half unit between a trit and its edge
 _BEYOND = 0.25  # of the lowest and the highest level
+_SHORT = 1024  # rows up to here are rotated back by one product: it is faster than by parts
 
 
 class TrainableMatrix:
@@ -91,7 +93,13 @@ class TrainableMatrix:
             # The value is the trits', the gradient the latent's.
             total = total + self._unit().detach() * (self.latent - self.latent.detach())
         total = total if self._offset is None else total + self._spread(self._offset)
-        return rotate_back(total) if self._rotate else total
+        if not self._rotate:
+            return total
+        return (
+            rotate_back(total)
+            if self._cols > _SHORT
+            else total @ _rotation_back(self._cols).to(total.device)
+        )
 
     def result(self) -> PerLayerQuant:
         """The matrix as it is now, its scales rounded; a negative one turns its trits around.
@@ -182,3 +190,9 @@ class TrainableMatrix:
         if values.shape[1] == 1:
             return values
         return values.repeat_interleave(self._length, dim=1)[:, : self._cols]
+
+
+@cache
+def _rotation_back(width: int) -> Tensor:
+    """What rows are multiplied by to rotate them back. Shapes: → [width, width]."""
+    return rotate_back(torch.eye(width))
