@@ -1,4 +1,4 @@
-"""Calibrated rules from end to end over other families; `benchmarks.calibrated_families` runs all."""
+"""Calibrated rules from end to end over families; `benchmarks.calibrated_families` has all."""
 
 from __future__ import annotations
 

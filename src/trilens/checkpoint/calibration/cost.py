@@ -22,7 +22,7 @@ from trilens.checkpoint.job import Job
 from trilens.models.forward_call import text_config
 from trilens.models.positions import configured_positions
 from trilens.results import Tabular
-from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 
 __all__ = ["CalibrationCost", "cost_of"]
 
