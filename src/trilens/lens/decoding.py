@@ -9,7 +9,14 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from trilens.errors import UsageError, ValueRangeError
@@ -292,6 +299,7 @@ def run_generate(
         model.generate(
             there,
             generation_config=decoding.config(int(tokens.extra)),
+            **_cache_of(model),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([tokens]),
             **beside,
@@ -331,12 +339,28 @@ def continue_batch(
             there,
             attention_mask=torch.ones_like(there),
             generation_config=decoding.config(0),
+            **_cache_of(model),
         )
         found.append(made)
 
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         run_alone(model, there.device, decoding, generate)
     return torch.as_tensor(found[0]).cpu()
+
+
+def _cache_of(model: PreTrainedModel) -> dict[str, Cache]:
+    """A cache that grows, where transformers' own would have too few layers.
+
+    It counts `num_hidden_layers`, which for a decoder that is run without its encoder are those of
+    the encoder.
+    """
+    config = model.config.get_text_config(decoder=True)
+    n_layers = getattr(config, "decoder_layers", None)
+    counted = getattr(config, "num_hidden_layers", None)
+    alone = not getattr(model.config, "is_encoder_decoder", False)
+    if alone and isinstance(n_layers, int) and isinstance(counted, int) and n_layers > counted:
+        return {"past_key_values": DynamicCache()}
+    return {}
 
 
 def run_alone(
