@@ -77,7 +77,11 @@ $(VENV)/.browser: $(VENV)/.ready
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
-test-browser: $(VENV)/.browser
+# The site's search is one of the tests.
+build/site/index.html:
+	$(MAKE) docs
+
+test-browser: $(VENV)/.browser build/site/index.html
 	TRILENS_BROWSER=1 $(PY) -m pytest tests/browser
 
 $(VENV)/.docs: $(VENV)/.ready

@@ -5,7 +5,7 @@ by a TrilensError that names the reason. Anything else is a failure of trilens.
 
     python -m benchmarks.mappings [MAPPING/TYPE ...] [--write]
 
-`--write` renews the table that ships with the package and the last result; of some types, their rows.
+`--write` renews the table that ships with the package and the last result; of types, their rows.
 """
 
 from __future__ import annotations
