@@ -182,13 +182,14 @@ class Unpack(ConversionOps):  # type: ignore[misc]
     ) -> Tensor:
         if parts["codes"].is_meta:  # shapes without values
             return torch.empty((*parts["codes"].shape[:-1], cols), dtype=dtype, device="meta")
+        size, levels = options["group_size"], levels_of(options["rule"])
         two_bit = {
-            part: two_bit_codes(tensor, cols, name, self.config.storage, levels_of(options["rule"]))
+            part: two_bit_codes(tensor, cols, name, self.config.storage, levels)
             if part.endswith("codes")
             else tensor
             for part, tensor in parts.items()
         }
-        packed = Packed(**two_bit, cols=cols, group_size=options["group_size"])
+        packed = Packed(**two_bit, cols=cols, group_size=size, levels=levels)
         if self.config.rotation is None:
             return packed.dense(dtype)
         return rotate_back(packed.dense()).to(dtype)
