@@ -100,6 +100,7 @@ from .report.html.report import make_report as make_report
 from .statistics.gating import GatingAccumulator as GatingAccumulator
 from .statistics.gating import GatingAnalysis as GatingAnalysis
 from .statistics.ranks import rank_correlation as rank_correlation
+from .ternary.packed.activations import quantize_activations as quantize_activations
 from .ternary.packed.linear import TernaryLinear as TernaryLinear
 from .ternary.quantize import PerLayerQuant as PerLayerQuant
 from .text.alignment import Alignment as Alignment

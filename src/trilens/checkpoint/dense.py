@@ -111,13 +111,14 @@ def _unpacked(job: Job, choice: Choice, header: TensorHeader) -> Tensor:
     assert job.packed is not None
     parts = {part: job.source.tensor(name) for part, name in job.packed[choice.name].items()}
     cols = header.shape[-2 if choice.transposed else -1]
+    size, levels = own.group_size, levels_of(own.rule)
     two_bit = {
-        part: two_bit_codes(tensor, cols, choice.name, own.storage, levels_of(own.rule))
+        part: two_bit_codes(tensor, cols, choice.name, own.storage, levels)
         if part.endswith("codes")
         else tensor.float()
         for part, tensor in parts.items()
     }
-    dense = Packed(**two_bit, cols=cols, group_size=own.group_size).dense()
+    dense = Packed(**two_bit, cols=cols, group_size=size, levels=levels).dense()
     if own.rotate or job.plan.rotate:
         dense = rotate_back(dense)
     return dense.transpose(-1, -2) if choice.transposed else dense

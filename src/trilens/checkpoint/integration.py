@@ -27,6 +27,7 @@ from trilens.checkpoint.format.skeleton import module_at
 from trilens.checkpoint.packed_experts import restore_experts, use_packed_experts
 from trilens.checkpoint.packed_loading import Merges, place_packed, read_headers
 from trilens.errors import ConfigError, CorruptFileError
+from trilens.io.messages import other_version
 from trilens.io.weight_files import GUARD_NAME
 from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.packed.experts import TernaryExperts
@@ -75,8 +76,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"quantization_config has format version {format_version!r}: this trilens reads "
-                f"version {FORMAT_VERSION}"
+                other_version("quantization_config has format", format_version, FORMAT_VERSION)
             )
         if unknown:
             raise ConfigError(
@@ -182,13 +182,14 @@ class Unpack(ConversionOps):  # type: ignore[misc]
     ) -> Tensor:
         if parts["codes"].is_meta:  # shapes without values
             return torch.empty((*parts["codes"].shape[:-1], cols), dtype=dtype, device="meta")
+        size, levels = options["group_size"], levels_of(options["rule"])
         two_bit = {
-            part: two_bit_codes(tensor, cols, name, self.config.storage, levels_of(options["rule"]))
+            part: two_bit_codes(tensor, cols, name, self.config.storage, levels)
             if part.endswith("codes")
             else tensor
             for part, tensor in parts.items()
         }
-        packed = Packed(**two_bit, cols=cols, group_size=options["group_size"])
+        packed = Packed(**two_bit, cols=cols, group_size=size, levels=levels)
         if self.config.rotation is None:
             return packed.dense(dtype)
         return rotate_back(packed.dense()).to(dtype)

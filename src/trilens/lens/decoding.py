@@ -34,6 +34,7 @@ __all__ = [
     "end_ids_of",
     "new_text",
     "read_decoding",
+    "run_alone",
     "run_generate",
 ]
 
@@ -203,6 +204,7 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         self.new: list[int] = []
         self.shown = ""
         self.stopped_by: str | int | None = None
+        self.failure: Exception | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """One more token is there."""
@@ -213,10 +215,17 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         self.stopped_by = self._reason(token)
         ended = self.stopped_by is not None
         if self.stream is not None:
-            self.stream(self._piece(ended), token)
+            self._show(self._piece(ended), token, self.stream)
         if self.grown is not None:
             self.grown(len(self.prompt) + len(self.new), ended)
         return self._answer(input_ids, stop=ended and not self.extra)
+
+    def _show(self, piece: str, token: int, stream: Stream) -> None:
+        try:
+            stream(piece, token)
+        except Exception as error:
+            self.failure = error
+            raise
 
     def _answer(self, input_ids: Tensor, *, stop: bool) -> Tensor:
         return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
@@ -296,7 +305,7 @@ def run_generate(
             **beside,
         )
 
-    _run_alone(model, there.device, decoding, generate)
+    run_alone(model, there.device, decoding, generate)
 
 
 def continue_batch(
@@ -335,7 +344,7 @@ def continue_batch(
         found.append(made)
 
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        _run_alone(model, there.device, decoding, generate)
+        run_alone(model, there.device, decoding, generate)
     return torch.as_tensor(found[0]).cpu()
 
 
@@ -354,7 +363,7 @@ def _cache_of(model: PreTrainedModel) -> dict[str, Cache]:
     return {}
 
 
-def _run_alone(
+def run_alone(
     model: PreTrainedModel, device: torch.device, decoding: Decoding, generate: Callable[[], None]
 ) -> None:
     """Generate without the model's generation config; it and torch's random state are put back."""

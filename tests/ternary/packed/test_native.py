@@ -77,11 +77,16 @@ def test_it_is_optional_and_its_source_is_shipped() -> None:
     (module,) = tools["setuptools"]["ext-modules"]
     assert module["optional"] is True
     shipped = tools["setuptools"]["package-data"]["trilens"]
-    assert [f"src/trilens/{name}" for name in shipped if name.endswith(".c")] == module["sources"]
+    package = ROOT / "src/trilens"
+    files = {str(path.relative_to(ROOT)) for name in shipped for path in package.glob(name)}
+    here = Path(native.__file__).parent
+    assert {str(path.relative_to(ROOT)) for path in here.glob("*.c")} == set(module["sources"])
+    assert {str(path.relative_to(ROOT)) for path in here.glob("*.h")} == set(module["depends"])
+    assert {*module["sources"], *module["depends"]} <= files
 
 
 def test_the_fields_of_a_job_are_those_of_the_source() -> None:
-    source = (Path(native.__file__).parent / "native.c").read_text(encoding="utf-8")
+    source = (Path(native.__file__).parent / "native.h").read_text(encoding="utf-8")
     inside = source[source.index("typedef struct {") : source.index("} Job;")]
     names = inside.split("{")[1].replace("int64_t", "").replace(";", ",").split(",")
     assert tuple(name.strip() for name in names if name.strip()) == native.JOB
@@ -136,12 +141,23 @@ def test_many_inputs_go_to_torch(
     assert "multiply" not in used
 
 
-def test_other_dtypes_and_two_planes_do_without(used: list[str]) -> None:
-    packed, planes = made(100, 128), made(100, 128, rule="planes")
-    for matrix, dtype in ((packed, torch.float32), (packed, torch.half), (planes, torch.bfloat16)):
+def test_other_dtypes_and_odd_groups_do_without(used: list[str]) -> None:
+    packed, odd = made(100, 128), made(100, 128, group_size=20)
+    for matrix, dtype in ((packed, torch.float32), (packed, torch.half), (odd, torch.bfloat16)):
         x = inputs(3, 128, dtype)
         check(multiply(x, matrix), x, matrix, None)
     assert used == []
+
+
+@pytest.mark.parametrize("rule", [*RULES, "quad"])
+def test_every_rule_is_computed_by_the_library(rule: str, used: list[str]) -> None:
+    packed = made(100, 600, rule=rule, group_size=32)
+    for n_inputs in (1, 4, 5, 30):
+        x = inputs(n_inputs, 600, torch.bfloat16)
+        check(multiply(x, packed), x, packed, None)
+    n_few = 2 if rule in ("absmean", "planes") else 0
+    asked = ["prepare_few", "multiply_few"] * n_few + ["prepare", "multiply"] * (4 - n_few)
+    assert used == (asked if LEVEL else [])
 
 
 def test_inputs_that_are_views(way: str) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilens.ternary.packed.groups import multiply_groups, multiply_groups_back
+from trilens.ternary.packed.groups import GroupProduct, multiply_groups, multiply_groups_back
+from trilens.ternary.packed.int8 import multiply_int8
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.packed.module import PackedModule
+from trilens.ternary.packed.multiply import multiply
 from trilens.ternary.packed.operators import call_groups, call_rotate
 from trilens.ternary.rotation import rotate
 
@@ -28,13 +30,14 @@ class _Groups(torch.autograd.Function):
     """Products that keep the packed weight for the backward pass, not the dense one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Packed, ends: Tensor, product: GroupProduct) -> Tensor:
         ctx.packed, ctx.ends, ctx.dtype = packed, ends, x.dtype
-        return multiply_groups(x, packed, ends)
+        return multiply_groups(x, packed, ends, product)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return multiply_groups_back(grads[0], ctx.packed, ctx.ends).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        found = multiply_groups_back(grads[0], ctx.packed, ctx.ends)
+        return found.to(ctx.dtype), None, None, None
 
 
 class TernaryExperts(PackedModule):
@@ -79,24 +82,21 @@ class TernaryExperts(PackedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.n_experts = n_experts
-        self.in_features = in_features
-        self.out_features = out_features
-        self.group_size = group_size
-        self.transposed = transposed
-        self.rotated = rotated
-        self.levels = levels
-        n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
-        grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
-        self.make_parts(
-            (n_experts, out_features, math.ceil(in_features / 4)),
-            (n_experts, *grid),
+        super().__init__(
+            (n_experts,),
+            in_features,
+            out_features,
+            per_row=per_row,
+            group_size=group_size,
             has_offset=has_offset,
             has_second=has_second,
+            transposed=transposed,
+            rotated=rotated,
+            levels=levels,
             device=device,
+            dtype=dtype,
         )
-        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        self.n_experts = n_experts
 
     def forward(
         self, x: Tensor | None = None, ends: Tensor | None = None, *, index: Any = None
@@ -112,12 +112,15 @@ class TernaryExperts(PackedModule):
             return self._read(index)
         if self.rotated:
             x = call_rotate(x) if torch.compiler.is_compiling() else rotate(x)
-        if torch.compiler.is_compiling():
+        product: GroupProduct = multiply if self.activation_bits is None else multiply_int8
+        if torch.compiler.is_compiling() and product is multiply:
             return call_groups(x, self.packed, ends)
         if x.requires_grad and torch.is_grad_enabled():
-            found: Tensor = _Groups.apply(x, self.packed, ends)  # type: ignore[no-untyped-call]
+            found: Tensor = _Groups.apply(  # type: ignore[no-untyped-call]
+                x, self.packed, ends, product
+            )
             return found
-        return multiply_groups(x, self.packed, ends)
+        return multiply_groups(x, self.packed, ends, product)
 
     def multiply(self, x: Tensor, ends: Tensor) -> Tensor:
         """As a call; a hook that brings offloaded weights into memory is heard, no other."""

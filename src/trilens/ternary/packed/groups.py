@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,10 +11,17 @@ from torch import Tensor
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.packed.multiply import multiply, multiply_back
 
-__all__ = ["multiply_groups", "multiply_groups_back"]
+__all__ = ["GroupProduct", "multiply_groups", "multiply_groups_back"]
+
+GroupProduct: TypeAlias = Callable[[Tensor, Packed], Tensor]
 
 
-def multiply_groups(x: Tensor, packed: Packed, ends: Tensor) -> Tensor:
+def multiply_groups(
+    x: Tensor,
+    packed: Packed,
+    ends: Tensor,
+    product: GroupProduct = multiply,
+) -> Tensor:
     """Each input by the matrix of its group. No gradient.
 
     Shapes: x [inputs, cols], sorted by group; packed [groups, rows, cols]; ends [groups] → [inputs,
@@ -23,6 +31,7 @@ def multiply_groups(x: Tensor, packed: Packed, ends: Tensor) -> Tensor:
         x: the inputs; those behind the last end belong to no group and give zeros.
         packed: a matrix for each group.
         ends: where the inputs of each group end.
+        product: of the inputs of one group.
 
     Memory: see `multiply`, one matrix at a time.
     """
@@ -31,7 +40,7 @@ def multiply_groups(x: Tensor, packed: Packed, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
     out = x.new_zeros(len(x), packed.codes.shape[-2], dtype=dtype)
     for group, start, stop in _spans(ends):
-        out[start:stop] = multiply(x[start:stop], packed.lead(group))
+        out[start:stop] = product(x[start:stop], packed.lead(group))
     return out
 
 

@@ -8,13 +8,14 @@ but for the order in which sums are taken.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from trilens.errors import ShapeError
+from trilens.ternary.packed.int8 import multiply_int8
 from trilens.ternary.packed.matrix import PARTS, Packed
 from trilens.ternary.packed.module import PackedModule
 from trilens.ternary.packed.multiply import multiply, multiply_back
@@ -26,23 +27,27 @@ from trilens.ternary.rotation import rotate
 __all__ = ["PARTS", "Packed", "TernaryLinear"]
 
 
+Product: TypeAlias = Callable[[Tensor, Packed, Tensor | None], Tensor]
+
+
 class _Multiply(torch.autograd.Function):
     """x · Wᵀ that keeps the packed weight for the backward pass, not the dense one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed, product: Product
+    ) -> Tensor:
         ctx.packed, ctx.dtype = packed, x.dtype
-        ctx.has_bias = bias is not None
-        return multiply(x, packed, bias)
+        return product(x, packed, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
-        to_x, to_bias, _ = ctx.needs_input_grad
+        to_x, to_bias, *_ = ctx.needs_input_grad
         # Under autocast the gradient comes in another dtype than the input had.
         by_x = multiply_back(grad, ctx.packed).to(ctx.dtype) if to_x else None
         by_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None
-        return by_x, by_bias, None
+        return by_x, by_bias, None, None
 
 
 class TernaryLinear(PackedModule):
@@ -85,26 +90,22 @@ class TernaryLinear(PackedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.group_size = group_size
-        self.transposed = transposed
-        self.rotated = rotated
-        self.levels = levels
-        n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
-        grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
-        self.make_parts(
-            (out_features, math.ceil(in_features / 4)),
-            grid,
+        super().__init__(
+            (),
+            in_features,
+            out_features,
+            per_row=per_row,
+            group_size=group_size,
             has_offset=has_offset,
             has_second=has_second,
+            transposed=transposed,
+            rotated=rotated,
+            levels=levels,
             device=device,
+            dtype=dtype,
         )
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
-        # Follows the module through .to(); remembers the dtype where there is no bias to do so.
-        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     @classmethod
     def from_quant(
@@ -190,13 +191,16 @@ class TernaryLinear(PackedModule):
         if self.rotated:
             x = call_rotate(x) if torch.compiler.is_compiling() else rotate(x)
         bias = self.bias
-        if torch.compiler.is_compiling():
+        product = multiply if self.activation_bits is None else multiply_int8
+        if torch.compiler.is_compiling() and product is multiply:
             return call_multiply(x, self.packed, bias)
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         if wants and torch.is_grad_enabled():
-            found: Tensor = _Multiply.apply(x, bias, self.packed)  # type: ignore[no-untyped-call]
+            found: Tensor = _Multiply.apply(  # type: ignore[no-untyped-call]
+                x, bias, self.packed, product
+            )
             return found
-        return multiply(x, self.packed, bias)
+        return product(x, self.packed, bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -33,6 +33,7 @@ class Packed:
         offset: As `scale`, or None.
         second_codes: As `codes`, or None.
         second_scale: As `scale`, or None.
+        levels: 3 where it is known that no code is 3, else 4.
     """
 
     codes: Tensor
@@ -42,6 +43,7 @@ class Packed:
     offset: Tensor | None = None
     second_codes: Tensor | None = None
     second_scale: Tensor | None = None
+    levels: int = 4
 
     @classmethod
     def of(cls, quant: PerLayerQuant) -> Self:
@@ -68,6 +70,7 @@ class Packed:
             offset=scales(quant.offset),
             second_codes=None if quant.second_trits is None else pack_rows(quant.second_trits),
             second_scale=scales(quant.second_scale),
+            levels=quant.levels,
         )
 
     @property

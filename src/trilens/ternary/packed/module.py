@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,42 +31,55 @@ class PackedModule(nn.Module):
     second_codes: nn.Parameter | None
     second_scale: nn.Parameter | None
     _like: Tensor
-    in_features: int
-    out_features: int
-    group_size: int | None
-    transposed: bool
-    rotated: bool
-    levels: int
+    activation_bits: Literal[8] | None
+    """Bits that inputs are rounded to; None where they are used as they come."""
 
-    def make_parts(
+    def __init__(
         self,
-        codes: tuple[int, ...],
-        scales: tuple[int, ...],
+        lead: tuple[int, ...],
+        in_features: int,
+        out_features: int,
         *,
+        per_row: bool,
+        group_size: int | None,
         has_offset: bool,
         has_second: bool,
+        transposed: bool,
+        rotated: bool,
+        levels: int,
         device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        """Register empty parts: a layer that nobody has filled yet gives zeros."""
-        wanted = {
-            "codes": True,
-            "scale": True,
-            "offset": has_offset,
-            "second_codes": has_second,
-            "second_scale": has_second,
-        }
-        for name, there in wanted.items():
+        """Empty parts, for matrices [*lead, out, in]; a layer that nobody has filled gives zeros.
+
+        The other arguments are those of the layers.
+        """
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.transposed = transposed
+        self.rotated = rotated
+        self.levels = levels
+        self.activation_bits = None
+        n_groups = 1 if group_size is None else math.ceil(in_features / group_size)
+        grid = (out_features, n_groups) if per_row or group_size is not None else (1, 1)
+        coded = (*lead, out_features, math.ceil(in_features / 4))
+        there = {"offset": has_offset, "second_codes": has_second, "second_scale": has_second}
+        for name in PARTS:
             part = None
-            if there:
-                coded = name.endswith("codes")
+            if there.get(name, True):
+                is_coded = name.endswith("codes")
                 empty = torch.full(
-                    codes if coded else scales,
-                    _ZERO_TRITS if coded else 0,
-                    dtype=torch.uint8 if coded else torch.float32,
+                    coded if is_coded else (*lead, *grid),
+                    _ZERO_TRITS if is_coded else 0,
+                    dtype=torch.uint8 if is_coded else torch.float32,
                     device=device,
                 )
                 part = nn.Parameter(empty, requires_grad=False)
             self.register_parameter(name, part)
+        # Follows the module through .to(); remembers the dtype where there is no bias to do so.
+        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     @property
     def packed(self) -> Packed:
@@ -78,6 +92,7 @@ class PackedModule(nn.Module):
             self.offset,
             self.second_codes,
             self.second_scale,
+            self.levels,
         )
 
     def unrotated(self, packed: Packed, dtype: torch.dtype) -> Tensor:

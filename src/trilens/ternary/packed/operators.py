@@ -26,7 +26,7 @@ def call_multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows]
     """
     bias = None if bias is None else _cast(bias)
-    found: Tensor = _multiply(_cast(x), bias, *_parts(packed), packed.cols, packed.group_size)
+    found: Tensor = _multiply(_cast(x), bias, *_parts(packed), *_options(packed))
     return found
 
 
@@ -35,7 +35,7 @@ def call_groups(x: Tensor, packed: Packed, ends: Tensor) -> Tensor:
 
     Shapes: x [inputs, cols]; packed [groups, rows, cols]; ends [groups] → [inputs, rows]
     """
-    found: Tensor = _groups(_cast(x), ends, *_parts(packed), packed.cols, packed.group_size)
+    found: Tensor = _groups(_cast(x), ends, *_parts(packed), *_options(packed))
     return found
 
 
@@ -55,6 +55,10 @@ def _parts(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     )
 
 
+def _options(packed: Packed) -> tuple[int, int | None, int]:
+    return packed.cols, packed.group_size, packed.levels
+
+
 def _cast(x: Tensor) -> Tensor:
     """What autocast would do: a graph runs without it, and holds its casts."""
     kind = x.device.type
@@ -71,13 +75,14 @@ def _packed(
     second_scale: Tensor | None,
     cols: int,
     group_size: int | None,
+    levels: int = 4,
 ) -> Packed:
-    return Packed(codes, scale, cols, group_size, offset, second_codes, second_scale)
+    return Packed(codes, scale, cols, group_size, offset, second_codes, second_scale, levels)
 
 
 _WEIGHT = (
     "Tensor codes, Tensor scale, Tensor? offset, Tensor? second_codes, Tensor? second_scale, "
-    "int cols, int? group_size"
+    "int cols, int? group_size, int levels=4"  # programs of before there were levels have none
 )
 
 

@@ -1,63 +1,64 @@
 /* Products of bfloat16 inputs with packed codes, in the registers of processors that multiply
-   bfloat16 (AVX-512 BF16, VBMI). Elsewhere `trilens_native_level` is 0 and nothing else is called.
+   bfloat16 (AVX-512 BF16, VBMI, VNNI). Elsewhere `trilens_native_level` is 0 and nothing else is
+   called.
 
    A plain C interface, without Python's headers: `native.py` loads the file and hands every
    function the address of a job, whose fields have the order of `native.JOB`. Several threads may
    run one job: each takes the next stripe of rows until none is left; no thread waits for another.
 
    64 bits of codes are 32 trits. One instruction spreads them over 32 lanes, a second looks their
-   values {-s, 0, s, 2s} up, s being the scale of the group as a dense layer would hold it. */
-#include <stdint.h>
-#include <string.h>
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-EXPORT int trilens_native_level(void);
-EXPORT void trilens_native_prepare(void *address);
-EXPORT void trilens_native_multiply(void *address);
-EXPORT void trilens_native_unpack(void *address);
-EXPORT void *PyInit__native(void);
+   values up: {-s, 0, s, 2s}, plus an offset, or the 16 sums of two planes, as a dense layer would
+   hold them. */
+#include "native.h"
 
 /* Build tools ask for it by name on some systems; the file is never imported. */
 void *PyInit__native(void) { return 0; }
 
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
-#include <immintrin.h>
+#ifdef TRILENS_NATIVE_FAST
 
-#define FAST __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi")))
-#define STRIPE 32 /* rows that a thread takes at a time */
-#define ROWS 4    /* of a block: with 6 inputs, 24 sums in registers */
-#define MOST 6    /* inputs of a block */
-#define TALL 8    /* rows of a block of one or two inputs */
-
-typedef struct {
-    int64_t next, first_row, rows, row_bytes, cols, group_cols, groups, scale_step;
-    int64_t codes, scale, batch, chunk, source, x, bias, out, out_bytes;
-} Job;
+#define ROWS 4   /* of a block: with 6 inputs, 24 sums in registers */
+#define MOST 6   /* inputs of a block */
+#define MANY 4   /* blocks that are worth it to keep decoded weights for */
+#define PANEL 32 /* steps of 32 columns whose values are kept for many inputs */
 
 int trilens_native_level(void) {
     __builtin_cpu_init();
     /* the compiler's run time also asks the system whether it keeps these registers */
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
-/* {-s, 0, s, 2s} in bfloat16 for each group of one row. */
+/* Values of each group of one row in bfloat16: 4 for one plane, 16 for two. */
 FAST static void values_of_row(const Job *job, int64_t row, uint64_t *values) {
     const float *scale = (const float *)job->scale + row * job->scale_step;
     const __m512i sign = _mm512_set1_epi64(0x8000);
+    if (job->second_codes || job->offset) {
+        const float *second = (const float *)job->second_scale + row * job->scale_step;
+        const float *offset = (const float *)job->offset + row * job->scale_step;
+        const __m512 low = _mm512_set_ps(2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1);
+        const __m512 high = _mm512_set_ps(2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, -1, -1, -1, -1);
+        for (int64_t group = 0; group < job->groups; group++) {
+            __m512 sum = _mm512_mul_ps(low, _mm512_set1_ps(scale[group]));
+            if (job->second_codes) /* a factor of -1, 0, 1 or 2 rounds nothing */
+                sum = _mm512_fmadd_ps(high, _mm512_set1_ps(second[group]), sum);
+            if (job->offset) sum = _mm512_add_ps(sum, _mm512_set1_ps(offset[group]));
+            __m256i found = (__m256i)_mm512_cvtneps_pbh(sum);
+            if (job->second_codes)
+                _mm256_storeu_si256((__m256i *)(values + 4 * group), found);
+            else
+                values[group] = (uint64_t)_mm256_extract_epi64(found, 0);
+        }
+        return;
+    }
     for (int64_t group = 0; group < job->groups; group += 8) {
         __mmask8 some = job->groups - group >= 8 ? 0xff : (1 << (job->groups - group)) - 1;
         __m256 s = _mm256_maskz_loadu_ps(some, scale + group);
-        __m128i rounded = (__m128i)_mm256_cvtneps_pbh(s);
-        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(rounded), 16);
+        __m128i near = (__m128i)_mm256_cvtneps_pbh(s);
+        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(near), 16);
         __m256 twice = _mm256_add_ps(_mm256_castsi256_ps(wide), _mm256_castsi256_ps(wide));
-        __m512i one = _mm512_cvtepu16_epi64(rounded);
+        __m512i one = _mm512_cvtepu16_epi64(near);
         __m512i two = _mm512_cvtepu32_epi64(_mm256_srli_epi32(_mm256_castps_si256(twice), 16));
         __m512i all = _mm512_or_si512(_mm512_xor_si512(one, sign), _mm512_slli_epi64(one, 32));
         all = _mm512_or_si512(all, _mm512_slli_epi64(two, 48));
@@ -65,20 +66,27 @@ FAST static void values_of_row(const Job *job, int64_t row, uint64_t *values) {
     }
 }
 
-FAST static inline __m512i spread(void) {
-    /* where the eight bits of each byte begin; the upper byte of a lane is not looked at */
+/* Where the eight bits of each byte begin, `back` bits before the code of the lane. */
+FAST static inline __m512i spread(int back) {
     char at[64];
-    for (int i = 0; i < 64; i++) at[i] = (char)(2 * (i / 2));
+    for (int i = 0; i < 64; i++) at[i] = (char)((2 * (i / 2) - back) & 63);
     return _mm512_loadu_si512(at);
 }
 
-FAST static inline __m512i eight(const void *from) { /* 64 bits, eight times, out of memory */
+FAST INLINE __m512i eight(const void *from) { /* 64 bits, eight times, out of memory */
     return _mm512_broadcastq_epi64(_mm_loadl_epi64(from));
 }
 
-FAST static inline __m512i decode(const void *codes, const uint64_t *values, __m512i order) {
+/* 32 weights. The bits of a lane above its codes are not looked at: values are repeated. */
+FAST INLINE __m512i decode(
+    const void *codes, const void *second, const uint64_t *values, __m512i order, __m512i after,
+    const int planes) {
     __m512i lanes = _mm512_multishift_epi64_epi8(order, eight(codes));
-    return _mm512_permutexvar_epi16(lanes, eight(values));
+    if (planes == 1) return _mm512_permutexvar_epi16(lanes, eight(values));
+    __m512i others = _mm512_multishift_epi64_epi8(after, eight(second));
+    lanes = _mm512_ternarylogic_epi64(_mm512_set1_epi16(3), lanes, others, 0xca);
+    return _mm512_permutexvar_epi16(
+        lanes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values)));
 }
 
 /* The last step of a row may have fewer than eight bytes of codes: inputs are 0 there. */
@@ -88,94 +96,184 @@ static inline const uint8_t *last_codes(const uint8_t *row, int64_t at, int64_t 
     return (const uint8_t *)to;
 }
 
-static inline uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+/* Weights of `n_rows` rows, handed on one step of 32 columns after the other. */
+typedef struct {
+    const uint8_t *codes, *second;
+    const uint64_t *values;
+    int64_t row_bytes, groups, group_steps, steps;
+    __m512i order, after;
+} Rows;
+
+FAST INLINE Rows rows_from(const Job *job, int64_t row, const uint64_t *values) {
+    const int64_t steps = (job->cols + 31) / 32;
+    Rows rows = {
+        (const uint8_t *)job->codes + row * job->row_bytes,
+        (const uint8_t *)job->second_codes + row * job->row_bytes,
+        values,
+        job->row_bytes,
+        job->groups,
+        job->groups > 1 ? job->group_cols / 32 : steps,
+        steps,
+        spread(0),
+        spread(2)};
+    return rows;
 }
 
-/* One step of 32 columns: codes of each row, and of each input where they begin. */
-FAST static inline __attribute__((always_inline)) void add_step(
-    __m512 sums[TALL][MOST], const uint8_t *const *codes, const uint64_t *values, int64_t groups,
-    const char *x, __m512i order, const int n_rows, const int n) {
-    __m512bh weights[TALL];
-#pragma GCC unroll 8
-    for (int r = 0; r < n_rows; r++)
-        weights[r] = (__m512bh)decode(codes[r], values + r * groups, order);
+FAST INLINE __m512i weights_at(
+    const Rows *rows, int r, int64_t step, int64_t group, const int planes, const int whole) {
+    const uint8_t *codes = rows->codes + r * rows->row_bytes, *second = rows->second;
+    if (planes == 2) second += r * rows->row_bytes;
+    const uint64_t *values = rows->values + planes * planes * (r * rows->groups + group);
+    uint64_t last, other;
+    if (whole)
+        return decode(codes + 8 * step, second + 8 * step, values, rows->order, rows->after, planes);
+    codes = last_codes(codes, 8 * step, rows->row_bytes, &last);
+    if (planes == 2) second = last_codes(second, 8 * step, rows->row_bytes, &other);
+    return decode(codes, second, values, rows->order, rows->after, planes);
+}
+
+/* out[input .., row .. row + n_rows], summed up, with the bias, rounded. */
+FAST INLINE void finish(
+    const Job *job, int64_t row, int64_t input, __m512 sums[ROWS][MOST], const int n_rows,
+    const int n) {
 #pragma GCC unroll 6
     for (int i = 0; i < n; i++) {
-        __m512bh input = (__m512bh)_mm512_loadu_si512(x + 64 * i);
-#pragma GCC unroll 8
-        for (int r = 0; r < n_rows; r++) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], weights[r], input);
+        float found[ROWS];
+        if (n_rows == ROWS)
+            _mm_storeu_ps(found, four_sums(sums[0][i], sums[1][i], sums[2][i], sums[3][i]));
+        else
+            found[0] = _mm512_reduce_add_ps(sums[0][i]);
+        uint16_t *out = (uint16_t *)(job->out + (input + i) * job->out_bytes) + row;
+        for (int r = 0; r < n_rows; r++)
+            out[r] = rounded(job->bias ? found[r] + ((const float *)job->bias)[row + r] : found[r]);
     }
 }
 
-/* `n_rows` rows with `n` inputs from `input` on. Both are constants where this is inlined. */
-FAST static inline __attribute__((always_inline)) void block(
-    const Job *job, int64_t row, int64_t input, const uint64_t *values, const int n_rows,
-    const int n) {
-    const __m512i order = spread();
-    const int64_t row_bytes = job->row_bytes, groups = job->groups;
-    const int64_t steps = (job->cols + 31) / 32, whole = row_bytes / 8;
-    const int64_t group_steps = groups > 1 ? job->group_cols / 32 : steps;
-    const uint8_t *start = (const uint8_t *)job->codes + row * row_bytes;
-    const char *x = (const char *)job->x + input * steps * 64;
-    const uint8_t *codes[TALL];
-    uint64_t last[TALL];
-    __m512 sums[TALL][MOST];
-#pragma GCC unroll 8
+FAST INLINE void add_products(
+    __m512 sums[ROWS][MOST], const __m512i *weights, const char *x, const int n_rows, const int n) {
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++) {
+        __m512bh input = (__m512bh)_mm512_loadu_si512(x + 64 * i);
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++)
+            sums[r][i] = _mm512_dpbf16_ps(sums[r][i], (__m512bh)weights[r], input);
+    }
+}
+
+/* `n_rows` rows with `n` inputs from `input` on. All are constants where this is inlined. */
+FAST INLINE void block(
+    const Job *job, int64_t row, int64_t input, const uint64_t *values, const int planes,
+    const int n_rows, const int n) {
+    const Rows rows = rows_from(job, row, values);
+    const int64_t whole = job->row_bytes / 8;
+    const char *x = (const char *)job->x + input * rows.steps * 64;
+    __m512i weights[ROWS];
+    __m512 sums[ROWS][MOST];
+#pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++)
 #pragma GCC unroll 6
         for (int i = 0; i < n; i++) sums[r][i] = _mm512_setzero_ps();
     for (int64_t group = 0, step = 0; step < whole; group++) {
-        const int64_t stop = step + group_steps < whole ? step + group_steps : whole;
+        const int64_t stop = least(step + rows.group_steps, whole);
         for (; step < stop; step++) {
-#pragma GCC unroll 8
-            for (int r = 0; r < n_rows; r++) codes[r] = start + r * row_bytes + 8 * step;
+#pragma GCC unroll 4
+            for (int r = 0; r < n_rows; r++)
+                weights[r] = weights_at(&rows, r, step, group, planes, 1);
             /* rows follow each other in memory: the next block */
-            if (n_rows == TALL || (n_rows == ROWS && (step & 1) == 0))
-                _mm_prefetch((const char *)start + n_rows * (row_bytes + 8 * step), _MM_HINT_T0);
-            add_step(sums, codes, values + group, groups, x + 64 * n * step, order, n_rows, n);
+            if (n_rows == ROWS && (step & 1) == 0) {
+                _mm_prefetch((const char *)rows.codes + ROWS * (job->row_bytes + 8 * step), _MM_HINT_T0);
+                if (planes == 2)
+                    _mm_prefetch(
+                        (const char *)rows.second + ROWS * (job->row_bytes + 8 * step), _MM_HINT_T0);
+            }
+            add_products(sums, weights, x + 64 * n * step, n_rows, n);
         }
     }
-    if (whole < steps) {
+    if (whole < rows.steps) {
         for (int r = 0; r < n_rows; r++)
-            codes[r] = last_codes(start + r * row_bytes, 8 * whole, row_bytes, last + r);
-        add_step(sums, codes, values + groups - 1, groups, x + 64 * n * whole, order, n_rows, n);
+            weights[r] = weights_at(&rows, r, whole, rows.groups - 1, planes, 0);
+        add_products(sums, weights, x + 64 * n * whole, n_rows, n);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < n_rows; r++)
-#pragma GCC unroll 6
-        for (int i = 0; i < n; i++) {
-            float sum = _mm512_reduce_add_ps(sums[r][i]);
-            if (job->bias) sum += ((const float *)job->bias)[row + r];
-            uint16_t *out = (uint16_t *)(job->out + (input + i) * job->out_bytes);
-            out[row + r] = rounded(sum);
-        }
+    finish(job, row, input, sums, n_rows, n);
 }
 
-#define CASES(rows)                                                                         \
-    switch (n) {                                                                                   \
-    case 1: block(job, row, input, values, rows, 1); break;                                 \
-    case 2: block(job, row, input, values, rows, 2); break;                                 \
-    case 3: block(job, row, input, values, rows, 3); break;                                 \
-    case 4: block(job, row, input, values, rows, 4); break;                                 \
-    case 5: block(job, row, input, values, rows, 5); break;                                 \
-    default: block(job, row, input, values, rows, 6);                                       \
+/* Some steps of four rows whose weights are at hand: sums go on where they were left. */
+FAST INLINE void panel_block(
+    const Job *job, int64_t row, int64_t input, const char *panel, const char *x, int64_t steps,
+    char *kept, int is_first, int is_last, const int n) {
+    __m512 sums[ROWS][MOST];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 6
+        for (int i = 0; i < n; i++)
+            sums[r][i] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(kept + 64 * (n * r + i));
+    for (int64_t step = 0; step < steps; step++) {
+        __m512i weights[ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+            weights[r] = _mm512_load_si512(panel + 64 * (ROWS * step + r));
+        add_products(sums, weights, x + 64 * n * step, ROWS, n);
     }
+    if (is_last) {
+        finish(job, row, input, sums, ROWS, n);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 6
+        for (int i = 0; i < n; i++) _mm512_store_ps(kept + 64 * (n * r + i), sums[r][i]);
+}
+
+#define EACH_NUMBER(call)                                                                          \
+    switch (n) {                                                                                   \
+    case 1: call(1); break;                                                                        \
+    case 2: call(2); break;                                                                        \
+    case 3: call(3); break;                                                                        \
+    case 4: call(4); break;                                                                        \
+    case 5: call(5); break;                                                                        \
+    default: call(6);                                                                              \
+    }
+
+#define ONE_PLANE(n) block(job, row, input, values, 1, ROWS, n)
+#define TWO_PLANES(n) block(job, row, input, values, 2, ROWS, n)
+#define ONE_PLANE_ROW(n) block(job, row, input, values, 1, 1, n)
+#define TWO_PLANES_ROW(n) block(job, row, input, values, 2, 1, n)
+#define PANEL_BLOCK(n) panel_block(job, row, input, panel, x, steps, kept, is_first, is_last, n)
 
 FAST static void rows_by_inputs(
     const Job *job, int64_t row, int n_rows, int64_t input, int n, const uint64_t *values) {
-    if (n_rows == TALL) {
-        if (n == 1)
-            block(job, row, input, values, TALL, 1);
-        else
-            block(job, row, input, values, TALL, 2);
+    if (n_rows == ROWS && job->second_codes) {
+        EACH_NUMBER(TWO_PLANES)
     } else if (n_rows == ROWS) {
-        CASES(ROWS)
+        EACH_NUMBER(ONE_PLANE)
+    } else if (job->second_codes) {
+        EACH_NUMBER(TWO_PLANES_ROW)
     } else {
-        CASES(1)
+        EACH_NUMBER(ONE_PLANE_ROW)
+    }
+}
+
+FAST static void panel_by_inputs(
+    const Job *job, int64_t row, int64_t input, int n, const char *panel, const char *x,
+    int64_t steps, char *kept, int is_first, int is_last) {
+    EACH_NUMBER(PANEL_BLOCK)
+}
+
+FAST INLINE void decode_panel(
+    const Rows *rows, int64_t begin, int64_t end, char *panel, const int planes) {
+    const int64_t whole = rows->row_bytes / 8;
+    for (int64_t step = begin; step < end; step++) {
+        const int64_t group = rows->groups > 1 ? step / rows->group_steps : 0;
+        for (int r = 0; r < ROWS; r++) {
+            if (step % 8 == 0) { /* rows follow each other in memory: the next four */
+                const int64_t ahead = (ROWS + r) * rows->row_bytes + 8 * step;
+                _mm_prefetch((const char *)rows->codes + ahead, _MM_HINT_T0);
+                if (planes == 2) _mm_prefetch((const char *)rows->second + ahead, _MM_HINT_T0);
+            }
+            __m512i found = step < whole ? weights_at(rows, r, step, group, planes, 1)
+                                         : weights_at(rows, r, step, group, planes, 0);
+            _mm512_store_si512(panel + 64 * (ROWS * (step - begin) + r), found);
+        }
     }
 }
 
@@ -185,12 +283,34 @@ static inline int64_t block_start(const Job *job, int64_t number) {
     return number * job->batch / blocks;
 }
 
+/* Four rows with many inputs: their weights are decoded once for all of them. */
+FAST static void rows_by_panels(
+    const Job *job, int64_t row, int64_t begin, int64_t end, const uint64_t *values, char *sums) {
+    const Rows rows = rows_from(job, row, values);
+    char panel[64 * ROWS * PANEL] __attribute__((aligned(64)));
+    for (int64_t first = 0; first < rows.steps; first += PANEL) {
+        const int64_t last = least(first + PANEL, rows.steps);
+        if (job->second_codes)
+            decode_panel(&rows, first, last, panel, 2);
+        else
+            decode_panel(&rows, first, last, panel, 1);
+        for (int64_t b = begin; b < end; b++) {
+            int64_t input = block_start(job, b);
+            int n = (int)(block_start(job, b + 1) - input);
+            panel_by_inputs(
+                job, row, input, n, panel, (const char *)job->x + 64 * (input * rows.steps + n * first),
+                last - first, sums + 64 * ROWS * (input - block_start(job, begin)), first == 0,
+                last == rows.steps);
+        }
+    }
+}
+
 /* x[steps, inputs of a block, 32] for each block, zeros after the last column. */
 void trilens_native_prepare(void *address) {
     Job *job = address;
     const int64_t blocks = (job->batch + MOST - 1) / MOST, steps = (job->cols + 31) / 32;
     for (;;) {
-        int64_t number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        int64_t number = take(job);
         if (number >= blocks) return;
         int64_t first = block_start(job, number), n = block_start(job, number + 1) - first;
         char *to = (char *)job->x + first * steps * 64;
@@ -213,51 +333,58 @@ FAST void trilens_native_multiply(void *address) {
     const int64_t stripes = (job->rows + STRIPE - 1) / STRIPE;
     const int64_t blocks = (job->batch + MOST - 1) / MOST;
     const int64_t chunks = (blocks + job->chunk - 1) / job->chunk;
-    uint64_t values[TALL * job->groups];
+    const int64_t row_values = job->groups * (job->second_codes ? 4 : 1);
+    uint64_t values[ROWS * row_values];
+    char room[64 * ROWS * MOST * (blocks >= MANY ? job->chunk : 0) + 64];
+    char *sums = (char *)(((uintptr_t)room + 63) & ~(uintptr_t)63);
     for (;;) {
-        int64_t number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        int64_t number = take(job);
         if (number >= stripes * chunks) return;
         int64_t row = number % stripes * STRIPE, begin = number / stripes * job->chunk;
-        int64_t stop = row + STRIPE < job->rows ? row + STRIPE : job->rows;
-        int64_t end = begin + job->chunk < blocks ? begin + job->chunk : blocks;
+        int64_t stop = least(row + STRIPE, job->rows), end = least(begin + job->chunk, blocks);
         while (row < stop) {
             int n_rows = stop - row >= ROWS ? ROWS : 1;
-            if (job->batch <= 2 && stop - row >= TALL) n_rows = TALL;
-            for (int r = 0; r < n_rows; r++)
-                values_of_row(job, row + r, values + r * job->groups);
-            for (int64_t b = begin; b < end; b++) {
-                int64_t input = block_start(job, b);
-                int n = (int)(block_start(job, b + 1) - input);
-                rows_by_inputs(job, row, n_rows, input, n, values);
+            for (int r = 0; r < n_rows; r++) values_of_row(job, row + r, values + r * row_values);
+            if (n_rows == ROWS && end - begin >= MANY) {
+                rows_by_panels(job, row, begin, end, values, sums);
+            } else {
+                for (int64_t b = begin; b < end; b++) {
+                    int64_t input = block_start(job, b);
+                    int n = (int)(block_start(job, b + 1) - input);
+                    rows_by_inputs(job, row, n_rows, input, n, values);
+                }
             }
             row += n_rows;
         }
     }
 }
 
+FAST INLINE void unpack_row(const Job *job, int64_t row, const uint64_t *values, const int planes) {
+    const Rows rows = rows_from(job, row, values);
+    char *out = (char *)job->out + (row - job->first_row) * job->out_bytes;
+    for (int64_t step = 0; step < rows.steps; step++) {
+        const int64_t group = rows.groups > 1 ? step / rows.group_steps : 0;
+        __m512i found = 8 * step + 8 <= job->row_bytes
+                            ? weights_at(&rows, 0, step, group, planes, 1)
+                            : weights_at(&rows, 0, step, group, planes, 0);
+        _mm512_storeu_si512(out + 64 * step, found);
+    }
+}
+
 /* Rows of the matrix in bfloat16: out[row - first_row, cols], padded to 32 columns. */
 FAST void trilens_native_unpack(void *address) {
     Job *job = address;
-    const __m512i order = spread();
-    int64_t steps = (job->cols + 31) / 32;
-    int64_t group_steps = job->groups > 1 ? job->group_cols / 32 : steps;
-    uint64_t values[job->groups];
+    uint64_t values[4 * job->groups];
     for (;;) {
-        int64_t row = job->first_row + STRIPE * __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        int64_t row = job->first_row + STRIPE * take(job);
         if (row >= job->rows) return;
-        int64_t stop = row + STRIPE < job->rows ? row + STRIPE : job->rows;
+        int64_t stop = least(row + STRIPE, job->rows);
         for (; row < stop; row++) {
-            const uint8_t *codes = (const uint8_t *)job->codes + row * job->row_bytes;
-            char *out = (char *)job->out + (row - job->first_row) * job->out_bytes;
             values_of_row(job, row, values);
-            for (int64_t step = 0; step < steps; step++) {
-                uint64_t last;
-                const uint8_t *from = codes + 8 * step;
-                if (8 * step + 8 > job->row_bytes)
-                    from = last_codes(codes, 8 * step, job->row_bytes, &last);
-                __m512i found = decode(from, values + step / group_steps, order);
-                _mm512_storeu_si512(out + 64 * step, found);
-            }
+            if (job->second_codes)
+                unpack_row(job, row, values, 2);
+            else
+                unpack_row(job, row, values, 1);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Products of bfloat16 inputs by `native.c`, a library that is built with the package.
+"""Products with packed codes by `native.c`, a library that is built with the package.
 
 It is absent where there was no compiler, and computes nothing on processors that do not multiply
 bfloat16: `native_computes` says so, and numba's loops do the work.
@@ -20,7 +20,15 @@ from torch import Tensor
 from trilens.ternary.packed.cpu.thread_pool import Loop, run_job
 from trilens.ternary.packed.matrix import Packed
 
-__all__ = ["JOB", "multiply_native", "native_computes", "native_reads", "unpack_native"]
+__all__ = [
+    "JOB",
+    "multiply_int8_native",
+    "multiply_native",
+    "native_computes",
+    "native_multiplies_int8",
+    "native_reads",
+    "unpack_native",
+]
 
 JOB = (
     "next",  # the stripe that the next thread takes; starts at 0
@@ -33,38 +41,36 @@ JOB = (
     "scale_step",  # numbers from row to row of the scales; 0 for one scale for all
     "codes",  # address
     "scale",  # address of float32
+    "second_codes",  # address or 0
+    "second_scale",  # address or 0
+    "offset",  # address or 0
     "batch",  # inputs
     "chunk",  # blocks of inputs that are multiplied before the next ones are looked at
-    "source",  # `prepare`: address of bfloat16 [batch, cols]
-    "x",  # address of what `prepare` makes: bfloat16, as many steps of 32 columns for each input
+    "source",  # `prepare`: address of bfloat16 (or int8) [batch, cols]
+    "x",  # address of what `prepare` makes: as many steps of 32 or 256 columns for each input
     "bias",  # address of float32 [rows], or 0
-    "out",  # address of bfloat16 [batch, rows]; `unpack`: [rows, out_bytes]
+    "sums",  # int8: address of int32 [batch, steps, 16], what `prepare` makes
+    "places",  # address of 128 bytes for each step of 256 columns, what `prepare` makes
+    "factors",  # int8: address of float32 [batch]
+    "out",  # address of bfloat16 (int8: float32) [batch, rows]; `unpack`: [rows, out_bytes]
     "out_bytes",  # from input to input; `unpack`: from row to row
 )
 
-_NOTHING = dict.fromkeys(JOB, 0)
-_STEP = 32  # columns at a time
-_MOST_GROUPS = 4096  # their values lie on a thread's stack
-_CHUNK_BYTES = 1 << 19  # inputs that stay in a core's cache
+_STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
+_MOST_GROUPS = 1024  # their values lie on a thread's stack
+_CHUNK_BYTES = 1 << 20  # inputs that stay in a core's cache
+_MOST_BLOCKS = 64  # of a chunk: their sums may lie on a thread's stack
 _INPUTS_AT_ONCE = 6
+_FEW = 4
+_INT8_AT_ONCE = 2
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster
 _MOST_WITH_MATRIX_UNITS = 8  # the same on a processor with AMX
 
 
 def native_reads(packed: Packed) -> bool:
-    """Whether the library is here and unpacks such a matrix: one plane, groups of whole steps."""
-    size, cols = packed.group_size, packed.cols
-    return (
-        packed.offset is None
-        and packed.second_codes is None
-        and (size is None or size % _STEP == 0 or size >= cols)
-        and 0 < packed.scale.shape[1] <= _MOST_GROUPS
-        and packed.scale.dtype == torch.float32
-        and packed.scale.is_contiguous()
-        and packed.codes.is_contiguous()
-        and _level() > 0
-    )
+    """Whether the library is here and unpacks such a matrix: groups of whole steps."""
+    return _reads(packed, _STEP)
 
 
 def native_computes(flat: Tensor, packed: Packed) -> bool:
@@ -80,32 +86,92 @@ def native_computes(flat: Tensor, packed: Packed) -> bool:
     )
 
 
+def native_multiplies_int8(packed: Packed) -> bool:
+    """Whether `multiply_int8_native` reads such a matrix."""
+    return _reads(packed, _EDGE)
+
+
+def _reads(packed: Packed, step: int) -> bool:
+    size = packed.group_size
+    parts = (packed.scale, packed.second_scale, packed.offset)
+    return (
+        (size is None or size % step == 0 or size >= packed.cols)
+        and 0 < packed.scale.shape[1] <= _MOST_GROUPS
+        and packed.codes.is_contiguous()
+        and (packed.second_codes is None or packed.second_codes.is_contiguous())
+        and all(p is None or (p.dtype == torch.float32 and p.is_contiguous()) for p in parts)
+        and _level() > 0
+    )
+
+
 def multiply_native(
     flat: Tensor, packed: Packed, bias: Tensor | None, n_threads: int = 1
 ) -> Tensor:
     """x · Ŵᵀ + b, summed in float32 and rounded once.
 
     Shapes: flat bfloat16 [inputs, cols] → bfloat16 [inputs, rows]
+
+    Args:
+        flat: the inputs.
+        packed: what `native_reads`.
+        bias: added before the sums are rounded.
+        n_threads: threads that are worth it.
     """
     n_inputs = flat.shape[0]
+    out = torch.empty(n_inputs, packed.codes.shape[0], dtype=torch.bfloat16)
+    added = None if bias is None else bias.detach().float().contiguous().resolve_neg()
+    job = _job(packed)
+    job |= {
+        "batch": n_inputs,
+        "bias": 0 if added is None else added.data_ptr(),
+        "out": out.data_ptr(),
+        "out_bytes": 2 * out.shape[1],
+    }
     x = flat.contiguous().resolve_neg()
+    if _are_few(n_inputs, packed):
+        steps = -(-packed.cols // _WIDE)
+        # one piece of memory: what `prepare` makes of the inputs, and where scales stand
+        made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
+        job |= {"x": made.data_ptr(), "source": x.data_ptr()}
+        job["places"] = made.data_ptr() + 2 * steps * n_inputs * _WIDE
+        run_job(_function("prepare_few"), _array(job))
+        run_job(_function("multiply_few"), _array(job), n_threads)
+        return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
     if n_inputs > 1 or packed.cols % _STEP:
         source, x = x, torch.empty(n_inputs, input_bytes // 2, dtype=torch.bfloat16)
-        prepare = _job(packed, batch=n_inputs, source=source.data_ptr(), x=x.data_ptr())
-        run_job(_function("prepare"), prepare, 1 + x.numel() // _WORTH_A_THREAD)
-    out = torch.empty(n_inputs, packed.codes.shape[0], dtype=torch.bfloat16)
-    added = None if bias is None else bias.detach().float().contiguous().resolve_neg()
-    job = _job(
-        packed,
-        batch=n_inputs,
-        chunk=max(1, _CHUNK_BYTES // (_INPUTS_AT_ONCE * input_bytes)),
-        x=x.data_ptr(),
-        bias=0 if added is None else added.data_ptr(),
-        out=out.data_ptr(),
-        out_bytes=2 * out.shape[1],
-    )
-    run_job(_function("multiply"), job, n_threads)
+        job |= {"source": source.data_ptr(), "x": x.data_ptr()}
+        run_job(_function("prepare"), _array(job), 1 + x.numel() // _WORTH_A_THREAD)
+    job |= {"x": x.data_ptr(), "chunk": _blocks(n_inputs, _INPUTS_AT_ONCE, input_bytes)}
+    run_job(_function("multiply"), _array(job), n_threads)
+    return out
+
+
+def multiply_int8_native(
+    rounded: Tensor, factors: Tensor, packed: Packed, n_threads: int = 1
+) -> Tensor:
+    """factors · (x · Ŵᵀ), in whole numbers but for the scales.
+
+    Shapes: rounded int8 [inputs, cols]; factors float32 [inputs] → float32 [inputs, rows]
+    """
+    n_inputs, steps = rounded.shape[0], -(-packed.cols // _WIDE)
+    out = torch.empty(n_inputs, packed.codes.shape[0])
+    x = torch.empty(n_inputs, steps * _WIDE, dtype=torch.int8)
+    sums = torch.empty(n_inputs, steps * 16, dtype=torch.int32)
+    places = torch.empty(steps, 128, dtype=torch.uint8)
+    job = _job(packed) | {
+        "batch": n_inputs,
+        "chunk": _blocks(n_inputs, _INT8_AT_ONCE, steps * (_WIDE + 64)),
+        "source": rounded.data_ptr(),
+        "x": x.data_ptr(),
+        "sums": sums.data_ptr(),
+        "places": places.data_ptr(),
+        "factors": factors.data_ptr(),
+        "out": out.data_ptr(),
+        "out_bytes": 4 * out.shape[1],
+    }
+    run_job(_function("prepare_int8"), _array(job))
+    run_job(_function("multiply_int8"), _array(job), n_threads)
     return out
 
 
@@ -115,28 +181,47 @@ def unpack_native(packed: Packed, start: int, stop: int, n_threads: int = 1) -> 
     Shapes: → bfloat16 [stop − start, cols]
     """
     tile = torch.empty(stop - start, -(-packed.cols // _STEP) * _STEP, dtype=torch.bfloat16)
-    job = _job(packed, first_row=start, rows=stop, out=tile.data_ptr(), out_bytes=2 * tile.shape[1])
-    run_job(_function("unpack"), job, n_threads)
+    job = _job(packed) | {"first_row": start, "rows": stop}
+    job |= {"out": tile.data_ptr(), "out_bytes": 2 * tile.shape[1]}
+    run_job(_function("unpack"), _array(job), n_threads)
     return tile[:, : packed.cols]
 
 
-def _job(packed: Packed, **fields: int) -> NDArray[np.int64]:
+def _are_few(n_inputs: int, packed: Packed) -> bool:
+    """Whether codes are read as numbers, and scaled as sums of columns."""
+    return n_inputs <= _FEW and packed.levels == 3 and packed.offset is None
+
+
+def _blocks(n_inputs: int, at_once: int, input_bytes: int) -> int:
+    """Blocks of a chunk, so that chunks are of nearly equal size."""
+    blocks = -(-n_inputs // at_once)
+    most = min(max(1, _CHUNK_BYTES // (at_once * input_bytes)), _MOST_BLOCKS)
+    return -(-blocks // -(-blocks // most))
+
+
+def _address(part: Tensor | None) -> int:
+    return 0 if part is None else part.data_ptr()
+
+
+def _job(packed: Packed) -> dict[str, int]:
     groups = packed.scale.shape[1]
-    known = (
-        _NOTHING
-        | {
-            "rows": packed.codes.shape[0],
-            "row_bytes": packed.codes.shape[1],
-            "cols": packed.cols,
-            "group_cols": packed.group_size or packed.cols,
-            "groups": groups,
-            "scale_step": 0 if packed.scale.shape[0] == 1 else groups,
-            "codes": packed.codes.data_ptr(),
-            "scale": packed.scale.data_ptr(),
-        }
-        | fields
-    )
-    return np.array([known[name] for name in JOB], dtype=np.int64)
+    return {
+        "rows": packed.codes.shape[0],
+        "row_bytes": packed.codes.shape[1],
+        "cols": packed.cols,
+        "group_cols": packed.group_size or packed.cols,
+        "groups": groups,
+        "scale_step": 0 if packed.scale.shape[0] == 1 else groups,
+        "codes": packed.codes.data_ptr(),
+        "scale": packed.scale.data_ptr(),
+        "second_codes": _address(packed.second_codes),
+        "second_scale": _address(packed.second_scale),
+        "offset": _address(packed.offset),
+    }
+
+
+def _array(job: dict[str, int]) -> NDArray[np.int64]:
+    return np.array([job.get(name, 0) for name in JOB], dtype=np.int64)
 
 
 @cache
