@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test test-hostile test-numerics test-engines test-gpu test-browser docs check check-pythons bench sweep format clean
+.PHONY: demo test test-hostile test-numerics test-engines test-gpu test-quantized test-browser docs check check-pythons bench sweep format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,12 +59,29 @@ $(VENV)/.gpu: $(VENV)/.ready
 test-gpu: $(VENV)/.gpu
 	$(PY) -m pytest tests/gpu
 
+# Libraries that quantize, in an environment of their own on top: transformers imports whatever of
+# them it finds, and every other test is to run without them.
+QUANTIZED := $(VENV)/quantized
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+$(QUANTIZED)/.ready: $(VENV)/.ready
+	$(PY) -m venv --without-pip $(QUANTIZED)
+	$(PY) -c '$(SITE)' > "$$($(QUANTIZED)/bin/python -c '$(SITE)')/base.pth"
+	$(PY) -m pip --python $(QUANTIZED)/bin/python install --quiet --constraint constraints.txt --editable '.[quantized]'
+	@touch $@
+
+test-quantized: $(QUANTIZED)/.ready
+	$(QUANTIZED)/bin/python -m pytest -W default tests/quantized
+
 # A Chromium of the system (apt-get install chromium), without which `test` skips these.
 $(VENV)/.browser: $(VENV)/.ready
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	@touch $@
 
-test-browser: $(VENV)/.browser
+# The site's search is one of the tests.
+build/site/index.html:
+	$(MAKE) docs
+
+test-browser: $(VENV)/.browser build/site/index.html
 	TRILENS_BROWSER=1 $(PY) -m pytest tests/browser
 
 $(VENV)/.docs: $(VENV)/.ready

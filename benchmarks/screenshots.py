@@ -6,9 +6,15 @@ Needs a Chromium and Playwright: `make test-browser` installs the latter.
 from __future__ import annotations
 
 import io
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -20,6 +26,7 @@ from trilens.text.token_blocks import token_blocks
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 MOST_BYTES = 200_000
+EXPLORED = "def area(width, height):\n    return width *"
 PROMPT = "def factorial(n):\n    if n == 0:\n        return 1\n    return n * factorial("
 
 
@@ -45,13 +52,31 @@ def reports(folder: Path) -> dict[str, Path]:
     return found
 
 
-def photograph(page: Page, file: Path, section: str, name: str, height: int) -> None:
-    """A section of a report, under its prompt where there is one."""
+@contextmanager
+def explorer() -> Iterator[str]:
+    """`trilens serve` of the transformer on a free port: the URL of a run without a head."""
+    command = [sys.executable, "-m", "trilens", "serve", str(trilens.demo_path("transformer"))]
+    process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        found = next(filter(None, (re.search(r"http://\S+/", line) for line in process.stderr)))
+        state = {"prompt": EXPLORED, "edit": "ablate:attn.z@2#5", "layer": 2, "head": 5, "new": 8}
+        yield f"{found[0]}?{urlencode(state)}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def photograph(page: Page, address: str, section: str, name: str, height: int) -> None:
+    """A section of a page, under its prompt where there is one; "" is its top."""
     page.set_viewport_size({"width": 1180, "height": height})
-    page.goto(file.as_uri())
+    page.goto(address)
+    if not address.startswith("file:"):
+        page.wait_for_selector("#written", timeout=60_000)  # it runs first
     page.wait_for_selector("html[data-ready='true']")
     page.evaluate(
         """(id) => {
+          if (!id) return;
           const strip = document.getElementById("strip");
           const room = strip ? strip.offsetHeight + 16 : 8;
           const top = document.getElementById(id).getBoundingClientRect().top + scrollY - room;
@@ -84,7 +109,10 @@ def main() -> None:
         ):  # fmt: skip
             page = browser.new_context(offline=True, color_scheme=scheme).new_page()
             for report, section, out, height in shots:
-                photograph(page, files[report], section, out, height)
+                photograph(page, files[report].as_uri(), section, out, height)
+        page = browser.new_context(color_scheme="light").new_page()
+        with explorer() as address:
+            photograph(page, address, "", "explorer", 900)
         browser.close()
 
 

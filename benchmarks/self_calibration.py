@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def measured(
     }
     if whole is not None:
         found["kl_nats"] = [round(whole.kl_nats_before, 5), round(whole.kl_nats, 5)]
+        found["trit_changes"] = whole.trit_changes
     return damage, found
 
 
@@ -110,7 +112,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--evaluation-tokens", type=int, default=8_192)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fit", nargs="+", default=[], metavar="NAME=N", help="whole numbers of FitOptions"
+    )
     given = parser.parse_args()
+    numbers = {name: int(number) for name, number in (text.split("=") for text in given.fit)}
     last = RESULTS / "self_calibration.json"
     figures: dict[str, Any] = json.loads(last.read_text()) if last.is_file() else {}
     for model in given.models:
@@ -118,12 +124,16 @@ def main() -> None:
             rule = "exact" if text == "none" else given.rule
             options = calibration(text, given.tokens, given.evaluation_tokens, given.seed)
             effort = find_effort(given.effort)
+            effort = replace(effort, fit=replace(effort.fit, **numbers))
             damage, spent = measured(model, rule, options, effort, rotate=given.rotate)
             words = [model, rule, text, *(["rotated"] if given.rotate else [])]
             words += [] if given.effort == "default" else [f"effort {given.effort}"]
             words += [] if text == "none" else [f"{given.tokens} tokens"]
+            words += given.fit
             name = ", ".join([*words, f"seed {given.seed}"])
             ratios = {each.name: round(each.ratio, 4) for each in damage.texts}
+            # Another run may have ended meanwhile.
+            figures = json.loads(last.read_text()) if last.is_file() else {}
             figures[name] = {"ratios": ratios, "worst": round(damage.ratio, 4), **spent}
             save("self_calibration", figures)
 

@@ -51,7 +51,8 @@ def on_files(files: Files, *, config: Any) -> Files:
     for path in EXAMPLES.glob("*.py"):
         made[f"tutorials/{path.stem}.md"] = tutorial(read_script(path.stem))
     made |= {f"reference/{page}.md": text for page, text in reference_pages().items()}
-    made["assets/iframe-worker.js"] = (ROOT / "website" / "iframe-worker.js").read_text()
+    for name in ("iframe-worker.js", "site.css", "site.js"):
+        made[f"assets/{name}"] = (ROOT / "website" / name).read_text(encoding="utf-8")
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

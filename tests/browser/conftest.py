@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SITE = ROOT / "build" / "site"
 PACKAGES = ("playwright", "axe_playwright_python", "nbconvert")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -26,12 +27,14 @@ def absent() -> str:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    why = absent()
-    if why and not os.environ.get("TRILENS_BROWSER"):
-        here = Path(__file__).parent
-        for item in items:
-            if here in Path(item.fspath).parents:
-                item.add_marker(pytest.mark.skip(reason=why))
+    if os.environ.get("TRILENS_BROWSER"):
+        return
+    why, here = absent(), Path(__file__).parent
+    no_site = "" if SITE.is_dir() else "no site in build/site: `make docs` builds it"
+    for item in items:
+        file = Path(item.fspath)
+        if here in file.parents and (reason := why or no_site * (file.name == "test_site.py")):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @dataclass
@@ -70,6 +73,29 @@ def screenshot():
         page.screenshot(path=folder / f"{name}.png", full_page=True)
 
     return keep
+
+
+SERIOUS = {"serious", "critical"}
+
+
+@pytest.fixture
+def serious():
+    """What axe-core finds, of all its rules or some: rule, impact, what to do, first elements."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    def find(page, *rules: str) -> list[str]:
+        options: dict[str, object] = {"resultTypes": ["violations"]}
+        if rules:
+            options["runOnly"] = list(rules)
+        found = Axe().run(page, options=options).response["violations"]
+        return [
+            f"{each['id']} ({each['impact']}): {each['help']}: "
+            + "; ".join(f"{node['target']} {node['html'][:160]}" for node in each["nodes"][:3])
+            for each in found
+            if each["impact"] in SERIOUS
+        ]
+
+    return find
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 import tinymodels
 import trilens
+from measure_cases import measures
 from page_cases import heads_page, rendered
 from trilens.analysis.effect_sweeps import ablation_sweep
 from trilens.caches.attention import AttentionCache
@@ -21,7 +22,6 @@ from trilens.report.making import joined, page_of
 from trilens.results import Tabular
 
 PROMPT = "def factorial(n):\n    if n == 0:\n        return 1\n    return n * factorial("
-SERIOUS = {"serious", "critical"}
 
 
 class Other(Tabular):
@@ -74,6 +74,7 @@ def results(folder: Path) -> dict[str, object]:
         "edit_effect": trilens.edit_effect(tiny, prompt, Ablate("attn.z", layers=0)),
         "store": trilens.capture_corpus(lens, ["def f(x):\n    return x\n" * 4], folder / "store"),
         "table": Other(),
+        **{f"measure {name}": each for name, each in measures().items()},
     }
 
 
@@ -84,9 +85,10 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     kinds = {kind for kind in page_of.registry if kind not in {object, Capture}}
     missing = [each for each in kinds if not any(isinstance(one, each) for one in found.values())]
     assert not missing
-    files = {
-        name: make_report(result).save(folder / f"{name}.html") for name, result in found.items()
-    }
+    pages = {name: make_report(result).page for name, result in found.items()}
+    small = {name: pages.pop(name) for name in found if name.startswith("measure ")}
+    pages["measures"] = joined("measures", small)
+    files = {name: Report(page).save(folder / f"{name}.html") for name, page in pages.items()}
     pages = {}
     for name, options in {
         "transformer": {"attention": True},
@@ -106,24 +108,8 @@ def reports(tmp_path_factory) -> dict[str, Path]:
 KINDS = (
     "transformer", "rwkv7", "demo", "inspection", "gates", "lens", "attribution", "patch",
     "effects", "compare", "series", "ternary", "gguf", "sensitivity", "plan", "table",
-    "heads", "edit_effect", "store",
+    "heads", "edit_effect", "store", "measures",
 )  # fmt: skip
-
-
-def serious(page, *rules: str) -> list[str]:
-    """What axe-core finds, of all its rules or some: rule, impact, what to do, first elements."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    options: dict[str, object] = {"resultTypes": ["violations"]}
-    if rules:
-        options["runOnly"] = list(rules)
-    found = Axe().run(page, options=options).response["violations"]
-    return [
-        f"{each['id']} ({each['impact']}): {each['help']}: "
-        + "; ".join(str(node["target"]) + " " + node["html"][:160] for node in each["nodes"][:3])
-        for each in found
-        if each["impact"] in SERIOUS
-    ]
 
 
 def test_every_kind_is_looked_at(reports) -> None:
@@ -131,7 +117,7 @@ def test_every_kind_is_looked_at(reports) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_serious(opened, reports, screenshot, kind: str) -> None:
+def test_nothing_serious(opened, reports, screenshot, serious, kind: str) -> None:
     found = opened(reports[kind], color_scheme="light")
     page = found.page
     page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
@@ -144,7 +130,7 @@ def test_nothing_serious(opened, reports, screenshot, kind: str) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_words_can_be_read_on_every_tint(opened, tmp_path, sign: int) -> None:
+def test_words_can_be_read_on_every_tint(opened, tmp_path, serious, sign: int) -> None:
     n = 64
     weights = torch.zeros(1, 1, n, n)
     weights[..., -1, :] = sign * (torch.arange(1, n + 1) / n) ** 2  # tints go by the root
@@ -162,7 +148,7 @@ def test_words_can_be_read_on_every_tint(opened, tmp_path, sign: int) -> None:
         assert not serious(page, "color-contrast"), scheme
 
 
-def test_it_finds_what_is_wrong(opened, tmp_path) -> None:
+def test_it_finds_what_is_wrong(opened, tmp_path, serious) -> None:
     file = tmp_path / "wrong.html"
     file.write_text(
         "<!doctype html><html data-ready='true'><body><img src='data:,'>"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from urllib.parse import urlencode
 
 import pytest
 
@@ -123,6 +124,89 @@ def test_a_run_is_watched_and_cancelled_and_an_error_is_read(online, server: str
     page.get_by_role("button", name="Remove edit ablate:attn.z@99").click()
     press(page, "Run")
     assert len(texts(page)) == 1
+    found.quiet(server)
+
+
+PAGES = {
+    "empty": "",
+    "run": f"?{urlencode({'prompt': PROMPT, 'new': NEW})}",
+    "edited": f"?{urlencode({'prompt': PROMPT, 'edit': 'ablate:attn.z@2#5', 'new': NEW})}",
+    "wrong": "?layer=x",
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_serious(online, server: str, screenshot, serious, name: str) -> None:
+    """By the rules of axe-core, in both colour schemes; a picture of each page is kept."""
+    found = online(server + PAGES[name], color_scheme="light")
+    page = found.page
+    ready(page)
+    if "prompt" in PAGES[name]:
+        has_run(page)
+    for scheme, rules in (("light", ()), ("dark", ("color-contrast",))):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(300)
+        assert not serious(page, *rules), scheme
+        screenshot(page, f"explorer-{name}-{scheme}")
+    found.quiet(server) if name != "wrong" else None
+
+
+def test_nothing_serious_while_it_runs(online, server: str, screenshot, serious) -> None:
+    page = online(f"{server}?prompt=x+%3D&new=200", color_scheme="dark").page
+    page.locator("#writing pre").wait_for()
+    assert not serious(page)
+    screenshot(page, "explorer-running-dark")
+    page.get_by_role("button", name="Cancel").click()
+
+
+def tab_to(page, selector: str, *, most: int = 30) -> None:
+    """Press Tab until what is selected has the focus."""
+    for _ in range(most):
+        if page.evaluate("s => document.activeElement.matches(s)", selector):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(page.evaluate("document.activeElement.outerHTML.slice(0, 200)"))
+
+
+def test_by_keyboard_alone(online, server: str) -> None:
+    """A prompt is typed and run, a token and a head are chosen, the head is knocked out."""
+    found = online(server)
+    page = found.page
+    ready(page)
+    tab_to(page, "#prompt")
+    page.keyboard.type("a = b")
+    tab_to(page, "#new")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("3")
+    with page.expect_navigation(timeout=60_000):
+        page.keyboard.press("Enter")
+    has_run(page)
+    (text,) = texts(page)
+    # The text itself can be scrolled by keyboard, and so is a stop.
+    tab_to(page, "#written pre")
+    tab_to(page, ".chip[aria-selected=true]")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    tab_to(page, "select.layer")
+    page.keyboard.type("1")
+    tab_to(page, "select.head")
+    page.keyboard.type("3")
+    assert chosen(page).startswith("layer 1, head 3; token 1 ")
+    for _ in range(30):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.textContent") == "Knock out this head":
+            break
+    with page.expect_navigation(timeout=60_000):
+        page.keyboard.press("Enter")
+    has_run(page)
+    before, _ = texts(page)
+    assert before == text
+    assert page.locator("#edits li code").all_inner_texts() == ["ablate:attn.z@1#3"]
+    tab_to(page, "#edits button")
+    page.keyboard.press("Enter")
+    assert page.locator("#edits li").count() == 0
+    # Where the button was, the focus goes on from the box for edits.
+    assert page.evaluate("document.activeElement.id") == "edit"
     found.quiet(server)
 
 

@@ -17,6 +17,8 @@ from trilens.explorer.app import saved_app
 from trilens.explorer.guard import Rules
 from trilens.explorer.saved import is_saved, open_saved
 from trilens.io.sealed import sealed
+from trilens.io.tensors import read_tensors, write_tensors
+from trilens.lens.saved_capture import FORMAT, VERSION
 
 PROMPT = "def area(r): return r"
 OPTIONS = trilens.StoreOptions(sites=("resid_post",), layers=(1, 2))
@@ -64,7 +66,22 @@ def test_a_store(lens, tmp_path) -> None:
     found = json.loads(manifest.read_text())
     found.pop("sha256", None)
     manifest.write_bytes(sealed({**found, "version": 99}))
-    with pytest.raises(CorruptFileError, match=r"version 99.*install a newer|version 99"):
+    with pytest.raises(CorruptFileError, match=r"version 99: .*install a newer trilens"):
+        open_saved(folder)
+
+
+def test_a_capture_or_comparison_of_a_newer_version_is_refused(lens, tmp_path) -> None:
+    file = lens.capture(PROMPT, residual="all").save(tmp_path / "a.safetensors")
+    tensors, manifest = read_tensors(file, FORMAT, VERSION)
+    write_tensors(file, tensors, {**manifest, "version": VERSION + 1})
+    with pytest.raises(CorruptFileError, match=f"version {VERSION + 1}: .*install a newer trilens"):
+        open_saved(file)
+    folder = trilens.compare(lens, lens, [PROMPT]).save(tmp_path / "comparison")
+    manifest = folder / "comparison.json"
+    found = json.loads(manifest.read_text())
+    found.pop("sha256", None)
+    manifest.write_bytes(sealed({**found, "version": found["version"] + 1}))
+    with pytest.raises(CorruptFileError, match=r"version 2: .*install a newer trilens"):
         open_saved(folder)
 
 

@@ -13,6 +13,7 @@ from trilens.cli.main import app
 from trilens.cli.run import serve as serve_run
 from trilens.errors import PortInUseError, ServeError
 from trilens.explorer.serving import bind
+from trilens.models import loading
 
 
 def test_this_machine_alone_and_without_a_token() -> None:
@@ -71,6 +72,15 @@ def test_the_command_loads_the_model_once_and_prints_its_address(served, monkeyp
     config = served[0].config
     assert config.limit_concurrency and config.h11_max_incomplete_event_size == 65_536
     assert not config.access_log and not config.proxy_headers
+
+
+def test_a_model_that_does_not_fit_is_one_line_and_nothing_is_served(served, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "_free_bytes", lambda: 1000)
+    result = run(str(trilens.demo_path("transformer")), "--port", "0", "--dtype", "float32")
+    assert result.exit_code == 2 and not served
+    assert "MiB" in result.stderr or "bytes" in result.stderr
+    assert "1000 bytes are free: load it in a smaller dtype" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
 
 
 def test_a_saved_capture_needs_no_model_and_takes_no_option_of_one(served, tmp_path) -> None:

@@ -16,9 +16,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tinymodels.mappings import build_as
+from tolerances import assert_near
 from trilens.analysis.comparison.run import compare
 from trilens.edits import Scale
-from trilens.errors import GenerationError, NotStoredError, PromptError, UsageError
+from trilens.errors import NotStoredError, PromptError, UsageError
 from trilens.evaluation.reference import ReferenceLogits
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
@@ -134,7 +135,7 @@ def test_without_a_target_the_decoder_reads_its_start_token() -> None:
     assert capture.token_ids.tolist() == [lens.model.config.decoder_start_token_id]
 
 
-def test_pairs_are_captured_in_their_order_one_by_one() -> None:
+def test_pairs_are_captured_in_their_order() -> None:
     lens = t5()
     pairs = [SourceTarget(SOURCE, TARGET), SourceTarget(SOURCE[:3], TARGET[:2]),
              SourceTarget("das haus", "the house")]  # fmt: skip
@@ -142,10 +143,10 @@ def test_pairs_are_captured_in_their_order_one_by_one() -> None:
     assert [len(each.tokens) for each in many] == [4, 2, 3]
     for pair, each in zip(pairs, many, strict=True):
         one = lens.capture(pair, attention=True)
-        assert torch.equal(one.logits, each.logits)  # type: ignore[arg-type]
-        ours, theirs = (c.cross_attention.get_layer(2) for c in (one, each))
-        assert torch.equal(ours, theirs)  # type: ignore[arg-type]
-    assert not lens.batches_safely(4)
+        assert_near(each.logits, one.logits, 1e-5)
+        ours, theirs = (c.cross_attention.get_layer(2) for c in (each, one))
+        assert_near(ours, theirs, 1e-5)
+    assert lens.batches_safely(4)
 
 
 def test_parts_of_a_decoder_block_sum_to_what_it_adds() -> None:
@@ -240,11 +241,6 @@ def test_a_model_without_a_source_takes_no_target() -> None:
     lens = Lens(build_as("masked", "bert"))
     with pytest.raises(UsageError, match="reads no target"):
         lens.capture(SOURCE, target=TARGET)
-
-
-def test_a_decoder_that_answers_a_source_does_not_generate_here() -> None:
-    with pytest.raises(GenerationError, match=r"answers a source.*target="):
-        t5().generate(SOURCE)
 
 
 def test_decoders_that_answer_a_source_are_not_compared_on_texts() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tinymodels import build, forward_kwargs, prompt_ids
+from tinymodels import build, forward_kwargs, prompt_ids, tiny_config
 from tinymodels.checks import hooked_run
 from tolerances import assert_near, roundings
-from trilens.analysis.direct_attribution import attribute
 from trilens.analysis.lenses.logit_lens import logit_lens
 from trilens.axes import RESIDUALS
 from trilens.edits import Ablate, Patch, Scale, Steer, parse_edit
@@ -164,6 +164,15 @@ def test_altup_predicts_and_corrects() -> None:
         assert_near(found.sites["attn.read", layer], predicted[:, 0], roundings(2 * STREAMS))
 
 
+def test_altup_as_transformers_makes_it() -> None:
+    """Per-layer inputs add nothing yet: its blocks look like blocks with a single part."""
+    torch.manual_seed(0)
+    lens = Lens(AutoModelForCausalLM.from_config(tiny_config("gemma3n_text")))
+    every = tuple(range(lens.n_layers))
+    assert lens.gate_layers["stream.mix"] == lens.gate_layers["stream.write"] == every
+    assert lens.site_layers["attn.add"] == lens.site_layers["mlp.add"] == every
+
+
 def test_ranges_hold(opened: tuple[str, Lens]) -> None:
     name, lens = opened
     found = lens.capture(ids_of(name, 30), gates=True).gates
@@ -252,11 +261,6 @@ def test_gradients_reach_each_stream(opened: tuple[str, Lens]) -> None:
     lens.model.zero_grad()
     expected = by_hand(name, held[0].grad)[0]
     assert_near(slope, expected, 1e-4)
-
-
-def test_direct_attribution_is_refused_by_name(hyper: Lens) -> None:
-    with pytest.raises(UsageError, match="4 residual streams"):
-        attribute(hyper.capture(ids_of("hy_v4")), hyper, 1)
 
 
 def test_a_cache_of_streams_needs_their_readouts(hyper: Lens) -> None:

@@ -262,7 +262,7 @@ def test_what_is_not_there_is_refused_with_what_is(cap) -> None:
         (lambda: cap.plot(layer=0, head=8), OutOfRangeError, "layer 0 has 0–7"),
         (lambda: cap.gates.plot(layer=0, head=0), UsageError, "no attention here"),
         (lambda: cap.plot("logit lens"), UsageError, "pictures are 'most probable"),
-        (trilens.load_families().plot, UsageError, "has no picture"),
+        (trilens.Perplexity(2.0, 10, 5).plot, UsageError, "Perplexity has no picture"),
     ):
         with pytest.raises(error, match=text):
             call()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trilens.analysis.lenses.logit_lens import same_model
-from trilens.analysis.stream_parts import ADDS, stream_parts
+from trilens.analysis.several_streams import STREAM_SITES, streams_read
+from trilens.analysis.stream_parts import ADDS, last_residual, stream_parts
 from trilens.analysis.tokens import Token, token_id
 from trilens.caches.indices import check_index
 from trilens.errors import CaptureError, NotStoredError, UsageError
@@ -40,9 +41,9 @@ class Part:
 
     Attributes:
         component: "embed", a site ("attn.add", "cross.add", "mlp.add", "attn.head", "mlp.neuron"),
-            "attn.rest" and "mlp.rest" (projection bias, neurons that are not listed), "rounding"
-            (what the model's dtype loses between its layers) or "bias" (of final norm and
-            unembedding).
+            "attn.rest" and "mlp.rest" (projection bias, neurons that are not listed), "block.add"
+            (of several streams: what a block adds beside its parts), "rounding" (what the model's
+            dtype loses between its layers) or "bias" (of final norm and unembedding).
         layer: the model's own number, or None.
         index: head or neuron, or None.
         value: what it adds to the logit, or to the difference.
@@ -109,12 +110,15 @@ class Attribution(Tabular):
 def attribution_sites(lens: Lens, by: By = "component") -> tuple[str, ...]:
     """The sites that a capture needs for `attribute`: what of them this model has.
 
+    A model with several residual streams needs gates=True as well.
+
     Raises:
         UsageError: `by` is unknown.
     """
     if by not in get_args(By):
         raise UsageError(f"by {by!r} is unknown: it is one of {', '.join(get_args(By))}")
-    wanted = dict.fromkeys(("resid_pre", *ADDS, *_FINER.get(by, ())))
+    parts = STREAM_SITES if lens.n_streams > 1 else ("resid_pre", *ADDS)
+    wanted = dict.fromkeys((*parts, *_FINER.get(by, ())))
     return tuple(name for name in wanted if lens.site_layers.get(name))
 
 
@@ -136,8 +140,16 @@ def attribute(
     difference within 1e-4 in float32, within the rounding of a narrower dtype there. Logits with a
     tanh cap are attributed before the cap.
 
+    Of several residual streams the direction is followed from their readout back through the
+    blocks, with the weights that the pass computed held at what they were, as the norm's scale is:
+    those of the readout, those that write a part into each stream, and those that mix the streams
+    of every later block. The sum over all streams is exact so; how a part moves these weights is
+    no part of it. "block.add" is what a block adds beside its parts, as Gemma 3n's per-layer
+    inputs and its rescaled stream.
+
     Args:
-        cap: of `lens.capture(prompt, sites=attribution_sites(lens, by))`.
+        cap: of `lens.capture(prompt, sites=attribution_sites(lens, by))`; of several residual
+            streams with gates=True.
         lens: the model that it is of.
         target: a token id, or a text that is one token.
         against: the token whose logit is subtracted.
@@ -146,36 +158,40 @@ def attribute(
         k: of neurons the largest by size that have parts of their own.
 
     Raises:
-        UsageError: the model keeps several residual streams.
-        NotStoredError: the capture lacks a site or the residual stream; says what to capture.
+        NotStoredError: the capture lacks a site, gates or the residual; says what to capture.
         CaptureError: the parts do not sum to the residual stream (norms on the stream itself, as
-            in BERT), or the norm or unembedding cannot be folded.
+            in BERT), or the norm, unembedding or readout cannot be folded; of several streams a
+            layer whose weights are not proven.
         IncomparableError: the capture is of another model.
         TokenIdError: a token that is not one.
         OutOfRangeError: no such position.
     """
     same_model(cap.model, lens, "the capture")
-    if lens.n_streams > 1:
-        raise UsageError(
-            f"{cap.model.model_class} keeps {lens.n_streams} residual streams, which its blocks "
-            "mix and weigh anew: what a part adds has no share of a logit of its own; follow it by "
-            "edits (path_patch, attribution_patch), or read the readouts (logit_lens)"
-        )
     names = attribution_sites(lens, by)
     count = at_least(1, k, "k")
     at = check_index(position, len(cap.token_ids), "position", "the prompt", negative=True)
     tokens = [token_id(lens, each) for each in (target, against) if each is not None]
     _need_sites(cap, lens, by, names)
-    stream = stream_parts(cap, lens, at)
-    x = stream.residual
+    stream = stream_parts(cap, lens, at) if lens.n_streams == 1 else None
+    x = _readout(cap, lens, at) if stream is None else stream.residual
     folded = lens.fold(x, tokens)
     signs = torch.tensor([1.0, -1.0][: len(tokens)], dtype=torch.float64, device=x.device)
     direction = signs @ folded.directions
-    parts = [Part("embed", None, None, float(stream.start @ direction))]
-    for name, layer, add in stream.adds:
-        value = float(add.to(x.device).double() @ direction)
-        parts += _split(cap, lens, by, name, layer, at, direction, value, count)
-    parts.append(Part("rounding", None, None, float(stream.rounding @ direction)))
+    if stream is None:
+        read = streams_read(cap, lens, at, x, direction)
+        start, rounding, notes = read.start, read.rounding, read.notes
+        wholes = [(Part(p.name, p.layer, None, p.value), p.way) for p in read.parts]
+    else:
+        start, rounding = float(stream.start @ direction), float(stream.rounding @ direction)
+        notes = stream.notes
+        wholes = [
+            (Part(name, layer, None, float(add.to(x.device).double() @ direction)), direction)
+            for name, layer, add in stream.adds
+        ]
+    parts = [Part("embed", None, None, start)]
+    for whole, way in wholes:
+        parts += [whole] if way is None else _split(cap, lens, by, whole, at, way, count)
+    parts.append(Part("rounding", None, None, rounding))
     parts.append(Part("bias", None, None, float(signs @ folded.biases)))
     texts = token_strings(tokens, lens.tokenizer)
     return Attribution(
@@ -188,8 +204,15 @@ def attribute(
         parts=tuple(parts),
         total=math.fsum(part.value for part in parts),
         logit_difference=_own_difference(cap, lens, x, at, tokens),
-        notes=(*folded.facts, *stream.notes, *_notes(lens, by)),
+        notes=(*folded.facts, *notes, *_notes(lens, by)),
     )
+
+
+def _readout(cap: Capture, lens: Lens, at: int) -> Tensor:
+    """What the final norm reads of several streams at one position: [d_model]."""
+    last_residual(cap, lens, at)
+    found = cap.residual.readout(lens.n_layers - 1)
+    return found[at] if found.dim() == 2 else found
 
 
 def _notes(lens: Lens, by: By) -> list[str]:
@@ -199,8 +222,10 @@ def _notes(lens: Lens, by: By) -> list[str]:
         return notes
     add, out, fine = _FINER[by]
     sites = lens.sites.sites
+    inner = f"{add.partition('.')[0]}.read"  # of several streams, where nothing is `add`
     for layer in range(lens.n_layers):
-        if (add, layer) in sites and not {(out, layer), (fine, layer)} <= sites.keys():
+        has = (add, layer) in sites or (inner, layer) in sites
+        if has and not {(out, layer), (fine, layer)} <= sites.keys():
             notes.append(
                 f"layer {layer} is not told apart by {by}: {lens.why_no_site(fine, layer)}"
             )
@@ -213,8 +238,11 @@ def _need_sites(cap: Capture, lens: Lens, by: By, names: tuple[str, ...]) -> Non
         raise CaptureError(
             f"resid_pre of layer 0 is not proven: {lens.why_no_site('resid_pre', 0)}"
         )
+    several = lens.n_streams > 1
     wanted = [
-        key for key in lens.sites.sites if key[0] in names and (key[0] != "resid_pre" or not key[1])
+        key
+        for key in lens.sites.sites
+        if key[0] in names and (several or key[0] != "resid_pre" or not key[1])
     ]
     absent = [key for key in wanted if key not in held]
     if absent:
@@ -227,7 +255,7 @@ def _need_sites(cap: Capture, lens: Lens, by: By, names: tuple[str, ...]) -> Non
         raise CaptureError(
             f"no layer can be told apart by {by}: {lens.why_no_site(fine, 0)}; use by='component'"
         )
-    for layer in range(lens.n_layers):
+    for layer in range(0 if several else lens.n_layers):
         if not any((name, layer) in lens.sites.sites for name in ADDS):
             reasons = [f"{name}: {lens.why_no_site(name, layer)}" for name in ADDS]
             raise CaptureError(
@@ -237,24 +265,22 @@ def _need_sites(cap: Capture, lens: Lens, by: By, names: tuple[str, ...]) -> Non
 
 
 def _split(
-    cap: Capture,
-    lens: Lens,
-    by: By,
-    name: str,
-    layer: int,
-    at: int,
-    direction: Tensor,
-    value: float,
-    k: int,
+    cap: Capture, lens: Lens, by: By, whole: Part, at: int, direction: Tensor, k: int
 ) -> list[Part]:
-    whole = [Part(name, layer, None, value)]
+    """A part by heads or neurons, where it is one of those; `direction` times it is its value."""
+    name, layer, value = whole.component, whole.layer, whole.value
+    assert layer is not None
     if by == "component" or name != _FINER[by][0]:
-        return whole
+        return [whole]
     _, out, fine = _FINER[by]
     if (out, layer) not in cap.sites or (fine, layer) not in cap.sites:
-        return whole
-    factor = _factor(cap.sites[name, layer], cap.sites[out, layer], at, f"{name} of layer {layer}")
-    way = direction.to(factor.device) * factor
+        return [whole]
+    way = direction.to(cap.sites[out, layer].device)
+    # Of several streams `add` is what is written, times weights that are in the direction.
+    if (name, layer) in cap.sites:
+        way = way * _factor(
+            cap.sites[name, layer], cap.sites[out, layer], at, f"{name} of layer {layer}"
+        )
     if by == "head":
         heads = cap.sites[fine, layer][at].double() @ way.to(cap.sites[fine, layer].device)
         found = [Part("attn.head", layer, i, each) for i, each in enumerate(heads.tolist())]

@@ -10,6 +10,7 @@ import numpy as np
 
 from trilens.caches.activation import FullActivationCache
 from trilens.errors import CorruptFileError
+from trilens.io.messages import clip, other_version
 from trilens.lens.capture import Capture
 from trilens.results import Tabular
 from trilens.statistics.gating import GatingAnalysis
@@ -146,10 +147,11 @@ class Inspection(Tabular):
         Raises:
             CorruptFileError: another format or version, or a field is missing.
         """
-        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
+        if data.get("format") != _FORMAT:
+            raise CorruptFileError(f"not {_FORMAT}: format {clip(data.get('format'))}")
+        if data.get("version") != _VERSION:
             raise CorruptFileError(
-                f"not {_FORMAT} version {_VERSION}: format {data.get('format')!r}, version "
-                f"{data.get('version')!r}"
+                other_version(f"this is {_FORMAT}", data.get("version"), _VERSION)
             )
         try:
             rows = tuple(

@@ -12,7 +12,7 @@ from trilens.errors import CaptureError, NotStoredError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 
-__all__ = ["ADDS", "StreamParts", "stream_parts"]
+__all__ = ["ADDS", "StreamParts", "last_residual", "stream_parts"]
 
 ADDS = ("attn.add", "cross.add", "mlp.add", "mixer.add")
 """The sites of what a layer adds."""
@@ -49,7 +49,7 @@ def stream_parts(cap: Capture, lens: Lens, position: int) -> StreamParts:
         NotStoredError: no residual stream after the last layer at this position.
         CaptureError: the parts do not sum to it.
     """
-    x = _last_residual(cap, lens, position)
+    x = last_residual(cap, lens, position)
     adds = [
         (name, layer, cap.sites[name, layer][position])
         for layer in range(lens.n_layers)
@@ -89,7 +89,12 @@ def _residual(cap: Capture, layer: int, at: int) -> Tensor | None:
     return None
 
 
-def _last_residual(cap: Capture, lens: Lens, at: int) -> Tensor:
+def last_residual(cap: Capture, lens: Lens, at: int) -> Tensor:
+    """The residual behind the last block at one position: [d_model], or [streams, d_model].
+
+    Raises:
+        NotStoredError: it was not captured.
+    """
     last = lens.n_layers - 1
     found = _residual(cap, last, at)
     if found is None:

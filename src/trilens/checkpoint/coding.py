@@ -155,7 +155,12 @@ class CodedBefore(Protocol):
     def quant(
         self, name: str, expert: int, cols: int, plan: TernaryPlan
     ) -> tuple[PerLayerQuant, CodedMatrix] | None:
-        """A coded matrix, and what was measured of it."""
+        """A coded matrix of several in one tensor, and what was measured of it."""
+
+    def whole_matrix(
+        self, name: str, cols: int, plan: TernaryPlan
+    ) -> tuple[PerLayerQuant, CodedMatrix] | None:
+        """The coded matrix of a tensor that holds one."""
 
     def vector(self, name: str) -> Tensor | None:
         """The new value of a tensor that is kept otherwise."""
@@ -202,7 +207,11 @@ def code_tensor(
         matrix = stored_matrix.T if choice.transposed else stored_matrix
         name = header.name if stored.ndim == 2 else f"{header.name}[{index}]"
         matrix = to_be_coded(matrix, name, plan)
-        coded = None if before is None else before.quant(header.name, index, matrix.shape[1], plan)
+        coded, cols = None, matrix.shape[1]
+        if before is not None and stored.ndim == 3:
+            coded = before.quant(header.name, index, cols, plan)
+        elif before is not None:
+            coded = before.whole_matrix(header.name, cols, plan)
         if coded is None:
             quant = PerLayerQuant.quantize(
                 matrix,

@@ -27,6 +27,7 @@ from trilens.checkpoint.format.skeleton import module_at
 from trilens.checkpoint.packed_experts import restore_experts, use_packed_experts
 from trilens.checkpoint.packed_loading import Merges, place_packed, read_headers
 from trilens.errors import ConfigError, CorruptFileError
+from trilens.io.messages import other_version
 from trilens.io.weight_files import GUARD_NAME
 from trilens.ternary.calibrated.rules import levels_of
 from trilens.ternary.packed.experts import TernaryExperts
@@ -75,8 +76,7 @@ class TrilensConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"quantization_config has format version {format_version!r}: this trilens reads "
-                f"version {FORMAT_VERSION}"
+                other_version("quantization_config has format", format_version, FORMAT_VERSION)
             )
         if unknown:
             raise ConfigError(

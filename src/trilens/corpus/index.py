@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.caches.indices import check_index
@@ -46,6 +47,12 @@ class StoreIndex:
     def n_documents(self) -> int:
         """Documents."""
         return self.manifest.counts.documents
+
+    @property
+    def token_counts(self) -> NDArray[np.int64]:
+        """Tokens of each document: int64 [documents]."""
+        found: NDArray[np.int64] = self._columns["tokens"].astype(np.int64)
+        return found
 
     def token_range(self, document: SupportsIndex) -> tuple[int, int]:
         """The first token of a document, and the one behind its last.

@@ -12,6 +12,7 @@ from trilens.corpus.options import StoreOptions
 from trilens.errors import CorruptFileError, ModelNotFoundError, TrilensError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_bytes
+from trilens.io.messages import other_version
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.typed import typed
 from trilens.lens.parts import ModelInfo
@@ -191,10 +192,7 @@ def read_manifest(folder: Path) -> StoreManifest:
         raise CorruptFileError(f"{path} is not the manifest of a {FORMAT}")
     version = found.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise CorruptFileError(
-            f"{path} is {FORMAT} version {version}: this trilens reads versions up to {VERSION}; "
-            "update trilens"
-        )
+        raise CorruptFileError(other_version(f"{path} is {FORMAT}", version, VERSION))
     try:
         manifest = StoreManifest.from_dict(found)
     except (KeyError, TypeError, ValueError, AttributeError, TrilensError) as cause:

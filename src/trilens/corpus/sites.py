@@ -38,8 +38,10 @@ def stored_sites(lens: Lens, options: StoreOptions) -> tuple[ModelInfo, tuple[St
     Raises:
         UnknownSiteError: a name that no site has.
         SiteError, OutOfRangeError: a site or layer that the model has not.
-        UsageError: a site without a value for each token, or one that is named twice.
+        UsageError: a site without a value for each token, or one that is named twice; a decoder
+            that answers a source.
     """
+    lens.check_reads_texts()
     names = [site_name(text)[0] for text in options.sites]
     for name in names:
         if name not in SITES:

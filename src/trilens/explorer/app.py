@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from trilens.errors import BusyError, RequestError, TrilensError
 from trilens.explorer.exploring import Explored, Explorer
 from trilens.explorer.guard import MAX_BODY_BYTES, Guard, Rules, refusal
-from trilens.explorer.page import explorer_page, knockouts
+from trilens.explorer.page import explorer_page, facts_of, knockouts
 from trilens.explorer.runs import Event, Run, Runs
 from trilens.explorer.saved import Saved
 from trilens.explorer.state import State
@@ -65,6 +65,7 @@ class _Served:
         self.rules = rules
         self.runs = runs
         self.offered = knockouts(explorer.lens)
+        self.facts = facts_of(explorer.lens)
         self.found: OrderedDict[State, Explored] = OrderedDict()
 
     async def home(self, request: Request) -> Response:
@@ -79,6 +80,7 @@ class _Served:
             state,
             self.offered,
             self.found.get(state.run),
+            facts=self.facts,
             auto=self._is_own(request),
             problem=problem,
         )

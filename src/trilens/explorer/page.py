@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -15,7 +16,16 @@ from trilens.report.html.render import Around, Rendered, rendered
 from trilens.report.making import versions
 from trilens.report.page import Page
 
-__all__ = ["explorer_page", "knockouts"]
+__all__ = ["explorer_page", "facts_of", "knockouts"]
+
+
+def facts_of(lens: Lens) -> dict[str, str]:
+    """What the header says of a model before there is a run."""
+    return {
+        "class": type(lens.model).__name__,
+        "size": f"{lens.n_layers} layers, d_model {lens.d_model}",
+        "dtype": str(lens.model.dtype).removeprefix("torch."),
+    }
 
 
 def knockouts(lens: Lens) -> dict[int, list[dict[str, str]]]:
@@ -56,6 +66,7 @@ def explorer_page(
     offered: dict[int, list[dict[str, str]]],
     found: Explored | None,
     *,
+    facts: Mapping[str, str],
     auto: bool,
     problem: str = "",
 ) -> Rendered:
@@ -66,10 +77,11 @@ def explorer_page(
         state: what its URL says.
         offered: as `knockouts` gives it.
         found: its result, where it has been run.
+        facts: what the header says of the model before a run.
         auto: whether the page runs its state by itself; not where another site led here.
         problem: an error to show.
     """
-    page = Page(title=name, sections=()) if found is None else found.page
+    page = Page(title=name, sections=(), facts=facts) if found is None else found.page
     told: dict[str, Any] = {
         "state": state.to_dict(),
         "offered": offered,

@@ -16,6 +16,7 @@ from trilens.corpus.store import open_store
 from trilens.errors import CorruptFileError
 from trilens.io.guarded import read_bytes
 from trilens.io.hub import file_refusal
+from trilens.io.messages import other_version
 from trilens.lens.capture import Capture
 from trilens.report.html.data import DATA_VERSION
 from trilens.report.html.render import Rendered, rendered
@@ -99,8 +100,5 @@ def _report(path: Path) -> str:
             f"{path} is not a whole report ({type(error).__name__}): make it again"
         ) from error
     if not isinstance(version, int) or not 1 <= version <= DATA_VERSION:
-        raise CorruptFileError(
-            f"{path} is a report of version {version!r:.20}: this trilens reads versions up to "
-            f"{DATA_VERSION}; install a newer one"
-        )
+        raise CorruptFileError(other_version(f"{path} is a report of", version, DATA_VERSION))
     return html

@@ -7,7 +7,7 @@ from itertools import islice
 
 from trilens.printable import bounded, escaped
 
-__all__ = ["clip", "in_blocks", "listed", "reason"]
+__all__ = ["clip", "in_blocks", "listed", "other_version", "reason"]
 
 _NAME_LIMIT = 120
 
@@ -23,6 +23,13 @@ def clip(value: object, limit: int = 80) -> str:
     """A value of a file as Python writes it: one line, not longer than a message can bear."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def other_version(what: str, found: object, newest: int) -> str:
+    """Why a file of ours is not read, and what to do: a newer one needs a newer trilens."""
+    is_newer = isinstance(found, int) and not isinstance(found, bool) and found > newest
+    do = "install a newer trilens" if is_newer else "write it again"
+    return f"{what} version {clip(found)}: this trilens reads versions up to {newest}; {do}"
 
 
 def in_blocks(length: int | None) -> str:

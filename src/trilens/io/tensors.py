@@ -17,6 +17,7 @@ from trilens.errors import CorruptFileError, MemoryShortError, ModelNotFoundErro
 from trilens.io.atomic import AtomicFile, atomic
 from trilens.io.guarded import open_regular
 from trilens.io.json import json_text, parse_json
+from trilens.io.messages import other_version
 from trilens.io.safetensors_header import TensorHeader, header_of
 from trilens.io.safetensors_layout import layout
 from trilens.io.sealed import NO_HASH, unsealed
@@ -160,10 +161,7 @@ def _manifest(path: Path, metadata: Mapping[str, str], kind: str, version: int) 
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         raise CorruptFileError(f"{path} is a safetensors file, but not a {kind}")
     if manifest.get("version") != version:
-        raise CorruptFileError(
-            f"{path} is {kind} version {manifest.get('version')}: this trilens reads version "
-            f"{version}"
-        )
+        raise CorruptFileError(other_version(f"{path} is {kind}", manifest.get("version"), version))
     return manifest
 
 

@@ -9,7 +9,14 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from trilens.errors import UsageError, ValueRangeError
@@ -27,6 +34,7 @@ __all__ = [
     "end_ids_of",
     "new_text",
     "read_decoding",
+    "run_alone",
     "run_generate",
 ]
 
@@ -196,6 +204,7 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         self.new: list[int] = []
         self.shown = ""
         self.stopped_by: str | int | None = None
+        self.failure: Exception | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """One more token is there."""
@@ -206,10 +215,17 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         self.stopped_by = self._reason(token)
         ended = self.stopped_by is not None
         if self.stream is not None:
-            self.stream(self._piece(ended), token)
+            self._show(self._piece(ended), token, self.stream)
         if self.grown is not None:
             self.grown(len(self.prompt) + len(self.new), ended)
         return self._answer(input_ids, stop=ended and not self.extra)
+
+    def _show(self, piece: str, token: int, stream: Stream) -> None:
+        try:
+            stream(piece, token)
+        except Exception as error:
+            self.failure = error
+            raise
 
     def _answer(self, input_ids: Tensor, *, stop: bool) -> Tensor:
         return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
@@ -283,12 +299,13 @@ def run_generate(
         model.generate(
             there,
             generation_config=decoding.config(int(tokens.extra)),
+            **_cache_of(model),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([tokens]),
             **beside,
         )
 
-    _run_alone(model, there.device, decoding, generate)
+    run_alone(model, there.device, decoding, generate)
 
 
 def continue_batch(
@@ -322,15 +339,31 @@ def continue_batch(
             there,
             attention_mask=torch.ones_like(there),
             generation_config=decoding.config(0),
+            **_cache_of(model),
         )
         found.append(made)
 
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        _run_alone(model, there.device, decoding, generate)
+        run_alone(model, there.device, decoding, generate)
     return torch.as_tensor(found[0]).cpu()
 
 
-def _run_alone(
+def _cache_of(model: PreTrainedModel) -> dict[str, Cache]:
+    """A cache that grows, where transformers' own would have too few layers.
+
+    It counts `num_hidden_layers`, which for a decoder that is run without its encoder are those of
+    the encoder.
+    """
+    config = model.config.get_text_config(decoder=True)
+    n_layers = getattr(config, "decoder_layers", None)
+    counted = getattr(config, "num_hidden_layers", None)
+    alone = not getattr(model.config, "is_encoder_decoder", False)
+    if alone and isinstance(n_layers, int) and isinstance(counted, int) and n_layers > counted:
+        return {"past_key_values": DynamicCache()}
+    return {}
+
+
+def run_alone(
     model: PreTrainedModel, device: torch.device, decoding: Decoding, generate: Callable[[], None]
 ) -> None:
     """Generate without the model's generation config; it and torch's random state are put back."""

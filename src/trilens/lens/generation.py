@@ -17,6 +17,7 @@ from trilens.errors import (
     NoTokenizerError,
     UsageError,
 )
+from trilens.lens.answering import run_answer, writing_rules
 from trilens.lens.capture import Capture
 from trilens.lens.decoding import (
     Decoding,
@@ -31,6 +32,8 @@ from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
 from trilens.models.forward_inputs import fitting
 from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.source_target import source_arguments
+from trilens.models.stack_probe import probe_of
 from trilens.models.stacks import Stack
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import Prompt, PromptLike
@@ -100,10 +103,11 @@ def generate(
     asked = read_kept(capture)
     runner.refresh()
     model = runner.model
-    _check_generates(model, runner.stack)
+    _check_generates(model)
     read = runner.read_one(prompt, inputs, special)
-    _check_has_ids(read)
+    _check_has_ids(read, runner.stack)
     start, most = len(read.ids), decoding.max_new_tokens
+    source = _ProbeSource(runner)
     _check_length(start, most, runner.max_positions)
     if decoding.stop_texts and runner.tokenizer is None:
         raise NoTokenizerError(
@@ -120,8 +124,8 @@ def generate(
             model,
             _scored(model, runner.vocab),
             limit,
-            by_steps=lambda ids, n: _logits_by_steps(runner, ids, n),
-            at_once=lambda ids: _logits_at_once(runner, ids),
+            by_steps=lambda ids, n: _logits_by_steps(runner, source.read_with(ids), n),
+            at_once=lambda ids: _logits_at_once(runner, source.read_with(ids)),
         )
         tokens, passes = _run(runner, read, decoding, compiled, wanted, asked, stream)
         if asked is not None and passes.overwritten():
@@ -141,7 +145,10 @@ def generate(
         # Images keep the names of their places; what was written is read with what stands before.
         strings = token_strings(ids, runner.tokenizer)
         named = read.strings if read.media else strings[:start]
-        whole = Prompt(torch.tensor(ids), (*named, *strings[start:]), media=read.media)
+        whole = Prompt(
+            torch.tensor(ids), (*named, *strings[start:]), None, read.arguments, read.source,
+            read.media,
+        )  # fmt: skip
         recording = passes.joined(runner.request([whole], asked))
         kept = runner.captures([whole], recording, asked)[0]
     return Generation(
@@ -180,14 +187,55 @@ def _run(
             passes.grew,
             extra=asked is not None,
         )
-        given = None if runner.stack.has_source else prompt.arguments
-        with standing_by(runner.proof.bystanders), fitting(runner.model, given):
-            run_generate(runner.model, prompt.ids, decoding, tokens, arguments=given)
+        try:
+            with standing_by(runner.proof.bystanders), fitting(runner.model, prompt.arguments):
+                _write(runner, prompt, decoding, tokens)
+        except UsageError:
+            # What the caller's own function raised is no failure of the model.
+            if tokens.failure is not None:
+                raise tokens.failure from None
+            raise
     return tokens, passes
 
 
-def _check_has_ids(prompt: Prompt) -> None:
-    if prompt.arguments is not None and "inputs_embeds" in prompt.arguments:
+def _write(runner: Runner, prompt: Prompt, decoding: Decoding, tokens: NewTokens) -> None:
+    model, ids = runner.model, prompt.ids
+    if not runner.stack.has_source:
+        run_generate(model, ids, decoding, tokens, arguments=prompt.arguments)
+        return
+    rules = writing_rules(model, len(ids), decoding.max_new_tokens, sorted(tokens.end_ids))
+    run_answer(
+        model,
+        ids,
+        decoding,
+        tokens,
+        rules,
+        source=source_arguments(prompt),
+        n_layers=runner.proof.anatomy.n_layers,
+    )
+
+
+class _ProbeSource:
+    """A made-up source, made once, for texts that are read to measure the decoding steps."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.given: dict[str, Any] | None = None
+
+    def read_with(self, ids: Tensor) -> Prompt:
+        """A text as the stack reads it: alone, or as an answer to the source."""
+        model, stack = self.runner.model, self.runner.stack
+        if not stack.has_source:
+            return Prompt(ids, ())
+        if self.given is None:
+            made = probe_of(model, stack, self.runner.reading).arguments
+            self.given = {name: x for name, x in made.items() if isinstance(x, Tensor)}
+        return Prompt(ids, (), None, {**self.given, "decoder_input_ids": ids[None]})
+
+
+def _check_has_ids(prompt: Prompt, stack: Stack) -> None:
+    given = prompt.arguments or {}
+    if "inputs_embeds" in given and not stack.has_source:
         raise GenerationError(
             "inputs holds vectors in place of tokens (inputs_embeds): a text is generated after "
             "token ids; give input_ids"
@@ -227,22 +275,17 @@ def _scored(model: PreTrainedModel, vocab: int) -> int:
     return min(vocab, head.shape[0]) if isinstance(head, Tensor) and head.ndim == 2 else vocab
 
 
-def _check_generates(model: PreTrainedModel, stack: Stack) -> None:
-    """Refuse a model that predicts no next token, or does not go on from its prompt.
+def _check_generates(model: PreTrainedModel) -> None:
+    """Refuse a model that predicts no next token.
 
     Raises:
-        GenerationError: it is no causal language model of transformers.
+        GenerationError: transformers has no loop for it.
     """
     if not (hasattr(model, "generate") and model.can_generate()):
         raise GenerationError(
             f"{type(model).__name__} does not generate: it is no causal language model (an "
             "encoder, or a model without an unembedding); open one that is, for example with "
             "AutoModelForCausalLM"
-        )
-    if stack.has_source:
-        raise GenerationError(
-            f"{type(model).__name__} does not go on from its prompt, it answers a source: generate "
-            "with model.generate, and capture with target= the ids that it gave"
         )
 
 
@@ -256,23 +299,34 @@ def _check_length(prompt: int, new: int, most: int | None) -> None:
         )
 
 
-def _logits_by_steps(runner: Runner, ids: Tensor, prompt: int) -> Tensor:
+def _logits_by_steps(runner: Runner, read: Prompt, prompt: int) -> Tensor:
     """Every position's logits [seq, vocab] of a text whose first `prompt` tokens are read at once,
     the rest in steps."""
-    text = ids.tolist()
+    text, ids = read.ids.tolist(), read.ids[:prompt]
     forced = Decoding(len(text) - prompt, 0.0, None, None, 0, (), ())
-    request = runner.request([Prompt(ids, ())], Asked(residual="all"))
+    request = runner.request([read], Asked(residual="all"))
     with generating(
         runner.model, runner.proof.anatomy, request, None, prompt=prompt, logits="all"
     ) as passes:
         tokens = NewTokens(text[:prompt], forced, (), None, None, passes.grew, extra=True)
-        run_generate(runner.model, ids[:prompt], forced, tokens, [Forced(text)])
+        if runner.stack.has_source:
+            given = source_arguments(read)
+            run_answer(
+                runner.model,
+                ids,
+                forced,
+                tokens,
+                [Forced(text)],
+                source=given,
+                n_layers=runner.proof.anatomy.n_layers,
+            )
+        else:
+            run_generate(runner.model, ids, forced, tokens, [Forced(text)])
     return _scores(passes.joined(request).logits)
 
 
-def _logits_at_once(runner: Runner, ids: Tensor) -> Tensor:
+def _logits_at_once(runner: Runner, prompt: Prompt) -> Tensor:
     asked = Asked(residual=None)
-    prompt = Prompt(ids, ())
     return _scores(runner.record([prompt], runner.request([prompt], asked)).logits)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trilens.errors import PromptError, UsageError
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_inputs import fitting, read_inputs
 from trilens.models.media import Reading, changed, find_media, without_places
@@ -16,7 +18,7 @@ from trilens.models.prompt_text import spelled
 from trilens.models.tokens import Prompt, SourceTarget
 from trilens.taps.positions import vectors_of
 
-__all__ = ["prompt_of_inputs", "split_target", "with_target"]
+__all__ = ["each_inputs", "numbered", "prompt_of_inputs", "split_target", "with_target"]
 
 _TRIED = ((0.0, 1.0), (0.75, 0.0))
 """Places, as parts of an image's rows and columns, that are changed to see which token follows."""
@@ -52,6 +54,40 @@ def prompt_of_inputs(
         labels |= each.labels()
     named = tuple(labels.get(position, string) for position, string in enumerate(strings))
     return Prompt(held, named, text, given, media=media)
+
+
+def each_inputs(prompts: object, inputs: object) -> Iterable[Any] | None:
+    """Several inputs of a forward, None where prompts are given.
+
+    Raises:
+        UsageError: both or neither are given, or what is no list of mappings.
+    """
+    if (prompts is None) == (inputs is None):
+        raise UsageError(
+            "both prompts and inputs are given: the inputs hold the prompts' token ids"
+            if inputs is not None
+            else "nothing is given to read: prompts, or inputs=[processor(…), …]"
+        )
+    if inputs is None:
+        return None
+    if isinstance(inputs, Mapping | str) or not isinstance(inputs, Iterable):
+        raise UsageError(
+            f"inputs is one {type(inputs).__name__}: give a list with a mapping for each prompt, "
+            "or use capture"
+        )
+    return inputs
+
+
+@contextmanager
+def numbered(number: int) -> Iterator[None]:
+    """Say which of several inputs it is that cannot be read."""
+    try:
+        yield
+    except (PromptError, UsageError) as error:
+        words = str(error)
+        rest = words.removeprefix("inputs")
+        title = f"inputs[{number}]{'' if rest != words else ': '}"
+        raise type(error)(f"{title}{rest}") from error
 
 
 def with_target(prompt: Any, inputs: Any, target: Any) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from trilens.lens.unembedding import unembedded
 from trilens.models.tokens import PromptLike
 from trilens.numbers import at_least
 from trilens.progress import Progress
+from trilens.taps.held_readout import held_readout
 from trilens.taps.mode import evaluating
 
 __all__ = ["Lens"]
@@ -123,8 +124,9 @@ class Lens(Opened):
 
     def capture_many(
         self,
-        prompts: Iterable[PromptLike],
+        prompts: Iterable[PromptLike] | None = None,
         *,
+        inputs: Iterable[Mapping[str, Any]] | None = None,
         batch_size: SupportsIndex = 8,
         residual: Which | None = "last",
         attention: bool = False,
@@ -146,6 +148,9 @@ class Lens(Opened):
 
         Args:
             prompts: read once; or what a tokenizer returned for several texts.
+            inputs: in place of prompts, several mappings as `capture` takes one. Those that stand
+                beside each other and have tensors of the same shapes run in one pass, where the
+                first of them gave the same as passes of their own.
             progress: called after each forward pass with the prompts done; where `prompts` has no
                 length, their total is that of those done.
 
@@ -163,7 +168,9 @@ class Lens(Opened):
             states=states,
             sites=sites,
         ).once()
-        return self._runner.batches(prompts, size, asked, edits, add_special_tokens, progress)
+        return self._runner.batches(
+            prompts, size, asked, edits, add_special_tokens, progress, inputs
+        )
 
     def stack(
         self,
@@ -241,6 +248,7 @@ class Lens(Opened):
         prompt: PromptLike | None = None,
         *,
         inputs: Mapping[str, Any] | None = None,
+        target: PromptLike | None = None,
         max_new_tokens: SupportsIndex = 40,
         edits: Iterable[Edit] | Edit = (),
         capture: Mapping[str, Any] | None = None,
@@ -254,9 +262,12 @@ class Lens(Opened):
     ) -> Generation:
         """Go on from a prompt, with the model's cache, and keep what was asked of every pass.
 
+        The decoder of an encoder–decoder answers the source that its encoder reads.
+
         Args:
             prompt: as in `capture`; chat messages end with the start of an answer.
             inputs: as in `capture`, of token ids.
+            target: what such a decoder goes on from; where it is not given, what it begins with.
             max_new_tokens: the most tokens to add.
             edits: applied in every pass; their positions count in the whole text.
             capture: options of `capture`, {} for its defaults: one capture of the whole text, the
@@ -284,6 +295,7 @@ class Lens(Opened):
             stop=stop,
             vocab=self._runner.vocab,
         )
+        prompt, inputs = with_target(prompt, inputs, target)
         return generate(
             self._runner,
             prompt,
@@ -301,7 +313,8 @@ class Lens(Opened):
         Logits and every residual of a padded batch of random prompts are compared with single
         runs, within 1e-5 of the largest value in float32 (the rounding of a narrower dtype). It is
         measured once for each doubling of the length: sparse attention and windows begin to matter
-        only when a prompt is longer than they are.
+        only when a prompt is longer than they are. False where prompts are no tokens alone: of
+        sound and images, `capture_many` measures those that it is given.
         """
         return self._runner.batches_safely(tokens)
 
@@ -329,3 +342,8 @@ class Lens(Opened):
         """Final norm and unembedding of some tokens as one affine map, as `folded_head` says."""
         with self._runner.lock(), evaluating(self.model):
             return folded_head(self.model, self.anatomy, residual, tokens)
+
+    def fold_readout(self, streams: Tensor, direction: Tensor) -> Tensor:
+        """A direction of the readout as one of several streams, as `held_readout` says."""
+        with self._runner.lock(), evaluating(self.model):
+            return held_readout(self.model, self.anatomy, streams, direction, self._runner.vocab)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from trilens.edits import Edit
 from trilens.errors import UsageError
-from trilens.lens.batching import BatchSafety
+from trilens.lens.batching import Batching, grouped
 from trilens.lens.capture import Capture
 from trilens.lens.gradients import Gradients, Metric, gradients_of
-from trilens.lens.inputs import prompt_of_inputs, split_target
+from trilens.lens.inputs import each_inputs, numbered, prompt_of_inputs, split_target
 from trilens.lens.parts import ModelInfo
 from trilens.lens.proof import Proof, prove
 from trilens.lens.request import Asked, request_of
 from trilens.lens.split import split
 from trilens.lens.stepping import StepSafety
+from trilens.models.batched_arguments import source_lengths
 from trilens.models.encoded import each_prompt
 from trilens.models.forward_call import batch_arguments, text_config
 from trilens.models.forward_inputs import fitting, read_inputs
 from trilens.models.gates.effective_proof import effective_patterns
-from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.positions import beyond_positions
 from trilens.models.source_target import (
     Reading,
     ReadOptions,
@@ -91,7 +93,9 @@ class Runner:
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()
-        self._safety = BatchSafety(lambda prompts: self.run(prompts, Asked(residual="all")))
+        asked = Asked(residual="all")
+        run = partial(self.run, asked=asked)
+        self._batching = Batching(run, self.model, self.reading)
 
     def refresh(self) -> None:
         """Prove the model again where its modules are others by now."""
@@ -209,8 +213,11 @@ class Runner:
         logits: bool = True,
     ) -> Recording:
         """One forward pass over a padded batch, as it was recorded."""
-        pad = pad_id_for(self.tokenizer, text_config(self.model), max(1, self.vocab))
-        arguments = batch_arguments(self.model, prompts, pad, logits=logits)
+        pad, source_pad = (
+            pad_id_for(self.tokenizer, text_config(self.model), max(1, vocab))
+            for vocab in (self.vocab, self.reading.source_vocab)
+        )
+        arguments = batch_arguments(self.model, prompts, pad, logits=logits, source_pad=source_pad)
         given = prompts[0].arguments
         forgotten = nullcontext() if given is None else forgetting(self.model)
         unseen = standing_by(self.proof.bystanders)
@@ -253,7 +260,8 @@ class Runner:
         numbers = tuple(range(first, first + len(prompts)))
         wanted = replace(self.request(prompts, asked), numbers=numbers)
         recording = self.record(prompts, wanted, edits, logits=asked.logits is not None)
-        if len(prompts) > 1 and recording.has_other_keys:
+        hidden = source_lengths(prompts, recording.source) is None
+        if len(prompts) > 1 and (recording.has_other_keys or hidden):
             return [
                 found
                 for number, prompt in enumerate(prompts, first)
@@ -312,61 +320,68 @@ class Runner:
 
     def batches(
         self,
-        prompts: Iterable[PromptLike],
+        prompts: Iterable[PromptLike] | None,
         size: int,
         asked: Asked,
         edits: Iterable[Edit] | Edit,
         special: bool,
         progress: Progress | None,
+        inputs: Iterable[Mapping[str, Any]] | None = None,
     ) -> Iterator[Capture]:
         """One capture per prompt, in order; as `Lens.capture_many`."""
+        several = each_inputs(prompts, inputs)
+        if several is not None:
+            return self._in_batches(
+                self._read_inputs(several, special), _known(several), size, asked, edits, progress
+            )
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise UsageError(
                 f"prompts is one {type(prompts).__name__}: give a list of prompts, or use capture"
             )
         prompts = each_prompt(prompts)
+        read = (self.read(each, special, number) for number, each in enumerate(prompts))
+        return self._in_batches(read, _known(prompts), size, asked, edits, progress)
+
+    def _read_inputs(self, inputs: Iterable[Any], special: bool) -> Iterator[Prompt]:
+        for number, each in enumerate(inputs):
+            with numbered(number):
+                yield self.read_one(None, each, special)
+
+    def _in_batches(
+        self,
+        read: Iterator[Prompt],
+        total: int,
+        size: int,
+        asked: Asked,
+        edits: Iterable[Edit] | Edit,
+        progress: Progress | None,
+    ) -> Iterator[Capture]:
+        self.refresh()
         given = (edits,) if isinstance(edits, Edit) else tuple(edits)
-
-        def read() -> Iterator[Prompt]:
-            return (self.read(each, special, number) for number, each in enumerate(prompts))
-
-        def captures() -> Iterator[Capture]:
-            self.refresh()
-            compiled, source = None, read()
-            if given:
-                # Edits are checked before anything runs, so that all prompts are read first.
-                every = list(source)
-                compiled = self.compiled(given, [len(each.ids) for each in every])
-                source = iter(every)
-            done, total = 0, len(prompts) if isinstance(prompts, Sized) else 0
-            for group in _grouped(source, size):
-                lengths = {len(prompt.ids) for prompt in group}
-                alone = any(prompt.arguments is not None for prompt in group)
-                together = not alone and (len(lengths) == 1 or self.batches_safely(max(lengths)))
-                for part in [group] if together else [[prompt] for prompt in group]:
-                    found = self.run(part, asked, compiled, done)
-                    done += len(part)
-                    if progress is not None:
-                        progress(Step(done, total or done, "prompts"))
-                    yield from found
-            if compiled is not None:
-                compiled.check_touched()
-
-        return captures()
+        compiled = None
+        if given:
+            # Edits are checked before anything runs, so that all prompts are read first.
+            every = list(read)
+            compiled = self.compiled(given, [len(each.ids) for each in every])
+            read = iter(every)
+        done = 0
+        for group in grouped(read, size):
+            for part in self._batching.parts(group):
+                found = self.run(part, asked, compiled, done)
+                done += len(part)
+                if progress is not None:
+                    progress(Step(done, total or done, "prompts"))
+                yield from found
+        if compiled is not None:
+            compiled.check_touched()
 
     def batches_safely(self, tokens: int) -> bool:
         """As `Lens.batches_safely`."""
-        if self.stack.has_source or not self.vocab:
+        if not self.vocab or (self.stack.has_source and not self.reading.source_vocab):
             return False
-        return self._safety.up_to(tokens, self.model, self.vocab, configured_positions(self.model))
+        return self._batching.up_to(tokens)
 
 
-def _grouped(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
-    group: list[Prompt] = []
-    for prompt in prompts:
-        group.append(prompt)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def _known(prompts: Iterable[Any]) -> int:
+    """How many there are; 0 where that shows at the end."""
+    return len(prompts) if isinstance(prompts, Sized) else 0

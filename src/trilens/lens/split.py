@@ -12,6 +12,7 @@ from trilens.caches.attention import AttentionCache
 from trilens.caches.cross_attention import CrossAttentionCache
 from trilens.caches.derived import Derived, HeadOut, PatternValue
 from trilens.caches.gates import GateCache
+from trilens.caches.patterns.across import unpad_across
 from trilens.caches.patterns.parts import PartsPattern
 from trilens.caches.patterns.protocol import Pattern
 from trilens.caches.patterns.softmax.masks import SharedMasks
@@ -19,6 +20,7 @@ from trilens.caches.sites import SiteCache
 from trilens.caches.states import StateCache
 from trilens.lens.capture import Capture
 from trilens.lens.parts import ModelInfo, Parts
+from trilens.models.batched_arguments import source_lengths
 from trilens.models.gates.recurrent_states import LayerState, join_states
 from trilens.models.gates.site import rows_of
 from trilens.models.sites.head_out import projection_weight
@@ -54,6 +56,9 @@ def split(
         layer: PartsPattern({name: pattern_of(call) for name, call in calls.items()})
         for layer, calls in recording.parts.items()
     }
+    crossing = {layer: pattern_of(call) for layer, call in recording.cross.items()}
+    crossing |= recording.crossed
+    sources = source_lengths(prompts, recording.source) or [0] * len(prompts)
     shared, asked = SharedMasks(), recording.request
 
     def parts(row: int, length: int) -> Parts:
@@ -94,7 +99,13 @@ def split(
             )
             if asked.sites
             else None,
-            cross_attention=_cross_attention(recording, info.n_layers),
+            cross_attention=CrossAttentionCache.from_layers(
+                _across(crossing, asked, row, sources[row]),
+                n_model_layers=info.n_layers,
+                reasons=asked.absent_cross,
+            )
+            if crossing
+            else None,
         )
 
     return [
@@ -105,21 +116,10 @@ def split(
             parts=parts(row, len(prompt.ids)),
             prompt_text=prompt.text,
             media=prompt.media,
-            source=_source(prompt, recording.source),
+            source=_source(prompt, None if recording.source is None else sources[row]),
         )
         for row, prompt in enumerate(prompts)
     ]
-
-
-def _cross_attention(recording: Recording, n_layers: int) -> CrossAttentionCache | None:
-    """Of a single row: prompts with a source run one by one."""
-    if not recording.cross:
-        return None
-    return CrossAttentionCache.from_layers(
-        {layer: pattern_of(call) for layer, call in recording.cross.items()},
-        n_model_layers=n_layers,
-        reasons=recording.request.absent_cross,
-    )
 
 
 def _source(prompt: Prompt, positions: int | None) -> Source | None:
@@ -159,6 +159,15 @@ def _unpadded(
         return patterns
     length = wanted.lengths[row]
     return {i: pattern.unpad(row, length, shared) for i, pattern in patterns.items()}
+
+
+def _across(
+    patterns: Mapping[int, Pattern], wanted: CaptureRequest, row: int, keys: int
+) -> Mapping[int, Pattern]:
+    if len(wanted.lengths) == 1:
+        return patterns
+    queries = wanted.lengths[row]
+    return {i: unpad_across(pattern, row, queries, keys) for i, pattern in patterns.items()}
 
 
 def _gate(recording: Recording, key: tuple[str, int], row: int, length: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trilens.models.batched_arguments import joined_arguments
 from trilens.models.offload import execution_device
 from trilens.models.tokens import Prompt
 
@@ -101,15 +102,23 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def batch_arguments(
-    model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, *, logits: bool
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    pad: int,
+    *,
+    logits: bool,
+    source_pad: int = 0,
 ) -> dict[str, Any]:
     """Arguments for one pass over prompts padded on the right; no mask where nothing is padded.
 
-    A prompt that brings arguments of its own is alone in its batch.
+    Prompts that bring arguments of their own have their `batch_key` in common.
     """
     if prompts[0].arguments is not None:
-        last = None if logits else len(prompts[0].ids) - 1
-        return given_arguments(model, prompts[0].arguments) | _only_of(model, last)
+        given, longest = joined_arguments(prompts, pad, source_pad)
+        last = None if logits else longest - 1
+        # A decoder sees no later token, whether it takes a mask or not.
+        given = {n: value for n, value in given.items() if "mask" not in n or takes(model, n)}
+        return given_arguments(model, given) | _only_of(model, last)
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -21,10 +21,12 @@ from trilens.text.source import Source, frames, place_name
 __all__ = [
     "ReadOptions",
     "Reading",
+    "beginning",
     "features_prompt",
     "is_features",
     "read_features",
     "read_pair",
+    "source_arguments",
     "start_ids",
 ]
 
@@ -117,7 +119,7 @@ def read_pair(
     target = pair.target
     if target is None:
         target = given.pop(_TARGET_IDS, None)
-        target = start_ids(model) if target is None else target
+        target = beginning(model) if target is None else target
     elif isinstance(target, str):
         target = _shifted(target, model, how.tokenizer, how.add_special_tokens)
     prompt = how.read(target, reading.vocab, reading.max_positions)
@@ -171,6 +173,26 @@ def start_ids(model: PreTrainedModel) -> list[int]:
         f"{type(model).__name__} names no decoder_start_token_id: give target= the ids that its "
         "decoder is to read"
     )
+
+
+def beginning(model: PreTrainedModel) -> list[int]:
+    """What a decoder begins with: its start token, and the ids that its configuration forces next.
+
+    Raises:
+        UsageError: as `start_ids`.
+    """
+    ids = start_ids(model)
+    for place, token in getattr(model.generation_config, "forced_decoder_ids", None) or ():
+        # Where a language is to be told from the sound, no id is named.
+        if place != len(ids) or token is None:
+            break
+        ids.append(int(token))
+    return ids
+
+
+def source_arguments(prompt: Prompt) -> dict[str, Any]:
+    """Of what a forward pass is given for a source and a target, the source's."""
+    return {name: x for name, x in (prompt.arguments or {}).items() if name != _TARGET_IDS}
 
 
 def _shifted(text: str, model: Any, tokenizer: Any, add_special_tokens: bool) -> list[int]:

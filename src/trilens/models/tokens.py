@@ -56,7 +56,8 @@ class SourceTarget:
             pass takes, such as a processor's `input_features`.
         target: what the decoder reads. A text is what the decoder is to give: it reads that text
             shifted right, after its start token, as in training. Ids are read as they are. Where
-            it is not given, the decoder reads its start token alone.
+            it is not given, the decoder reads what it begins with: its start token, and ids that
+            the generation config forces after it.
     """
 
     source: PromptLike

@@ -16,8 +16,15 @@ from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import takes
 from trilens.taps.edits import Compiled
 from trilens.taps.hooks import Hooks
-from trilens.taps.joined import OVER_PAIRS, PassRecord, attention_of_pass, join_recordings
+from trilens.taps.joined import (
+    OVER_PAIRS,
+    PassRecord,
+    attention_of_pass,
+    cross_of_pass,
+    join_recordings,
+)
 from trilens.taps.mode import evaluating, forgetting
+from trilens.taps.passes import source_positions
 from trilens.taps.recording import CaptureRequest, Recording, StateRequest
 from trilens.taps.session import session_of
 from trilens.taps.span import Span
@@ -114,12 +121,18 @@ class Passes:
             layer: attention_of_pass(call, seq, first.get(layer))
             for layer, call in recording.attention.items()
         }
+        crossed = self.done[0].cross if self.done else {}
+        cross = {
+            layer: cross_of_pass(call, crossed.get(layer), layer)
+            for layer, call in recording.cross.items()
+        }
+        recording.source = source_positions(output, recording.cross)
         if self.logits == "last" and self.done:
             self.done[-1].recording.logits = None
         # A pattern holds all keys so far: what its attention keeps is enough.
         sites = {key: x for key, x in recording.sites.items() if key[0] not in OVER_PAIRS}
-        rest = replace(recording, attention={}, sites=sites)
-        record = PassRecord(start, seq, rest, attention)
+        rest = replace(recording, attention={}, cross={}, sites=sites)
+        record = PassRecord(start, seq, rest, attention, cross)
         self.done.append(record)
         self.versions += [(tensor, tensor._version) for tensor in record.tensors()]
 
@@ -201,7 +214,8 @@ def generating(
 
 
 def _tokens_of(args: Sequence[Any], kwargs: Any) -> int:
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+    # What a decoder reads comes before what its encoder read.
+    for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
             return int(kwargs[name].shape[1])
     return int(args[0].shape[1])

@@ -8,16 +8,18 @@ the earlier ones are those of earlier passes, and what a query may see is said b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trilens.caches.patterns.across import join_across
 from trilens.caches.patterns.protocol import DensePattern, Pattern
 from trilens.caches.patterns.softmax.masks import plain_mask, tensor_identity
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
+from trilens.caches.storage import address_of
 from trilens.errors import AttentionPathError, GenerationError, RecurrentStateError
 from trilens.models.gates.decoding import join_calls
 from trilens.models.gates.kernels import KernelRecord
@@ -28,7 +30,14 @@ from trilens.taps.attention_evidence import weights_evidence
 from trilens.taps.recording import CaptureRequest, Recording
 from trilens.taps.registry import AttentionCall
 
-__all__ = ["OVER_PAIRS", "PassAttention", "PassRecord", "attention_of_pass", "join_recordings"]
+__all__ = [
+    "OVER_PAIRS",
+    "PassAttention",
+    "PassRecord",
+    "attention_of_pass",
+    "cross_of_pass",
+    "join_recordings",
+]
 
 OVER_PAIRS = ("attn.scores", "attn.pattern")
 """Sites over queries and keys: they are joined as the attention that they belong to."""
@@ -67,17 +76,21 @@ class PassRecord:
         seq: its own.
         recording: what it left behind, without attention.
         attention: per layer.
+        cross: per layer, its pattern over the source's positions.
     """
 
     start: int
     seq: int
     recording: Recording
     attention: Mapping[int, PassAttention]
+    cross: Mapping[int, Pattern] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[Tensor]:
         """What is kept of it by reference."""
         for attended in self.attention.values():
             yield from (attended.q, attended.k)
+        for pattern in self.cross.values():
+            yield from pattern.tensors().values()
         held = self.recording
         yield from held.residual.values()
         yield from (each for each in held.sites.values() if isinstance(each, Tensor))
@@ -123,6 +136,31 @@ def attention_of_pass(call: AttentionCall, seq: int, first: PassAttention | None
     if first is not None and weights is None and call.weights is not None:
         _check_form(found, call, first)
     return found
+
+
+def cross_of_pass(call: AttentionCall, first: Pattern | None, layer: int) -> Pattern:
+    """What is kept of one attention call to the source.
+
+    Args:
+        call: the call.
+        first: of the same layer in the first pass; None in that pass itself.
+        layer: its number.
+
+    Raises:
+        AttentionPathError: the source that a step sees is not the one that the first pass saw.
+    """
+    pattern = pattern_of(call)
+    if not isinstance(pattern, SoftmaxPattern) or not isinstance(first, SoftmaxPattern):
+        return pattern
+    # Keys that each step computes anew would be kept once more with each.
+    if address_of(pattern.k) == address_of(first.k):
+        return pattern
+    if not torch.equal(pattern.k, first.k):
+        raise AttentionPathError(
+            f"layer {layer} attends to another source in a decoding step than before it: capture "
+            "the whole target with lens.capture"
+        )
+    return pattern.rebuild({**pattern.tensors(), "k": first.k}, pattern.params())
 
 
 def _check_form(found: PassAttention, call: AttentionCall, first: PassAttention) -> None:
@@ -180,7 +218,15 @@ def join_recordings(passes: Sequence[PassRecord], request: CaptureRequest) -> Re
             joined.states[layer] = [_states(call, request, layer) for call in calls]
         if layer in request.kernels:
             joined.kernels[layer] = calls
-    masks = _Masks(passes)
+    joined.source = first.source
+    _join_patterns(joined, passes)
+    return joined
+
+
+def _join_patterns(joined: Recording, passes: Sequence[PassRecord]) -> None:
+    request, masks = joined.request, _Masks(passes)
+    for layer in passes[0].cross:
+        joined.crossed[layer] = join_across([each.cross[layer] for each in passes])
     for layer in passes[0].attention:
         pattern = _join_attention([each.attention[layer] for each in passes], masks, layer)
         if layer in request.attention:
@@ -188,7 +234,6 @@ def join_recordings(passes: Sequence[PassRecord], request: CaptureRequest) -> Re
         for name in OVER_PAIRS:
             if (name, layer) in request.sites:
                 joined.sites[name, layer] = pattern
-    return joined
 
 
 def _states(call: KernelRecord, request: CaptureRequest, layer: int) -> list[LayerState]:

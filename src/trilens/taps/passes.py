@@ -14,9 +14,10 @@ from trilens.models.anatomy import Anatomy
 from trilens.taps.edits import Compiled
 from trilens.taps.mode import evaluating, frozen
 from trilens.taps.recording import CaptureRequest, Recording
+from trilens.taps.registry import AttentionCall
 from trilens.taps.session import recording_of
 
-__all__ = ["run_pass"]
+__all__ = ["run_pass", "source_positions"]
 
 
 def run_pass(
@@ -53,9 +54,19 @@ def run_pass(
         return run_pass(model, anatomy, replace(wanted, copy=True), arguments, edits)
     logits = getattr(output, "logits", None)
     recording.logits = logits if isinstance(logits, Tensor) else None
-    encoded = getattr(output, "encoder_last_hidden_state", None)
-    recording.source = encoded.shape[1] if isinstance(encoded, Tensor) else None
-    if recording.cross and recording.source is None:
-        # What text attends to beside itself need not come out of the model.
-        recording.source = next(iter(recording.cross.values())).key.shape[-2]
+    recording.source = source_positions(output, recording.cross)
     return recording
+
+
+def source_positions(output: Any, cross: Mapping[int, AttentionCall]) -> int | None:
+    """How many positions a source has, by what a pass gave; None where there is no source.
+
+    Args:
+        output: of the model's forward.
+        cross: the calls of cross attention in it.
+    """
+    encoded = getattr(output, "encoder_last_hidden_state", None)
+    if isinstance(encoded, Tensor):
+        return encoded.shape[1]
+    # What text attends to beside itself need not come out of the model.
+    return next((call.key.shape[-2] for call in cross.values()), None)

@@ -23,7 +23,7 @@ from trilens.models.forward_call import forward_arguments, probe_ids
 from trilens.models.trace import Trace, tensors_in
 from trilens.taps.override import CountedOverrides, Functions
 
-__all__ = ["check_readout", "read_out"]
+__all__ = ["check_readout", "read_out", "run_readout"]
 
 _PASSED = CountedOverrides()
 _EPS = 64
@@ -46,8 +46,11 @@ def read_out(model: PreTrainedModel, anatomy: Anatomy, streams: Tensor, vocab: i
         streams: [batch, seq, streams, d_model]; of a single stream they are the readout.
         vocab: rows of the input embedding.
     """
-    if anatomy.n_streams == 1:
-        return streams
+    return streams if anatomy.n_streams == 1 else run_readout(model, anatomy, streams, vocab)
+
+
+def run_readout(model: PreTrainedModel, anatomy: Anatomy, streams: Tensor, vocab: int) -> Tensor:
+    """As `read_out` of several streams, in the graph where gradients are on."""
     held = anatomy.form.write(streams)
     if anatomy.readout is None:
         return _by_own_code(model, anatomy, held, vocab)

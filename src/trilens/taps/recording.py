@@ -91,6 +91,7 @@ class Recording:
         request: what was asked of the pass.
         patterns: of attention that several passes computed, in the place of their calls.
         parts: of the layers where several modules attend, their calls by the modules' names.
+        crossed: of cross attention that several passes computed, in the place of their calls.
         source: positions of the encoder, where the model's output names what it gave.
         overwritten: the model wrote into a tensor that is kept: the recording is no good.
 
@@ -113,6 +114,7 @@ class Recording:
     parts: dict[int, dict[str, AttentionCall]] = field(default_factory=dict)
     cross: dict[int, AttentionCall] = field(default_factory=dict)
     patterns: dict[int, Pattern] = field(default_factory=dict)
+    crossed: dict[int, Pattern] = field(default_factory=dict)
     gates: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     kernels: dict[int, list[KernelRecord]] = field(default_factory=dict)
     states: dict[int, list[list[LayerState]]] = field(default_factory=dict)

@@ -52,7 +52,10 @@ class RayWorkers:
             try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             except Exception as cause:
-                raise UsageError(f"no Ray cluster at {address!r}: {reason(cause)}") from cause
+                raise UsageError(
+                    f"no Ray cluster at {address!r}: {reason(cause)}; give auto (one that runs "
+                    "here), local (one is started for this run) or HOST:PORT of its head"
+                ) from cause
         self._spec, self._most, self._gpus = spec, count, gpus
         self._actor: Any = ray.remote(ShardWorker).options(num_cpus=spec.threads, num_gpus=gpus)
         self._idle: list[Any] = []

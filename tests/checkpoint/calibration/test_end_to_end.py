@@ -223,6 +223,49 @@ def test_latents_begin_at_their_trits_on_the_weights_side() -> None:
     matrix.settle()
     assert float(latent.detach().max()) <= 1.25
     assert int(matrix.result().trits.min()) == 1
-    two = TrainableMatrix(PerLayerQuant.quantize(weights, "w", rule="planes", group_size=8))
-    two.free_trits(weights)
-    assert two.latent is None
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_latents_of_two_planes_stand_behind_nine_levels(rotated: bool) -> None:
+    weights = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    weights[0, :8] = 0  # both scales are 0
+    weights[1, :8] = weights[1, :8].sign()  # the second one is, and the first one is 1
+    dense = rotate_back(weights) if rotated else weights
+    quant = PerLayerQuant.quantize(weights, "w", rule="planes", group_size=8)
+    matrix = TrainableMatrix(quant, rotate=rotated)
+    still = matrix.weights()
+    matrix.free_trits(dense)
+    assert matrix.latent is not None
+    # Trits may be others where two pairs of them give one value; values are the same.
+    assert torch.equal(matrix.weights(), still)
+    matrix.weights().square().sum().backward()  # type: ignore[no-untyped-call]
+    assert matrix.latent.grad is not None and matrix.factors[0].grad is not None
+    assert torch.isfinite(matrix.latent.grad).all()
+    with torch.no_grad():
+        matrix.latent += 50.0
+    matrix.settle()
+    highest = matrix.result().reconstruct()
+    first, second = (torch.as_tensor(s).reshape(6, 4) for s in (quant.scale, quant.second_scale))
+    high = (first.abs() + second.abs()).repeat_interleave(8, 1)
+    assert_near(highest[2:].abs(), high[2:], 1e-6)
+    assert not highest[0, :8].any()
+    assert_near(highest[1, :8].abs(), torch.ones(8), 1e-6)
+
+
+def test_trits_of_two_planes_move(parts: Any) -> None:
+    _, runner, batches, dense = parts
+    blocks = coded(runner, PLAN)
+    generator = torch.Generator().manual_seed(1)
+    for index, block in enumerate(blocks):
+        for path in block.quants:
+            weights = runner.block(index).get_submodule(path).weight.data
+            two = PerLayerQuant.quantize(weights, path, rule="planes", per="row")
+            swap = torch.rand(two.trits.shape, generator=generator) < 0.2
+            wrong = torch.randint(-1, 2, two.trits.shape, generator=generator).to(torch.int8)
+            block.quants[path] = replace(two, trits=torch.where(swap, wrong, two.trits))
+    few = FitOptions(whole_passes=4)
+    scales = whole.fit_end_to_end(runner, blocks, batches, dense, few)
+    freed = replace(few, trit_passes=8, trit_travel=2.4)
+    found = whole.fit_end_to_end(runner, blocks, batches, dense, freed)
+    assert found.kl_nats < 0.9 * scales.kl_nats
+    assert found.trit_changes > 0

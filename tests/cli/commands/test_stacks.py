@@ -11,10 +11,13 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 import trilens
+from trilens.analysis.metrics import logit_diff
+from trilens.analysis.patching import patch_sweep
 from trilens.cli.main import app
 from trilens.demo import demo_path
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+from trilens.models.tokens import SourceTarget
 
 DEMO = str(demo_path("transformer"))
 SOURCE, TARGET = "def area(r):", "return r"
@@ -53,6 +56,39 @@ def test_a_decoder_reads_its_own_text(t5: Path, tmp_path: Path) -> None:
     shown = run("inspect", t5, "-p", SOURCE, "--decoder-prompt", TARGET, "--format", "json")
     assert shown.exit_code == 0, shown.stderr
     assert len(json.loads(shown.stdout)["layers"]) == 2
+
+
+def test_what_a_decoder_goes_on_with(t5: Path) -> None:
+    asked = ("-p", SOURCE, "--decoder-prompt", TARGET, "--max-new-tokens", 3, "--format", "json")
+    result = run("generate", t5, *asked)
+    assert result.exit_code == 0, result.stderr
+    own = Lens.from_pretrained(t5).generate(SOURCE, target=TARGET, max_new_tokens=3)
+    assert json.loads(result.stdout)["token_ids"] == own.token_ids.tolist()
+    assert json.loads(result.stdout)["prompt_tokens"] == own.prompt_tokens > 1
+
+
+def test_what_is_said_of_a_decoders_next_token(t5: Path) -> None:
+    lens, asked = Lens.from_pretrained(t5), ("--decoder-prompt", TARGET, "--format", "json")
+    capture = lens.capture(SOURCE, target=TARGET, residual="last")
+    result = run("lens", t5, "-p", SOURCE, *asked)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["prompt_tokens"] == capture.tokens
+    words = ("--target", "#11", "--against", "#12")
+    result = run("attribute", t5, "-p", SOURCE, *words, *asked)
+    assert result.exit_code == 0, result.stderr
+    gap = capture.logits[-1, 11] - capture.logits[-1, 12]
+    assert abs(json.loads(result.stdout)["logit_difference"] - float(gap)) < 1e-4
+    result = run("patch", t5, SOURCE, "def area(s):", *words, *asked)
+    assert result.exit_code == 0, result.stderr
+    pair = [SourceTarget(text, TARGET) for text in (SOURCE, "def area(s):")]
+    own = patch_sweep(lens, *pair, logit_diff(11, 12))
+    shown = json.loads(result.stdout)["points"]
+    assert len(shown) == len(own.json_rows()) > 0
+    for ours, theirs in zip(shown, own.json_rows(), strict=True):
+        assert ours == {**theirs, "effect": pytest.approx(theirs["effect"], abs=1e-3)}
+    refused = run("lens", DEMO, "-p", SOURCE, *asked)
+    assert (refused.exit_code, "reads no target" in refused.stderr) == (2, True), refused.stderr
 
 
 def test_a_stack_is_named(t5: Path, tmp_path: Path) -> None:

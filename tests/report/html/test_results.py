@@ -77,14 +77,16 @@ def test_a_recurrence(rwkv7) -> None:
     report = make_report(cap)
     heads = next(block for block in data_of(report.html)["blocks"] if block["is"] == "heads")
     assert heads["signed"] and heads["kind"] == "effective"
-    assert "no logit lens: it needs the model, too" in report.page.notes
+    assert any(note.startswith("no logit lens: it needs the model") for note in report.page.notes)
 
 
 def test_the_last_token_alone(transformer) -> None:
     report = make_report(transformer.capture(PROMPT, logits=None), lens=transformer)
     assert not [note for note in report.page.notes if "recurrent" in note]  # it has none
     assert kinds(report) == {"Layer by layer": ["profiles"], "Logit lens": ["lens"]}
-    assert "no attention: capture with attention=True" in report.page.notes
+    assert "no attention: capture with attention=True (trilens capture --attention)" in (
+        report.page.notes
+    )
 
 
 def test_what_cannot_be_shown(transformer, rwkv7, cap) -> None:
@@ -107,7 +109,9 @@ def test_other_results(cap, transformer, tmp_path) -> None:
     assert report.page.lead.startswith("No difference")
     assert kinds(report)["Heads"].count("chart") >= 4
     families = trilens.load_families()
-    assert kinds(make_report(families)) == {"Table": ["table"]}
+    assert kinds(make_report(families)) == {"Types": ["chart", "table"]}
+    number = trilens.Perplexity(2.0, 10, 5)
+    assert kinds(make_report(number)) == {"Table": ["table"]}
 
 
 def test_sweeps_without_a_value_somewhere() -> None:
@@ -155,7 +159,7 @@ def test_a_long_prompt(transformer) -> None:
     assert any("2 × 2 tokens" in words for s in report.page.sections for words in s.words)
     lens = next(block for block in blocks if block["is"] == "lens")
     assert lens["positions"] == [*range(188, 700)]
-    assert "the logit lens is of the last 512 tokens" in report.page.notes
+    assert any("Of the last 512 tokens." in section.words for section in report.page.sections)
 
 
 def test_an_encoder_without_an_unembedding(transformer) -> None:
@@ -196,6 +200,12 @@ def test_ternary_weights_by_level(tmp_path) -> None:
     chart = section.blocks[0]
     assert "thresholds at −0." in chart.words and "scale 0." in chart.words
     # Files say nothing of it: what is read back has no such section.
+    # Every matrix has its scale, zeros, error and bits: as a picture, and in the table.
+    matrices = next(each for each in report.page.sections if each.anchor == "matrices")
+    charts = {each.y[0]: each for each in matrices.blocks[:-1]}
+    assert {*charts} == {"relative_error", "scale", "zeros", "bits_per_weight"}
+    scales = {row[3]: row[2] for row in charts["scale"].table.rows}
+    assert scales == {each.name: each.histogram.scale[1] for each in written.coded}
     again = type(written).from_dict(json.loads(json.dumps(written.to_dict())))
     assert again == written and "histogram" not in written.to_dict()["tensors"][0]
     assert "histograms" not in [each.anchor for each in make_report(again).page.sections]

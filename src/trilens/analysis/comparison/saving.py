@@ -23,7 +23,7 @@ from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError, Wri
 from trilens.io.atomic import atomic, locked_folder, write_bytes
 from trilens.io.guarded import open_regular
 from trilens.io.listing import check_files, list_files
-from trilens.io.messages import clip
+from trilens.io.messages import clip, other_version
 from trilens.io.parquet import bounded_batches
 from trilens.io.sealed import read_sealed, sealed
 from trilens.io.temporary import is_leftover
@@ -126,8 +126,10 @@ def read_folder(
         raise ModelNotFoundError(f"{folder} is no saved comparison: it has no {MANIFEST_NAME}")
     manifest, hashed = read_sealed(path, required=False)
     kind = manifest.get("format")
-    if kind != FORMAT or manifest.get("version") != VERSION:
-        raise CorruptFileError(f"{path} is {clip(kind)}: a {FORMAT} of version {VERSION} is needed")
+    if kind != FORMAT:
+        raise CorruptFileError(f"{path} is {clip(kind)}: a {FORMAT} is needed")
+    if manifest.get("version") != VERSION:
+        raise CorruptFileError(other_version(f"{path} is {kind}", manifest.get("version"), VERSION))
     claims = manifest.pop("parts", None)
     if claims is not None and not isinstance(claims, dict):
         raise CorruptFileError(f"{path} lists its parts as {clip(claims)}")

@@ -14,6 +14,7 @@ from trilens.analysis.comparison.run import CompareOptions, as_lens, compare
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_bytes, read_json
+from trilens.io.messages import other_version
 from trilens.lens.lens import Lens
 from trilens.models.encoded import each_prompt
 from trilens.models.tokens import PromptLike
@@ -110,8 +111,11 @@ class ComparisonSeries(Tabular):
             raise ModelNotFoundError(f"{path} is no saved series: it has no {_MANIFEST}")
         manifest = read_json(file, CorruptFileError)
         names = manifest.get("folders")
-        if (manifest.get("format"), manifest.get("version")) != (_FORMAT, _VERSION):
-            raise CorruptFileError(f"{file} is no {_FORMAT} of version {_VERSION}")
+        if manifest.get("format") != _FORMAT:
+            raise CorruptFileError(f"{file} is no {_FORMAT}")
+        if manifest.get("version") != _VERSION:
+            found = manifest.get("version")
+            raise CorruptFileError(other_version(f"{file} is {_FORMAT}", found, _VERSION))
         if not isinstance(names, list) or names != [str(i + 1) for i in range(len(names))]:
             raise CorruptFileError(f"{file} does not name the folders 1, 2 …")
         if not names:

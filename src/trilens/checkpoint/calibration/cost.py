@@ -22,7 +22,7 @@ from trilens.checkpoint.job import Job
 from trilens.models.forward_call import text_config
 from trilens.models.positions import configured_positions
 from trilens.results import Tabular
-from trilens.ternary.calibrated.rules import CALIBRATED_RULES, CalibratedRule
+from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 
 __all__ = ["CalibrationCost", "cost_of"]
 
@@ -106,30 +106,34 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
     tokens = calibration.budget
     named = len(calibration.samples) + bool(calibration.documents and not calibration.samples)
     measured = apart * length + named * calibration.evaluation_tokens
+    coding = moments = 0.0
+    matrices = [
+        (rule, header)
+        for choice, header in job.pairs
+        if choice.storage != "kept" and len(header.shape) >= 2
+        if (rule := CALIBRATED_RULES.get(job.plan.of(choice.name).rule)) is not None
+    ]
+    rules = {rule for rule, _ in matrices}
+    first = tokens  # what blocks are coded on
+    if any(rule.fits_whole for rule in rules) and fit.block_tokens is not None:
+        first = min(tokens, fit.block_tokens)
     once = 2.0 * weights * tokens
+    coded = 2.0 * weights * first
     parts = {
         "writing the text": 2.0 * weights * (rows + apart) * length,
-        "dense and ternary passes": 4.0 * weights * (tokens + measured),
+        "dense and ternary passes": once + coded + 4.0 * weights * measured,
     }
-    coding = moments = 0.0
-    rules: set[CalibratedRule] = set()
-    for choice, header in job.pairs:
-        if choice.storage == "kept" or len(header.shape) < 2:
-            continue
-        rule = CALIBRATED_RULES.get(job.plan.of(choice.name).rule)
-        if rule is None:
-            continue
-        rules.add(rule)
+    for rule, header in matrices:
         cols = header.shape[-1]
         # Half of H is computed, and matrices that read one input share it.
-        moments += 1.0 * (tokens + measured) * cols**2
+        moments += 1.0 * (first + measured) * cols**2
         coding += math.prod(header.shape) * cols * (_CODING + _DESCENT * rule.refined)
     if rules:
         # What the dense model gives is seen in passes of its own, and multiplied by the inputs.
-        parts |= {"moments": moments + once * 3 * any(rule.corrected for rule in rules)}
+        parts |= {"moments": moments + coded * 3 * any(rule.corrected for rule in rules)}
     parts |= {"coding": coding}
     if any(rule.fits_block for rule in rules):
-        parts["fit of each block"] = 3 * fit.passes * once
+        parts["fit of each block"] = 3 * fit.passes * coded
     if any(rule.fits_whole for rule in rules):
         parts["fit of all blocks"] = 4 * (fit.whole_passes + fit.trit_passes) * once
     parts = {name: operations for name, operations in parts.items() if operations}

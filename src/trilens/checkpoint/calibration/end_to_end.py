@@ -346,7 +346,12 @@ def _device(runner: BlockRunner) -> torch.device | None:
 def _changes(before: Sequence[FinishedBlock], after: Sequence[FinishedBlock]) -> int:
     """How many trits are others."""
     return sum(
-        int((block.quants[path].trits != quant.trits).sum())
+        int((old != new).sum())
         for block, now in zip(before, after, strict=True)
         for path, quant in now.quants.items()
+        for old, new in zip(_planes(block.quants[path]), _planes(quant), strict=True)
     )
+
+
+def _planes(quant: PerLayerQuant) -> list[Tensor]:
+    return [quant.trits] if quant.second_trits is None else [quant.trits, quant.second_trits]

@@ -40,6 +40,8 @@ class FitOptions:
             the root of the block's relative error, since what is nearly right needs small steps.
             It falls to a twentieth along a cosine.
         step_tokens: Tokens that a step looks at, at least one block of them.
+        block_tokens: Tokens that blocks are coded and fitted on, at most, by a rule that fits all
+            blocks together, which takes all text; None for all text.
         whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
         whole_rate: Likewise, for a divergence of 1 nat.
         trit_passes: Over the text, when the trits of all blocks move too; 0 for not at all.
@@ -51,6 +53,7 @@ class FitOptions:
     passes: int = 4
     rate: float = 0.1
     step_tokens: int = 2048
+    block_tokens: int | None = None
     whole_passes: int = 4
     whole_rate: float = 0.1
     trit_passes: int = 0

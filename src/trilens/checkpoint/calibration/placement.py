@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from trilens.checkpoint.calibration.block_job import BlockMatrix
+from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.errors import UsageError
 from trilens.models.anatomy import Anatomy
@@ -37,7 +39,11 @@ class Placed:
 
 
 def place_choices(
-    model: nn.Module, anatomy: Anatomy, choices: tuple[Choice, ...], tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    anatomy: Anatomy,
+    choices: tuple[Choice, ...],
+    tensors: Mapping[str, Tensor],
+    plan: TernaryPlan,
 ) -> tuple[Placed, ...]:
     """Give every block its matrices and vectors.
 
@@ -46,10 +52,11 @@ def place_choices(
         anatomy: its parts.
         choices: what becomes of each stored tensor.
         tensors: the stored tensors.
+        plan: how many scales a matrix has.
 
     Raises:
-        UsageError: a matrix that is to be ternarized is outside the blocks, or is not found in
-            the parameter that it fills.
+        UsageError: a matrix that is to be ternarized is outside the blocks, is not found in the
+            parameter that it fills, or is shared out over several layers and has one scale.
     """
     starts = [block.path + "." for block in anatomy.blocks]
     matrices: list[list[BlockMatrix]] = [[] for _ in starts]
@@ -70,7 +77,7 @@ def place_choices(
                 "text runs through: keep it, or leave the calibration out"
             )
         inside = choice.target.removeprefix(starts[index])
-        matrices[index] += _matrices(choice, inside, tensors[choice.name], model)
+        matrices[index] += _matrices(choice, inside, tensors[choice.name], model, plan)
     return _with_shared(
         anatomy, [Placed(tuple(m), v) for m, v in zip(matrices, vectors, strict=True)]
     )
@@ -108,7 +115,9 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
     return dict(model.named_parameters()).get(name)
 
 
-def _matrices(choice: Choice, inside: str, stored: Tensor, model: nn.Module) -> list[BlockMatrix]:
+def _matrices(
+    choice: Choice, inside: str, stored: Tensor, model: nn.Module, plan: TernaryPlan
+) -> list[BlockMatrix]:
     name = choice.name
     if choice.storage == "layer":
         return [BlockMatrix(name, inside.removesuffix(".weight"), inside)]
@@ -118,7 +127,49 @@ def _matrices(choice: Choice, inside: str, stored: Tensor, model: nn.Module) -> 
             for i in range(len(stored))
         ]
     held = model.get_parameter(choice.target)
+    if held.ndim == 2 and len(held) < len(stored):
+        if plan.of(name).per == "tensor":
+            raise UsageError(
+                f"tensor {name} holds the rows of several layers, which are calibrated one by one, "
+                "and was to have one scale: give per='row' or a group size, or keep it"
+            )
+        return _split(name, choice.target.removesuffix(inside), stored, model)
     return [BlockMatrix(name, "", inside, 0, _rows(held, stored, name), False, _MERGED)]
+
+
+def _split(name: str, block: str, stored: Tensor, model: nn.Module) -> list[BlockMatrix]:
+    """The layers over which the rows of a stored matrix are shared out: found by their values."""
+    parts: list[tuple[int, str, int]] = []
+    for path, held in model.named_parameters():
+        layer = path.removesuffix(".weight")
+        if not path.startswith(block) or held.ndim != 2 or held.shape[1] != stored.shape[1]:
+            continue
+        if not isinstance(model.get_submodule(layer), nn.Linear):
+            continue
+        start = _start_of(held, stored)
+        if start is not None:
+            parts.append((start, layer.removeprefix(block), len(held)))
+    parts.sort()
+    ends = [0, *accumulate(rows for *_, rows in parts)]
+    if [start for start, *_ in parts] != ends[:-1] or ends[-1] != len(stored):
+        raise _lost(name)
+    return [BlockMatrix(name, layer, f"{layer}.weight", i) for i, (_, layer, _) in enumerate(parts)]
+
+
+def _start_of(part: Tensor, whole: Tensor) -> int | None:
+    """The first row of a matrix at which another one stands in it."""
+    first = part[0].detach().to(whole.dtype)
+    for start in torch.nonzero(whole[: len(whole) - len(part) + 1, 0] == first[0])[:, 0].tolist():
+        if torch.equal(whole[start : start + len(part)], part.detach().to(whole.dtype)):
+            return int(start)
+    return None
+
+
+def _lost(name: str) -> UsageError:
+    return UsageError(
+        f"tensor {name} is not found in the parameter that transformers makes of it: keep it, or "
+        "leave the calibration out"
+    )
 
 
 def _expert(index: int) -> Callable[[Tensor], Tensor]:
@@ -129,12 +180,7 @@ def _rows(held: Tensor, stored: Tensor, name: str) -> Callable[[Tensor], Tensor]
     """Where a stored matrix stands in the parameter it was merged into: found by its values."""
     rows, cols = stored.shape
     if held.shape[-1] == cols:
-        flat = held.detach().reshape(-1, cols)
-        first = stored.to(held.dtype)
-        for start in torch.nonzero(flat[:, 0] == first[0, 0])[:, 0].tolist():
-            if torch.equal(flat[start : start + rows], first):
-                return lambda parameter: parameter.view(-1, cols)[start : start + rows]
-    raise UsageError(
-        f"tensor {name} is not found in the parameter that transformers makes of it: keep it, or "
-        "leave the calibration out"
-    )
+        start = _start_of(stored, held.detach().reshape(-1, cols))
+        if start is not None:
+            return lambda parameter: parameter.view(-1, cols)[start : start + rows]
+    raise _lost(name)

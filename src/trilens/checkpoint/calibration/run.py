@@ -32,7 +32,13 @@ from trilens.checkpoint.calibration.options import Calibration, Drawn, block_len
 from trilens.checkpoint.calibration.own_text import kept_text, write_text
 from trilens.checkpoint.calibration.placement import Placed, place_choices
 from trilens.checkpoint.calibration.store import Store
-from trilens.checkpoint.calibration.streams import Batch, Stream, batches_of, write_stream
+from trilens.checkpoint.calibration.streams import (
+    Batch,
+    Stream,
+    batches_of,
+    first_tokens,
+    write_stream,
+)
 from trilens.checkpoint.evaluate import PROMPT_TOKENS
 from trilens.checkpoint.format.damage import Damage
 from trilens.checkpoint.format.plan import TernaryPlan
@@ -93,7 +99,7 @@ def run_calibration(
         tokenizer = source.given_tokenizer
     longest = configured_positions(model)
     anatomy = prove(model, only_stack(model)).anatomy
-    placed = place_choices(model, anatomy, job.choices, tensors)
+    placed = place_choices(model, anatomy, job.choices, tensors, plan)
     texts: list[Drawn] = []
 
     def take_text() -> None:
@@ -181,7 +187,9 @@ class _Run:
             start = (self.texts[-1] if self.texts else self.text)[-1].stop
             self.texts.append(batches_of(text.blocks, size, start=start))
         self.apart = tuple(batch for batches in self.texts for batch in batches)
-        self.all = (*self.text, *self.apart)
+        # Trits that move want more text than coding does.
+        partly = rule is not None and rule.fits_whole and fit.block_tokens is not None
+        self.coding = first_tokens(self.text, fit.block_tokens or 0) if partly else self.text
         # Weights of several blocks stay as they were coded when all blocks are fitted together.
         self.repeated = {(m.name, m.expert) for each in placed for m in each.shared} | {
             (name, 0) for each in placed for name in each.shared_vectors.values()
@@ -233,7 +241,7 @@ class _Run:
             index,
             placed.matrices,
             placed.vectors,
-            self.text,
+            self.coding,
             self.apart,
             dense,
             ternary,
@@ -365,14 +373,18 @@ class _Run:
         return self.store.folder / f"{name}-{index:05d}.f32"
 
     def _stream(self, name: str, index: int) -> Stream:
-        return Stream(self._path(name, index), self.runner.form(index), self.all)
+        return Stream(self._path(name, index), self.runner.form(index), self._batches(name))
 
     def _write(self, name: str, index: int, make: Callable[[Batch], dict[Key, Tensor]]) -> Stream:
         path = self._path(name, index)
         stream, self.digests[path.name] = write_stream(
-            path, self.runner.form(index), self.all, make
+            path, self.runner.form(index), self._batches(name), make
         )
         return stream
+
+    def _batches(self, name: str) -> tuple[Batch, ...]:
+        """What stands in a stream: of the dense model everything, since the last fit reads it."""
+        return (*(self.text if name == "dense" else self.coding), *self.apart)
 
     def _report(self, index: int, what: str, left: float | None = None) -> None:
         if self.progress is None:

@@ -6,11 +6,12 @@ it, written last, marks the block as complete and holds what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -224,6 +225,24 @@ class Store:
                     return self._quant(path, matrix, cols, plan), matrix
         return None
 
+    def whole_matrix(
+        self, name: str, cols: int, plan: Any
+    ) -> tuple[PerLayerQuant, MatrixRecord] | None:
+        """The matrix of a stored tensor of rank 2, also where several layers hold its rows.
+
+        Args, raises: as `quant`.
+        """
+        found = {m.expert for record in self.records for m in record.matrices if m.name == name}
+        parts = [self.quant(name, i, cols, plan) for i in range(len(found))]
+        each = [part for part in parts if part is not None]
+        if len(each) < 2:
+            return each[0] if each else None
+        first = each[0][1]
+        reason = next((record.reason for _, record in each if record.reason), "")
+        return _joined(name, [quant for quant, _ in each]), replace(
+            first, reason=reason, output_error=None, output_error_held_out=None
+        )
+
     def _quant(self, path: Path, matrix: MatrixRecord, cols: int, plan: Any) -> PerLayerQuant:
         end = f"/{matrix.expert}/{matrix.name}"
         try:
@@ -282,6 +301,41 @@ class Store:
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+
+def _joined(name: str, parts: Sequence[PerLayerQuant]) -> PerLayerQuant:
+    """One matrix of the rows of several that were coded alike, with scales in each row."""
+    trits, scales, offsets, second_trits, second_scales = (
+        [getattr(part, field) for part in parts]
+        for field in ("trits", "scale", "offset", "second_trits", "second_scale")
+    )
+    first = parts[0]
+
+    def flat(values: list[Any]) -> Tensor | None:
+        if any(value is None for value in values):
+            return None
+        return torch.cat([torch.as_tensor(value).reshape(-1) for value in values])
+
+    scale = flat(scales)
+    assert scale is not None
+    made = PerLayerQuant.from_trits(
+        torch.cat(trits),
+        scale,
+        name,
+        group_size=first.group_size,
+        per=first.per,
+        offset=flat(offsets),
+        second_trits=None if first.second_trits is None else torch.cat(second_trits),
+        second_scale=flat(second_scales),
+        rule=first.rule,
+        scale_dtype=first.scale_dtype,
+        levels=first.levels,
+    )
+    return replace(
+        made,
+        was_ternary=all(part.was_ternary for part in parts),
+        zeroed_units=sum(part.zeroed_units for part in parts),
+    )
 
 
 def _tensors_of(

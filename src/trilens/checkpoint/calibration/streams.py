@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from trilens.errors import CorruptFileError
 from trilens.io.atomic import atomic
 from trilens.text.token_blocks import batches_by_length
 
-__all__ = ["Batch", "Stream", "batches_of", "pieces_of", "write_stream"]
+__all__ = ["Batch", "Stream", "batches_of", "first_tokens", "pieces_of", "write_stream"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +61,16 @@ def pieces_of(batches: Sequence[Batch], tokens: int) -> tuple[Batch, ...]:
             ids = batch.ids[first : first + rows]
             found.append(Batch(ids, batch.start + first * length))
     return tuple(found)
+
+
+def first_tokens(batches: Sequence[Batch], tokens: int) -> tuple[Batch, ...]:
+    """The first batches, as many as hold so many tokens, and at least one."""
+    taken = takewhile(lambda pair: pair[1] < tokens, zip(batches, _before(batches), strict=True))
+    return tuple(batch for batch, _ in taken) or tuple(batches[:1])
+
+
+def _before(batches: Sequence[Batch]) -> list[int]:
+    return [0, *accumulate(batch.ids.numel() for batch in batches)][: len(batches)]
 
 
 class Stream:

@@ -10,6 +10,7 @@ arXiv 2402.17764.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from trilens.ternary.rules.coder import round_scales
 __all__ = ["TrainableMatrix"]
 
 _NEAR = 0.4  # of the half unit between a trit and its edge
-_FAR = 1.25
+_BEYOND = 0.25  # of the lowest and the highest level
+_SHORT = 1024  # rows up to here are rotated back by one product: it is faster than by parts
 
 
 class TrainableMatrix:
@@ -54,39 +56,50 @@ class TrainableMatrix:
         self.latent: Tensor | None = None
 
     def free_trits(self, dense: Tensor) -> None:
-        """Let the trits move; with two planes, whose trits say less each, they stay.
+        """Let the trits move: a latent weight in units of the (second) scale behind each level.
 
-        A latent begins near its trit, on the side where the dense weight lies, and off the edge:
+        A latent begins near its level, on the side where the dense weight lies, and off the edge:
         one step must not turn every trit whose weight was rounded against its size.
 
         Shapes: dense [rows, cols], as it was before rotation
         """
-        if len(self._trits) > 1:
-            return
         dense = rotate(dense.float()) if self._rotate else dense.float()
         if self._offset is not None:
             dense = dense - self._spread(self._offset)
-        scale = self._spread(self._start[0])
-        trits = self._trits[0].float()
-        there = torch.where(scale != 0, dense / torch.where(scale == 0, 1.0, scale), trits)
-        self.latent = trits + (there - trits).clamp(-_NEAR, _NEAR)
+        with torch.no_grad():
+            unit, level = self._unit(), self._level(self._trits)
+            there = torch.where(unit != 0, dense / torch.where(unit == 0, 1.0, unit), level)
+            latent = level + (there - level).clamp(-_NEAR, _NEAR)
+            # Levels of two planes may lie nearer to each other than that.
+            same = self._level(self._levels_at(latent)) == level
+            self.latent = torch.where(same, latent, level)
         self.latent.requires_grad_(True)
 
     def settle(self) -> None:
         """Keep latents where a gradient can still turn their trits."""
         if self.latent is not None:
             with torch.no_grad():
-                self.latent.clamp_(-_FAR, self._top - 1 + _FAR)
+                low, high = self._ends()
+                self.latent.copy_(self.latent.clamp(low - _BEYOND, high + _BEYOND))
 
     def weights(self) -> Tensor:
         """Ŵ with a gradient. Shapes: → [rows, cols]."""
         first, *rest = (
             trits * self._spread(scale)
-            for trits, scale in zip(self._moving_trits(), self._scales(), strict=True)
+            for trits, scale in zip(self._stored_trits(), self._scales(), strict=True)
         )
         total = first + rest[0] if rest else first
+        if self.latent is not None:
+            # The value is the trits', the gradient the latent's.
+            total = total + self._unit().detach() * (self.latent - self.latent.detach())
         total = total if self._offset is None else total + self._spread(self._offset)
-        return rotate_back(total) if self._rotate else total
+        if not self._rotate:
+            return total
+        return (
+            rotate_back(total)
+            if self._cols > _SHORT
+            else total @ _rotation_back(self._cols).to(total.device)
+        )
 
     def result(self) -> PerLayerQuant:
         """The matrix as it is now, its scales rounded; a negative one turns its trits around.
@@ -121,21 +134,48 @@ class TrainableMatrix:
         )
         return replace(made, zeroed_units=quant.zeroed_units)
 
-    @property
-    def _top(self) -> int:
-        """The highest level."""
-        return 1 if self.quant.levels == 3 else 2
-
     def _stored_trits(self) -> list[Tensor]:
-        if self.latent is None:
-            return self._trits
-        return [self.latent.detach().round().clamp(-1, self._top).to(torch.int8)]
+        return self._trits if self.latent is None else self._levels_at(self.latent.detach())
 
-    def _moving_trits(self) -> list[Tensor]:
-        if self.latent is None:
-            return self._trits
-        # The value is the trit's, the gradient the latent's.
-        return [self.latent + (self._stored_trits()[0] - self.latent).detach()]
+    def _levels_at(self, latent: Tensor) -> list[Tensor]:
+        """The trits of the level next to each latent."""
+        if len(self._trits) == 1:
+            top = 1 if self.quant.levels == 3 else 2
+            return [latent.round().clamp(-1, top).to(torch.int8)]
+        with torch.no_grad():
+            ratio = self._ratio()
+            best = least = torch.full_like(latent, torch.inf)
+            for first in (-1.0, 0.0, 1.0):
+                rest = latent - first * ratio
+                second = rest.round().clamp(-1, 1)
+                gap = (rest - second).abs()
+                best = torch.where(gap < least, 3 * first + second, best)
+                least = torch.minimum(gap, least)
+            upper = (best / 3).round()
+            return [upper.to(torch.int8), (best - 3 * upper).to(torch.int8)]
+
+    def _level(self, planes: list[Tensor]) -> Tensor:
+        """The value of trits, in units of the latents."""
+        if len(planes) == 1:
+            return planes[0].float()
+        return planes[0] * self._ratio() + planes[1]
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level."""
+        if len(self._trits) == 1:
+            return torch.tensor(-1.0), torch.tensor(1.0 if self.quant.levels == 3 else 2.0)
+        high = self._ratio().abs() + 1
+        return -high, high
+
+    def _unit(self) -> Tensor:
+        """What a latent counts in: the scale, of two planes the second one's."""
+        return self._spread(self._scales()[-1])
+
+    def _ratio(self) -> Tensor:
+        """Of the two scales; any that tells all levels apart where the second one is 0."""
+        first, second = (scale.detach() for scale in self._scales())
+        ratio = torch.where(second == 0, 4.0, first / torch.where(second == 0, 1.0, second))
+        return self._spread(ratio)
 
     def _scales(self) -> list[Tensor]:
         return [
@@ -150,3 +190,9 @@ class TrainableMatrix:
         if values.shape[1] == 1:
             return values
         return values.repeat_interleave(self._length, dim=1)[:, : self._cols]
+
+
+@cache
+def _rotation_back(width: int) -> Tensor:
+    """What rows are multiplied by to rotate them back. Shapes: → [width, width]."""
+    return rotate_back(torch.eye(width))

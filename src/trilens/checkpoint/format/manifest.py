@@ -25,7 +25,7 @@ from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.errors import CorruptFileError, ModelNotFoundError, UsageError
 from trilens.io.atomic import write_bytes
 from trilens.io.guarded import open_regular, sha256_of
-from trilens.io.messages import clip, listed
+from trilens.io.messages import clip, listed, other_version
 from trilens.io.sealed import read_sealed, sealed
 from trilens.ternary.rules.kernels import parallel_map
 
@@ -253,7 +253,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path} is not the manifest of a ternary checkpoint")
     if found.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
-            f"{path} has format version {clip(found.get('format_version'))}: this trilens reads "
-            f"version {FORMAT_VERSION}"
+            other_version(f"{path} has format", found.get("format_version"), FORMAT_VERSION)
         )
     return found

@@ -16,6 +16,7 @@ def attribute(
     against: o.Against = None,
     by: o.Parts = "component",
     top_k: o.TopK = 5,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     output: o.Output = None,
     format: o.Format = "table",

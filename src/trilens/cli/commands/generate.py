@@ -13,6 +13,7 @@ __all__ = ["generate"]
 def generate(
     model: o.Model,
     prompt: o.RequiredPrompt,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     max_new_tokens: go.MaxNewTokens = 40,
     temperature: go.Temperature = 0.0,

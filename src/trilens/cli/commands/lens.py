@@ -12,6 +12,7 @@ __all__ = ["lens"]
 def lens(
     model: o.Model,
     prompt: o.RequiredPrompt,
+    decoder_prompt: o.DecoderPrompt = None,
     chat: o.Chat = False,
     target: o.Target = None,
     layers: o.Layers = None,

@@ -23,6 +23,7 @@ def patch(
     corrupted: Annotated[str, typer.Argument(metavar="CORRUPTED", help="The corrupted prompt.")],
     target: o.RequiredTarget,
     against: o.RequiredAgainst,
+    decoder_prompt: o.DecoderPrompt = None,
     site: o.PatchSite = "resid_pre",
     by: o.By = "position",
     direction: o.Direction = "denoise",

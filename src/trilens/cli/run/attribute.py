@@ -23,6 +23,7 @@ def run(
     against: str | None,
     by: By,
     top_k: int,
+    decoder_prompt: str | None,
     chat: bool,
     output: Path | None,
     format: str,
@@ -36,7 +37,8 @@ def run(
         second = None if against is None else token_id(lens, typed_token(against))
         with status(f"capturing {model}"):
             sites = attribution_sites(lens, by)
-            cap = lens.capture(prompt_of(prompt, chat=chat), sites=sites, logits="last")
+            given = prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt)
+            cap = lens.capture(given, sites=sites, gates=lens.n_streams > 1, logits="last")
             found = attribute(cap, lens, first, second, by=by, k=top_k)
         show_result(
             found,

@@ -20,6 +20,7 @@ def run(
     *,
     model: str,
     prompt: str,
+    decoder_prompt: str | None,
     chat: bool,
     max_new_tokens: int,
     temperature: float,
@@ -43,7 +44,7 @@ def run(
         # Text that is shown as it comes says enough.
         with nullcontext() if shown else status("generating"):
             found = lens.generate(
-                prompt_of(prompt, chat=chat),
+                prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt),
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,

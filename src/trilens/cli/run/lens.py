@@ -20,6 +20,7 @@ def run(
     *,
     model: str,
     prompt: str,
+    decoder_prompt: str | None,
     chat: bool,
     target: str | None,
     layers: str | None,
@@ -39,7 +40,7 @@ def run(
         captured = None if chosen is None else sorted({*chosen, lens.n_layers - 1})
         with status(f"capturing {model}"):
             cap = lens.capture(
-                prompt_of(prompt, chat=chat),
+                prompt_of(prompt, chat=chat, decoder_prompt=decoder_prompt),
                 layers=captured,
                 logits=None,
                 # A page has room for every token.

@@ -16,7 +16,7 @@ from trilens.cli.console import check_file, show_result, shown_progress, status
 from trilens.cli.groups import Loading
 from trilens.cli.interrupts import INTERRUPTED
 from trilens.cli.pages import model_facts
-from trilens.cli.run.prompts import chosen_layers, open_lens, typed_token
+from trilens.cli.run.prompts import answered, chosen_layers, open_lens, typed_token
 from trilens.cli.streams import say
 from trilens.errors import UsageError
 from trilens.report.text.patching import print_patch
@@ -33,6 +33,7 @@ def run(
     corrupted: str,
     target: str,
     against: str,
+    decoder_prompt: str | None,
     site: str,
     by: Literal["position", "head"],
     direction: Literal["denoise", "noise"],
@@ -52,16 +53,19 @@ def run(
         raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
     metric = logit_diff(*tokens)
     chosen = chosen_layers(layers, lens.n_layers)
+    one, other = (answered(text, decoder_prompt) for text in (clean, corrupted))
     if attribution:
         with status("computing gradients"):
             found = attribution_patch(
-                lens, clean, corrupted, metric,
+                lens, one,
+                other, metric,
                 site=site, layers=chosen, by=by, direction=direction,
             )  # fmt: skip
     else:
         with shown_progress() as progress:
             found = patch_sweep(
-                lens, clean, corrupted, metric,
+                lens, one,
+                other, metric,
                 site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
                 progress=progress,
             )  # fmt: skip

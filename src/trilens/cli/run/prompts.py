@@ -13,7 +13,7 @@ from trilens.lens.lens import Lens
 from trilens.models.tokenizer_files import read_tokenizer
 from trilens.models.tokens import PromptLike, SourceTarget
 
-__all__ = ["chosen_layers", "open_lens", "prompt_of", "prompt_text", "typed_token"]
+__all__ = ["answered", "chosen_layers", "open_lens", "prompt_of", "prompt_text", "typed_token"]
 
 
 def open_lens(model: str, loading: Loading | None = None) -> Lens:
@@ -55,9 +55,12 @@ def prompt_of(prompt: str, *, chat: bool, decoder_prompt: str | None = None) -> 
     if chat and decoder_prompt is not None:
         raise UsageError("--chat and --decoder-prompt exclude each other: leave one out")
     text = prompt_text(prompt)
-    if decoder_prompt is not None:
-        return SourceTarget(text, decoder_prompt)
-    return [{"role": "user", "content": text}] if chat else text
+    return [{"role": "user", "content": text}] if chat else answered(text, decoder_prompt)
+
+
+def answered(text: str, decoder_prompt: str | None) -> PromptLike:
+    """A text, or the source of what a decoder reads."""
+    return text if decoder_prompt is None else SourceTarget(text, decoder_prompt)
 
 
 def chosen_layers(text: str | None, n_layers: int | None) -> list[int] | None:

@@ -21,7 +21,7 @@ function readForm() {
 function showEdits() {
   $("#edits").replaceChildren(...wanted.edits.map((text, i) => {
     const remove = make("button", { type: "button", "aria-label": `Remove edit ${text}` }, "×");
-    remove.addEventListener("click", () => { wanted.edits.splice(i, 1); showEdits(); });
+    remove.addEventListener("click", () => { wanted.edits.splice(i, 1); showEdits(); $("#edit").focus(); });
     return make("li", {}, make("code", {}, text), remove);
   }));
 }

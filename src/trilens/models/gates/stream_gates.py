@@ -27,7 +27,10 @@ from trilens.models.gates.stream_correction import Correction, find_correction
 from trilens.models.gates.stream_products import Product, products_of
 from trilens.models.stream_steps import StreamStep, base_of, rounding, steps_of
 
-__all__ = ["find_stream_gates"]
+__all__ = ["BESIDE_ITSELF", "find_stream_gates"]
+
+BESIDE_ITSELF = "x, beside the stream itself"
+"""The formula of a mix that is added to the streams, as a prediction is."""
 
 _SMALL = 1e-4
 """A share of the range that counts as the model's own ε: it keeps a weight off 0."""
@@ -60,8 +63,12 @@ def find_stream_gates(view: BlockView, anatomy: Anatomy, layer: int) -> list[Gat
     if base is None:
         return []
     products = products_of(view, anatomy.n_streams, anatomy.d_model)
-    steps = steps_of(view.block, view.calls[1:], anatomy.form, view.seq, base, out)
-    found: list[GateSite] = []
+    correction = find_correction(view, anatomy, layer)
+    steps: list[StreamStep] | str = ""
+    # A block that corrects may look like one with a single part, too: the correction says more.
+    if correction is None:
+        steps = steps_of(view.block, view.calls[1:], anatomy.form, view.seq, base, out)
+    found: list[GateSite] = [] if correction is None else _of_correction(correction)
     if isinstance(steps, list):
         reads = [_read(step, products, view) for step in steps]
         writes = [_written(step, products) for step in steps]
@@ -72,9 +79,6 @@ def find_stream_gates(view: BlockView, anatomy: Anatomy, layer: int) -> list[Gat
             ("stream.mix", mixes),
         ):
             found += _gate(name, weights, view)
-    else:
-        correction = find_correction(view, anatomy, layer)
-        found += [] if correction is None else _of_correction(correction)
     found += _own_gate(products, found, view)
     return found
 
@@ -86,7 +90,7 @@ def _of_correction(correction: Correction) -> list[GateSite]:
     spec = GateSpec(
         name="stream.mix",
         kind="mix",
-        formula="x, beside the stream itself",
+        formula=BESIDE_ITSELF,
         function="identity",
         range=(-math.inf, math.inf),
         shape=(1, n, n),

@@ -143,18 +143,17 @@ class _Layer:
     ) -> None:
         """The parts of a block with several residual streams."""
         steps: list[StreamStep] | str = "no input of the block is the output of the one before"
-        if base is not None:
-            block, output = self.view.block, self.anatomy.blocks[self.layer].output
-            steps = steps_of(
-                block, self.view.calls[1:], self.anatomy.form, self.view.seq, base, output
-            )
-        correction = None
-        if isinstance(steps, str):
-            correction = find_correction(self.view, self.anatomy, self.layer)
+        block, output = self.view.block, self.anatomy.blocks[self.layer].output
+        correction = find_correction(self.view, self.anatomy, self.layer)
         if correction is not None:
+            steps = f"{block.path} writes what its parts change into all streams at once"
             active, end = claim_correction(correction, self.streams, self.found)
             if end is not None:
                 self._find_between(active, end, projection)
+        elif base is not None:
+            steps = steps_of(
+                block, self.view.calls[1:], self.anatomy.form, self.view.seq, base, output
+            )
         module = claim_parts(
             steps,
             self.streams,

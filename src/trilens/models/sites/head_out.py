@@ -13,14 +13,15 @@ __all__ = ["by_head", "gives_tensor", "is_projection", "projection_bias", "proje
 def projection_weight(projection: nn.Module, width: int) -> Tensor:
     """The matrix of a linear map, [d_in, d_out], without its bias.
 
-    A module that only wraps a linear map (packed weights, adapters) is asked with unit vectors.
+    A module that only wraps a linear map (packed weights, adapters), or whose weight is a tensor of
+    another library's class (quantized, and not every operation known), is asked with unit vectors.
 
     Args:
         projection: the linear map.
         width: d_in.
     """
     weight = getattr(projection, "weight", None)
-    plain = isinstance(weight, Tensor) and type(projection) in (nn.Linear, Conv1D)
+    plain = type(weight) in (Tensor, nn.Parameter) and type(projection) in (nn.Linear, Conv1D)
     if isinstance(weight, Tensor) and plain and not weight.is_meta:
         return weight.T if isinstance(projection, nn.Linear) else weight
     like = next(iter((*projection.parameters(), *projection.buffers())))

@@ -11,7 +11,7 @@ from trilens.models.sites.site import Tap
 
 __all__ = ["find_state_site"]
 
-_UNREAD = "a state is captured with states=, and read in cap.states"
+_UNREAD = "a state is captured with states= (--states), and read in cap.states"
 
 
 def find_state_site(view: BlockView, gates: GateClaims, layer: int, found: Found) -> None:

@@ -19,6 +19,7 @@ from trilens.report.views.logit_lens import lens_rows
 from trilens.report.words import four_digits, token_text
 
 __all__ = [
+    "drawn_layers",
     "head_section",
     "layer_section",
     "lens_grid",
@@ -52,13 +53,14 @@ def lens_grid(found: LogitLens) -> LensGrid:
     )
 
 
-def lens_section(found: LogitLens) -> Section:
+def lens_section(found: LogitLens, limits: tuple[str, ...] = ()) -> Section:
     """The grid, with what it says."""
     words = (
         "Each cell is what the layer would predict next: the residual stream through the model's "
         "own final norm and unembedding"
         + (", translated by a tuned lens first. " if found.translated else ". ")
         + "The stronger the colour, the more probable the token.",
+        *limits,
     )
     return Section("Logit lens", (lens_grid(found),), words, name="logit-lens")
 
@@ -239,16 +241,23 @@ def _means(values: Values) -> Values:
     return found
 
 
+def drawn_layers(capture: Capture, part: str) -> tuple[int, ...]:
+    """Layers of "attention" or "effective" whose patterns are drawn."""
+    cache = capture.parts.attention if part == "attention" else capture.parts.effective
+    if cache is None:
+        return ()
+    layers = _square(capture, cache)
+    if part == "effective":
+        return layers
+    return tuple(i for i in layers if not capture.shares_pattern(i))
+
+
 def head_section(capture: Capture, kind: str) -> Section | None:
     """The mosaic of all heads and the pattern of one; None where it was not captured."""
     softmax = kind == "softmax"
     cache = capture.parts.attention if softmax else capture.parts.effective
-    if cache is None:
-        return None
-    layers = _square(capture, cache)
-    if softmax:
-        layers = tuple(i for i in layers if not capture.shares_pattern(i))
-    if not layers:
+    layers = drawn_layers(capture, "attention" if softmax else "effective")
+    if cache is None or not layers:
         return None
     patterns = head_patterns(cache, "softmax" if softmax else "effective", layers)
     words: tuple[str, ...] = (

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from trilens.analysis.inspection import Attended, GateSummary, Inspection, LayerRow
+from trilens.report.page import Block, Chart
 from trilens.report.tables import NOTHING, Column, Table
 from trilens.report.words import percent, signed, visible
 
-__all__ = ["decay_note", "gate_columns", "gate_table", "layer_table", "next_table", "state_table"]
+__all__ = [
+    "decay_note",
+    "gate_columns",
+    "gate_table",
+    "inspection_blocks",
+    "layer_table",
+    "next_table",
+    "state_table",
+]
 
 _MEMORY = ("decay", "dt")  # gates whose openness is how long a recurrence remembers
 
@@ -39,6 +48,38 @@ def decay_note(names: Iterable[str]) -> str:
         "of a decay or a step (dt), dead and saturated say how long it remembers, not that a "
         "unit is broken"
     )
+
+
+def inspection_blocks(found: Inspection) -> tuple[Block, ...]:
+    """A chart of each quantity by layer, the next tokens, and the table of the layers."""
+    rows = found.layers
+    table = layer_table(rows, gates=False)
+    known = {column.name for column in table.columns}
+    blocks: list[Block] = [
+        Chart(kind="lines", table=table, x="layer", y=(name,), title=title, link="layers")
+        for name, title in _BY_LAYER.items()
+        if name in known
+    ]
+    if any(row.gates for row in rows):
+        blocks.append(
+            Chart(
+                kind="heatmap", table=gate_table(rows), x="layer", row="gate", y=("mean_openness",),
+                title="mean openness of gates", scale=(0.0, 1.0),
+            )
+        )  # fmt: skip
+    if any(row.states for row in rows):
+        states = state_table(rows)
+        blocks.append(Chart(kind="heatmap", table=states, x="layer", row="state", y=("norm",)))
+    if found.next_tokens:
+        following = next_table(found)
+        blocks.append(Chart(kind="bars", table=following, x="token", y=("probability",)))
+    return (*blocks, table)
+
+
+_BY_LAYER = {
+    "residual_norm": "norm of the residual stream",
+    "attention_entropy_nats": "attention entropy",
+}
 
 
 def gate_table(rows: Sequence[LayerRow]) -> Table:

@@ -1,16 +1,20 @@
-"""A store of activations as a table."""
+"""A store of activations as tables and charts."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from trilens.corpus.store import Store
-from trilens.report.page import Section
+from trilens.report.page import Block, Chart, Section
 from trilens.report.tables import Column, Table
 
 __all__ = ["store_sections"]
 
+_BINS = 40
+
 
 def store_sections(store: Store) -> list[Section]:
-    """One row per site and layer, and the documents, the first ones."""
+    """One row per site and layer, and how long the documents are."""
     sites = Table(
         (
             Column("site", left=True),
@@ -39,4 +43,43 @@ def store_sections(store: Store) -> list[Section]:
         title="what is stored",
         keys=2,
     )
-    return [Section("Sites", (sites,), name="sites")]
+    lossy = tuple(
+        (row["site"], row["layer"], row["relative_error"])
+        for row in store.table()
+        if row["relative_error"] is not None and row["layer"] is not None
+    )
+    blocks: list[Block] = [sites]
+    if lossy:
+        errors = Table(
+            (sites.columns[0], sites.columns[1], sites.columns[5]),
+            lossy,
+            title="relative error of what is stored",
+            keys=2,
+        )
+        blocks.append(
+            Chart(kind="heatmap", table=errors, x="layer", row="site", y=("relative_error",))
+        )
+    found = [Section("Sites", tuple(blocks), name="sites")] if sites.rows else []
+    return [*found, Section("Documents", (_lengths(store),), name="documents")]
+
+
+def _lengths(store: Store) -> Chart:
+    """How long the documents are."""
+    lengths = store.token_counts
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(longest + 1 - shortest) // _BINS))
+    edges = np.arange(shortest, longest + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    table = Table(
+        (
+            Column("from", key="from_tokens", unit="tokens"),
+            Column("to", key="to_tokens", unit="tokens", note="not included"),
+            Column("documents"),
+        ),
+        tuple(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)),
+        title="tokens of a document",
+        keys=2,
+    )
+    return Chart(
+        kind="histogram", table=table, x="from_tokens", until="to_tokens", y=("documents",)
+    )

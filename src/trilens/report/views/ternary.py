@@ -7,6 +7,7 @@ from collections import Counter
 from trilens.checkpoint.format.report import TensorReport, TernaryReport
 from trilens.checkpoint.gguf.report import GgufReport
 from trilens.report.tables import Column, Table
+from trilens.report.words import four_digits
 
 __all__ = ["gguf_sentence", "gguf_table", "ternary_sentence", "ternary_table"]
 
@@ -20,9 +21,17 @@ _BITS = Column(
 _ZEROS = Column("zeros", note="share of zeros among the trits", spell="{:.1%}".format)
 
 
-def ternary_table(report: TernaryReport) -> Table:
-    """One row per matrix."""
+_SCALE = Column(
+    "scale",
+    note="magnitude of the scales, the median over their units",
+    spell=four_digits,
+)
+
+
+def ternary_table(report: TernaryReport, *, scales: bool = False) -> Table:
+    """One row per matrix; with their scales, where weights were seen."""
     calibrated = report.damage is not None
+    scales = scales and any(tensor.histogram is not None for tensor in report.matrices)
     columns = [
         Column("matrix", left=True, fold=32),
         Column("shape"),
@@ -52,18 +61,19 @@ def ternary_table(report: TernaryReport) -> Table:
                 spell="{:.4f}".format,
             )
         )
-    columns += [_ZEROS, Column("outcome", left=True, fold=24)]
-    rows = tuple(_row(tensor, calibrated) for tensor in report.matrices)
+    columns += [*([_SCALE] if scales else []), _ZEROS, Column("outcome", left=True, fold=24)]
+    rows = tuple(_row(tensor, calibrated, scales) for tensor in report.matrices)
     return Table(tuple(columns), rows, title="matrices")
 
 
-def _row(tensor: TensorReport, calibrated: bool) -> tuple[object, ...]:
+def _row(tensor: TensorReport, calibrated: bool, scales: bool) -> tuple[object, ...]:
     return (
         tensor.name,
         "×".join(map(str, tensor.shape)),
         tensor.bits_per_weight,
         tensor.relative_error,
         *((tensor.output_error, tensor.output_error_held_out) if calibrated else ()),
+        *((None if tensor.histogram is None else tensor.histogram.scale[1],) if scales else ()),
         tensor.sparsity,
         tensor.outcome + (f": {tensor.reason}" if tensor.reason else ""),
     )

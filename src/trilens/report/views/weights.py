@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from dataclasses import replace
 
 from trilens.checkpoint.format.report import TernaryReport
+from trilens.checkpoint.gguf.report import GgufReport
 from trilens.planning.result import Planned
 from trilens.planning.sensitivity import Sensitivity
 from trilens.report.page import Block, Chart, Section
 from trilens.report.tables import Column, Table
 from trilens.report.views.histograms import histogram_section
 from trilens.report.views.planning import plan_table, sensitivity_tables
-from trilens.report.views.ternary import ternary_table
+from trilens.report.views.ternary import gguf_table, ternary_table
 
-__all__ = ["plan_sections", "sensitivity_sections", "ternary_sections"]
+__all__ = ["gguf_sections", "plan_sections", "sensitivity_sections", "ternary_sections"]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -54,13 +57,14 @@ def _grids(table: Table, names: dict[str, str]) -> tuple[Block, ...]:
 
 def ternary_sections(report: TernaryReport) -> list[Section]:
     """Error, zeros and bits of each matrix; the weights of the worst."""
-    table = ternary_table(report)
+    table = ternary_table(report, scales=True)
     charts = _grids(
         table,
         {
             "relative_error": "relative error of the weights",
             "output_error": "output error on the text of the calibration",
             "output_error_held_out": "output error on held-out text",
+            "scale": "scale, the median of a matrix's units",
             "zeros": "share of zeros",
             "bits_per_weight": "bits per weight",
         },
@@ -68,6 +72,25 @@ def ternary_sections(report: TernaryReport) -> list[Section]:
     matrices = Section("Matrices", (*charts, table), name="matrices")
     histograms = histogram_section(report)
     return [matrices] if histograms is None else [matrices, histograms]
+
+
+def gguf_sections(report: GgufReport) -> list[Section]:
+    """Zeros and bits of each matrix, and what each type of tensor takes."""
+    matrices = gguf_table(replace(report, tensors=tuple(
+        tensor for tensor in report.tensors if len(tensor.shape) > 1
+    )))  # fmt: skip
+    charts = _grids(matrices, {"bits_per_weight": "bits per weight", "zeros": "share of zeros"})
+    sizes: Counter[str] = Counter()
+    for tensor in report.tensors:
+        sizes[tensor.type] += tensor.size_bytes
+    rows = tuple((name, size / 1e6) for name, size in sizes.most_common())
+    types = Table(
+        (Column("type", left=True), Column("size", unit="MB", spell="{:,.3f}".format)),
+        rows,
+        title="what each type of tensor takes",
+    )
+    bars = Chart(kind="bars", table=types, x="type", y=("size",))
+    return [Section("Tensors", (*charts, bars, gguf_table(report)), name="tensors")]
 
 
 def sensitivity_sections(found: Sensitivity) -> list[Section]:

@@ -115,7 +115,7 @@ const DRAW = {
       found.line({ x: { field: "x" }, y: { field: "y" }, source, color, line_width: 2.5, line_dash: i % 2 ? "dashed" : "solid" });
       found.scatter({ x: { field: "x" }, y: { field: "y" }, source, color, size: 6, marker: ["circle", "square", "triangle", "diamond"][i % 4] });
     });
-    legend(element, block.y.map((name) => heading(table, name)), colours);
+    if (block.y.length > 1) legend(element, block.y.map((name) => heading(table, name)), colours);
     const words = (x) => {
       const i = nearest(xs, x);
       return [`${heading(table, block.x)} ${xs[i]}`, ...block.y.map((name, j) => `${heading(table, name)}: ${number(all[j][i])}`)].join("\n");
@@ -161,8 +161,9 @@ const DRAW = {
     const all = block.y.map((name) => values(table, name));
     const sums = left.map((_, i) => all.reduce((sum, each) => sum + each[i], 0));
     const top = Math.max(...sums) * 1.08 || 1;
-    const found = figure({ height: 230, x_axis_label: heading(table, block.x).replace("from ", ""), y_axis_label: block.y.length > 1 ? "" : heading(table, block.y[0]),
+    const found = figure({ height: 230, x_axis_label: table.columns[column(table, block.x)].unit || block.title, y_axis_label: block.y.length > 1 ? "" : heading(table, block.y[0]),
       x_range: new Bokeh.Range1d({ start: left[0], end: right.at(-1) }), y_range: new Bokeh.Range1d({ start: 0, end: top }) });
+    if (all.flat().every(Number.isInteger)) found.yaxis.ticker = new Bokeh.BasicTicker({ min_interval: 1, num_minor_ticks: 0 });
     const colours = SERIES[scheme()];
     const floor = left.map(() => 0);
     all.forEach((each, i) => {
@@ -203,7 +204,8 @@ const DRAW = {
     });
     ticks(found.xaxis, block.label ? xs.map(named) : xs, element.clientWidth - 90); ticks(found.yaxis, rows);
     image(found, pixels, xs.length, rows.length, -0.5, -0.5);
-    rampKey(element, low, top, block.diverging);
+    if (all.length && all.every((v) => v === all[0])) $(".key", element)?.replaceChildren(make("span", {}, `${number(all[0])} everywhere`));
+    else rampKey(element, low, top, block.diverging);
     return [found, (x, y) => {
       const row = grid[Math.round(y)]?.[Math.round(x)];
       return row ? row.map((value, i) => `${heading(table, table.columns[i].name)}: ${number(value)}`).join("\n") : "";
