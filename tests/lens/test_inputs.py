@@ -337,6 +337,32 @@ def test_text_is_generated_after_images(name: str) -> None:
         assert_near(ours, theirs, 1e-4)
 
 
+def test_a_model_that_attends_to_images_beside_its_text_generates() -> None:
+    """Mllama: the steps are measured on what the model was proven on, for text alone fails."""
+    model, inputs = build_image_model("mllama"), image_inputs("mllama")
+    lens, options = Lens(model, probe=inputs), {"residual": "all", "attention": True}
+    made = lens.generate(inputs=inputs, max_new_tokens=4, capture=options)
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    assert made.token_ids.tolist() == ids[0, -4:].tolist()
+    capture, more = made.capture, made.token_ids[None]
+    assert capture is not None
+    grown = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1)}
+    for name in ("attention_mask", "cross_attention_mask"):
+        if name in inputs:
+            last = inputs[name][:, -1:]
+            rows = last.expand(-1, 4, *last.shape[2:])
+            grown[name] = torch.cat([inputs[name], rows], 1)
+    whole = lens.capture(inputs=grown, **options)
+    assert capture.source_tokens == whole.source_tokens
+    assert_near(capture.logits, whole.logits, 1e-4)
+    for part in ("attention", "cross_attention"):
+        ours, theirs = getattr(capture, part), getattr(whole, part)
+        assert ours.layers == theirs.layers
+        for layer in theirs.layers:
+            assert_near(ours.get_layer(layer), theirs.get_layer(layer), 1e-4)
+
+
 def kept(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
