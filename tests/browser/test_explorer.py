@@ -127,6 +127,22 @@ def test_a_run_is_watched_and_cancelled_and_an_error_is_read(online, server: str
     found.quiet(server)
 
 
+def test_a_second_page_waits_and_goes_on_when_the_first_is_closed(online, server: str) -> None:
+    first, second = online(f"{server}?prompt=x+%3D&new=200"), online(server)
+    first.page.locator("#writing pre").wait_for()
+    page = second.page
+    ready(page)
+    page.fill("#prompt", "y =")
+    page.fill("#new", "1")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator("#step", has_text="waiting: 1 before this one").wait_for()
+    with page.expect_navigation(timeout=60_000):
+        first.page.close()
+    has_run(page)
+    assert texts(page)[0].startswith("y =")
+    second.quiet(server)
+
+
 PAGES = {
     "empty": "",
     "run": f"?{urlencode({'prompt': PROMPT, 'new': NEW})}",
