@@ -31,6 +31,7 @@ from trilens.planning.candidates import EXCLUDED, Candidate, data_free
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error
 from trilens.planning.result import Costs, MatrixChoice, Planned, PlanOptions
+from trilens.planning.sampled_rows import sampled
 from trilens.progress import Progress, Step
 from trilens.taps.parameters import checksum, swapped
 
@@ -202,14 +203,14 @@ def _front(
 
     Of these, those on the lower hull: greedy steps never stop at the others.
     """
-    own = lens.model.get_parameter(matrix.target).detach()
+    part, own = sampled(matrix, lens.model.get_parameter(matrix.target).detach())
     points = []
     for candidate in candidates(matrix, scale_dtype=options.scale_dtype, storage=options.storage):
         try:
-            new = candidate.apply(matrix, own)
+            new = candidate.apply(part, own)
         except ValueRangeError:
             continue  # a scale that its dtype does not hold
-        error = output_error(matrix, own, new, inputs)
+        error = output_error(part, own, new, inputs)
         points.append(Point(candidate, candidate.size_bytes(matrix), error, error))
     return _hull(points)
 
