@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from calibration_cases import DOCUMENTS, SMALL, tiny
-from checkpoint_cases import load
-from tinymodels import forward_kwargs, prompt_ids
+from tinymodels import build, forward_kwargs, prompt_ids
 from tinymodels.checks import CheckError
 from trilens.checkpoint import Calibration, TernaryPlan, ternarize, validate
 from trilens.errors import TrilensError
@@ -25,6 +24,11 @@ TOLERANCE = 1e-4
 def need(condition: bool, what: str) -> None:
     if not condition:
         raise CheckError(what)
+
+
+def load(folder: Path, model_type: str) -> Any:
+    """By its class, which not every configuration names to `AutoModelForCausalLM`."""
+    return type(build(model_type)).from_pretrained(folder, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def calibrate_one(model_type: str, rule: Any, folder: Path) -> dict[str, Any]:
     need(validate(folder / "out") == report, "the report is not that of the files")
     damage = report.damage
     need(damage is not None and math.isfinite(damage.ratio), f"damage: {damage}")
-    packed, dense = load(folder / "out"), load(folder / "dense")
+    packed, dense = (load(folder / name, model_type) for name in ("out", "dense"))
     ours, wanted = logits(packed, model_type), logits(dense, model_type)
     packed.dequantize()
     held = dict(dense.named_parameters())

@@ -151,8 +151,8 @@ class TrainableMatrix:
                 gap = (rest - second).abs()
                 best = torch.where(gap < least, 3 * first + second, best)
                 least = torch.minimum(gap, least)
-            first = (best / 3).round()
-            return [first.to(torch.int8), (best - 3 * first).to(torch.int8)]
+            upper = (best / 3).round()
+            return [upper.to(torch.int8), (best - 3 * upper).to(torch.int8)]
 
     def _level(self, planes: list[Tensor]) -> Tensor:
         """The value of trits, in units of the latents."""

@@ -7,6 +7,7 @@ bfloat16: `native_computes` says so, and numba's loops do the work.
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -64,7 +65,7 @@ _INPUTS_AT_ONCE = 6
 _FEW = 4
 _INT8_AT_ONCE = 2
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
-_MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster
+_MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
 _MOST_WITH_MATRIX_UNITS = 8  # the same on a processor with AMX
 
 
@@ -82,8 +83,15 @@ def native_computes(flat: Tensor, packed: Packed) -> bool:
         flat.dtype == torch.bfloat16
         and flat.numel() > 0
         and native_reads(packed)
-        and flat.shape[0] <= (_MOST_WITH_MATRIX_UNITS if _has_matrix_units() else _MOST_INPUTS)
+        and flat.shape[0] <= _most_inputs()
     )
+
+
+def _most_inputs() -> float:
+    if _has_matrix_units():
+        return _MOST_WITH_MATRIX_UNITS
+    # Several threads would meet after every tile, and wait for the one that another process delays.
+    return _MOST_INPUTS if torch.get_num_threads() < 2 else math.inf
 
 
 def native_multiplies_int8(packed: Packed) -> bool:
