@@ -52,7 +52,8 @@ def _candidates(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         places = torch.full((1, count), ids)
         inputs = {"input_ids": torch.cat([places, text], dim=1)}
         if "qformer_input_ids" in taken:
-            inputs["qformer_input_ids"] = text
+            # Of another length than the text with its images: two stacks would look alike.
+            inputs["qformer_input_ids"] = text[:, :7]
         if "image_embeds_position_mask" in taken:
             inputs["image_embeds_position_mask"] = torch.cat(
                 [torch.ones_like(places), torch.zeros_like(text)], dim=1
