@@ -14,6 +14,10 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    TrOCRConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
@@ -249,6 +253,32 @@ def test_a_decoder_with_more_blocks_than_its_encoder_answers() -> None:
     found = lens.generate(SOURCE, max_new_tokens=4, capture={"attention": True, "residual": "all"})
     whole = lens.capture(SOURCE, target=found.capture.token_ids, attention=True, residual="all")
     assert_same(found.capture, whole)
+
+
+def test_an_image_is_answered() -> None:
+    """As captions and text in pictures are written (TrOCR, Donut): an encoder of pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = (
+            ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                      intermediate_size=48, image_size=32, patch_size=8),
+            TrOCRConfig(vocab_size=120, d_model=32, decoder_layers=2, decoder_attention_heads=2,
+                        decoder_ffn_dim=48, cross_attention_hidden_size=32,
+                        decoder_start_token_id=3),
+        )  # fmt: skip
+        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+        model = VisionEncoderDecoderModel(config).eval()
+        images = [{"pixel_values": torch.randn(1, 3, 32, 32)} for _ in range(3)]
+    model.generation_config.decoder_start_token_id = 3
+    lens, options = Lens(model), {"residual": "all", "attention": True}
+    found = lens.generate(images[0], max_new_tokens=4, capture=options)
+    assert_same(found.capture, lens.capture(images[0], target=found.capture.token_ids, **options))
+    plain = model.generate(**images[0], max_new_tokens=4, do_sample=False)
+    assert found.token_ids.tolist() == plain[0, 1:].tolist()
+    assert found.capture.source_tokens[1] == "<image position 1>"
+    pairs = [SourceTarget(image, TARGET[: n + 1]) for n, image in enumerate(images)]
+    for pair, one in zip(pairs, lens.capture_many(pairs, **options), strict=True):
+        assert_same(one, lens.capture(pair, **options))
 
 
 def test_what_cannot_be_answered_is_refused() -> None:

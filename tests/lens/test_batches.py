@@ -130,6 +130,28 @@ def test_a_batch_of_pairs_against_weights_that_transformers_gives(name: str) -> 
                 assert_near(each.residual[layer], stream, 1e-5)
 
 
+def test_sites_and_gates_of_a_batch_of_pairs_and_of_an_answer() -> None:
+    lens, pairs = opened("nllb-moe"), pairs_of("nllb-moe")
+    lens.model.generation_config.decoder_start_token_id = 3
+    options: dict[str, Any] = {"sites": list(lens.site_layers), "gates": True, "residual": None}
+    many = list(lens.capture_many(pairs, batch_size=4, **options))
+    written = lens.generate(pairs[0], max_new_tokens=4, capture=options).capture
+    assert written is not None
+    whole = SourceTarget(pairs[0].source, written.token_ids)
+    for pair, found in zip([*pairs, whole], [*many, written], strict=True):
+        alone = lens.capture(pair, **options)
+        assert len(alone.sites) >= 20
+        for key in alone.sites:
+            ours, theirs = (torch.as_tensor(each.sites[key]) for each in (found, alone))
+            hidden = torch.isinf(theirs)
+            assert torch.equal(torch.isinf(ours), hidden), key
+            assert_near(ours.masked_fill(hidden, 0), theirs.masked_fill(hidden, 0), 1e-5)
+        assert found.gates.names == alone.gates.names != ()
+        for name in alone.gates.names:
+            for layer in alone.gates.layers(name):
+                assert_near(found.gates.get(name, layer), alone.gates.get(name, layer), 1e-5)
+
+
 def test_what_is_cut_out_of_a_batch_keeps_nothing_of_it_alive() -> None:
     lens, pairs = opened("bart"), pairs_of("bart")
     many = list(lens.capture_many(pairs, batch_size=4, attention=True))
