@@ -18,6 +18,7 @@ from torch import Tensor
 from checkpoint_cases import load
 from gguf_cases import saved_with_tokenizer
 from trilens.checkpoint.calibration.options import Calibration
+from trilens.checkpoint.format.matrix_plan import MatrixPlan
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.pipeline import ternarize
 from trilens.checkpoint.validation import validate
@@ -246,6 +247,17 @@ def test_an_online_checkpoint_becomes_what_its_layers_compute_with(
     path.write_text(json.dumps(settings))
     report = ternarize(source, tmp_path / "out")
     assert len(report.coded) == 7 and {tensor.outcome for tensor in report.coded} == {"ternary"}
+    assert "other values" not in report.note
+    for plan, n_lost in (
+        (TernaryPlan("exact"), 7),
+        (TernaryPlan(per="row"), 7),
+        (TernaryPlan(rotate=True), 7),
+        (TernaryPlan(keep=("gate",)), 1),
+        (TernaryPlan(matrices={GATE: MatrixPlan("twn")}), 1),
+    ):
+        lossy = ternarize(source, tmp_path / "lossy", plan=plan, dry_run=True)
+        assert f"gives {n_lost} of its matrices other values" in lossy.note
+        assert lossy.note in lossy.verdict
     model = load(tmp_path / "out", dtype=torch.float32)
     ternarize(source, tmp_path / "m.gguf", format="gguf-tq2_0")
     in_file = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 import trilens
 from gguf_cases import saved_with_tokenizer
 from tolerances import assert_near
+from trilens.checkpoint import folded_rotation as subject
+from trilens.checkpoint.folded_heads import ValueHeads
 from trilens.checkpoint.folded_rotation import fold_rotation
 from trilens.errors import UsageError
 
@@ -24,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0},
     "phi3": {"pad_token_id": 1},
 }
+
+
+VALUES = {"phi3": "model.layers.0.self_attn.qkv_proj"}
 
 
 @torch.no_grad()
@@ -42,6 +47,7 @@ def test_the_outputs_are_the_same(model_type: str, tmp_path: Path) -> None:
     )
     assert_near(logits(tmp_path / "folded"), logits(source), 1e-4)
     assert len(report.norms) == 3  # two of the block, and the last one
+    assert report.values == (VALUES.get(model_type, "model.layers.0.self_attn.v_proj"),)
     first, second = (
         AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
         for folder in (source, tmp_path / "folded")
@@ -68,6 +74,45 @@ def test_outliers_are_gone_and_a_gguf_file_is_written(tmp_path: Path) -> None:
     with_outliers, rotated = (error or 0.0 for error in errors)
     assert with_outliers > 0.3
     assert rotated == pytest.approx(0.19, abs=0.02)  # what Gaussian weights have
+
+
+def test_values_of_each_head_are_rotated_where_they_are_made_and_read(tmp_path: Path) -> None:
+    source = saved_with_tokenizer(tmp_path / "src", "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    attention, width = model.model.layers[0].self_attn, 64
+    with torch.no_grad():
+        attention.v_proj.weight[width // 2] *= 30  # a channel that is an outlier in every head
+        attention.v_proj.bias.normal_()
+    model.save_pretrained(source)
+    report = fold_rotation(source, tmp_path / "folded")
+    assert report.values and report.logit_difference < 1e-4
+    assert_near(logits(tmp_path / "folded"), logits(source), 1e-4)
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    rows = [
+        one.model.layers[0].self_attn.v_proj.weight.detach().square().sum(-1)
+        for one in (model, folded)
+    ]
+    assert float(rows[0].max() / rows[0].mean()) > 20 > 4 > float(rows[1].max() / rows[1].mean())
+
+
+def test_heads_that_do_more_than_mix_tokens_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved_with_tokenizer(tmp_path / "src")
+    fold, tried = subject.fold_heads, []
+
+    def wrong(model: torch.nn.Module, heads: ValueHeads) -> None:
+        """As if channels were not alike: only where values are made."""
+        tried.append(heads)
+        reader = model.get_submodule(heads.reader).weight
+        before = reader.clone()
+        fold(model, heads)
+        reader.copy_(before)
+
+    monkeypatch.setattr(subject, "fold_heads", wrong)
+    report = fold_rotation(source, tmp_path / "folded")
+    assert tried and report.values == ()
+    assert_near(logits(tmp_path / "folded"), logits(source), 1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "olmo2", "starcoder2", "mixtral"])

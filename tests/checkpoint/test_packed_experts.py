@@ -211,6 +211,16 @@ def test_adapters_beside_packed_experts(tmp_path: Path) -> None:
         peft.get_peft_model(load(out), trilens.enable_lora(config))
     with pytest.raises(UsageError, match="name the packed layers"):
         trilens.enable_lora(peft.LoraConfig(target_modules="all-linear"))
+    target = "experts.gate_up_proj"
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[target])
+    with pytest.raises(UsageError, match=r"pass the model too.*model=model"):
+        trilens.enable_lora(config)
+    dense = load(out)
+    with pytest.raises(UsageError, match=r"layers\.0.*gate_up_proj.*model\.dequantize\(\) first"):
+        trilens.enable_lora(config, model=dense)
+    dense.dequantize()
+    adapted = peft.get_peft_model(dense, trilens.enable_lora(config, model=dense))
+    assert any("experts.lora_A" in name for name, _ in adapted.named_parameters())
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(load(out), trilens.enable_lora(config)).eval()
     first = logits(model, "mixtral")

@@ -191,7 +191,8 @@ def code_tensor(
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)
-        fitted = not np.array_equal(raw, old)  # a small step can round to nothing
+        # a small step can round to nothing
+        fitted = new is not None and not np.array_equal(raw, old)
         reason = _FITTED if fitted else report.reason
         return replace(report, reason=reason, decoded_exactly=True, fitted=fitted)
     plan = plan.of(choice.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trilens.checkpoint.format.skeleton import HOMELESS, Choice, build_skeleton,
 from trilens.checkpoint.source import Checkpoint
 from trilens.checkpoint.validation import validate
 from trilens.errors import UsageError
+from trilens.io.messages import listed
 from trilens.io.safetensors_header import TensorHeader
 from trilens.models.foreign_names import check_names
 
@@ -108,9 +109,29 @@ def read_job(
     check_names(source.name, (choice.name for choice in choices if choice.reason == HOMELESS))
     if packed is not None:
         choices = _as_stored(choices, packed)
-    job = Job(source, headers, model, _follow(plan, choices), own, packed, note)
+    followed = _follow(plan, choices)
+    if source.bitnet is not None and not source.bitnet.matrices:
+        note = f"{note}{_other_trits(followed, plan)}"
+    job = Job(source, headers, model, followed, own, packed, note)
     _check_all_coded(job)
     return job
+
+
+def _other_trits(choices: Iterable[Choice], plan: TernaryPlan) -> str:
+    """What a plan loses of a source whose layers make trits of plain weights in each call."""
+    lost = []
+    for choice in choices:
+        own = plan.of(choice.name)
+        is_same = (own.rule, own.per, own.rotate) == ("absmean", "tensor", False)
+        if choice.is_matrix and (choice.storage == "kept" or not is_same):
+            lost.append(choice.name)
+    if not lost:
+        return ""
+    return (
+        f" Its layers were trained with the trits of absmean, one scale per tensor, and this plan "
+        f"gives {len(lost)} of its matrices other values ({listed(lost, 2)}): leave rule, scales "
+        "and rotation out to keep the trits."
+    )
 
 
 def _read_packed(

@@ -131,6 +131,12 @@ def test_many_inputs_go_to_torch(
 ) -> None:
     packed = made(300, 128, group_size=32)
     monkeypatch.setattr(subject, "_TILE_BYTES", 10_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = inputs(native._MOST_INPUTS + 1, 128, torch.bfloat16)
+    check(multiply(x, packed), x, packed, None)
+    assert ("multiply" in used) == (way == "native")  # threads would meet after each tile
+    used.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x = inputs(native._MOST_INPUTS + 1, 128, torch.bfloat16)
     check(multiply(x, packed), x, packed, None)
     assert "multiply" not in used

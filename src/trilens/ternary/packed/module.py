@@ -84,14 +84,15 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> Packed:
         """The packed weights, by reference."""
+        parts: dict[str, Any] = self._parameters  # asked for once per call: no detour by name
         return Packed(
-            self.codes,
-            self.scale,
+            parts["codes"],
+            parts["scale"],
             self.in_features,
             self.group_size,
-            self.offset,
-            self.second_codes,
-            self.second_scale,
+            parts["offset"],
+            parts["second_codes"],
+            parts["second_scale"],
             self.levels,
         )
 

@@ -72,7 +72,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         return multiply_on_gpu(x, packed, bias)
     flat = x.reshape(-1, packed.cols)
     if native_computes(flat, packed):
-        n_threads = 1 + len(flat) * len(packed.codes) * packed.cols // _WORTH_A_THREAD
+        n_threads = 1 + flat.shape[0] * packed.codes.shape[0] * packed.cols // _WORTH_A_THREAD
         out = multiply_native(flat, packed, bias, n_threads)
         return out.reshape(*x.shape[:-1], out.shape[-1])
     method = _method(flat, packed)

@@ -7,6 +7,7 @@ bfloat16: `native_computes` says so, and numba's loops do the work.
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -56,6 +57,7 @@ JOB = (
     "out_bytes",  # from input to input; `unpack`: from row to row
 )
 
+_NOTHING = dict.fromkeys(JOB, 0)
 _STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
 _MOST_GROUPS = 1024  # their values lie on a thread's stack
 _CHUNK_BYTES = 1 << 20  # inputs that stay in a core's cache
@@ -64,7 +66,7 @@ _INPUTS_AT_ONCE = 6
 _FEW = 4
 _INT8_AT_ONCE = 2
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
-_MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster
+_MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
 _MOST_WITH_MATRIX_UNITS = 8  # the same on a processor with AMX
 
 
@@ -82,8 +84,15 @@ def native_computes(flat: Tensor, packed: Packed) -> bool:
         flat.dtype == torch.bfloat16
         and flat.numel() > 0
         and native_reads(packed)
-        and flat.shape[0] <= (_MOST_WITH_MATRIX_UNITS if _has_matrix_units() else _MOST_INPUTS)
+        and flat.shape[0] <= _most_inputs()
     )
+
+
+def _most_inputs() -> float:
+    if _has_matrix_units():
+        return _MOST_WITH_MATRIX_UNITS
+    # Several threads would meet after every tile, and wait for the one that another process delays.
+    return _MOST_INPUTS if torch.get_num_threads() < 2 else math.inf
 
 
 def native_multiplies_int8(packed: Packed) -> bool:
@@ -93,15 +102,18 @@ def native_multiplies_int8(packed: Packed) -> bool:
 
 def _reads(packed: Packed, step: int) -> bool:
     size = packed.group_size
-    parts = (packed.scale, packed.second_scale, packed.offset)
-    return (
+    if not (
         (size is None or size % step == 0 or size >= packed.cols)
         and 0 < packed.scale.shape[1] <= _MOST_GROUPS
         and packed.codes.is_contiguous()
         and (packed.second_codes is None or packed.second_codes.is_contiguous())
-        and all(p is None or (p.dtype == torch.float32 and p.is_contiguous()) for p in parts)
         and _level() > 0
-    )
+    ):
+        return False
+    for part in (packed.scale, packed.second_scale, packed.offset):
+        if part is not None and not (part.dtype == torch.float32 and part.is_contiguous()):
+            return False
+    return True
 
 
 def multiply_native(
@@ -134,8 +146,9 @@ def multiply_native(
         made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
         job |= {"x": made.data_ptr(), "source": x.data_ptr()}
         job["places"] = made.data_ptr() + 2 * steps * n_inputs * _WIDE
-        run_job(_function("prepare_few"), _array(job))
-        run_job(_function("multiply_few"), _array(job), n_threads)
+        array = _array(job)
+        run_job(_function("prepare_few"), array)
+        run_job(_function("multiply_few"), array, n_threads)
         return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
     if n_inputs > 1 or packed.cols % _STEP:
@@ -170,8 +183,9 @@ def multiply_int8_native(
         "out": out.data_ptr(),
         "out_bytes": 4 * out.shape[1],
     }
-    run_job(_function("prepare_int8"), _array(job))
-    run_job(_function("multiply_int8"), _array(job), n_threads)
+    array = _array(job)
+    run_job(_function("prepare_int8"), array)
+    run_job(_function("multiply_int8"), array, n_threads)
     return out
 
 
@@ -221,7 +235,8 @@ def _job(packed: Packed) -> dict[str, int]:
 
 
 def _array(job: dict[str, int]) -> NDArray[np.int64]:
-    return np.array([job.get(name, 0) for name in JOB], dtype=np.int64)
+    # two dictionaries joined by C, in the order of the first
+    return np.array(list((_NOTHING | job).values()), dtype=np.int64)
 
 
 @cache

@@ -73,7 +73,7 @@ def run_job(loop: Loop, job: NDArray[np.int64], n_threads: int = 1) -> None:
         n_threads: threads that are worth it; torch's limit holds.
     """
     job[0] = 0  # nothing of it is done
-    address = job.ctypes.data
+    address = job.__array_interface__["data"][0]  # `ctypes.data` makes an object for it
     n_threads = 1 if n_threads < 2 else min(n_threads, torch.get_num_threads())
     if n_threads < 2:
         loop.call(address)
