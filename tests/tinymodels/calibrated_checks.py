@@ -65,7 +65,7 @@ def calibrate_one(model_type: str, rule: Any, folder: Path) -> dict[str, Any]:
         report = ternarize(source, folder / "out", plan=plan, calibration=options)
         ternarize(folder / "out", folder / "dense", format="dense")
     except TrilensError as error:
-        return {"refused": f"{type(error).__name__}: {error}"}
+        return {"refused": f"{type(error).__name__}: {error}".replace(f"{folder}/", "")}
     need(validate(folder / "out") == report, "the report is not that of the files")
     damage = report.damage
     assert damage is not None

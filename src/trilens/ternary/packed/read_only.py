@@ -22,6 +22,9 @@ class ReadOnlyWeight(Tensor):
     adapter into `layer.weight`, which PEFT does in place, is an error and no loss in silence.
     """
 
+    # What transformers goes by when a parent draws the weights of its layers (ModernBERT).
+    _is_hf_initialized = True
+
     @classmethod
     def __torch_function__(
         cls,
