@@ -13,6 +13,7 @@ NAMES = (
     "patching",
     "sites",
     "generation",
+    "pairs",
     "induction",
     "gate_overhead",
     "long_attention",

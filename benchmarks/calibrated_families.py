@@ -3,9 +3,9 @@
 A tiny model each, `gptq` and `best`, groups of 16, effort `fast`, 512 tokens: each is written,
 loaded and compared with the dense weights that it decodes to, or refused by name.
 
-    python -m benchmarks.calibrated_families [TYPE ...]
+    python -m benchmarks.calibrated_families [TYPE ...] [--rules best]
 
-All types: the result is kept; of some, their rows.
+The rows of what was run replace those of the last result.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trilens.models.families import load_families
 LAST = RESULTS / "calibrated_families.json"
 
 
-def sweep(types: list[str]) -> None:
+def sweep(types: list[str], rules: list[str]) -> None:
     """A line of JSON for each type."""
     for name in types:
         row: dict[str, Any] = {"name": name}
         began = time.process_time()
-        for rule in RULES:
+        for rule in rules:
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     row[rule] = calibrate_one(name, rule, Path(folder))
@@ -48,11 +48,24 @@ def sweep(types: list[str]) -> None:
         print(json.dumps({**row, "seconds": round(time.process_time() - began, 1)}), flush=True)
 
 
+def counted(types: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """How the runs of each rule ended."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in types.values():
+        for rule in RULES:
+            if rule in row:
+                found = counts.setdefault(rule, {"written": 0, "refused": 0, "failed": 0})
+                found[next((w for w in ("failed", "refused") if w in row[rule]), "written")] += 1
+    return counts
+
+
 def main() -> int:
     """Sweep, and say what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
+    parser.add_argument("--rows", type=Path, help="lines that `--child` printed, in place of a run")
     options = parser.parse_args()
     full = [row.model_type for row in load_families().rows if row.outcome == "full"]
     types = options.types or [name for name in TYPES if name in full]
@@ -60,30 +73,28 @@ def main() -> int:
     logging.disable(logging.WARNING)
     if options.child:
         torch.set_num_threads(1)
-        sweep(types)
+        sweep(types, options.rules)
         return 0
-    figures: dict[str, Any] = json.loads(LAST.read_text()) if options.types else {}
-    figures.setdefault("types", {})
-    failed = 0
-    for row in sweep_in_children(types, "benchmarks.calibrated_families"):
-        figures["types"][row["name"]] = {k: v for k, v in row.items() if k not in {"name", "why"}}
-        for rule in RULES:
-            found = row.get(rule, {"failed": row.get("why", "")})
-            failed += "failed" in found
+    if options.rows is not None:
+        rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
+    else:
+        module = "benchmarks.calibrated_families"
+        rows = sweep_in_children(types, module, ["--rules", *options.rules])
+    last: dict[str, Any] = json.loads(LAST.read_text()) if LAST.is_file() else {}
+    found: dict[str, dict[str, Any]] = last.get("types", {})
+    for row in rows:
+        name = row["name"]
+        ended = {rule: row[rule] for rule in RULES if rule in row}
+        ended = ended or {rule: {"failed": row.get("why", "")} for rule in options.rules}
+        found[name] = {**found.get(name, {}), **ended}
+        for rule, result in ended.items():
             for word in ("failed", "refused"):
-                if word in found:
-                    print(f"{word} {row['name']}, {rule}: {found[word]}")
-    ended = [[word for word in ("failed", "refused") if word in row.get(rule, {"failed": ""})]
-             for row in figures["types"].values() for rule in RULES]  # fmt: skip
-    figures["counts"] = {
-        "runs": len(ended),
-        "written": ended.count([]),
-        "refused": ended.count(["refused"]),
-        "failed": ended.count(["failed"]),
-    }
-    print(json.dumps(figures["counts"]))
-    save("calibrated_families", figures)
-    return 1 if failed else 0
+                if word in result:
+                    print(f"{word} {name}, {rule}: {result[word]}")
+    found = {name: found[name] for name in TYPES if name in found}
+    counts = counted(found)
+    save("calibrated_families", {"counts": counts, "types": found})
+    return 1 if any(count["failed"] for count in counts.values()) else 0
 
 
 if __name__ == "__main__":

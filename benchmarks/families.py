@@ -17,7 +17,7 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,14 @@ def sweep(types: list[str], one: Sweep = sweep_one) -> list[dict]:
     return rows
 
 
-def sweep_in_children(types: list[str], module: str = "benchmarks.families") -> list[dict]:
+def sweep_in_children(
+    types: list[str], module: str = "benchmarks.families", options: Sequence[str] = ()
+) -> list[dict]:
     """Sweep in child processes, so that one model's memory or crash is its own."""
     rows = []
     for start in range(0, len(types), CHUNK):
         group = types[start : start + CHUNK]
-        command = [sys.executable, "-m", module, "--child", *group]
+        command = [sys.executable, "-m", module, "--child", *group, *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         rows += found

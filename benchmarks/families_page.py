@@ -126,9 +126,9 @@ def _mappings() -> list[str]:
         " every layer within 1e-5 of",
         "`output_attentions`, logits unchanged to the bit by edits of factor 1 at every site."
         " Models that read sound or images beside",
-        "text are swept on text (language), their towers alone on made-up images and sound"
-        " (vision, audio); with real",
-        "inputs: [inputs.md](inputs.md).",
+        "text are swept on text (language), those that need more on text with a made-up image or"
+        " sound; towers alone on made-up images and",
+        "sound (vision, audio); with real inputs: [inputs.md](inputs.md).",
         "",
         f"**{len(table.full_types)} types in full**; of the {len(table.rows)} entries"
         f" {counts.get('full', 0)} full, {counts.get('partial', 0)} in part,"

@@ -2,7 +2,8 @@
 
 A Bloom (ALiBi, heads folded into the batch) and a GPT-J (rotary, scores in float32) of 88M
 parameters with random weights, 512 tokens: one forward pass with residual, attention and gates
-against the plain pass. What is kept per token is said too, and the weights that it stands for.
+against the plain pass. What is kept per token is said too, and the weights that it stands for. Bare
+hooks that hold the same tensors are the floor: what is held, the next layer cannot write over.
 
     python -m benchmarks.inline_overhead [--rounds N] [--cpu]
 """
@@ -48,6 +49,32 @@ def gptj_88m() -> PreTrainedModel:
     return GPTJForCausalLM(config).eval()
 
 
+def bare_hooks(model: PreTrainedModel, plain: Callable[[], Any]) -> Callable[[], Any]:
+    """What a capture of residual and attention keeps, held by hand: nothing proven or followed."""
+    names = ("query_key_value", "q_proj", "k_proj")
+    kept = [module for name, module in model.named_modules() if name.endswith(names)]
+    blocks = model.transformer.h
+
+    def run() -> Any:
+        held: list[Any] = []
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            held.append(output)
+
+        def last(_module: Any, _args: Any, output: Any) -> None:
+            held.append((output[0] if isinstance(output, tuple) else output)[:, -1].clone())
+
+        handles = [module.register_forward_hook(keep) for module in kept]
+        handles += [block.register_forward_hook(last) for block in blocks]
+        try:
+            return plain(), held
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
 def measure(
     model: PreTrainedModel, rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:
@@ -55,8 +82,10 @@ def measure(
     ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     lens = Lens(model)
     gated = bool(lens.gate_layers)
+    plain = plain_pass(model, ids)
     runs: dict[str, Callable[[], Any]] = {
-        "plain": plain_pass(model, ids),
+        "plain": plain,
+        "bare hooks": bare_hooks(model, plain),
         "trilens": lambda: lens.capture(ids, residual="last", attention=True, gates=gated),
         "trilens, residual": lambda: lens.capture(ids, residual="last"),
     }

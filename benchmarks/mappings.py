@@ -5,7 +5,7 @@ by a TrilensError that names the reason. Anything else is a failure of trilens.
 
     python -m benchmarks.mappings [MAPPING/TYPE ...] [--write]
 
-`--write` renews the table that ships with the package and the last result.
+`--write` renews the table that ships with the package and the last result; of types, their rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import resource
 import sys
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +29,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tinymodels.mappings import MAPPINGS
 from tinymodels.stack_checks import sweep_as
-from trilens.models.mappings import MappingRow, MappingTable, row_from
+from trilens.models.mappings import MappingRow, MappingTable, load_mappings, row_from
 
-LEAST = 75
+LEAST = 126
 """Types that the sweep has to capture in full."""
 LAST = ROOT / "benchmarks" / "results" / "mappings.json"
 SHIPPED = ROOT / "src" / "trilens" / "models" / "mappings.json"
@@ -40,6 +42,27 @@ def one(name: str) -> tuple[MappingRow, dict[str, Any]]:
     """Sweep one type, named with its mapping."""
     mapping, _, model_type = name.partition("/")
     return sweep_as(mapping, model_type)
+
+
+def merged(
+    table: MappingTable, figures: dict[str, dict], failed: list[dict]
+) -> tuple[MappingTable, dict[str, dict], list[dict], dict[str, int]]:
+    """The last whole sweep with the rows of some types renewed, and the seconds that it took.
+
+    Raises:
+        SystemExit: the last sweep ran on other versions.
+    """
+    last, held = load_mappings(), json.loads(LAST.read_text())
+    if (last.transformers, last.torch) != (table.transformers, table.torch):
+        raise SystemExit("the last sweep ran on other versions: sweep all types")
+    new = {f"{row.mapping}/{row.model_type}": row for row in table.rows}
+    old = {f"{row.mapping}/{row.model_type}": row for row in last.rows}
+    rows = tuple((old | new)[name] for name in NAMES if name in old | new)
+    swept = new.keys() | {item["failed"] for item in failed}
+    failed = [*failed, *(item for item in held["failed"] if item["failed"] not in swept)]
+    kept = {name: each for name, each in held["figures"].items() if name not in swept}
+    seconds = {key: held[key] for key in held if key.endswith("seconds")}
+    return replace(table, rows=rows), {**kept, **figures}, failed, seconds
 
 
 def main() -> int:
@@ -58,25 +81,31 @@ def main() -> int:
     began = time.monotonic()
     found = sweep_in_children(options.types or NAMES, "benchmarks.mappings")
     failed = [item for item in found if "failed" in item]
+    processor = resource.getrusage(resource.RUSAGE_CHILDREN)
     table = MappingTable(
         transformers.__version__,
         torch.__version__.split("+")[0],
         tuple(row_from(item["row"]) for item in found if "row" in item),
     )
     full = len(table.full_types)
-    seconds = round(time.monotonic() - began)
-    print(json.dumps({**table.count(), "types_in_full": full, "seconds": seconds}))
+    seconds = {
+        "seconds": round(time.monotonic() - began),
+        "processor_seconds": round(processor.ru_utime + processor.ru_stime),
+    }
+    print(json.dumps({**table.count(), "types_in_full": full, **seconds}))
     figures = {item["name"]: item["figures"] for item in found if item.get("figures")}
     for key in sorted({key for each in figures.values() for key in each}):
         worst = [each[key] for each in figures.values() if key in each]
         print(f"{key}: worst {max(worst):.2e} over {len(worst)} models")
     for item in failed:
         print(f"FAILED {item['failed']}: {item['why']}")
-    if options.write and not options.types:
+    if options.write:
+        if options.types:
+            table, figures, failed, seconds = merged(table, figures, failed)
         kept = {
             "outcomes": table.count(),
-            "types_in_full": full,
-            "seconds": seconds,
+            "types_in_full": len(table.full_types),
+            **seconds,
             "failed": failed,
             "figures": figures,
         }

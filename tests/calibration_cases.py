@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoint_cases import load, saved
+from checkpoint_cases import saved
+from tinymodels import build
 
 DOCUMENTS = tuple(
     "\n".join(f"def f{i}_{j}(x, y):\n    return x * {i} + y - {j}\n" for j in range(30))
@@ -22,7 +23,7 @@ def tiny(model_type: str, folder: Path) -> Path:
     saved(model_type, folder)
     letters = sorted({letter for text in DOCUMENTS for letter in text} - {" "})
     words = {"<unk>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
-    assert len(words) <= load(folder).config.get_text_config().vocab_size
+    assert len(words) <= build(model_type).config.get_text_config().vocab_size
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from page_cases import data_of
 from trilens import Lens
 from trilens.analysis.harness import run_tasks
 from trilens.analysis.model_evaluation import ModelEvaluation, evaluate_texts
@@ -77,12 +78,19 @@ def test_the_command(ternary: Path, tmp_path: Path) -> None:
     as_json = CliRunner().invoke(app, [*base, *given, *beside, "--format", "json"])
     values = json.loads(as_json.stdout)
     assert values["format"] == "trilens.evaluation" and len(values["texts"]) == 2
+    page = tmp_path / "page.html"
+    written = CliRunner().invoke(app, [*base, *given, *beside, "-o", str(page)])
+    assert written.exit_code == 0 and f"wrote {page}" in written.stderr
+    assert [b["kind"] for b in data_of(page.read_text())["blocks"] if b["is"] == "chart"] == (
+        ["bars"] * 3
+    )
     one, two = values["texts"]
     assert one["change"]["ratio"] == two["change"]["ratio"] > 1
     for wrong, words in (
         ([], "--evaluate TEXT"),
         (["--made-from", str(demo_path()), "--task", "arc"], "--evaluate TEXT"),
         ([*given, "--limit", "3"], "--task"),
+        ([*given, "-o", str(tmp_path / "x.html"), "--format", "json"], "which is a page"),
     ):
         refused = CliRunner().invoke(app, [*base, *wrong])
         assert refused.exit_code == 2 and words in refused.stderr

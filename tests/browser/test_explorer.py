@@ -127,6 +127,23 @@ def test_a_run_is_watched_and_cancelled_and_an_error_is_read(online, server: str
     found.quiet(server)
 
 
+def test_a_second_page_waits_and_goes_on_when_the_first_is_closed(online, server: str) -> None:
+    second = online(server)
+    page = second.page
+    ready(page)
+    page.fill("#prompt", "y =")
+    page.fill("#new", "1")
+    first = online(f"{server}?prompt=x+%3D&new=200")
+    first.page.locator("#writing pre").wait_for()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator("#step", has_text="waiting: 1 before this one").wait_for()
+    with page.expect_navigation(timeout=60_000):
+        first.page.close()
+    has_run(page)
+    assert texts(page)[0].startswith("y =")
+    second.quiet(server)
+
+
 PAGES = {
     "empty": "",
     "run": f"?{urlencode({'prompt': PROMPT, 'new': NEW})}",
@@ -153,10 +170,13 @@ def test_nothing_serious(online, server: str, screenshot, serious, name: str) ->
 
 def test_nothing_serious_while_it_runs(online, server: str, screenshot, serious) -> None:
     page = online(f"{server}?prompt=x+%3D&new=200", color_scheme="dark").page
+    # However fast it runs, the page stays what it is: what it would go to is no page.
+    page.route(re.compile("new=200"), lambda route: route.fulfill(status=204))
     page.locator("#writing pre").wait_for()
     assert not serious(page)
+    assert page.locator("#progress progress").is_visible()
     screenshot(page, "explorer-running-dark")
-    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel").click()  # there, also when it is done
 
 
 def tab_to(page, selector: str, *, most: int = 30) -> None:

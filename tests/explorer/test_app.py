@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import html
 import json
 import threading
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 import trilens
@@ -127,6 +129,25 @@ def test_the_plain_run_of_a_prompt_is_made_once(client, lens, monkeypatch) -> No
     for edits in ([], [EDIT], ["ablate:attn.z@1#0"]):
         events(post(client, edits=edits))
     assert [len(each) for each in made] == [0, 1, 1]
+
+
+def test_there_is_one_copy_of_the_model_however_much_is_run(client, lens, monkeypatch) -> None:
+    """Nothing loads a model, no weight is copied, and no run holds one when it has ended."""
+    monkeypatch.setattr(trilens.Lens, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    weights = [each.data_ptr() for each in lens.model.parameters()]
+    largest = max(lens.model.parameters(), key=lambda each: each.numel()).shape
+
+    def copies() -> set[int]:
+        gc.collect()
+        alive = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+        return {each.untyped_storage().data_ptr() for each in alive if each.shape == largest}
+
+    before = copies()
+    assert lens.model.get_input_embeddings().weight.untyped_storage().data_ptr() in before
+    for edits in ([], [EDIT], ["scale:resid_post@1 factor=0.5"]):
+        events(post(client, edits=edits))
+        assert copies() == before
+    assert [each.data_ptr() for each in lens.model.parameters()] == weights
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_pairs_of_several_lengths_run_in_one_padded_pass(name: str) -> None:
     assert rows == [4]
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+@pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_a_batch_of_pairs_against_weights_that_transformers_gives(name: str) -> None:
     lens, pairs = opened(name), pairs_of(name)
     many = list(lens.capture_many(pairs, batch_size=4, **EVERYTHING))
@@ -128,6 +128,28 @@ def test_a_batch_of_pairs_against_weights_that_transformers_gives(name: str) -> 
             for layer in range(lens.n_layers - 1):
                 stream = plain.decoder_hidden_states[layer + 1][0]
                 assert_near(each.residual[layer], stream, 1e-5)
+
+
+def test_sites_and_gates_of_a_batch_of_pairs_and_of_an_answer() -> None:
+    lens, pairs = opened("nllb-moe"), pairs_of("nllb-moe")
+    lens.model.generation_config.decoder_start_token_id = 3
+    options: dict[str, Any] = {"sites": list(lens.site_layers), "gates": True, "residual": None}
+    many = list(lens.capture_many(pairs, batch_size=4, **options))
+    written = lens.generate(pairs[0], max_new_tokens=4, capture=options).capture
+    assert written is not None
+    whole = SourceTarget(pairs[0].source, written.token_ids)
+    for pair, found in zip([*pairs, whole], [*many, written], strict=True):
+        alone = lens.capture(pair, **options)
+        assert len(alone.sites) >= 20
+        for key in alone.sites:
+            ours, theirs = (torch.as_tensor(each.sites[key]) for each in (found, alone))
+            hidden = torch.isinf(theirs)
+            assert torch.equal(torch.isinf(ours), hidden), key
+            assert_near(ours.masked_fill(hidden, 0), theirs.masked_fill(hidden, 0), 1e-5)
+        assert found.gates.names == alone.gates.names != ()
+        for name in alone.gates.names:
+            for layer in alone.gates.layers(name):
+                assert_near(found.gates.get(name, layer), alone.gates.get(name, layer), 1e-5)
 
 
 def test_what_is_cut_out_of_a_batch_keeps_nothing_of_it_alive() -> None:
@@ -165,7 +187,7 @@ def test_a_model_whose_rows_meet_runs_its_pairs_one_by_one(name: str) -> None:
         assert torch.equal(found.logits, lens.capture(pair).logits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["bart", "whisper"])
+@pytest.mark.parametrize("name", ["bart"])
 def test_edits_of_a_batch_of_pairs(name: str) -> None:
     lens, pairs = opened(name), pairs_of(name)
     edits = [Ablate("cross.out", layers=1, positions=-1), Scale("attn.z", layers=2, factor=0.5)]
@@ -207,7 +229,7 @@ def images_of(name: str, count: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "mllama"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "mllama"])
 def test_inputs_of_one_shape_run_in_one_pass(name: str) -> None:
     model, given = build_image_model(name), images_of(name, 3)
     lens = Lens(model, probe=given[0] if name == "mllama" else None)
@@ -253,7 +275,7 @@ def test_positions_with_an_axis_before_the_rows_are_not_put_together_wrongly() -
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("name", ["whisper", "moonshine"])
 def test_sound_as_inputs_of_either_stack(name: str, stack: Any) -> None:
     lens = Lens(build_as("speech", name), stack=stack)
     given: list[dict[str, Any]] = [sound_of(name, seed) for seed in range(3)]

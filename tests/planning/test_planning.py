@@ -21,6 +21,8 @@ from trilens.planning.candidates import EXCLUDED, Candidate, data_free, of_plan
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.planning import make_plan
 from trilens.planning.result import PlanOptions
+from trilens.report.making import page_of
+from trilens.report.page import Chart
 from trilens.taps.parameters import checksum
 
 FEW = [
@@ -88,6 +90,26 @@ def test_more_bits_mean_less_damage(lens: Lens) -> None:
     assert {choice.choice for choice in found[-1].choices} == {"keep"}
     assert found[0].n_measured > 28
     assert found[0].holds
+
+
+def test_the_chosen_plan_stands_among_all_plans(lens: Lens) -> None:
+    options = PlanOptions(budget_bits=8, costs="predicted")
+    found = make_plan(lens, IDS[:1], HELD, options=options, candidates=few)
+    bits, nats = zip(*found.frontier, strict=True)
+    assert list(bits) == sorted(bits) and bits[0] <= found.bits_per_weight <= bits[-1]
+    assert list(nats) == sorted(nats, reverse=True)
+    assert nats[-1] == pytest.approx(0, abs=1e-9)  # nothing is quantized
+    chart = next(
+        block
+        for section in page_of(found).sections
+        for block in section.blocks
+        if isinstance(block, Chart) and block.table.title == "bits against damage"
+    )
+    cost = sum(choice.cost_kl_nats for choice in found.choices)
+    at, line, point = chart.table.rows[-1]
+    assert (at, line) == (found.bits_per_weight, None) and point == pytest.approx(cost)
+    assert len(chart.table.rows) == len(found.frontier) + 1
+    assert "frontier" not in found.to_dict()
 
 
 def test_a_bound_alone_takes_no_more_bits_than_it_needs(lens: Lens) -> None:

@@ -16,9 +16,11 @@ import trilens
 from page_cases import HOSTILE, Parsed, attention
 from trilens.analysis.patch_result import PatchSweep
 from trilens.errors import UsageError
-from trilens.report.notebook.pictures import png
+from trilens.report.notebook.pictures import chart_picture, png
 from trilens.report.notebook.views import MOST_BYTES, framed, static_html
+from trilens.report.page import Chart
 from trilens.report.registration import register_views
+from trilens.report.tables import Column, Table
 from trilens.results import Shown
 
 PROMPT = "def area(r):\n    return r"
@@ -103,6 +105,25 @@ def test_a_picture_is_a_png_of_its_numbers() -> None:
     crc = int.from_bytes(data[at + 4 + size : at + 8 + size], "big")
     assert crc == zlib.crc32(data[at : at + 4 + size])
     assert base64.b64encode(data)
+
+
+def test_a_histogram_has_every_bin_and_what_is_in_it() -> None:
+    counts = {"0": [2, 0, 3] * 10, "+1": [1, 4, 0] * 10}
+    columns = tuple(map(Column, ("from", "to", *counts)))
+    rows = tuple((i, i + 1, a, b) for i, (a, b) in enumerate(zip(*counts.values(), strict=True)))
+    table = Table(columns, rows, title="weights")
+    chart = Chart(kind="histogram", table=table, x="from", until="to", y=("0", "+1"), marks=(9.5,))
+    html = checked(chart_picture(chart))
+    found = [each for tag, each in Parsed(html).tags if tag == "rect"]
+    by_colour: dict[str, list[float]] = {}
+    for each in found:
+        by_colour.setdefault(each["fill"], []).append(float(each["height"]))
+    assert [len(heights) for heights in by_colour.values()] == [20, 20]
+    first, second = by_colour.values()
+    assert sum(first) / sum(second) == pytest.approx(1.0, rel=0.01)  # 50 of each
+    # On top of one another: nothing is hidden behind another.
+    assert sum("stroke-dasharray" in each for _, each in Parsed(html).tags) == 1
+    assert len({(each["x"], each["y"]) for each in found}) == len(found)
 
 
 def test_the_frame_holds_the_page_and_no_more() -> None:

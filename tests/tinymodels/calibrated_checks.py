@@ -8,23 +8,31 @@ from typing import Any
 
 import torch
 
-from calibration_cases import DOCUMENTS, SMALL, tiny
-from checkpoint_cases import load
-from tinymodels import forward_kwargs, prompt_ids
+from calibration_cases import DOCUMENTS, SMALL, load_tokenizer, tiny
+from tinymodels import build, forward_kwargs, prompt_ids
 from tinymodels.checks import CheckError
 from trilens.checkpoint import Calibration, TernaryPlan, ternarize, validate
+from trilens.checkpoint.calibration.options import draw
 from trilens.errors import TrilensError
+from trilens.evaluation.perplexity import measure_perplexity
+from trilens.models.positions import max_positions_of
 
 __all__ = ["RULES", "calibrate_one"]
 
 RULES = ("gptq", "best")
 GROUP = 16
 TOLERANCE = 1e-4
+TOLD = 1e-3
 
 
 def need(condition: bool, what: str) -> None:
     if not condition:
         raise CheckError(what)
+
+
+def load(folder: Path, model_type: str) -> Any:
+    """By its class, which not every configuration names to `AutoModelForCausalLM`."""
+    return type(build(model_type)).from_pretrained(folder, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -44,8 +52,8 @@ def calibrate_one(model_type: str, rule: Any, folder: Path) -> dict[str, Any]:
 
     Returns:
         How many matrices were coded and how many of them without the text, the ratio of
-        perplexities, and the largest difference of the logits, relative; or by whom it was
-        refused, and why.
+        perplexities (which is that of what is loaded), and the largest difference of the logits,
+        relative; or by which error it was refused.
 
     Raises:
         CheckError: what is loaded is not what was written.
@@ -60,17 +68,23 @@ def calibrate_one(model_type: str, rule: Any, folder: Path) -> dict[str, Any]:
         return {"refused": f"{type(error).__name__}: {error}"}
     need(validate(folder / "out") == report, "the report is not that of the files")
     damage = report.damage
-    need(damage is not None and math.isfinite(damage.ratio), f"damage: {damage}")
-    packed, dense = load(folder / "out"), load(folder / "dense")
+    assert damage is not None
+    need(math.isfinite(damage.ratio), f"damage: {damage}")
+    packed, dense = (load(folder / name, model_type) for name in ("out", "dense"))
+    # A first pass may scale weights in place (RWKV).
+    held = {name: parameter.detach().clone() for name, parameter in dense.named_parameters()}
     ours, wanted = logits(packed, model_type), logits(dense, model_type)
+    tokenizer, longest = load_tokenizer(source), max_positions_of(packed)
+    blocks = draw(options, tokenizer, longest=longest).evaluation
+    found = measure_perplexity(packed, blocks).value
+    told = damage.perplexity_after
+    need(abs(found / told - 1) <= TOLD, f"perplexity is {found:.4f}, the report tells {told:.4f}")
     packed.dequantize()
-    held = dict(dense.named_parameters())
     need(held.keys() == {name for name, _ in packed.named_parameters()}, "other parameters")
     for name, parameter in packed.named_parameters():
         need(torch.equal(held[name], parameter), f"{name} is not what the checkpoint decodes to")
     worst = float((ours - wanted).abs().max() / wanted.abs().max())
     need(worst <= TOLERANCE, f"logits differ by {worst:.1e} from those of the dense weights")
-    assert damage is not None
     return {
         "matrices": len(report.coded),
         "without_text": len(damage.fallbacks),

@@ -10,11 +10,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from tinymodels.generic import tiny_kwargs
 from tinymodels.overrides import OVERRIDES
@@ -76,6 +78,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "internvl": {
         "vision_config": {**_TOWER, "image_size": [32, 32], "patch_size": [8, 8]},
         "text_config": _LLAMA, "image_token_id": IMAGE, "downsample_ratio": 0.5,
+    },
+    "gemma4": {
+        "text_config": OVERRIDES["gemma4"]["text_config"], "audio_config": None,
+        "vision_config": {
+            "model_type": "gemma4_vision", **_TOWER, "num_key_value_heads": 2, "head_dim": 16,
+            "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 64,
+        },
+        "image_token_id": IMAGE, "video_token_id": 91,
     },
     "mllama": {
         "text_config": {
@@ -155,6 +165,19 @@ def _qwen() -> dict[str, Tensor]:
     }
 
 
+def _gemma4() -> dict[str, Tensor]:
+    """What its image processor makes of an image twice as wide as high, and of a square one."""
+    images = [
+        np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        for seed, size in enumerate(((60, 120, 3), (50, 50, 3)))
+    ]
+    processor = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=3)
+    made = processor(images, return_tensors="pt")
+    counts = [int(n) for n in made.pop("num_soft_tokens_per_image")]
+    found = _text_with(_patches(counts[0]), _words(3, 5), _patches(counts[1]))
+    return {**found, **made, "mm_token_type_ids": (found["input_ids"] == IMAGE).long()}
+
+
 def _marked(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**found, "token_type_ids": (found["input_ids"] == IMAGE).long()}
 
@@ -204,6 +227,7 @@ _INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "idefics3": _tiles,
     "smolvlm": _tiles,
     "paligemma": _paligemma,

@@ -23,6 +23,8 @@ _VQ = {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multi
 
 IMAGE_OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: settings for name, settings in SETTINGS.items() if name != "pixtral"},
+    # More patches than tokens of text, as real ones have: its text attends to them.
+    "blip": {"vision_config": {"patch_size": 4}},
     "blip-2": {"image_token_index": IMAGE},
     "chameleon": {
         "vocabulary_map": {"<image>": IMAGE, "IMGIMGAAZ": 91, "IMGIMGABZ": 92},
@@ -78,11 +80,14 @@ IMAGE_OVERRIDES: dict[str, dict[str, Any]] = {
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "instructblip": {"image_token_index": IMAGE},
+    "instructblipvideo": {"video_token_index": IMAGE},
     "janus": {"vq_config": _VQ},
     "kosmos-2": {"text_config": _KOSMOS},
     "kosmos-2.5": {"text_config": _KOSMOS},
     "molmo2": {
         "vision_config": {"image_size": [32, 32]},
+        "text_config": {"additional_vocab_size": 8},
         "adapter_config": {"vision_feature_layer": [-1, -2]},
     },
     "muse_glimmer": {"out_hidden_size": 128, "projector_hidden_size": 64},

@@ -14,6 +14,7 @@ from tinymodels import prompt_ids
 from tinymodels.checks import TOLERANCE, equal, hooked_run, need
 from tinymodels.mappings import MAPPINGS, build_as
 from tinymodels.overrides_images import NOT_BUILT
+from tinymodels.probes import beside_text
 from trilens.edits import Scale
 from trilens.errors import TrilensError
 from trilens.lens.capture import Capture
@@ -26,6 +27,7 @@ from trilens.models.stacks import chosen_stack, stacks_of
 __all__ = ["sweep_as"]
 
 SOURCE, TARGET = 40, 23
+_NEEDS_MORE = "does not run on a plain prompt"
 _WEIGHTS = {
     "decoder": ("decoder_attentions",),
     "encoder": ("encoder_attentions",),
@@ -58,17 +60,24 @@ def sweep_as(mapping: str, model_type: str) -> tuple[MappingRow, dict[str, float
 def _stack(
     model: PreTrainedModel, name: str, figures: dict[str, float], whole: PreTrainedModel
 ) -> StackRow:
+    probe = None
     try:
         lens = Lens(model, stack=name)  # type: ignore[arg-type]
     except TrilensError as error:
-        return StackRow(name, "refused", 0, (), (), str(error))
+        probe = beside_text(model) if name == "language" and _NEEDS_MORE in str(error) else None
+        if probe is None:
+            return StackRow(name, "refused", 0, (), (), str(error))
+        try:
+            lens = Lens(model, stack=name, probe=probe)
+        except TrilensError as again:
+            return StackRow(name, "refused", 0, (), (), str(again))
     stack = chosen_stack(model, name)
-    prompt, kwargs = _inputs(lens, model, whole)
+    prompt, kwargs = _inputs(lens, model, whole) if probe is None else _beside(probe)
     attention = bool(lens.attention_layers) and not lens.anatomy.other_attention
     options: dict[str, Any] = {"residual": "all", "attention": attention}
     if stack.has_source:
         options["target"] = kwargs["decoder_input_ids"]
-    capture = lens.capture(prompt, **options)
+    capture = lens.capture(**prompt, **options)
     prefix = f"{stack.path}." if stack.run == "alone" and whole is model else ""
     paths = [prefix + block.path for block in lens.anatomy.blocks]
     plain, seen = hooked_run(whole, paths, kwargs)
@@ -109,15 +118,17 @@ def _row(lens: Lens, name: str, attention: bool) -> StackRow:
 
 def _inputs(
     lens: Lens, model: PreTrainedModel, whole: PreTrainedModel
-) -> tuple[Any, dict[str, Any]]:
-    """A prompt for the lens, and what the whole model is given for the same."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the lens captures, and what the whole model is given for the same."""
     stack = chosen_stack(model, lens.stack_name)
     probe = probe_of(lens.model, stack, Reading.of(lens.model, stack))
     made = {
-        key: torch.randn(value.shape, generator=torch.Generator().manual_seed(7))
+        key: _other(value)
         for key, value in probe.arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(value, Tensor) and not key.endswith("input_ids")
     }
+    if not any(value.is_floating_point() for value in made.values()):
+        made = {}
     source: Any = made or {"input_ids": prompt_ids("", SOURCE)}
     kwargs: dict[str, Any] = {**source}
     known = inspect.signature(whole.forward).parameters
@@ -125,14 +136,28 @@ def _inputs(
         kwargs["use_cache"] = False
     if "decoder_input_ids" in known:
         kwargs["decoder_input_ids"] = prompt_ids("", TARGET, seed=1)
-    return (source if made else source["input_ids"]), kwargs
+    return {"prompt": source if made else source["input_ids"]}, kwargs
+
+
+def _beside(probe: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Other inputs of the shapes of a probe, as the lens and as the whole model take them."""
+    inputs = {key: _other(value) for key, value in probe.items()}
+    return {"inputs": inputs}, {**inputs, "use_cache": False}
+
+
+def _other(value: Tensor) -> Tensor:
+    """Noise in place of a probe's noise; whole numbers say where and which, and stay."""
+    if not value.is_floating_point():
+        return value
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(7))
+    return torch.where(value == value.round(), value, noise)
 
 
 @torch.no_grad()
 def _attention(
     model: PreTrainedModel,
     name: str,
-    prompt: Any,
+    prompt: dict[str, Any],
     capture: Capture,
     kwargs: dict[str, Any],
     figures: dict[str, float],
@@ -150,7 +175,9 @@ def _attention(
         # patterns of the very run that gave these weights are the ones to compare.
         stack = name if name in stacks_of(eager) else None
         target = kwargs.get("decoder_input_ids") if name == "decoder" else None
-        own = Lens(eager, stack=stack).capture(prompt, target=target, attention=True)  # type: ignore[arg-type]
+        given = prompt.get("inputs")
+        lens = Lens(eager, stack=stack, probe=given)  # type: ignore[arg-type]
+        own = lens.capture(**prompt, target=target, attention=True)
         found = _gaps(name, own, output)
     for key, gap in found.items():
         need(gap <= TOLERANCE, f"{key} differ by {gap}")
@@ -165,7 +192,8 @@ def _gaps(name: str, capture: Capture, output: Any) -> dict[str, float]:
     gaps: dict[str, float] = {}
     for key, cache in caches.items():
         given = [w for w in getattr(output, key, None) or () if isinstance(w, Tensor)]
-        if len(given) != len(cache.layers):
+        # A model with a tower may give the tower's weights under this name.
+        if len(given) != len(cache.layers) or given[0].shape[-2] != len(capture.tokens):
             continue
         for layer, theirs in zip(cache.layers, given, strict=True):
             ours = cache.get_layer(layer)
@@ -175,11 +203,13 @@ def _gaps(name: str, capture: Capture, output: Any) -> dict[str, float]:
     return gaps
 
 
-def _edits(lens: Lens, prompt: Any, options: dict[str, Any], capture: Capture, name: str) -> None:
+def _edits(
+    lens: Lens, prompt: dict[str, Any], options: dict[str, Any], capture: Capture, name: str
+) -> None:
     """All sites edited by factor 1 in one pass: not a bit of the stream may change."""
     fixed = {site for (site, _), claim in lens.sites.sites.items() if claim.fixed}
     edits = [Scale(site, 1.0) for site in lens.site_layers if site not in fixed]
-    edited = lens.capture(prompt, **{**options, "attention": False}, edits=edits)
+    edited = lens.capture(**prompt, **{**options, "attention": False}, edits=edits)
     for layer in range(lens.n_layers):
         same = equal(edited.residual.get_layer(layer), capture.residual.get_layer(layer))
         need(same, f"{name}: identity edits changed the residual of layer {layer}")

@@ -75,10 +75,11 @@ class Batching:
             sources = {len(prompt.source.tokens) for prompt in prompts if prompt.source}
             return len(lengths) == len(sources) == 1 or self.up_to(max(lengths | sources))
         # Rows that are alike show nothing of what a model makes of those that are not.
-        place = key, (max(lengths) - 1).bit_length(), varying(prompts)
+        differing = varying(prompts)
+        place = key, (max(lengths) - 1).bit_length(), differing
         if place not in self._measured:
             try:
-                self._measured[place] = self._equal(prompts)
+                self._measured[place] = self._equal(prompts if differing else prompts[:2])
             # Whether several fit in one pass is only known to the model.
             except Exception:  # noqa: BLE001
                 self._measured[place] = False

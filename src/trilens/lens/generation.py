@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from trilens.edits import Edit
 from trilens.errors import (
@@ -30,10 +30,10 @@ from trilens.lens.decoding import (
 )
 from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
+from trilens.lens.step_texts import StepTexts
 from trilens.models.forward_inputs import fitting
 from trilens.models.positions import beyond_positions, configured_positions
 from trilens.models.source_target import source_arguments
-from trilens.models.stack_probe import probe_of
 from trilens.models.stacks import Stack
 from trilens.models.token_strings import token_strings
 from trilens.models.tokens import Prompt, PromptLike
@@ -107,7 +107,7 @@ def generate(
     read = runner.read_one(prompt, inputs, special)
     _check_has_ids(read, runner.stack)
     start, most = len(read.ids), decoding.max_new_tokens
-    source = _ProbeSource(runner)
+    texts = StepTexts(runner)
     _check_length(start, most, runner.max_positions)
     if decoding.stop_texts and runner.tokenizer is None:
         raise NoTokenizerError(
@@ -119,13 +119,14 @@ def generate(
     wanted = None if asked is None else runner.request([_longest(start + most)], asked)
     with runner.lock(), beyond_positions(model, start + most):
         limit = runner.max_positions or configured_positions(model)
+        limit = limit and limit - texts.before
         runner.stepping.check(
             start + most,
             model,
             _scored(model, runner.vocab),
             limit,
-            by_steps=lambda ids, n: _logits_by_steps(runner, source.read_with(ids), n),
-            at_once=lambda ids: _logits_at_once(runner, source.read_with(ids)),
+            by_steps=lambda ids, n: _logits_by_steps(runner, texts, ids, n),
+            at_once=lambda ids: _logits_at_once(runner, texts, ids),
         )
         tokens, passes = _run(runner, read, decoding, compiled, wanted, asked, stream)
         if asked is not None and passes.overwritten():
@@ -187,9 +188,13 @@ def _run(
             passes.grew,
             extra=asked is not None,
         )
+        rules: list[LogitsProcessor] = []
+        if runner.stack.has_source:
+            start, new = len(prompt.ids), decoding.max_new_tokens
+            rules = writing_rules(runner.model, start, new, sorted(tokens.end_ids))
         try:
             with standing_by(runner.proof.bystanders), fitting(runner.model, prompt.arguments):
-                _write(runner, prompt, decoding, tokens)
+                _write(runner, prompt, decoding, tokens, rules)
         except UsageError:
             # What the caller's own function raised is no failure of the model.
             if tokens.failure is not None:
@@ -198,39 +203,21 @@ def _run(
     return tokens, passes
 
 
-def _write(runner: Runner, prompt: Prompt, decoding: Decoding, tokens: NewTokens) -> None:
+def _write(
+    runner: Runner,
+    prompt: Prompt,
+    decoding: Decoding,
+    tokens: NewTokens,
+    processors: Sequence[LogitsProcessor],
+) -> None:
+    """Let the model's loop write, hooked as it is."""
     model, ids = runner.model, prompt.ids
-    if not runner.stack.has_source:
-        run_generate(model, ids, decoding, tokens, arguments=prompt.arguments)
-        return
-    rules = writing_rules(model, len(ids), decoding.max_new_tokens, sorted(tokens.end_ids))
-    run_answer(
-        model,
-        ids,
-        decoding,
-        tokens,
-        rules,
-        source=source_arguments(prompt),
-        n_layers=runner.proof.anatomy.n_layers,
-    )
-
-
-class _ProbeSource:
-    """A made-up source, made once, for texts that are read to measure the decoding steps."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.given: dict[str, Any] | None = None
-
-    def read_with(self, ids: Tensor) -> Prompt:
-        """A text as the stack reads it: alone, or as an answer to the source."""
-        model, stack = self.runner.model, self.runner.stack
-        if not stack.has_source:
-            return Prompt(ids, ())
-        if self.given is None:
-            made = probe_of(model, stack, self.runner.reading).arguments
-            self.given = {name: x for name, x in made.items() if isinstance(x, Tensor)}
-        return Prompt(ids, (), None, {**self.given, "decoder_input_ids": ids[None]})
+    if runner.stack.has_source:
+        layers = runner.proof.anatomy.n_layers
+        given = source_arguments(prompt)
+        run_answer(model, ids, decoding, tokens, processors, source=given, n_layers=layers)
+    else:
+        run_generate(model, ids, decoding, tokens, processors, arguments=prompt.arguments)
 
 
 def _check_has_ids(prompt: Prompt, stack: Stack) -> None:
@@ -299,35 +286,25 @@ def _check_length(prompt: int, new: int, most: int | None) -> None:
         )
 
 
-def _logits_by_steps(runner: Runner, read: Prompt, prompt: int) -> Tensor:
+def _logits_by_steps(runner: Runner, texts: StepTexts, ids: Tensor, prompt: int) -> Tensor:
     """Every position's logits [seq, vocab] of a text whose first `prompt` tokens are read at once,
     the rest in steps."""
-    text, ids = read.ids.tolist(), read.ids[:prompt]
-    forced = Decoding(len(text) - prompt, 0.0, None, None, 0, (), ())
-    request = runner.request([read], Asked(residual="all"))
+    whole, first = texts.of(ids), texts.of(ids[:prompt])
+    read = len(first.ids)
+    forced = Decoding(len(ids) - prompt, 0.0, None, None, 0, (), ())
+    request = runner.request([whole], Asked(residual="all"))
     with generating(
-        runner.model, runner.proof.anatomy, request, None, prompt=prompt, logits="all"
+        runner.model, runner.proof.anatomy, request, None, prompt=read, logits="all"
     ) as passes:
-        tokens = NewTokens(text[:prompt], forced, (), None, None, passes.grew, extra=True)
-        if runner.stack.has_source:
-            given = source_arguments(read)
-            run_answer(
-                runner.model,
-                ids,
-                forced,
-                tokens,
-                [Forced(text)],
-                source=given,
-                n_layers=runner.proof.anatomy.n_layers,
-            )
-        else:
-            run_generate(runner.model, ids, forced, tokens, [Forced(text)])
-    return _scores(passes.joined(request).logits)
+        tokens = NewTokens(first.ids.tolist(), forced, (), None, None, passes.grew, extra=True)
+        _write(runner, first, forced, tokens, [Forced(whole.ids.tolist())])
+    return _scores(passes.joined(request).logits)[texts.before :]
 
 
-def _logits_at_once(runner: Runner, prompt: Prompt) -> Tensor:
-    asked = Asked(residual=None)
-    return _scores(runner.record([prompt], runner.request([prompt], asked)).logits)
+def _logits_at_once(runner: Runner, texts: StepTexts, ids: Tensor) -> Tensor:
+    asked, prompt = Asked(residual=None), texts.of(ids)
+    logits = runner.record([prompt], runner.request([prompt], asked)).logits
+    return _scores(logits)[texts.before :]
 
 
 def _scores(logits: Tensor | None) -> Tensor:

@@ -62,6 +62,7 @@ class Runner:
         stack: whose blocks are captured, and how they are run.
         proof: of the model as it is now.
         reading: the tokens that the stack and its encoder read.
+        probe: inputs that the model was proven on, where a caller gave them.
         stepping: whether decoding steps equal one pass.
         info: what captures say of it.
     """
@@ -73,23 +74,23 @@ class Runner:
         self.tokenizer = tokenizer
         self.stack = stack
         self._probe = probe
+        self.probe: Mapping[str, Any] | None = None
         self._prove()
 
     def _prove(self) -> None:
         """Prove the model as it is now: its modules may be replaced while a lens holds it."""
         self.reading = Reading.of(self.model, self.stack)
-        inputs = None
         if self._probe is not None and self.stack.run != "model":
             raise UsageError(
                 f"probe= is of a model that runs as a whole: the {self.stack.name} is proven on "
                 "what its configuration says; leave it out"
             )
         if self._probe is not None:
-            inputs, _ = read_inputs(
+            self.probe, _ = read_inputs(
                 self._probe, self.model, vocab=self.vocab, max_positions=self.max_positions
             )
         with self.lock():
-            self.proof: Proof = prove(self.model, self.stack, self.reading, inputs)
+            self.proof: Proof = prove(self.model, self.stack, self.reading, self.probe)
         self.stepping = StepSafety()
         self._copies = False
         self._effective_proven: set[int] = set()

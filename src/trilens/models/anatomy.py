@@ -28,6 +28,7 @@ from trilens.models.logit_relation import relate
 from trilens.models.own_code import why_not_inline
 from trilens.models.stream_form import StreamForm, form_of, holds_one, holds_several
 from trilens.models.trace import AttentionSite, ModuleCall, Trace, parent_path
+from trilens.models.why_no_anatomy import why_not
 
 __all__ = ["Anatomy", "Block", "chains", "find_anatomy"]
 
@@ -198,7 +199,7 @@ def _choose(trace: Trace) -> tuple[Chain, Norm, Tensor]:
             norm = final_norm(trace, rounds.last, rounds.calls[-1].end, hidden)
             if norm is not None:
                 return rounds, norm, hidden
-        raise _why_not(trace, chains)
+        raise why_not(trace, chains)
     # Outermost first: a block's own inner chains are shorter pieces of the same way.
     best = min(ends, key=lambda end: (end[0].calls[0].path.count("."), -len(end[0].calls)))
     for chain in chains:
@@ -288,30 +289,3 @@ def _are_read_by_registry(inside: Sequence[AttentionSite]) -> bool:
     if not inside or any(site.product is not None for site in inside):
         return False
     return len({site.path for site in inside}) == 1 or attend_over_same(inside)
-
-
-def _why_not(trace: Trace, chains: list[Chain]) -> AnatomyError:
-    if chains:
-        longest = max(chains, key=lambda chain: len(chain.calls))
-        kind = SeveralStreamsError if longest.last.dim() == 4 else AnatomyError
-        return kind(
-            f"the last hidden state could not be rebuilt from {longest.calls[-1].path}'s output: "
-            "no modules that read it alone lead from one to the other"
-        )
-    others = [chain for chain in chains_of(trace, _holds_other_rows) if len(chain.calls) > 1]
-    if others:
-        longest = max(others, key=lambda chain: len(chain.calls))
-        return AnatomyError(
-            f"the blocks in {parent_path(longest.calls[0].path)} run over "
-            f"{longest.last.shape[1]} positions for {trace.seq} tokens: the model adds or repeats "
-            "positions of its own, so that a row of its residual stream is no token of the prompt"
-        )
-    return AnatomyError(
-        "no chain of blocks: there are no sibling modules whose outputs "
-        f"[1, {trace.seq} tokens, d_model] are each the next one's input"
-    )
-
-
-def _holds_other_rows(tensor: Tensor, seq: int) -> bool:
-    shape = tuple(tensor.shape)
-    return tensor.is_floating_point() and len(shape) == 3 and shape[0] == 1 and shape[1] > seq

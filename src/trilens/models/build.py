@@ -283,6 +283,10 @@ def build_from_tensors(
     Raises: as `build_model`.
     """
     own = copy.deepcopy(config)
+    if getattr(own, "rescale_every", 0):
+        # Such a model would divide the caller's tensors in place at its first pass, and halve its
+        # residual to match; without both it computes the same.
+        own.rescale_every = 0
     options = {"state_dict": dict(tensors), "dtype": dtype}
     model, report = _build_one(folder, own, model_class, options)
     check_complete(folder, model, report)

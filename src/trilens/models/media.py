@@ -26,6 +26,8 @@ _TENSORS: dict[MediaKind, tuple[str, ...]] = {
     "audio": ("input_features", "input_values", "audio_values", "input_audio_embeds"),
 }
 """What a forward takes of each kind; the first that is there counts."""
+_PLACES = {"image": ("image_position_ids", "pixel_position_ids"), "video": ("video_position_ids",)}
+"""Column and row of each patch, −1 where the row of patches is filled up."""
 _GRIDS = {"image": ("image_grid_thw", "image_grid_hws", "grid_thw"), "video": ("video_grid_thw",)}
 
 Positions = np.ndarray[Any, np.dtype[np.int64]]
@@ -43,6 +45,8 @@ class Reading:
         cells: per entry, height and width of what makes one token: in pixels of a view, or in
             patches (their product is the number of rows).
         flat: whether the tensor holds flattened patches, not views.
+        rows: per entry, the rows of flattened patches that make each token, [*positions, patches];
+            empty where they follow each other from `views` on.
     """
 
     media: tuple[Media, ...]
@@ -50,6 +54,7 @@ class Reading:
     views: tuple[int, ...] = ()
     cells: tuple[tuple[int, int], ...] = ()
     flat: bool = False
+    rows: tuple[Positions, ...] = ()
 
 
 def find_media(ids: Sequence[int], tensors: Mapping[str, Any], config: Any) -> tuple[Reading, ...]:
@@ -89,6 +94,7 @@ def _read(
     sizes = tensors.get("image_sizes")
     if kind != "audio":
         found = _by_grid(kind, positions, name, tensors)
+        found = found or _by_places(kind, positions, name, tensors)
     if found is None and kind == "image":
         # What is cut to an image's own size stands row by row, or in an order that is not known.
         found = (
@@ -142,6 +148,38 @@ def _by_grid(
     begins = tuple(int(n) for n in np.cumsum([0, *patches[:-1]])) if flat else ()
     cells = ((side, side),) * len(begins)
     return Reading(tuple(media), name, begins, cells, flat)
+
+
+def _by_places(
+    kind: MediaKind, positions: Positions, name: str, tensors: Mapping[str, Any]
+) -> Reading | None:
+    """Patches whose columns and rows the processor states, squares of them pooled into tokens."""
+    stated = next((tensors[n] for n in _PLACES[kind] if isinstance(tensors.get(n), Tensor)), None)
+    pixels = tensors[name]
+    if stated is None or stated.ndim != 3 or stated.shape[:2] != pixels.shape[:2]:
+        return None
+    places = stated.cpu().numpy().astype(np.int64)
+    real = (places >= 0).all(-1)
+    merged, rest = divmod(int(real.sum()), len(positions))
+    side = math.isqrt(merged)
+    if rest or not side or side * side != merged:
+        return None
+    media, rows, start = list[Media](), list[Positions](), 0
+    for number, (mine, held) in enumerate(zip(places, real, strict=True)):
+        width, height = mine[held].max(0, initial=-1) + 1
+        if not held.sum() == width * height > 0 or width % side or height % side:
+            return None
+        order = np.lexsort((mine[held, 0], mine[held, 1]))
+        grid = (np.flatnonzero(held)[order] + number * len(mine)).reshape(height, width)
+        shape = (height // side, width // side)
+        cut = grid.reshape(shape[0], side, shape[1], side).swapaxes(1, 2)
+        rows.append(cut.reshape(*shape, merged))
+        run = positions[start : start + math.prod(shape)]
+        media.append(Media(kind, number, None, run.reshape(shape)))
+        start += math.prod(shape)
+    return Reading(
+        tuple(media), name, (0,) * len(media), ((side, side),) * len(media), True, tuple(rows)
+    )
 
 
 def _by_rows(
@@ -222,7 +260,14 @@ def changed(reading: Reading, pixels: Tensor, cells: Sequence[tuple[int, ...]]) 
     views = made if reading.flat else made.view(-1, *made.shape[-3:])
     spread = float(pixels.float().std().nan_to_num(1.0)) or 1.0
     places = zip(reading.media, reading.views, reading.cells, cells, strict=True)
-    for media, view, (height, width), index in places:
+    for number, (media, view, (height, width), index) in enumerate(places):
+        if reading.rows:
+            patches = made.view(-1, made.shape[-1])
+            mine = torch.from_numpy(reading.rows[number][index]).to(made.device)
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn((len(mine), made.shape[-1]), generator=generator)
+            patches[mine] = (3.0 * spread * noise).to(made)
+            continue
         if reading.flat:
             rows = height * width
             start = view + rows * int(np.ravel_multi_index(index, media.positions.shape))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ from trilens.planning.candidates import EXCLUDED, Candidate, data_free
 from trilens.planning.matrices import ModelMatrix, find_matrices
 from trilens.planning.predictor import gain, inputs_of, output_error
 from trilens.planning.result import Costs, MatrixChoice, Planned, PlanOptions
+from trilens.planning.sampled_rows import sampled
 from trilens.progress import Progress, Step
 from trilens.taps.parameters import checksum, swapped
 
@@ -182,7 +183,8 @@ def choose_plan(
     held = ReferenceLogits(lens, held_out)
     chosen, damage = _choose(lens, prices.matrices, prices.fronts, options, held)
     _check(lens, before)
-    return _planned(prices.matrices, chosen, options, damage, held.nll_nats, prices.n_measured)
+    made = _planned(prices.matrices, chosen, options, damage, held.nll_nats, prices.n_measured)
+    return replace(made, frontier=_frontier(prices))
 
 
 def _check(lens: Lens, before: str) -> None:
@@ -201,14 +203,14 @@ def _front(
 
     Of these, those on the lower hull: greedy steps never stop at the others.
     """
-    own = lens.model.get_parameter(matrix.target).detach()
+    part, own = sampled(matrix, lens.model.get_parameter(matrix.target).detach())
     points = []
     for candidate in candidates(matrix, scale_dtype=options.scale_dtype, storage=options.storage):
         try:
-            new = candidate.apply(matrix, own)
+            new = candidate.apply(part, own)
         except ValueRangeError:
             continue  # a scale that its dtype does not hold
-        error = output_error(matrix, own, new, inputs)
+        error = output_error(part, own, new, inputs)
         points.append(Point(candidate, candidate.size_bytes(matrix), error, error))
     return _hull(points)
 
@@ -317,6 +319,19 @@ def _steps(fronts: Sequence[Sequence[Point]]) -> list[_Step]:
         for level, (a, b) in enumerate(pairwise(front))
     ]
     return [step for _, step in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _frontier(prices: Prices) -> tuple[tuple[float, float], ...]:
+    """Bits per weight and summed KL of each plan on the way from the smallest to the largest."""
+    n_weights = sum(matrix.n_weights for matrix in prices.matrices)
+    size_bytes = sum(front[0].size_bytes for front in prices.fronts)
+    nats = [front[0].kl_nats for front in prices.fronts]
+    found = [(8 * size_bytes / n_weights, math.fsum(nats))]
+    for step in _steps(prices.fronts):
+        size_bytes += step.size_bytes
+        nats[step.matrix] = prices.fronts[step.matrix][step.to].kl_nats
+        found.append((8 * size_bytes / n_weights, math.fsum(nats)))
+    return tuple(found)
 
 
 def _within(steps: Sequence[_Step], room: int) -> list[_Step]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from trilens.checkpoint.format.plan import Storage, TernaryPlan
@@ -99,6 +99,8 @@ class Planned(Tabular):
         damage: Measured on held-out tokens with the whole plan in the model.
         nll_nats: Mean negative log-likelihood of the unchanged model on them.
         n_measured: Candidates whose KL was measured to make it.
+        frontier: Of every plan from the smallest to the largest, (bits per weight, the sum of what
+            its matrices were reckoned at in nats), for a report's chart; not in files.
     """
 
     plan: TernaryPlan
@@ -108,6 +110,7 @@ class Planned(Tabular):
     damage: Degradation
     nll_nats: float
     n_measured: int
+    frontier: tuple[tuple[float, float], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def matrix_bits_per_weight(self) -> float:

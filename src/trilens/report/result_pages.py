@@ -23,6 +23,7 @@ from trilens.report.dispatch import page_of, short_name
 from trilens.report.page import Page, Section
 from trilens.report.text.comparison import comparison_sentence, counted
 from trilens.report.text.store import store_sentences
+from trilens.report.views.absent import absent_matrices, absent_parts
 from trilens.report.views.capture import lens_section
 from trilens.report.views.changes import comparison_sections, series_sections, what_broke_first
 from trilens.report.views.edits import edit_sections
@@ -124,6 +125,7 @@ def _ternary(report: TernaryReport) -> Page:
         sections=tuple(ternary_sections(report)),
         facts={"plan": "by matrix" if report.plan.matrices else str(report.plan.rule)},
         lead=f"{ternary_sentence(report)} {report.verdict}",
+        notes=tuple(absent_parts(report)),
     )
 
 
@@ -140,7 +142,10 @@ def _sensitivity(found: Sensitivity) -> Page:
         title="sensitivity to ternary weights",
         sections=tuple(sensitivity_sections(found)),
         lead=sensitivity_title(found),
-        notes=(f"weights restored, SHA-256 {found.checksum[:16]}…",),
+        notes=(
+            *absent_matrices(found),
+            f"weights restored, SHA-256 {found.checksum[:16]}…",
+        ),
     )
 
 

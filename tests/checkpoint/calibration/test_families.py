@@ -17,7 +17,9 @@ from trilens.errors import UsageError
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.mark.parametrize(("model_type", "rule"), [("hrm_text", "best"), ("bart", "gptq")])
+@pytest.mark.parametrize(
+    ("model_type", "rule"), [("hrm_text", "best"), ("bart", "gptq"), ("rwkv", "gptq")]
+)
 def test_what_is_written_loads_and_is_what_it_says(
     model_type: str, rule: str, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from page_cases import Parsed, data_of
+from trilens.cli import run as cli_run
 from trilens.cli.main import app
 from trilens.demo import demo_path
 
@@ -89,3 +90,10 @@ def test_compare(tmp_path, option: str) -> None:
     assert "No difference" in done.stdout
     assert "No difference" in "".join(Parsed(out.read_text()).text)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["compare.html", "text.txt"]
+
+
+def test_every_command_that_writes_a_result_to_a_file_says_so() -> None:
+    sources = {each.stem: each.read_text() for each in Path(cli_run.__file__).parent.glob("*.py")}
+    writing = {name for name, source in sources.items() if "file=output" in source}
+    assert {"evaluate", "patch", "sensitivity", "lens"} <= writing
+    assert {name for name in writing if "timed(output)" not in sources[name]} == set()

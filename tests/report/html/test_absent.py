@@ -6,6 +6,7 @@ import inspect
 import re
 
 import pytest
+import torch
 
 import tinymodels
 import trilens
@@ -97,6 +98,27 @@ def test_what_is_captured_and_not_drawn_is_said() -> None:
     cap = lens.capture(PROMPT, residual="all", attention=True, gates=True, sites=["resid_mid"])
     (note,) = make_report(cap, lens=lens).page.notes
     assert note == "sites: captured and not drawn; ask cap.sites for the values"
+
+
+def test_reports_of_weights_say_what_was_not_measured(tmp_path) -> None:
+    model = trilens.demo_path("transformer")
+    plan = trilens.TernaryPlan(rule="absmean", group_size=128)
+    written = trilens.ternarize(model, tmp_path / "ternary", plan=plan)
+    (note,) = make_report(written).page.notes
+    assert note.startswith("no output errors:") and "--calibrate" in note
+    _, note = make_report(type(written).from_dict(written.to_dict())).page.notes
+    assert "no scales and no weights by level: files hold none" in note and "--report" in note
+    (note,) = make_report(trilens.ternarize(model, tmp_path / "x", dry_run=True)).page.notes
+    assert "a dry run sees no weights" in note
+
+    lens = trilens.Lens(tinymodels.build("llama"))
+    blocks = [torch.arange(20) % 50]
+    found = trilens.measure_sensitivity(lens, blocks, predict=False)
+    first, second, _ = make_report(found).page.notes
+    assert "each_matrix=True (trilens sensitivity --each-matrix)" in first
+    assert "predict=True" in second
+    whole = trilens.measure_sensitivity(lens, blocks, each_matrix=True)
+    assert len(make_report(whole).page.notes) == 1
 
 
 def test_nothing_is_said_of_what_a_model_has_not() -> None:

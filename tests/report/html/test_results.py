@@ -133,6 +133,7 @@ def test_sweeps_without_a_value_somewhere() -> None:
     assert block["diverging"] and block["kind"] == "heatmap"
     assert block["table"]["rows"][1] == [0, 1, "<b>", None, None]
     assert "were not run" in report.page.lead
+    assert report.page.sections[0].blocks[0].table.cells()[1][-2:] == ["–", "–"]
 
 
 def test_sensitivity() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from trilens.analysis.harness import run_tasks
 from trilens.analysis.model_evaluation import ModelEvaluation, evaluate_texts
 from trilens.checkpoint.evaluate import Sample
-from trilens.cli.console import check_file, show_result, status
+from trilens.cli.console import check_file, show_result, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.run.prompts import open_lens
 from trilens.cli.run.text import documents_of, named_text
@@ -36,7 +36,7 @@ def run(
     loading: Loading,
 ) -> None:
     """Measure and print."""
-    check_file(output)
+    check_file(output, format)
     if not evaluate and not task:
         raise UsageError("nothing to evaluate on: give a text (--evaluate TEXT) or a task (--task)")
     if made_from is not None and not evaluate:
@@ -49,14 +49,15 @@ def run(
         Sample(name, documents_of(text, field=field))
         for name, text in map(named_text, evaluate or ())
     ]
-    lens = open_lens(model, loading)
-    other = (
-        None
-        if made_from is None
-        else open_lens(made_from, replace(loading, revision=None, gguf_file=None))
-    )
-    with status("measuring"):
-        texts = evaluate_texts(lens, samples, against=other, max_tokens=max_tokens)
-    tasks = run_tasks(lens, task, limit=limit, seed=seed or 0) if task else {}
-    found = ModelEvaluation(model, made_from, texts, tasks)
-    show_result(found, print_evaluation, format=format, head=_HEAD, file=output)
+    with timed(output):
+        lens = open_lens(model, loading)
+        other = (
+            None
+            if made_from is None
+            else open_lens(made_from, replace(loading, revision=None, gguf_file=None))
+        )
+        with status("measuring"):
+            texts = evaluate_texts(lens, samples, against=other, max_tokens=max_tokens)
+        tasks = run_tasks(lens, task, limit=limit, seed=seed or 0) if task else {}
+        found = ModelEvaluation(model, made_from, texts, tasks)
+        show_result(found, print_evaluation, format=format, head=_HEAD, file=output)

@@ -12,7 +12,7 @@ from trilens.analysis.metrics import logit_diff
 from trilens.analysis.patching import patch_sweep
 from trilens.analysis.tokens import token_id
 from trilens.axes import site_name
-from trilens.cli.console import check_file, show_result, shown_progress, status
+from trilens.cli.console import check_file, show_result, shown_progress, status, timed
 from trilens.cli.groups import Loading
 from trilens.cli.interrupts import INTERRUPTED
 from trilens.cli.pages import model_facts
@@ -47,36 +47,37 @@ def run(
     """Sweep and print."""
     check_file(output, format)
     site_name(site)  # A wrong name should not cost the time of a load.
-    lens = open_lens(model, loading)
-    tokens = token_id(lens, typed_token(target)), token_id(lens, typed_token(against))
-    if tokens[0] == tokens[1]:
-        raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
-    metric = logit_diff(*tokens)
-    chosen = chosen_layers(layers, lens.n_layers)
-    one, other = (answered(text, decoder_prompt) for text in (clean, corrupted))
-    if attribution:
-        with status("computing gradients"):
-            found = attribution_patch(
-                lens, one,
-                other, metric,
-                site=site, layers=chosen, by=by, direction=direction,
-            )  # fmt: skip
-    else:
-        with shown_progress() as progress:
-            found = patch_sweep(
-                lens, one,
-                other, metric,
-                site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
-                progress=progress,
-            )  # fmt: skip
-    show_result(
-        found,
-        print_patch,
-        format=format,
-        head={**_HEAD, "model": model},
-        file=output,
-        facts=model_facts(model, loading),
-    )
+    with timed(output):
+        lens = open_lens(model, loading)
+        tokens = token_id(lens, typed_token(target)), token_id(lens, typed_token(against))
+        if tokens[0] == tokens[1]:
+            raise UsageError(f"--target and --against are both token {tokens[0]}: name two")
+        metric = logit_diff(*tokens)
+        chosen = chosen_layers(layers, lens.n_layers)
+        one, other = (answered(text, decoder_prompt) for text in (clean, corrupted))
+        if attribution:
+            with status("computing gradients"):
+                found = attribution_patch(
+                    lens, one,
+                    other, metric,
+                    site=site, layers=chosen, by=by, direction=direction,
+                )  # fmt: skip
+        else:
+            with shown_progress() as progress:
+                found = patch_sweep(
+                    lens, one,
+                    other, metric,
+                    site=site, layers=chosen, by=by, direction=direction, batch_size=batch_size,
+                    progress=progress,
+                )  # fmt: skip
+        show_result(
+            found,
+            print_patch,
+            format=format,
+            head={**_HEAD, "model": model},
+            file=output,
+            facts=model_facts(model, loading),
+        )
     if not found.complete:
         say("trilens: interrupted: points that were not run have no value", err=True)
         raise typer.Exit(INTERRUPTED)

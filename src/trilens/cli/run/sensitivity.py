@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trilens.checkpoint.format.matrix_plan import MatrixPlan
-from trilens.cli.console import check_file, show_result, shown_progress
+from trilens.cli.console import check_file, show_result, shown_progress, timed
 from trilens.cli.groups import Coding, Loading, Sampling
 from trilens.cli.pages import model_facts
 from trilens.cli.run.dense import open_dense
@@ -35,23 +35,24 @@ def run(
     check_file(output, format)
     rule = MatrixPlan(**asdict(coding))
     documents = documents_of(data, field=sampling.field)
-    dense = open_dense(model, loading)
-    blocks = dense.blocks(documents, sampling)
-    with shown_progress() as progress:
-        found = measure_sensitivity(
-            dense.lens,
-            blocks,
-            rule=rule,
-            headers=dense.headers,
-            each_matrix=each_matrix,
-            predict=predict,
-            progress=progress,
+    with timed(output):
+        dense = open_dense(model, loading)
+        blocks = dense.blocks(documents, sampling)
+        with shown_progress() as progress:
+            found = measure_sensitivity(
+                dense.lens,
+                blocks,
+                rule=rule,
+                headers=dense.headers,
+                each_matrix=each_matrix,
+                predict=predict,
+                progress=progress,
+            )
+        show_result(
+            found,
+            print_sensitivity,
+            format=format,
+            head=_HEAD,
+            file=output,
+            facts=model_facts(model, loading),
         )
-    show_result(
-        found,
-        print_sensitivity,
-        format=format,
-        head=_HEAD,
-        file=output,
-        facts=model_facts(model, loading),
-    )

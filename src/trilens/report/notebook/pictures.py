@@ -81,7 +81,13 @@ def mosaic_picture(patterns: HeadPatterns) -> str:
 
 def chart_picture(chart: Chart) -> str:
     """A chart: pixels for a heatmap, else SVG."""
-    draw = {"heatmap": _heatmap, "lines": _lines, "scatter": _scatter}.get(chart.kind, _bars)
+    draw = {
+        "bars": _bars,
+        "heatmap": _heatmap,
+        "histogram": _histogram,
+        "lines": _lines,
+        "scatter": _scatter,
+    }[chart.kind]
     return draw(chart)
 
 
@@ -153,16 +159,52 @@ def _lines(chart: Chart) -> str:
     xs = _numbers(chart, chart.x)
     all_ys = [_numbers(chart, name) for name in chart.y]
     (left, right), (low, high) = _spread(xs), _spread(np.concatenate(all_ys))
-    parts, names = [], []
-    for number, (name, ys) in enumerate(zip(chart.y, all_ys, strict=True)):
+    parts = []
+    for number, ys in enumerate(all_ys):
         colour = SERIES[number % len(SERIES)]
         points = zip(_places(xs, left, right), _heights(ys, low, high), strict=True)
         way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points if math.isfinite(y))
         parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        names.append(f'<span style="color:{colour}">{escape(_title(chart, name))}</span>')
     words = f"{chart.title or chart.table.title} over {_title(chart, chart.x)}"
     ends = (f"{_title(chart, chart.x)} {left:g}", f"{right:g}")
-    return f"<div>{' · '.join(names)}</div>" + _frame("".join(parts), words, low, high, *ends)
+    return _legend(chart) + _frame("".join(parts), words, low, high, *ends)
+
+
+def _legend(chart: Chart) -> str:
+    """The names of what is drawn, in its colours."""
+    names = (
+        f'<span style="color:{SERIES[i % len(SERIES)]}">{escape(_title(chart, name))}</span>'
+        for i, name in enumerate(chart.y)
+    )
+    return f"<div>{' · '.join(names)}</div>"
+
+
+def _histogram(chart: Chart) -> str:
+    """Bins side by side, what is in each on top of one another; lines where there are marks."""
+    left, right = _numbers(chart, chart.x), _numbers(chart, chart.until)
+    counts = [np.nan_to_num(_numbers(chart, name)) for name in chart.y]
+    low, high = float(left[0]), float(right[-1])
+    top = float(np.sum(counts, axis=0).max(initial=0)) or 1.0
+    starts, ends = _places(left, low, high), _places(right, low, high)
+    parts, floor = [], np.zeros(len(left))
+    for number, values in enumerate(counts):
+        above, below = (_heights(each, 0.0, top) for each in (floor + values, floor))
+        colour = SERIES[number % len(SERIES)]
+        parts += [
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{until - x:.1f}" height="{base - y:.1f}" '
+            f'fill="{colour}"/>'
+            for x, until, y, base in zip(starts, ends, above, below, strict=True)
+            if base > y
+        ]
+        floor = floor + values
+    parts += [
+        f'<path d="M{x:.1f} 8V{_HEIGHT - _BOTTOM}" stroke="currentColor" stroke-dasharray="4 3"/>'
+        for x in _places(np.array(chart.marks, float), low, high)
+    ]
+    words = f"{chart.title or chart.table.title}: a histogram"
+    names = (four_digits(low), four_digits(high))
+    legend = _legend(chart) if len(counts) > 1 else ""
+    return legend + _frame("".join(parts), words, 0.0, top, *names)
 
 
 def _scatter(chart: Chart) -> str:

@@ -1,4 +1,4 @@
-"""What a capture's page does not show, and how to get it: a sentence for each view."""
+"""What a page does not show, and how to get it: a sentence for each view."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from trilens.analysis.lenses.logit_lens import LogitLens
 from trilens.caches.activation import FullActivationCache
 from trilens.caches.storage import spell_layers
+from trilens.checkpoint.format.report import TernaryReport
 from trilens.io.messages import listed
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+from trilens.planning.sensitivity import Sensitivity
 from trilens.report.views.capture import drawn_layers
 
-__all__ = ["absent_views"]
+__all__ = ["absent_matrices", "absent_parts", "absent_views"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,35 @@ def absent_views(
         if not _holds(capture, view.part) and _may_have(view.part, capture, lens)
     ]
     return [*notes, *_partly(capture, lens, found), *_undrawn(capture, shown)]
+
+
+def absent_parts(report: TernaryReport) -> list[str]:
+    """Likewise of a ternary report: what was not measured, or is in no file."""
+    notes = []
+    if report.coded and report.damage is None and not report.dry_run:
+        notes.append(
+            "no output errors: they are measured with a calibration (calibration=Calibration(…), "
+            "trilens ternarize --calibrate TEXT)"
+        )
+    if report.coded and all(tensor.histogram is None for tensor in report.coded):
+        why = "a dry run sees no weights" if report.dry_run else "files hold none"
+        notes.append(
+            f"no scales and no weights by level: {why}; they are in the report of the run that "
+            "writes (trilens ternarize --report FILE.html)"
+        )
+    return notes
+
+
+def absent_matrices(found: Sensitivity) -> list[str]:
+    """Likewise of a sensitivity: which parts were not measured alone, and predictions."""
+    notes = []
+    if not found.of("matrix"):
+        notes.append(
+            "no matrices alone: measure with each_matrix=True (trilens sensitivity --each-matrix)"
+        )
+    if all(row.predicted_kl_nats is None for row in found.rows):
+        notes.append("no predictions beside what was measured: measure with predict=True")
+    return notes
 
 
 def _may_have(part: str, capture: Capture, lens: Lens | None) -> bool:

@@ -51,13 +51,17 @@ def patch_points(found: PatchSweep) -> Table:
         (
             Column("layer"),
             *place,
-            Column("metric", note="with this patch", spell="{:.4f}".format),
+            Column("metric", note="with this patch", spell=_metric),
             Column("effect", note="0: the run that is patched, 1: the other run", spell=_effect),
         ),
         tuple(rows),
         title="effect of each patch",
         keys=1 + len(place),
     )
+
+
+def _metric(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.4f}"
 
 
 def _effect(value: float) -> str:
