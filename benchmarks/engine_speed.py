@@ -29,7 +29,7 @@ ONE = (
 )
 PLAN = TernaryPlan("exact", group_size=128, scale_dtype="float16")
 ROWS = TernaryPlan("exact", per="row", scale_dtype="float16")
-FILES = {
+FILES: dict[str, tuple[TernaryPlan, Any]] = {
     "llama.cpp F16": (TernaryPlan(only=(ONE,), scale_dtype="float16"), "gguf-tq2_0"),
     "llama.cpp Q2_0, groups of 128": (PLAN, "gguf-q2_0"),
     "llama.cpp TQ2_0, rows": (ROWS, "gguf-tq2_0"),
@@ -84,7 +84,8 @@ def measure(rounds: int) -> dict[str, Any]:
         root = Path(name)
         llama_88m(1024, VOCABULARY).half().save_pretrained(root / "source")
         AutoTokenizer.from_pretrained(demo_path()).save_pretrained(root / "source")
-        ways, sizes = {}, {}
+        ways: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
+        sizes: dict[str, int] = {}
         for label, (plan, kind) in FILES.items():
             path = root / f"{len(ways)}.gguf"
             ternarize(root / "source", path, plan=plan, format=kind)

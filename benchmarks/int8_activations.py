@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def times() -> dict[str, Any]:
         found[name] = {}
         for batch in (1, 4, 16, 64, 512):
             x = torch.randn(batch, WIDTH).bfloat16()
-            runs = {"plain": partial(plain, x), "8 bits": partial(rounded, x)}
+            runs: dict[str, Callable[[], Any]] = {
+                "plain": partial(plain, x),
+                "8 bits": partial(rounded, x),
+            }
             compared = ratios(runs, 5, time.process_time)
             found[name][f"{batch} inputs, times as fast"] = round(
                 1 / compared["8 bits"]["ratio"], 2

@@ -163,12 +163,16 @@ class Comparison:
         rounding: The largest difference that the engine's way to round makes in the reference.
         beyond_rounding: The largest difference that is left when both round alike.
         spread: Standard deviation of the logits.
+        clear: Positions whose first token is ahead of the second by more than twice `rounding`.
+        wrong: Those of them where the engine has another first token.
     """
 
     difference: float
     rounding: float
     beyond_rounding: float
     spread: float
+    clear: int
+    wrong: int
 
 
 def compare(
@@ -178,11 +182,16 @@ def compare(
     found, exact = engine.logits(ids), reference_logits(model, ids)
     with engine_rounding(model, format, rounded_head=rounded_head):
         rounded = reference_logits(model, ids)
+    rounding = float(np.abs(rounded - exact).max())
+    second, first = np.sort(exact, axis=-1)[:, -2:].T
+    clear = first - second > 2 * rounding
     return Comparison(
         float(np.abs(found - exact).max()),
-        float(np.abs(rounded - exact).max()),
+        rounding,
         float(np.abs(found - rounded).max()),
         float(exact.std()),
+        int(clear.sum()),
+        int((clear & (found.argmax(-1) != exact.argmax(-1))).sum()),
     )
 
 

@@ -95,6 +95,28 @@ def test_four_levels(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_a_folded_rotation(tmp_path: Path) -> None:
+    """Residual stream and values rotated: an ordinary model, whose trits the engine computes.
+
+    Short texts, for in each of them no 8-bit number may fall the other way.
+    """
+    folded = tmp_path / "folded"
+    assert len(trilens.fold_rotation(DEMO, folded).values) == 4
+    trilens.ternarize(folded, tmp_path / "model.gguf", plan=PLAN, format="gguf-q2_0")
+    rotated = reference(folded, tmp_path / "ternary", PLAN)
+    ids = AutoTokenizer.from_pretrained(DEMO)("".join(TEXTS))["input_ids"][:96]
+    engine = Engine(tmp_path / "model.gguf")
+    try:
+        short = [compare(engine, rotated, "gguf-q2_0", ids[n : n + 2]) for n in range(0, 96, 2)]
+        assert np.median([one.beyond_rounding for one in short]) < 1e-4
+        long = compare(engine, rotated, "gguf-q2_0", ids)
+        assert long.difference < 2 * long.rounding < 0.5 * long.spread
+        assert sum(one.wrong for one in (*short, long)) == 0
+        assert sum(one.clear for one in (*short, long)) > 0
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q4_0"])
 def test_embeddings_in_fewer_bits(tmp_path: Path, dense: Any, name: Any) -> None:
     """The engine's logits are those of a model with the embedding that the file holds."""
