@@ -33,7 +33,7 @@ GROUPS = [(name,) for name in OUTPUTS] if FULL else [tuple(OUTPUTS)]
 
 def driven(module: str, folder: Path, counts: dict[str, int]) -> list[dict[str, Any]]:
     """Run a driver in a process of its own, which has one thread and may fork."""
-    paths = [str(TESTS), *(path for path in sys.path if path)]
+    paths = [str(TESTS), str(TESTS.parent), *(path for path in sys.path if path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", module, folder, *(f"{name}={n}" for name, n in counts.items())],
@@ -55,6 +55,15 @@ def test_killed_writers_lose_nothing(names: tuple[str, ...], tmp_path: Path) -> 
         assert found["kills"] > 0
         wrong = {key: found[key] for key in ("lost", "left", "broken") if found[key]}
         assert not wrong, found["name"]
+
+
+def test_after_a_kill_at_any_moment_the_same_command_ends_as_if_none_had_been(
+    tmp_path: Path,
+) -> None:
+    counts = dict.fromkeys(("ternarize", "capture"), scaled(full=50, subset=3))
+    for found in driven("hostile.moments", tmp_path, counts):
+        assert found["kills"] == counts[found["name"]]
+        assert not found["wrong"], found["name"]
 
 
 @pytest.mark.parametrize("names", GROUPS)

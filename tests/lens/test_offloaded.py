@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 import trilens
-from corpus_cases import id_documents
+from corpus_cases import id_documents, tiny_checkpoint
 from tinymodels import build
 from trilens.edits import Steer
 
@@ -68,3 +68,20 @@ def test_captures_edits_generation_gradients_and_stores(how: str, tmp_path: Path
             for name in ("here", "away")
         ]
         assert torch.equal(*kept)
+
+
+def test_a_checkpoint_that_is_placed_as_it_is_loaded(tmp_path: Path) -> None:
+    """`device_map` as the command line gives it, and with blocks that stay on disk."""
+    folder = tiny_checkpoint(tmp_path / "model")
+    here = trilens.Lens.from_pretrained(folder)
+    places: dict[str, Any] = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "model.layers": "cpu"}
+    for device_map in ("auto", places, {**places, "model.layers": "disk"}):
+        away = trilens.Lens.from_pretrained(folder, device_map=device_map)
+        on_disk = device_map != "auto" and device_map["model.layers"] == "disk"
+        assert any(parameter.is_meta for parameter in away.model.parameters()) == on_disk
+        one, other = (lens.capture(IDS, residual="all", gates=True) for lens in (here, away))
+        assert torch.equal(one.logits, other.logits)
+        assert torch.equal(one.residual[1], other.residual[1])
+        written = [lens.generate(IDS, max_new_tokens=3).token_ids for lens in (here, away)]
+        assert torch.equal(*written)

@@ -153,7 +153,9 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", metavar="DEVICE", help="Device to calibrate on: cpu, cuda, cuda:1."),
+    typer.Option(
+        "--device", metavar="DEVICE", help="Device to calibrate on: cpu, cuda, cuda:1, auto."
+    ),
 ]
 DeviceMap = Annotated[
     str | None,

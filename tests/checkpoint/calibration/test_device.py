@@ -100,6 +100,15 @@ def test_what_a_block_is_called_with_is_moved_to_it(tmp_path: Path) -> None:
     assert torch.equal(runner.logits(ids, carried), logits)
 
 
+def test_auto_is_the_accelerator_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_device("auto") == find_device("cpu")  # of the machines that tests run on
+    assert Calibration(DOCUMENTS, device="auto").to_dict() == Calibration(DOCUMENTS).to_dict()
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda **_options: torch.device("meta")
+    )
+    assert find_device("auto") == torch.device("cpu")  # there is one, and it computes nothing
+
+
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "nowhere", 3.5, "hpu", "mkldnn", ""])
 def test_devices_that_compute_nothing_are_refused(name: Any) -> None:
     with pytest.raises(UsageError, match=r"device .*: give 'cpu'|'cuda'"):

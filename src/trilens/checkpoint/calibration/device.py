@@ -25,11 +25,17 @@ __all__ = ["PlacedRunner", "find_device"]
 
 
 def find_device(name: object) -> torch.device:
-    """The device of that name.
+    """The device of that name; of "auto" this machine's accelerator, where it has one that can.
 
     Raises:
         UsageError: there is none on this machine, or it computes nothing, or not in float64.
     """
+    if name == "auto":
+        own = torch.accelerator.current_accelerator(check_available=True)
+        try:
+            return torch.device("cpu") if own is None else find_device(own.type)
+        except UsageError:  # one without float64
+            return torch.device("cpu")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that are no longer used
@@ -39,7 +45,7 @@ def find_device(name: object) -> torch.device:
     except (RuntimeError, TypeError, AssertionError, ImportError) as cause:
         raise UsageError(
             f"device {name!r} cannot be calibrated on: give 'cpu', 'cuda' or 'cuda:N' of this "
-            f"machine, which compute in float64 ({reason(cause)})"
+            f"machine, which compute in float64, or 'auto' ({reason(cause)})"
         ) from cause
     if found.type == "meta":
         raise UsageError("device 'meta' computes nothing: give 'cpu' or 'cuda'")

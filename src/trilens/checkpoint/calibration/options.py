@@ -51,7 +51,8 @@ class Calibration:
             of several texts the worst counts.
         own_text: The model writes the calibration text itself; beside documents, half of it.
         effort: How many tokens, and how long rules that fit do so: "fast", "default" or "max".
-        device: Where blocks run and are coded, such as "cuda"; sums round otherwise there.
+        device: Where blocks run and are coded, such as "cuda", or "auto": this machine's
+            accelerator where it has one. Sums round otherwise there.
 
     Raises:
         TextError: no document, where the model does not write the text itself.
@@ -172,8 +173,8 @@ class Calibration:
             values["own_text"] = self.own_text.to_dict()
         if self.effort != "default":
             values["effort"] = self.effort
-        if torch.device(self.device).type != "cpu":
-            values["device"] = torch.device(self.device).type
+        if (kind := find_device(self.device).type) != "cpu":
+            values["device"] = kind
         return values
 
 
