@@ -87,9 +87,18 @@ def test_it_is_optional_and_its_source_is_shipped() -> None:
 
 def test_the_fields_of_a_job_are_those_of_the_source() -> None:
     source = (Path(native.__file__).parent / "native.h").read_text(encoding="utf-8")
-    inside = source[source.index("typedef struct {") : source.index("} Job;")]
-    names = inside.split("{")[1].replace("int64_t", "").replace(";", ",").split(",")
-    assert tuple(name.strip() for name in names if name.strip()) == native.JOB
+    inside = source[source.index("#define FIELDS") + len("#define FIELDS") :].split("\n\n")[0]
+    assert tuple(name.strip() for name in inside.replace("\\", "").split(",")) == native.JOB
+
+
+@pytest.mark.skipif(native._library() is None, reason="there was no compiler to build the library")
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = native._library.__wrapped__  # what is found is kept for the process
+    one, two, *others = native.JOB
+    monkeypatch.setattr(native, "JOB", (two, one, *others))
+    assert look() is None
+    monkeypatch.setattr(native, "JOB", native.JOB[:-1])
+    assert look() is None
 
 
 @settings(max_examples=60, deadline=None)

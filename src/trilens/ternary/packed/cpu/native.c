@@ -14,6 +14,11 @@
 /* Build tools ask for it by name on some systems; the file is never imported. */
 void *PyInit__native(void) { return 0; }
 
+#define TEXT(...) #__VA_ARGS__
+#define TEXT_OF(...) TEXT(__VA_ARGS__)
+
+const char *trilens_native_job(void) { return TEXT_OF(FIELDS); }
+
 #ifdef TRILENS_NATIVE_FAST
 
 #define ROWS 4   /* of a block: with 6 inputs, 24 sums in registers */

@@ -11,6 +11,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+EXPORT const char *trilens_native_job(void);
 EXPORT int trilens_native_level(void);
 EXPORT void trilens_native_prepare(void *address);
 EXPORT void trilens_native_multiply(void *address);
@@ -21,10 +22,14 @@ EXPORT void trilens_native_prepare_int8(void *address);
 EXPORT void trilens_native_multiply_int8(void *address);
 EXPORT void *PyInit__native(void);
 
+/* The fields of a job have no other list: `trilens_native_job` tells them to `native.py`. */
+#define FIELDS                                                                                     \
+    next, first_row, rows, row_bytes, cols, group_cols, groups, scale_step, codes, scale,          \
+        second_codes, second_scale, offset, batch, chunk, source, x, bias, sums, places, factors,  \
+        out, out_bytes
+
 typedef struct {
-    int64_t next, first_row, rows, row_bytes, cols, group_cols, groups, scale_step;
-    int64_t codes, scale, second_codes, second_scale, offset, batch, chunk, source, x, bias, sums;
-    int64_t places, factors, out, out_bytes;
+    int64_t FIELDS;
 } Job;
 
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)

@@ -241,14 +241,18 @@ def _array(job: dict[str, int]) -> NDArray[np.int64]:
 
 @cache
 def _library() -> Any:
-    """The built library, or None."""
+    """The built library, or None where none was built, or from other sources than these."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.is_file():
             try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # built for another machine
+                library = ctypes.CDLL(str(path))
+                tell = library.trilens_native_job
+            except (OSError, AttributeError):  # built for another machine, or long ago
                 continue
+            tell.restype = ctypes.c_char_p
+            if tuple(tell().decode().split(", ")) == JOB:
+                return library
     return None
 
 
