@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from trilens.checkpoint.evaluate import Blocks, Sample, blocks_of, compare_on, free_prompts
 from trilens.checkpoint.format.sample import SampleReport
-from trilens.errors import UsageError
+from trilens.errors import GenerationError, UsageError
 from trilens.evaluation.continuations import continuations, in_a_loop
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.lens.lens import Lens
@@ -147,6 +148,7 @@ def _of_text(lens: Lens, text: Blocks, against: Lens | None) -> TextEvaluation:
     prompts, new = free_prompts(lens.model, text.prompts)
     loops = None
     if prompts:
-        written = continuations(lens.model, prompts, new=new)
-        loops = sum(map(in_a_loop, written)) / len(written)
+        with suppress(GenerationError):
+            written = continuations(lens.model, prompts, new=new)
+            loops = sum(map(in_a_loop, written)) / len(written)
     return TextEvaluation(text.name, own.n_tokens, longest, own.value, loops)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.checkpoint.format.sample import SampleReport
-from trilens.errors import NonFiniteError, TextError, UsageError
+from trilens.errors import GenerationError, NonFiniteError, TextError, UsageError
 from trilens.evaluation.continuations import (
     Continuations,
     compare_continuations,
@@ -201,9 +201,11 @@ def compare_freely(before: Any, after: Any, prompts: Sequence[Tensor]) -> Contin
     chosen, new = free_prompts(before, prompts)
     if not chosen or not _generates(after):
         return None
-    found = compare_continuations(
-        *(continuations(model, chosen, new=new) for model in (before, after))
-    )
+    try:
+        written = [continuations(model, chosen, new=new) for model in (before, after)]
+    except GenerationError:
+        return None
+    found = compare_continuations(*written)
     return replace(found, agreement=_rounded(found.agreement))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilens.errors import UsageError
-from trilens.lens.decoding import continue_batch
+from trilens.lens.continuing import continue_batch
 
 __all__ = ["Continuations", "agreement", "compare_continuations", "continuations", "in_a_loop"]
 
@@ -102,6 +102,9 @@ def continuations(model: PreTrainedModel, prompts: Sequence[Tensor], *, new: int
         model: one that generates.
         prompts: those of one length run together.
         new: tokens that are written after each.
+
+    Raises:
+        GenerationError: the model's own code fails.
 
     Memory: the cache of all prompts of one length.
     """

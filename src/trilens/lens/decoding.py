@@ -22,7 +22,6 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trilens.errors import UsageError, ValueRangeError
 from trilens.models.forward_call import device_of, given_arguments, text_config
 from trilens.numbers import at_least, whole_number
-from trilens.taps.mode import evaluating
 from trilens.taps.undo import run_undone
 
 __all__ = [
@@ -30,7 +29,7 @@ __all__ = [
     "Forced",
     "NewTokens",
     "Stream",
-    "continue_batch",
+    "cache_of",
     "end_ids_of",
     "new_text",
     "read_decoding",
@@ -299,7 +298,7 @@ def run_generate(
         model.generate(
             there,
             generation_config=decoding.config(int(tokens.extra)),
-            **_cache_of(model),
+            **cache_of(model),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([tokens]),
             **beside,
@@ -308,47 +307,7 @@ def run_generate(
     run_alone(model, there.device, decoding, generate)
 
 
-def continue_batch(
-    model: PreTrainedModel,
-    ids: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Tensor:
-    """Go on from several prompts of one length at once, with the cache; nothing ends a text.
-
-    A token that ends texts is written as any other, and the model goes on after it. Of the model's
-    generation config nothing counts; it is put back, as the mode and torch's random state are.
-
-    Shapes: ids int64 [batch, seq] → int64 [batch, seq + max_new_tokens], on the CPU
-
-    Args:
-        model: one that generates.
-        ids: the prompts.
-        max_new_tokens: tokens that are written in each row.
-        temperature: 0 for the likeliest token, else tokens are drawn.
-        seed: of what is drawn.
-    """
-    decoding = Decoding(max_new_tokens, temperature, None, None, seed, (), ())
-    there = ids.to(device_of(model))
-    found: list[Any] = []
-
-    def generate() -> None:
-        made = model.generate(
-            there,
-            attention_mask=torch.ones_like(there),
-            generation_config=decoding.config(0),
-            **_cache_of(model),
-        )
-        found.append(made)
-
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        run_alone(model, there.device, decoding, generate)
-    return torch.as_tensor(found[0]).cpu()
-
-
-def _cache_of(model: PreTrainedModel) -> dict[str, Cache]:
+def cache_of(model: PreTrainedModel) -> dict[str, Cache]:
     """A cache that grows, where transformers' own would have too few layers.
 
     It counts `num_hidden_layers`, which for a decoder that is run without its encoder are those of

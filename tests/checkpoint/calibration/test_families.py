@@ -19,7 +19,13 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 @pytest.mark.parametrize(
     ("model_type", "rule"),
-    [("hrm_text", "best"), ("bart", "gptq"), ("rwkv", "gptq"), ("modernbert-decoder", "gptq")],
+    [
+        ("hrm_text", "best"),
+        ("bart", "gptq"),
+        ("rwkv", "gptq"),
+        ("modernbert-decoder", "gptq"),
+        ("xlstm", "gptq"),
+    ],
 )
 def test_what_is_written_loads_and_is_what_it_says(
     model_type: str, rule: str, tmp_path: Path

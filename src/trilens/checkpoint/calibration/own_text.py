@@ -29,7 +29,7 @@ from trilens.errors import (
 from trilens.io.atomic import write_bytes
 from trilens.io.json import json_text
 from trilens.io.sealed import read_sealed, sealed
-from trilens.lens.decoding import continue_batch
+from trilens.lens.continuing import continue_batch
 from trilens.models.tokens import vocab_size_of
 
 __all__ = [
@@ -154,8 +154,8 @@ def write_text(
                 temperature=own.temperature,
                 seed=(1_000_003 * seed + number) % 2**63,
             )
-        except RuntimeError as cause:
-            if "probability tensor" not in str(cause):
+        except GenerationError as cause:
+            if "probability tensor" not in str(cause.__cause__):
                 raise
             raise NonFiniteError(
                 f"{type(model).__name__} gives NaN or infinities while it writes its own "
