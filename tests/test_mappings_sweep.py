@@ -51,6 +51,12 @@ REFUSED = (
 )
 
 
+def test_text_attends_to_an_image_of_fewer_patches_than_tokens() -> None:
+    row, _ = sweep_as("image", "blip")
+    language = next(stack for stack in row.stacks if stack.name == "language")
+    assert language.cross == (0, 1, 2, 3)
+
+
 @pytest.mark.parametrize(("mapping", "model_type"), FULL)
 def test_every_stack_is_captured_in_full(mapping: str, model_type: str) -> None:
     row, figures = sweep_as(mapping, model_type)

@@ -23,8 +23,6 @@ _VQ = {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multi
 
 IMAGE_OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: settings for name, settings in SETTINGS.items() if name != "pixtral"},
-    # More patches than tokens of text, as real ones have: its text attends to them.
-    "blip": {"vision_config": {"patch_size": 4}},
     "blip-2": {"image_token_index": IMAGE},
     "chameleon": {
         "vocabulary_map": {"<image>": IMAGE, "IMGIMGAAZ": 91, "IMGIMGABZ": 92},

@@ -178,8 +178,7 @@ class Follower:
     def _after_product(self, product: Product, weights: Weights | None, result: Tensor) -> Tensor:
         if weights is not None:
             return self._finish(product, weights, result)
-        known = self.open[-1].module in self.expected
-        if product.left.shape[-2] == self.seq and (known or self.seq <= product.right.shape[-1]):
+        if product.left.shape[-2] == self.seq:
             depth = tuple(self.open)
             key = product.right.transpose(-1, -2)
             number, opaque = self.products - 1, product.alpha == 0
