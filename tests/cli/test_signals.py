@@ -11,9 +11,10 @@ import torch
 
 from rwkv7_published import published_tensors
 
-# Asks itself to end as the first file is flushed.
+# Asks itself to end as the first file is flushed. What was started by nohup would not listen.
 ENDS = """
 import os, signal, sys
+signal.signal({number}, signal.default_int_handler if {number} == 2 else signal.SIG_DFL)
 real = os.fsync
 def fsync(file):
     os.kill(os.getpid(), {number})
