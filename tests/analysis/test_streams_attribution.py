@@ -21,7 +21,8 @@ from trilens import Capture, Lens, demo_path
 from trilens.analysis.direct_attribution import Attribution, By, attribute, attribution_sites
 from trilens.caches.gates import GateCache
 from trilens.cli.main import app
-from trilens.errors import CaptureError, NotStoredError
+from trilens.errors import CaptureError, NotStoredError, ShapeError
+from trilens.taps import held_readout as held
 
 TARGET, AGAINST = 17, 29
 SHARED = "hy_v4"  # streams are passed on as they are
@@ -202,3 +203,46 @@ def test_the_command_takes_them(tmp_path: Path) -> None:
     found = json.loads(ran.stdout)
     assert abs(found["total"] - found["logit_difference"]) <= 1e-4
     assert {"embed", "attn.add", "mlp.add"} <= {part["component"] for part in found["parts"]}
+
+
+def test_another_position_than_the_one_read_out_is_refused(opened: Lens) -> None:
+    cap = ran(opened)
+    with pytest.raises(NotStoredError, match=r"at position 5 was not captured.*residual='all'"):
+        attribute(cap, opened, TARGET, position=5)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_readout_that_is_not_followed_is_refused(
+    kept: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens = Lens(build(SHARED).to(dtype))
+    cap = ran(lens)
+    real = held.run_readout
+
+    def half_followed(*args: Any) -> Tensor:
+        whole = real(*args)
+        return whole.detach() if not kept else kept * whole + (1 - kept) * whole.detach()
+
+    monkeypatch.setattr(held, "run_readout", half_followed)
+    with pytest.raises(CaptureError, match="not linear in them"):
+        attribute(cap, lens, TARGET)
+
+
+def test_in_inference_mode_as_out_of_it(hyper: Lens) -> None:
+    wanted = attribute(ran(hyper), hyper, TARGET, AGAINST)
+    with torch.inference_mode():
+        found = attribute(ran(hyper), hyper, TARGET, AGAINST)
+    assert found.parts == wanted.parts
+
+
+def test_streams_and_directions_of_another_shape(hyper: Lens) -> None:
+    d_model = hyper.anatomy.d_model
+    streams = torch.zeros(hyper.n_streams, d_model)
+    with pytest.raises(ShapeError, match="are not"):
+        hyper.fold_readout(streams[:-1], torch.zeros(d_model, dtype=torch.float64))
+    with pytest.raises(ShapeError, match="are not"):
+        hyper.fold_readout(streams, torch.zeros(d_model + 1, dtype=torch.float64))
+    one = Lens(build("llama"))
+    with pytest.raises(CaptureError, match="one residual stream"):
+        one.fold_readout(torch.zeros(1, one.anatomy.d_model), torch.zeros(one.anatomy.d_model))

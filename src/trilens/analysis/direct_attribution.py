@@ -211,8 +211,16 @@ def attribute(
 def _readout(cap: Capture, lens: Lens, at: int) -> Tensor:
     """What the final norm reads of several streams at one position: [d_model]."""
     last_residual(cap, lens, at)
-    found = cap.residual.readout(lens.n_layers - 1)
-    return found[at] if found.dim() == 2 else found
+    last = lens.n_layers - 1
+    found = cap.residual.readout(last)
+    if found.dim() == 2:
+        return found[at]
+    if at != len(cap.token_ids) - 1:
+        raise NotStoredError(
+            f"the readout of layer {last} at position {at} was not captured: capture with "
+            "residual='all', or ask for the last position"
+        )
+    return found
 
 
 def _notes(lens: Lens, by: By) -> list[str]:

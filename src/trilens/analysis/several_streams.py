@@ -106,8 +106,8 @@ def streams_read(
             "weights, which are gates; capture with gates=True"
         )
     last = last_residual(cap, lens, position)
-    ways = lens.fold_readout(last, direction)
-    rounding = float(readout.double() @ direction) - float((ways * last.double()).sum())
+    ways = lens.fold_readout(last, direction).cpu()
+    rounding = float(readout.double() @ direction) - float((ways * last.double().cpu()).sum())
     parts: list[Written] = []
     notes: list[str] = []
     for layer in reversed(range(lens.n_layers)):
@@ -131,7 +131,8 @@ def streams_read(
 
 
 def _state(cap: Capture, name: str, layer: int, at: int) -> Tensor:
-    return cap.sites[name, layer][at].double()
+    """float64, on the processor: layers of one model may lie on several devices."""
+    return cap.sites[name, layer][at].double().cpu()
 
 
 def _steps(cap: Capture, lens: Lens, layer: int, at: int) -> list[_Step]:
@@ -147,10 +148,10 @@ def _steps(cap: Capture, lens: Lens, layer: int, at: int) -> list[_Step]:
             "stream.write): a logit cannot be split there"
         )
     n = lens.n_streams
-    write = cap.gates["stream.write", layer][at].double().reshape(-1, n)
+    write = cap.gates["stream.write", layer][at].double().cpu().reshape(-1, n)
     mix = torch.eye(n, dtype=torch.float64, device=write.device).expand(len(write), n, n)
     if ("stream.mix", layer) in held:
-        found = cap.gates["stream.mix", layer][at].double().reshape(-1, n, n)
+        found = cap.gates["stream.mix", layer][at].double().cpu().reshape(-1, n, n)
         beside = cap.gates.spec("stream.mix", layer).formula == BESIDE_ITSELF
         mix = mix + found if beside else found
     names = (

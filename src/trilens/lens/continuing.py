@@ -54,6 +54,8 @@ def continue_batch(
                 generation_config=decoding.config(0),
                 **cache_of(model),
             )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         # The model's own code, on plain tokens: whatever it raises, it does not generate.
         except Exception as cause:
             raise GenerationError(

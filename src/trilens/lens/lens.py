@@ -340,10 +340,15 @@ class Lens(Opened):
 
     def fold(self, residual: Tensor, tokens: Sequence[int]) -> FoldedHead:
         """Final norm and unembedding of some tokens as one affine map, as `folded_head` says."""
-        with self._runner.lock(), evaluating(self.model):
+        with self._runner.lock(), evaluating(self.model), torch.inference_mode(False):
             return folded_head(self.model, self.anatomy, residual, tokens)
 
     def fold_readout(self, streams: Tensor, direction: Tensor) -> Tensor:
-        """A direction of the readout as one of several streams, as `held_readout` says."""
-        with self._runner.lock(), evaluating(self.model):
+        """A direction of the readout as one of several streams, as `held_readout` says.
+
+        Raises:
+            ShapeError: streams that are not [streams, d_model], or a direction not [d_model].
+            CaptureError: the model has one residual stream, or its readout is not linear.
+        """
+        with self._runner.lock(), evaluating(self.model), torch.inference_mode(False):
             return held_readout(self.model, self.anatomy, streams, direction, self._runner.vocab)
