@@ -126,6 +126,14 @@ def test_a_histogram_has_every_bin_and_what_is_in_it() -> None:
     assert len({(each["x"], each["y"]) for each in found}) == len(found)
 
 
+def test_a_series_of_one_point_is_a_mark() -> None:
+    rows = ((1.0, 3.0, None), (2.0, 2.0, 2.5), (3.0, 1.0, None))
+    table = Table(tuple(map(Column, ("bits", "damage", "chosen"))), rows, title="plans")
+    chart = Chart(kind="lines", table=table, x="bits", y=("damage", "chosen"))
+    tags = [tag for tag, _ in Parsed(checked(chart_picture(chart))).tags]
+    assert (tags.count("polyline"), tags.count("circle")) == (1, 1)
+
+
 def test_the_frame_holds_the_page_and_no_more() -> None:
     html = '<p title="a&b">"x"</p>'
     (found,) = [attributes for tag, attributes in Parsed(framed(html)).tags if tag == "iframe"]

@@ -71,6 +71,27 @@ def test_whole_numbers_are_exact(way: str, rule: str, options: dict, n_inputs: i
     assert multiply_int8(x.float(), whole).numpy().astype(np.int64).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"group_size": 20}, {"group_size": 128}], ids=str)
+def test_autocast_rounds_no_whole_number(way: str, options: dict, cast: torch.dtype) -> None:
+    packed = made(70, 4096, **options)
+    x, bias = inputs(3, 4096, torch.float32), torch.linspace(-1, 1, 70)
+    x[1] = x[1].abs() + 1  # sums beyond the largest float16 number
+    wanted = multiply_int8(x.to(cast), packed, bias.to(cast))
+    with torch.autocast("cpu", dtype=cast):
+        found = multiply_int8(x, packed, bias)
+    assert found.dtype == cast
+    assert torch.equal(found, wanted)
+    assert torch.isfinite(found).all()
+
+
+def test_codes_that_are_not_in_memory_are_not_read() -> None:
+    packed = made(20, 96, group_size=32)
+    absent = replace(packed, codes=packed.codes.to("meta"))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        multiply_int8(inputs(3, 96, torch.bfloat16), absent).tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rule", [*RULES, "quad"])
@@ -145,8 +166,9 @@ def test_a_model_rounds_and_stops_rounding() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueRangeError, match="bits is 4: pass 8"):
-        quantize_activations(torch.nn.Linear(3, 3), bits=4)
+    for bits in (4, 8.0, True):
+        with pytest.raises(ValueRangeError, match=f"bits is {bits}: pass 8"):
+            quantize_activations(torch.nn.Linear(3, 3), bits=bits)
     with pytest.raises(UsageError, match="Linear has no packed ternary layer"):
         quantize_activations(torch.nn.Linear(3, 3))
 

@@ -162,8 +162,13 @@ def _lines(chart: Chart) -> str:
     parts = []
     for number, ys in enumerate(all_ys):
         colour = SERIES[number % len(SERIES)]
-        points = zip(_places(xs, left, right), _heights(ys, low, high), strict=True)
-        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points if math.isfinite(y))
+        places = zip(_places(xs, left, right), _heights(ys, low, high), strict=True)
+        points = [(x, y) for x, y in places if math.isfinite(y)]
+        if len(points) == 1:  # a line of one point is none
+            x, y = points[0]
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+            continue
+        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
     words = f"{chart.title or chart.table.title} over {_title(chart, chart.x)}"
     ends = (f"{_title(chart, chart.x)} {left:g}", f"{right:g}")

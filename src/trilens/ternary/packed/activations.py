@@ -17,9 +17,9 @@ def quantize_activations(model: nn.Module, *, bits: Literal[8] | None = 8) -> in
 
     Each token's inputs are divided by its largest magnitude / 127 and rounded to whole numbers:
     every input is off by at most 1/254 of the largest one of its token. Products are then sums of
-    whole numbers, the same on every processor, and faster where the library of the package
-    computes them. Gradients pass as if nothing was rounded (straight through). It holds for this
-    model in memory: nothing of it is saved.
+    whole numbers, the same on every processor up to the float32 roundings of the scales, and faster
+    where the library of the package computes them. Gradients pass as if nothing was rounded
+    (straight through). It holds for this model in memory: nothing of it is saved.
 
     Args:
         model: with `TernaryLinear` layers or packed experts.
@@ -32,7 +32,7 @@ def quantize_activations(model: nn.Module, *, bits: Literal[8] | None = 8) -> in
         ValueRangeError: other bits.
         UsageError: the model has no packed layer.
     """
-    if bits not in (8, None):
+    if bits is not None and not (type(bits) is int and bits == 8):
         raise ValueRangeError(f"bits is {bits!r}: pass 8, or None for activations as they come")
     layers = [module for module in model.modules() if isinstance(module, PackedModule)]
     if not layers:

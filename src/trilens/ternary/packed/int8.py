@@ -2,8 +2,8 @@
 
 Each token's inputs are divided by its largest magnitude / 127 and rounded to whole numbers. Their
 products with trits are sums of whole numbers, exact in any order and equal on every processor; the
-scales, of the groups and of the token, come last, in float32. An input is off by at most 1/254 of
-the largest one of its token.
+scales, of the groups and of the token, come last, in float32, whose roundings depend on the order.
+An input is off by at most 1/254 of the largest one of its token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from trilens.ternary.codecs.rows import unpack_rows
 from trilens.ternary.packed.cpu.native import multiply_int8_native, native_multiplies_int8
-from trilens.ternary.packed.matrix import Packed
+from trilens.ternary.packed.matrix import Packed, by_address
 
 __all__ = ["multiply_int8", "round_inputs"]
 
@@ -26,13 +26,22 @@ _AT_ONCE = 1 << 22  # numbers of a tile
 def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x · Ŵᵀ + b, with x rounded to 8 bits for each token. No gradient.
 
-    Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows], in the dtype of x
+    Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows], in the dtype of x (under
+    autocast in autocast's)
 
     Memory: float32 outputs, int8 inputs; without the library of the package 16 MB or more.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+            bias = None if bias is None else bias.to(x.dtype)
+        # It would round the whole numbers.
+        with torch.autocast(kind, enabled=False):
+            return multiply_int8(x, packed, bias)
     flat = x.reshape(-1, packed.cols)
     rounded, factors = round_inputs(flat)
-    if flat.shape[0] and _by_address(rounded) and native_multiplies_int8(packed):
+    if flat.shape[0] and by_address(rounded, packed) and native_multiplies_int8(packed):
         n_threads = 1 + rounded.numel() * packed.codes.shape[0] // _WORTH_A_THREAD
         out = multiply_int8_native(rounded, factors, packed, n_threads)
     else:
@@ -55,16 +64,6 @@ def round_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     steps = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
     rounded = (wide * steps).round_().nan_to_num_(0.0, 127.0, -127.0).clamp_(-127, 127)
     return rounded.to(torch.int8), (largest / 127)[:, 0]
-
-
-def _by_address(x: Tensor) -> bool:
-    return (
-        x.is_cpu
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _plain(rounded: Tensor, packed: Packed) -> Tensor:

@@ -3,7 +3,8 @@
 A packed matrix is a few tensors (`Packed`): the codes 1 + t, four to a byte along each row, lowest
 bits first, and one scale per matrix, row or group of a row. `multiply` computes with it and never
 unpacks the whole matrix; the result is that of the dense layer, which would hold `Packed.dense`,
-but for the order in which sums are taken.
+but for the order in which sums are taken; with two planes or an offset, a few inputs meet weights
+that are not rounded to the layer's dtype.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from trilens.errors import ShapeError
 from trilens.ternary.codecs.rows import pack_rows, unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["PARTS", "Packed"]
+__all__ = ["PARTS", "Packed", "by_address"]
 
 PARTS = ("codes", "scale", "offset", "second_codes", "second_scale")
 """The tensors of a packed matrix; the last three only for the rules that make them."""
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})  # subclasses may hold no memory of their own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,3 +134,16 @@ class Packed:
         if self.group_size is None or values.shape[-1] == 1:
             return values
         return values.repeat_interleave(self.group_size, dim=-1)[..., : self.cols]
+
+
+def by_address(x: Tensor, packed: Packed) -> bool:
+    """Whether compiled code may read inputs and codes in this process's memory, now."""
+    return (
+        x.is_cpu
+        and packed.codes.is_cpu
+        and type(x) in _PLAIN
+        and type(packed.codes) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+    )

@@ -31,7 +31,7 @@ from trilens.ternary.packed.cpu.native import (
 )
 from trilens.ternary.packed.cpu.thread_pool import find_loop, make_job, methods, run_job
 from trilens.ternary.packed.gpu.dispatch import multiply_on_gpu, triton_computes
-from trilens.ternary.packed.matrix import Packed
+from trilens.ternary.packed.matrix import Packed, by_address
 
 __all__ = ["multiply", "multiply_back"]
 
@@ -46,7 +46,6 @@ _SMALLEST = 64  # rows that the compiled loop takes at a time
 _ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _DTYPES = frozenset({*_ROUNDING, torch.float64})
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})  # subclasses may hold no memory of their own
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -59,7 +58,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         number in up to 12 of them.
     """
     on_gpu = triton_computes(x, packed)
-    if not on_gpu and not _by_address(x, packed):
+    if not on_gpu and not _worth_reading(x, packed):
         return functional.linear(x, packed.dense(x.dtype), bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -89,7 +88,7 @@ def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
 
     Shapes: grad [..., rows]; packed [rows, cols] → [..., cols], in the dtype of grad
     """
-    if not _by_address(grad, packed):
+    if not _worth_reading(grad, packed):
         return grad @ packed.dense(grad.dtype)
     # PROMOTE: tiles of rows are summed up, and each sum would be rounded in half precision
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -102,18 +101,11 @@ def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
     return out.to(grad.dtype).reshape(*grad.shape[:-1], packed.cols)
 
 
-def _by_address(x: Tensor, packed: Packed) -> bool:
-    codes = packed.codes
+def _worth_reading(x: Tensor, packed: Packed) -> bool:
     return (
-        codes.shape[0] * packed.cols >= _WORTH_PACKED
-        and x.is_cpu
-        and codes.is_cpu
+        packed.codes.shape[0] * packed.cols >= _WORTH_PACKED
         and x.dtype in _DTYPES
-        and type(x) in _PLAIN
-        and type(codes) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and not torch._C._are_functorch_transforms_active()
+        and by_address(x, packed)
     )
 
 

@@ -57,6 +57,10 @@ JOB = (
     "out_bytes",  # from input to input; `unpack`: from row to row
 )
 
+_FUNCTIONS = (
+    *("level", "unpack", "prepare", "multiply", "prepare_few", "multiply_few"),
+    *("prepare_int8", "multiply_int8"),
+)
 _NOTHING = dict.fromkeys(JOB, 0)
 _STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
 _MOST_GROUPS = 1024  # their values lie on a thread's stack
@@ -241,7 +245,7 @@ def _array(job: dict[str, int]) -> NDArray[np.int64]:
 
 @cache
 def _library() -> Any:
-    """The built library, or None where none was built, or from other sources than these."""
+    """The built library, or None where none was built, or one that reads jobs of other fields."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.is_file():
@@ -251,7 +255,8 @@ def _library() -> Any:
             except (OSError, AttributeError):  # built for another machine, or long ago
                 continue
             tell.restype = ctypes.c_char_p
-            if tuple(tell().decode().split(", ")) == JOB:
+            whole = all(hasattr(library, f"trilens_native_{name}") for name in _FUNCTIONS)
+            if whole and tuple(tell().decode().split(", ")) == JOB:
                 return library
     return None
 
