@@ -308,3 +308,19 @@ def test_a_source_that_changes_between_the_steps_is_refused() -> None:
     assert same.k.data_ptr() == pattern.k.data_ptr()
     with pytest.raises(AttentionPathError, match="layer 0 attends to another source"):
         cross_of_pass(call(pattern.k + 1), pattern, 0)
+
+
+def test_a_model_in_training_draws_nothing_for_its_made_up_source() -> None:
+    model = build_as("speech", "speech_to_text")
+    model.generation_config.decoder_start_token_id = 3
+    for module in model.train().modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.1
+    lens, sound, state = Lens(model), source_of("speech_to_text"), torch.get_rng_state()
+    with torch.inference_mode():
+        lens.generate(sound, max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        model(**sound, decoder_input_ids=torch.tensor([TARGET]))
+    assert not torch.equal(torch.get_rng_state(), state)

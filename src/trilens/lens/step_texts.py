@@ -11,6 +11,7 @@ from torch import Tensor
 from trilens.lens.runner import Runner
 from trilens.models.stack_probe import probe_of
 from trilens.models.tokens import Prompt
+from trilens.taps.mode import evaluating, forgetting
 
 __all__ = ["StepTexts"]
 
@@ -43,8 +44,10 @@ class StepTexts:
     def _made_source(self) -> dict[str, Any]:
         """Made once: which shapes an encoder takes is tried."""
         if self._source is None:
-            runner = self.runner
-            made = probe_of(runner.model, runner.stack, runner.reading).arguments
+            runner, model = self.runner, self.runner.model
+            # As every pass of the model: dropout would draw, and running statistics would move.
+            with evaluating(model), forgetting(model), torch.inference_mode(False):
+                made = probe_of(model, runner.stack, runner.reading).arguments
             self._source = {name: x for name, x in made.items() if isinstance(x, Tensor)}
         return self._source
 
