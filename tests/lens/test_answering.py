@@ -324,3 +324,24 @@ def test_a_model_in_training_draws_nothing_for_its_made_up_source() -> None:
     with torch.no_grad():
         model(**sound, decoder_input_ids=torch.tensor([TARGET]))
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_generation_config_with_empty_or_odd_rules() -> None:
+    lens, source = Lens(build_as("seq2seq", "bart")), source_of("bart")
+    lens.model.generation_config = config = GenerationConfig(decoder_start_token_id=5)
+    wanted = lens.generate(source, max_new_tokens=3).token_ids.tolist()
+    names = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+    for name in names:
+        setattr(config, name, [])
+        assert lens.generate(source, max_new_tokens=3).token_ids.tolist() == wanted
+        setattr(config, name, ["x"])
+        with pytest.raises(GenerationError, match=rf"generation_config\.{name} \['x'\] makes no"):
+            lens.generate(source, max_new_tokens=3)
+        setattr(config, name, None)
+    for name, beyond in (("forced_bos_token_id", 999), ("bad_words_ids", [[999]])):
+        setattr(config, name, beyond)
+        with pytest.raises(GenerationError, match=rf"{name} \[*999.* give ids of this model"):
+            lens.generate(source, max_new_tokens=3)
+        setattr(config, name, None)
+    config.bad_words_ids, config.eos_token_id = [[wanted[0]]], wanted[0]
+    assert lens.generate(source, max_new_tokens=3).token_ids.tolist() == wanted[:1]
