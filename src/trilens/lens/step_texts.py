@@ -16,6 +16,11 @@ from trilens.taps.mode import evaluating, forgetting
 __all__ = ["StepTexts"]
 
 _IDS, _TARGET_IDS = "input_ids", "decoder_input_ids"
+_MASK, _POSITIONS = "attention_mask", "position_ids"
+_LIKE_THE_LAST = {_MASK, "token_type_ids", "cross_attention_mask", "image_attention_mask"}
+"""What is said of the last token of a prompt is said of the new ones too."""
+_ZERO = {"mm_token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask"}
+"""New tokens are text."""
 
 
 class StepTexts:
@@ -53,15 +58,24 @@ class StepTexts:
 
 
 def _grown(given: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
-    """Inputs with more tokens after theirs; what is said of their last is said of these too."""
-    seq = given[_IDS].shape[1]
+    """Inputs with more tokens after theirs, as transformers' loop goes on from them."""
+    found = {name: _longer(name, value, given, ids) for name, value in given.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
-    def longer(name: str, value: Any) -> Any:
-        if name == _IDS:
-            return torch.cat([value, ids[None].to(value)], dim=1)
-        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != seq:
-            return value
-        last = value[:, -1:]
-        return torch.cat([value, last.expand(-1, len(ids), *last.shape[2:])], dim=1)
 
-    return {name: longer(name, value) for name, value in given.items()}
+def _longer(name: str, value: Any, given: Mapping[str, Any], ids: Tensor) -> Any:
+    """One of them; None for one that says nothing of the tokens to come."""
+    new = len(ids)
+    if not isinstance(value, Tensor):
+        return value
+    if name == _IDS:
+        return torch.cat([value, ids[None].to(value)], dim=1)
+    if name == _MASK and value.dim() > 2:
+        return None
+    if name == _POSITIONS:
+        next_positions = value[..., -1:] + torch.arange(1, new + 1).to(value)
+        return torch.cat([value, next_positions], dim=-1)
+    if name not in _LIKE_THE_LAST | _ZERO or value.shape[1] != given[_IDS].shape[1]:
+        return value
+    last = value[:, -1:] * (name in _LIKE_THE_LAST)
+    return torch.cat([value, last.expand(-1, new, *last.shape[2:])], dim=1)
