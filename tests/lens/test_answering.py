@@ -180,7 +180,13 @@ def test_what_the_generation_config_forces_and_forbids_is_kept() -> None:
         assert plain[0] == 33
         assert plain[-1] == 44
         assert not set(plain[1:-1]) & set(free.token_ids.tolist()[:4])
-        assert found.stopped_by == "end"
+        assert found.stopped_by == "length"
+    assert lens.generate(source, max_new_tokens=6, stop=44).stopped_by == "length"
+    assert lens.generate(source, max_new_tokens=1).stopped_by == "length"
+    first = int(lens.generate(source, max_new_tokens=6).token_ids[1])
+    odd.eos_token_id = first
+    assert lens.generate(source, max_new_tokens=6).stopped_by == "end"
+    odd.eos_token_id = 44
     assert model.generation_config is odd
     odd.begin_suppress_tokens = [int(free.token_ids[0])]
     odd.suppress_tokens = odd.bad_words_ids = odd.forced_bos_token_id = None

@@ -30,7 +30,7 @@ from trilens.io.messages import clip, reason
 from trilens.lens.decoding import Decoding, NewTokens, run_alone
 from trilens.models.forward_call import device_of, given_arguments, text_config
 
-__all__ = ["run_answer", "writing_rules"]
+__all__ = ["forces_end", "run_answer", "writing_rules"]
 
 _TARGET_IDS = "decoder_input_ids"
 
@@ -71,6 +71,11 @@ def writing_rules(
         for name, value in given.items()
         if value is not None and value != []
     ]
+
+
+def forces_end(model: PreTrainedModel) -> bool:
+    """Whether a generation config writes the last token that the limit allows."""
+    return model.generation_config.forced_eos_token_id not in (None, [])
 
 
 class _Rule(LogitsProcessor):  # type: ignore[misc]

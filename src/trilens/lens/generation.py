@@ -17,7 +17,7 @@ from trilens.errors import (
     NoTokenizerError,
     UsageError,
 )
-from trilens.lens.answering import run_answer, writing_rules
+from trilens.lens.answering import forces_end, run_answer, writing_rules
 from trilens.lens.capture import Capture
 from trilens.lens.decoding import (
     Decoding,
@@ -57,8 +57,9 @@ class Generation:
         tokens: one readable string for each.
         text: of the new tokens, without special tokens; "" where there is no tokenizer.
         prompt_tokens: tokens of the prompt.
-        stopped_by: "length", "end" (the model's own end of a text), or the stop that was met: a
-            text, or a token id. What ended the text is part of it.
+        stopped_by: "length" (an end that the generation config forces there, too), "end" (the
+            model's own end of a text), or the stop that was met: a text, or a token id. What ended
+            the text is part of it.
         capture: of the whole text, prompt and new tokens; None where none was asked.
     """
 
@@ -187,6 +188,7 @@ def _run(
             stream,
             passes.grew,
             extra=asked is not None,
+            forced=runner.stack.has_source and forces_end(runner.model),
         )
         rules: list[LogitsProcessor] = []
         if runner.stack.has_source:
