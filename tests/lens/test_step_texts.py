@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import pad
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinymodels import build, prompt_ids
 from tinymodels.images import build_image_model, image_inputs
@@ -45,3 +46,19 @@ def test_a_probe_with_an_image_grows_in_its_tokens_alone(given: str) -> None:
     )
     plain = Lens(build_image_model("qwen2_5_vl")).generate(inputs=inputs, max_new_tokens=3)
     assert found.token_ids.tolist() == plain.token_ids.tolist()
+
+
+@pytest.mark.parametrize("tokens", [24, 63, 64])
+def test_a_probe_that_leaves_little_room_does_not_hinder_and_is_measured_once(tokens: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=2, n_positions=64,
+                            bos_token_id=1, eos_token_id=2)  # fmt: skip
+        model = GPT2LMHeadModel(config).eval()
+    lens, ids = Lens(model, probe={"input_ids": prompt_ids("llama", tokens)}), prompt_ids("", 50)
+    found = lens.generate(ids, max_new_tokens=3).token_ids
+    assert found.tolist() == Lens(model).generate(ids, max_new_tokens=3).token_ids.tolist()
+    passes: list[None] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(None))
+    lens.generate(ids, max_new_tokens=3)
+    assert len(passes) == len(found)

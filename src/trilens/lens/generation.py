@@ -32,7 +32,7 @@ from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
 from trilens.lens.step_texts import StepTexts
 from trilens.models.forward_inputs import fitting
-from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.positions import beyond_positions
 from trilens.models.source_target import source_arguments
 from trilens.models.stacks import Stack
 from trilens.models.token_strings import token_strings
@@ -119,13 +119,11 @@ def generate(
     compiled = runner.compiled(given, [start], most) if given else None
     wanted = None if asked is None else runner.request([_longest(start + most)], asked)
     with runner.lock(), beyond_positions(model, start + most):
-        limit = runner.max_positions or configured_positions(model)
-        limit = limit and limit - texts.before
         runner.stepping.check(
             start + most,
             model,
             _scored(model, runner.vocab),
-            limit,
+            texts.most,
             by_steps=lambda ids, n: _logits_by_steps(runner, texts, ids, n),
             at_once=lambda ids: _logits_at_once(runner, texts, ids),
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trilens.lens.runner import Runner
+from trilens.models.positions import configured_positions
 from trilens.models.stack_probe import probe_of
 from trilens.models.tokens import Prompt
 from trilens.taps.mode import evaluating, forgetting
@@ -16,6 +17,8 @@ from trilens.taps.mode import evaluating, forgetting
 __all__ = ["StepTexts"]
 
 _IDS, _TARGET_IDS = "input_ids", "decoder_input_ids"
+_FEWEST = 2
+"""Tokens of a text with a step in it."""
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 _LIKE_THE_LAST = {_MASK, "token_type_ids", "cross_attention_mask", "image_attention_mask"}
 """What is said of the last token of a prompt is said of the new ones too."""
@@ -29,12 +32,18 @@ class StepTexts:
     Attributes:
         runner: of the model.
         before: tokens that stand before each text.
+        most: the most tokens of a text, None for any number.
     """
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         given = runner.probe or {}
-        self.before = int(given[_IDS].shape[1]) if _IDS in given else 0
+        before = int(given[_IDS].shape[1]) if _IDS in given else 0
+        positions = runner.max_positions or configured_positions(runner.model)
+        # After a probe that fills the positions no text begins: it is measured without.
+        fits = positions is None or positions - before >= _FEWEST
+        self.before = before if fits else 0
+        self.most = None if positions is None else positions - self.before
         self._source: dict[str, Any] | None = None
 
     def of(self, ids: Tensor) -> Prompt:
