@@ -180,7 +180,13 @@ def test_what_the_generation_config_forces_and_forbids_is_kept() -> None:
         assert plain[0] == 33
         assert plain[-1] == 44
         assert not set(plain[1:-1]) & set(free.token_ids.tolist()[:4])
-        assert found.stopped_by == "end"
+        assert found.stopped_by == "length"
+    assert lens.generate(source, max_new_tokens=6, stop=44).stopped_by == "length"
+    assert lens.generate(source, max_new_tokens=1).stopped_by == "length"
+    first = int(lens.generate(source, max_new_tokens=6).token_ids[1])
+    odd.eos_token_id = first
+    assert lens.generate(source, max_new_tokens=6).stopped_by == "end"
+    odd.eos_token_id = 44
     assert model.generation_config is odd
     odd.begin_suppress_tokens = [int(free.token_ids[0])]
     odd.suppress_tokens = odd.bad_words_ids = odd.forced_bos_token_id = None
@@ -308,3 +314,40 @@ def test_a_source_that_changes_between_the_steps_is_refused() -> None:
     assert same.k.data_ptr() == pattern.k.data_ptr()
     with pytest.raises(AttentionPathError, match="layer 0 attends to another source"):
         cross_of_pass(call(pattern.k + 1), pattern, 0)
+
+
+def test_a_model_in_training_draws_nothing_for_its_made_up_source() -> None:
+    model = build_as("speech", "speech_to_text")
+    model.generation_config.decoder_start_token_id = 3
+    for module in model.train().modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.1
+    lens, sound, state = Lens(model), source_of("speech_to_text"), torch.get_rng_state()
+    with torch.inference_mode():
+        lens.generate(sound, max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        model(**sound, decoder_input_ids=torch.tensor([TARGET]))
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_generation_config_with_empty_or_odd_rules() -> None:
+    lens, source = Lens(build_as("seq2seq", "bart")), source_of("bart")
+    lens.model.generation_config = config = GenerationConfig(decoder_start_token_id=5)
+    wanted = lens.generate(source, max_new_tokens=3).token_ids.tolist()
+    names = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+    for name in names:
+        setattr(config, name, [])
+        assert lens.generate(source, max_new_tokens=3).token_ids.tolist() == wanted
+        setattr(config, name, ["x"])
+        with pytest.raises(GenerationError, match=rf"generation_config\.{name} \['x'\] makes no"):
+            lens.generate(source, max_new_tokens=3)
+        setattr(config, name, None)
+    for name, beyond in (("forced_bos_token_id", 999), ("bad_words_ids", [[999]])):
+        setattr(config, name, beyond)
+        with pytest.raises(GenerationError, match=rf"{name} \[*999.* give ids of this model"):
+            lens.generate(source, max_new_tokens=3)
+        setattr(config, name, None)
+    config.bad_words_ids, config.eos_token_id = [[wanted[0]]], wanted[0]
+    assert lens.generate(source, max_new_tokens=3).token_ids.tolist() == wanted[:1]

@@ -376,3 +376,13 @@ def test_patterns_across_are_cut_and_joined_as_their_weights_are() -> None:
         mixed = join_across([parts[0], DensePattern(parts[1].dense()), parts[2]])
         assert isinstance(mixed, DensePattern)
         assert_near(mixed.dense(), joined.dense(), 1e-6)
+
+
+def test_sources_longer_than_the_configured_positions_are_measured_once() -> None:
+    lens = opened("t5")
+    lens.model.config.n_positions = 16
+    pairs = [SourceTarget(ids_of(n, n), ids_of(n - 15, n)) for n in (20, 25)]
+    list(lens.capture_many(pairs, batch_size=2, logits=None))
+    with counted(lens.model) as rows:
+        list(lens.capture_many(pairs, batch_size=2, logits=None))
+    assert rows == [2]

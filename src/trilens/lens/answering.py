@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -24,10 +25,12 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
+from trilens.errors import GenerationError
+from trilens.io.messages import clip, reason
 from trilens.lens.decoding import Decoding, NewTokens, run_alone
 from trilens.models.forward_call import device_of, given_arguments, text_config
 
-__all__ = ["run_answer", "writing_rules"]
+__all__ = ["forces_end", "run_answer", "writing_rules"]
 
 _TARGET_IDS = "decoder_input_ids"
 
@@ -45,24 +48,63 @@ def writing_rules(
         start: tokens that the decoder begins with.
         new: the most tokens to add.
         end_ids: ids that end a text.
+
+    Raises:
+        GenerationError: a value that makes no rule.
     """
-    config, device = model.generation_config, device_of(model)
-    first, last = config.forced_bos_token_id, config.forced_eos_token_id
-    rules: list[LogitsProcessor] = []
-    if config.bad_words_ids is not None:
-        ends = torch.tensor(list(end_ids), dtype=torch.long, device=device) if end_ids else None
-        rules.append(NoBadWordsLogitsProcessor(config.bad_words_ids, ends))
-    if first is not None:
-        rules.append(ForcedBOSTokenLogitsProcessor(first))
-    if last is not None:
-        rules.append(ForcedEOSTokenLogitsProcessor(start + new, last, device=str(device)))
-    if config.suppress_tokens is not None:
-        rules.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=str(device)))
-    if config.begin_suppress_tokens is not None:
-        at = start + (start == 1 and first is not None)
-        tokens = config.begin_suppress_tokens
-        rules.append(SuppressTokensAtBeginLogitsProcessor(tokens, at, device=str(device)))
-    return rules
+    config, device = model.generation_config, str(device_of(model))
+    # The first token is not begun with where it is forced.
+    begun = start + (start == 1 and config.forced_bos_token_id is not None)
+
+    makers: dict[str, Callable[[Any], LogitsProcessor]] = {
+        "bad_words_ids": lambda ids: NoBadWordsLogitsProcessor(ids, list(end_ids) or None),
+        "forced_bos_token_id": ForcedBOSTokenLogitsProcessor,
+        "forced_eos_token_id": lambda ids: ForcedEOSTokenLogitsProcessor(start + new, ids, device),
+        "suppress_tokens": lambda ids: SuppressTokensLogitsProcessor(ids, device),
+        "begin_suppress_tokens": lambda ids: SuppressTokensAtBeginLogitsProcessor(
+            ids, begun, device
+        ),
+    }
+    given = {name: getattr(config, name) for name in makers}
+    return [
+        _Rule(f"generation_config.{name} {clip(value)}", partial(makers[name], value))
+        for name, value in given.items()
+        if value is not None and value != []
+    ]
+
+
+def forces_end(model: PreTrainedModel) -> bool:
+    """Whether a generation config writes the last token that the limit allows."""
+    return model.generation_config.forced_eos_token_id not in (None, [])
+
+
+class _Rule(LogitsProcessor):  # type: ignore[misc]
+    """One rule of a configuration, of which a failure is told as its own.
+
+    Args:
+        named: what the configuration says.
+        make: the rule, made.
+    """
+
+    def __init__(self, named: str, make: Callable[[], LogitsProcessor]) -> None:
+        self.named = named
+        with self._telling():
+            self.rule = make()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores that obey the rule."""
+        with self._telling():
+            return cast(Tensor, self.rule(input_ids, scores))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise GenerationError(
+                f"{self.named} makes no rule for what is written ({reason(error)}): give ids of "
+                "this model, or None"
+            ) from error
 
 
 def run_answer(

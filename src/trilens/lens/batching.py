@@ -58,10 +58,10 @@ class Batching:
 
     def up_to(self, tokens: int) -> bool:
         """Whether padded rows of so many tokens, of a source too, equal single prompts."""
-        if self._safe and tokens > self._checked:
-            longest = 1 << max(3, (tokens - 1).bit_length())
-            most = configured_positions(self._model)
-            longest = min(longest, most or longest)
+        longest = 1 << max(3, (tokens - 1).bit_length())
+        most = configured_positions(self._model)
+        longest = min(longest, most or longest)
+        if self._safe and longest > self._checked:
             probes = self._probes(sorted({longest, longest // 2 + 1, 3}, reverse=True))
             self._safe = self._equal(probes)
             self._checked = longest

@@ -180,6 +180,7 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         stream: called for each token.
         grown: called with the text's tokens after each one, and whether it was the last.
         extra: let the last token be read too: one more step, whose own token is dropped.
+        forced: the last token that the limit allows is no choice of the model.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         grown: Callable[[int, bool], None] | None,
         *,
         extra: bool,
+        forced: bool = False,
     ) -> None:
         self.prompt = list(prompt)
         self.decoding = decoding
@@ -200,6 +202,7 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         self.stream = stream
         self.grown = grown
         self.extra = extra
+        self.forced = forced
         self.new: list[int] = []
         self.shown = ""
         self.stopped_by: str | int | None = None
@@ -230,6 +233,9 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
 
     def _reason(self, token: int) -> str | int | None:
+        at_limit = len(self.new) >= self.decoding.max_new_tokens
+        if at_limit and self.forced:
+            return "length"
         if token in self.decoding.stop_ids:
             return token
         if token in self.end_ids:
@@ -239,7 +245,7 @@ class NewTokens(StoppingCriteria):  # type: ignore[misc]
             for each in self.decoding.stop_texts:
                 if each in text:
                     return each
-        return "length" if len(self.new) >= self.decoding.max_new_tokens else None
+        return "length" if at_limit else None
 
     def _piece(self, ended: bool) -> str:
         """What this token adds to the text; nothing yet where a character is not whole."""

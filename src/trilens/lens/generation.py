@@ -17,7 +17,7 @@ from trilens.errors import (
     NoTokenizerError,
     UsageError,
 )
-from trilens.lens.answering import run_answer, writing_rules
+from trilens.lens.answering import forces_end, run_answer, writing_rules
 from trilens.lens.capture import Capture
 from trilens.lens.decoding import (
     Decoding,
@@ -32,7 +32,7 @@ from trilens.lens.request import Asked
 from trilens.lens.runner import Runner
 from trilens.lens.step_texts import StepTexts
 from trilens.models.forward_inputs import fitting
-from trilens.models.positions import beyond_positions, configured_positions
+from trilens.models.positions import beyond_positions
 from trilens.models.source_target import source_arguments
 from trilens.models.stacks import Stack
 from trilens.models.token_strings import token_strings
@@ -57,8 +57,9 @@ class Generation:
         tokens: one readable string for each.
         text: of the new tokens, without special tokens; "" where there is no tokenizer.
         prompt_tokens: tokens of the prompt.
-        stopped_by: "length", "end" (the model's own end of a text), or the stop that was met: a
-            text, or a token id. What ended the text is part of it.
+        stopped_by: "length" (an end that the generation config forces there, too), "end" (the
+            model's own end of a text), or the stop that was met: a text, or a token id. What ended
+            the text is part of it.
         capture: of the whole text, prompt and new tokens; None where none was asked.
     """
 
@@ -118,13 +119,11 @@ def generate(
     compiled = runner.compiled(given, [start], most) if given else None
     wanted = None if asked is None else runner.request([_longest(start + most)], asked)
     with runner.lock(), beyond_positions(model, start + most):
-        limit = runner.max_positions or configured_positions(model)
-        limit = limit and limit - texts.before
         runner.stepping.check(
             start + most,
             model,
             _scored(model, runner.vocab),
-            limit,
+            texts.most,
             by_steps=lambda ids, n: _logits_by_steps(runner, texts, ids, n),
             at_once=lambda ids: _logits_at_once(runner, texts, ids),
         )
@@ -187,6 +186,7 @@ def _run(
             stream,
             passes.grew,
             extra=asked is not None,
+            forced=runner.stack.has_source and forces_end(runner.model),
         )
         rules: list[LogitsProcessor] = []
         if runner.stack.has_source:

@@ -35,7 +35,7 @@ class StepSafety:
     matter only when a text is longer than they are.
 
     Attributes:
-        checked: tokens up to which it was measured.
+        checked: tokens of the longest text that was measured.
         refusal: why the model can't be generated from, "" where nothing speaks against it.
     """
 
@@ -65,9 +65,9 @@ class StepSafety:
         Raises:
             GenerationError: the model fails in a step, or what it gives there differs.
         """
-        if not self.refusal and tokens > self.checked:
-            length = 1 << max(4, (tokens - 1).bit_length())
-            length = max(min(length, most or length), 2)
+        length = 1 << max(4, (tokens - 1).bit_length())
+        length = max(length if most is None else min(length, most), 2)
+        if not self.refusal and length > self.checked:
             # Few kinds of tokens: a sparse attention that breaks ties by place shows only there.
             ids = probe_ids(model, vocab, length, seed=length, kinds=_PROBE_KINDS)[0].cpu()
             self.refusal = _measure(ids, model, by_steps, at_once)
