@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LEDConfig, LEDForConditionalGeneration, PreTrainedModel
 
 from tinymodels import build, prompt_ids
 from tinymodels.images import build_image_model, image_inputs
@@ -20,9 +20,10 @@ from trilens.caches.patterns.protocol import DensePattern
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.corpus.capture import capture_corpus
 from trilens.edits import Ablate, Scale
-from trilens.errors import ShapeError, TokenIdError, UsageError
+from trilens.errors import GenerationError, PromptTooLongError, ShapeError, TokenIdError, UsageError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+from trilens.models.positions import max_positions_of
 from trilens.models.tokens import SourceTarget
 from trilens.progress import Step
 
@@ -386,3 +387,27 @@ def test_sources_longer_than_the_configured_positions_are_measured_once() -> Non
     with counted(lens.model) as rows:
         list(lens.capture_many(pairs, batch_size=2, logits=None))
     assert rows == [2]
+
+
+def test_an_encoder_that_reads_more_than_its_decoder_is_measured_within_both() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LEDConfig(
+            vocab_size=120, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48,
+            encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=48,
+            max_encoder_position_embeddings=96, max_decoder_position_embeddings=40,
+            attention_window=8, decoder_start_token_id=3,
+        )  # fmt: skip
+        lens = Lens(LEDForConditionalGeneration(config).eval())
+    pairs = [SourceTarget(ids_of(n, n), ids_of(n // 10, n)) for n in (90, 70)]
+    for pair, found in zip(pairs, lens.capture_many(pairs, batch_size=2), strict=True):
+        assert_same(found, lens.capture(pair))
+    with pytest.raises(PromptTooLongError, match="has 41 tokens, this model has 40 positions"):
+        lens.capture(pairs[0].source, target=ids_of(41, 0))
+    with pytest.raises(PromptTooLongError, match="has 97 tokens, this model has 96 positions"):
+        lens.capture(ids_of(97, 0), target=[3])
+    parts = (lens.model, lens.model.get_decoder(), lens.model.get_encoder(), config)
+    assert [max_positions_of(part) for part in parts] == [40, 40, 96, 40]
+    with pytest.raises(GenerationError, match="max_new_tokens 40 is out of range"):
+        lens.generate(pairs[0].source, max_new_tokens=40)
+    assert len(lens.generate(pairs[0].source, max_new_tokens=39).token_ids) >= 1

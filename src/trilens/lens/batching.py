@@ -59,8 +59,7 @@ class Batching:
     def up_to(self, tokens: int) -> bool:
         """Whether padded rows of so many tokens, of a source too, equal single prompts."""
         longest = 1 << max(3, (tokens - 1).bit_length())
-        most = configured_positions(self._model)
-        longest = min(longest, most or longest)
+        longest = min(longest, max(self._most(longest)))
         if self._safe and longest > self._checked:
             probes = self._probes(sorted({longest, longest // 2 + 1, 3}, reverse=True))
             self._safe = self._equal(probes)
@@ -93,14 +92,19 @@ class Batching:
     def _probes(self, lengths: list[int]) -> list[Prompt]:
         """Made-up prompts of these lengths; the longest has not the longest source."""
         # Few kinds of tokens: a sparse attention that breaks ties by place shows only there.
-        rows = [self._ids(self._reading.vocab, n, n) for n in lengths]
+        rows = [self._ids(self._reading.vocab, min(self._most(n)[0], n), n) for n in lengths]
         if not self._reading.source_vocab:
             return [Prompt(row[0], tuple(map(str, row[0].tolist()))) for row in rows]
         return [self._pair(row, n) for row, n in zip(rows, lengths[1:] + lengths[:1], strict=True)]
 
+    def _most(self, length: int) -> list[int]:
+        """The most tokens of a text and, where it has one, of its source; else `length`."""
+        text, source = configured_positions(self._model), self._reading.max_source_positions
+        most = [text, source or text] if self._reading.source_vocab else [text]
+        return [each or length for each in most]
+
     def _pair(self, target: torch.Tensor, length: int) -> Prompt:
-        most = self._reading.max_source_positions
-        ids = self._ids(self._reading.source_vocab, min(length, most or length), length + 1)
+        ids = self._ids(self._reading.source_vocab, min(self._most(length)[-1], length), length + 1)
         source = Source(tuple(map(str, ids[0].tolist())), ids[0])
         given = {"input_ids": ids, "decoder_input_ids": target}
         return Prompt(target[0], tuple(map(str, target[0].tolist())), None, given, source)

@@ -32,6 +32,8 @@ _POSITION_KEYS = (
     "max_sequence_length",
     "max_target_positions",
 )
+# Of one configuration for a decoder and its encoder: whose table is there says which counts.
+_SIDE_KEYS = ("max_decoder_position_embeddings", "max_encoder_position_embeddings")
 # Tables have a few rows more than there are positions: for padding, or an offset.
 _SPARE_ROWS = 8
 
@@ -60,15 +62,27 @@ def configured_positions(model: Any) -> int | None:
         model: the model; a configuration alone answers too, without that correction.
     """
     text = text_settings(getattr(model, "config", model))
-    found = [getattr(text, key, None) for key in _POSITION_KEYS]
-    limit = next((n for n in found if _is_count(n)), None)
-    if limit is None or not isinstance(model, torch.nn.Module):
-        return limit
-    for name, module in model.named_modules():
-        is_table = isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]
-        if is_table and module.num_embeddings == limit and module.padding_idx is not None:
-            return limit - int(module.padding_idx) - 1
+    found, sides = (
+        [getattr(text, key, None) for key in keys] for keys in (_POSITION_KEYS, _SIDE_KEYS)
+    )
+    tables = _tables(model) if isinstance(model, torch.nn.Module) else None
+    if tables is not None:
+        rows = {table.num_embeddings for table in tables}
+        sides = [n for n in sides if n in rows]
+    limit = next((n for n in (*found, *sides) if _is_count(n)), None)
+    for table in tables or ():
+        if table.num_embeddings == limit and table.padding_idx is not None:
+            return table.num_embeddings - int(table.padding_idx) - 1
     return limit
+
+
+def _tables(model: torch.nn.Module) -> list[torch.nn.Embedding]:
+    """Embeddings that are named for positions."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]
+    ]
 
 
 def warn_beyond_positions(model: Any, n_tokens: int) -> int | None:
