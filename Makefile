@@ -14,9 +14,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready
 	@$(VENV)/bin/trilens demo --report demo.html
 
-# One process a core, one thread each: the models are too small for more. ARGS are pytest's own.
+# One process a core, one thread each: the models are too small for more.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 # Damaged and hostile input, interrupts at every line, growth over thousands of captures: all of
 # it, of which `test` runs a small part.

@@ -17,12 +17,12 @@ from hostile.scale import FULL, scaled
 
 TESTS = Path(__file__).resolve().parent.parent
 KILLS = {
-    "capture": (4, 40),
-    "comparison": (4, 25),
-    "ternary": (4, 25),
-    "gguf": (2, 25),
-    "conversion": (4, 40),
-    "store": (4, 40),
+    "capture": (4, 20),
+    "comparison": (4, 15),
+    "ternary": (4, 15),
+    "gguf": (2, 15),
+    "conversion": (4, 15),
+    "store": (4, 20),
 }
 """Of each output, in a normal and in a hostile run."""
 
@@ -69,7 +69,7 @@ def test_after_a_kill_at_any_moment_the_same_command_ends_as_if_none_had_been(
 
 @pytest.mark.parametrize("names", GROUPS)
 def test_of_two_writers_each_is_refused_or_right(names: tuple[str, ...], tmp_path: Path) -> None:
-    for found in driven("hostile.races", tmp_path, dict.fromkeys(names, scaled(full=20, subset=2))):
+    for found in driven("hostile.races", tmp_path, dict.fromkeys(names, scaled(full=4, subset=2))):
         assert not found["wrong"], found["name"]
         assert sum(found["ends"].values()) == found["rounds"]
 
