@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
+from trilens.ternary.packed.autocast import autocast_dtype
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.packed.multiply import multiply, multiply_back
 
@@ -35,10 +35,7 @@ def multiply_groups(
 
     Memory: see `multiply`, one matrix at a time.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    out = x.new_zeros(len(x), packed.codes.shape[-2], dtype=dtype)
+    out = x.new_zeros(len(x), packed.codes.shape[-2], dtype=autocast_dtype(x))
     for group, start, stop in _spans(ends):
         out[start:stop] = product(x[start:stop], packed.lead(group))
     return out

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trilens.ternary.codecs.rows import unpack_rows
+from trilens.ternary.packed.autocast import cast_as_autocast
 from trilens.ternary.packed.cpu.native import multiply_int8_native, native_multiplies_int8
 from trilens.ternary.packed.matrix import Packed, by_address
 
@@ -33,9 +34,7 @@ def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-            bias = None if bias is None else bias.to(x.dtype)
+        x, bias = cast_as_autocast(x, bias)
         # It would round the whole numbers.
         with torch.autocast(kind, enabled=False):
             return multiply_int8(x, packed, bias)

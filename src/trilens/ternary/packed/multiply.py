@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trilens.ternary.packed.autocast import cast_as_autocast
 from trilens.ternary.packed.cpu.native import (
     multiply_native,
     native_computes,
@@ -62,9 +63,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, packed.dense(x.dtype), bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-            bias = None if bias is None else bias.to(x.dtype)
+        x, bias = cast_as_autocast(x, bias)
         with torch.autocast(kind, enabled=False):
             return multiply(x, packed, bias)
     if on_gpu:

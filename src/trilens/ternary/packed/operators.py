@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilens.ternary.packed.autocast import autocast_dtype
 from trilens.ternary.packed.groups import multiply_groups, multiply_groups_back
 from trilens.ternary.packed.matrix import Packed
 from trilens.ternary.packed.multiply import multiply, multiply_back
@@ -25,8 +26,9 @@ def call_multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
     Shapes: x [..., cols]; packed [rows, cols]; bias [rows] → [..., rows]
     """
-    bias = None if bias is None else _cast(bias)
-    found: Tensor = _multiply(_cast(x), bias, *_parts(packed), *_options(packed))
+    # A graph runs without autocast, and holds its casts.
+    bias = None if bias is None else bias.to(autocast_dtype(bias))
+    found: Tensor = _multiply(x.to(autocast_dtype(x)), bias, *_parts(packed), *_options(packed))
     return found
 
 
@@ -35,7 +37,7 @@ def call_groups(x: Tensor, packed: Packed, ends: Tensor) -> Tensor:
 
     Shapes: x [inputs, cols]; packed [groups, rows, cols]; ends [groups] → [inputs, rows]
     """
-    found: Tensor = _groups(_cast(x), ends, *_parts(packed), *_options(packed))
+    found: Tensor = _groups(x.to(autocast_dtype(x)), ends, *_parts(packed), *_options(packed))
     return found
 
 
@@ -57,14 +59,6 @@ def _parts(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
 
 def _options(packed: Packed) -> tuple[int, int | None, int]:
     return packed.cols, packed.group_size, packed.levels
-
-
-def _cast(x: Tensor) -> Tensor:
-    """What autocast would do: a graph runs without it, and holds its casts."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def _packed(
