@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from queue import SimpleQueue
+from threading import Lock
 from types import ModuleType
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
@@ -204,7 +204,7 @@ def parallel_map(
     results: list[_Result | None] = [None] * len(waiting)
     failures: dict[int, BaseException] = {}
     numbers = deque(range(len(waiting)))
-    ended: SimpleQueue[int] = SimpleQueue()
+    begun: list[Lock] = []
 
     def work() -> None:
         while not failures:
@@ -216,20 +216,24 @@ def parallel_map(
                 results[number] = function(waiting[number])
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 failures[number] = error
-            ended.put(number)
+
+    def other() -> None:
+        at_work = Lock()
+        with at_work:
+            begun.append(at_work)
+            work()
 
     # Not `Thread.start`, which waits until the thread runs.
     with suppress(RuntimeError):  # the system has no more threads
         for _ in range(n_threads - 1):
-            start_new_thread(work, ())
-    work()
-    begun = len(waiting)
-    with suppress(IndexError):  # what a failure left
-        while True:
-            numbers.popleft()
-            begun -= 1
-    for _ in range(begun):
-        ended.get()
+            start_new_thread(other, ())
+    try:
+        work()
+    finally:
+        numbers.clear()  # after a failure; who begins now finds nothing
+        for at_work in list(begun):
+            with at_work:
+                pass
     if failures:
         raise failures[min(failures)]
     return cast("list[_Result]", results)
