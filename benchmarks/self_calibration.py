@@ -36,6 +36,7 @@ from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 MODELS = ("transformer", "mamba", "rwkv7")
 TEXTS = ("none", "real", "self", "both")
 PAGES = Path(__file__).parent.parent / "docs"
+_EVALUATION_TOKENS = 8_192
 
 
 def kinds() -> tuple[Sample, ...]:
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rotate", action="store_true")
     parser.add_argument("--effort", default="default", choices=["fast", "default", "max"])
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--evaluation-tokens", type=int, default=8_192)
+    parser.add_argument("--evaluation-tokens", type=int, default=_EVALUATION_TOKENS)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--prompts", nargs="+", default=[], help="what rows of own text begin with")
     parser.add_argument("--seed", type=int, default=0)
@@ -134,6 +135,8 @@ def main() -> None:
             words = [model, rule, text, *(["rotated"] if given.rotate else [])]
             words += [] if given.effort == "default" else [f"effort {given.effort}"]
             words += [] if text == "none" else [f"{given.tokens} tokens"]
+            at_default = given.evaluation_tokens == _EVALUATION_TOKENS
+            words += [] if at_default else [f"measured on {given.evaluation_tokens}"]
             words += [] if own.temperature == 1 else [f"temperature {own.temperature:g}"]
             words += [f"prompts {' '.join(own.prompts)!r}"] if own.prompts else []
             words += given.fit
