@@ -181,7 +181,7 @@ def test_a_newer_version_is_refused(store: trilens.Store, tmp_path: Path) -> Non
     plain = json.loads((store.folder / "store.json").read_text())
     del plain["sha256"]
     (tmp_path / "store.json").write_bytes(sealed({**plain, "version": 2}))
-    with pytest.raises(CorruptFileError, match="version 2: this trilens reads versions up to 1"):
+    with pytest.raises(CorruptFileError, match="version 2: this trilens reads version 1"):
         trilens.open_store(tmp_path)
     with pytest.raises(ModelNotFoundError, match="is no store"):
         trilens.open_store(tmp_path / "nowhere")
