@@ -21,6 +21,7 @@ from trilens.checkpoint.calibration.streams import Batch
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
+from trilens.io.short_memory import is_short_of_memory
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["Chain", "FinishedBlock", "MovingBlock"]
@@ -195,7 +196,7 @@ class Chain:
         try:
             gap = (self._gradient(batch, target) - wide).norm()
         except RuntimeError as cause:
-            if isinstance(cause, torch.OutOfMemoryError):
+            if is_short_of_memory(cause):
                 raise
             self.rounds = False  # an operation of this model that takes no two dtypes
         else:
