@@ -113,13 +113,19 @@ def runs(seeds: int) -> Iterator[tuple[str, CalibratedRule | None, int, bool, in
 
 
 def quality(
-    seeds: int, tokens: int, evaluation_tokens: int, keep: Callable[[dict[str, Any]], None]
+    seeds: int,
+    tokens: int,
+    evaluation_tokens: int,
+    keep: Callable[[dict[str, Any]], None],
+    only_planes: int | None = None,
 ) -> dict[str, Any]:
-    """Every step, one and two planes; what is known so far is kept after each run."""
+    """Every step, one and two planes or one of them; what is known is kept after each run."""
     ratios: dict[tuple[str, int], list[float]] = {}
     spent: dict[tuple[str, int], list[float]] = {}
     found: dict[str, Any] = {}
     for name, rule, planes, rotate, seed in runs(seeds):
+        if only_planes not in {None, planes}:
+            continue
         options = calibration(seed, tokens, evaluation_tokens)
         ratio, seconds = ratio_of(rule, planes, options, rotate=rotate)
         print(planes, name, seed, round(ratio, 4), round(seconds), flush=True)
@@ -208,6 +214,7 @@ def main() -> None:
     """Measure and keep; parts that are not measured now keep their last figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["cost", "memory", "quality"])
+    parser.add_argument("--planes", type=int, choices=[1, 2], help="of the quality, these alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--evaluation-tokens", type=int, default=16_384)
@@ -232,11 +239,13 @@ def main() -> None:
             "evaluation_tokens": options.evaluation_tokens,
             "seeds": options.seeds,
         }
+        older = figures.get("quality", {}) if options.planes else {}
         quality(
             options.seeds,
             options.tokens,
             options.evaluation_tokens,
-            lambda found: keep("quality", found),
+            lambda found: keep("quality", {**older, **found}),
+            options.planes,
         )
 
 

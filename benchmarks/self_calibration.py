@@ -36,6 +36,7 @@ from trilens.ternary.calibrated.rules import CALIBRATED_RULES
 MODELS = ("transformer", "mamba", "rwkv7")
 TEXTS = ("none", "real", "self", "both")
 PAGES = Path(__file__).parent.parent / "docs"
+_EVALUATION_TOKENS = 8_192
 
 
 def kinds() -> tuple[Sample, ...]:
@@ -60,7 +61,9 @@ def docstrings(source: str) -> Iterator[str]:
                 yield found
 
 
-def calibration(text: str, tokens: int, evaluation_tokens: int, seed: int) -> Calibration:
+def calibration(
+    text: str, tokens: int, evaluation_tokens: int, seed: int, own: OwnText | None = None
+) -> Calibration:
     """On real text, the model's own, or half of each; for "none" nothing is calibrated."""
     real: tuple[str, ...] = ()
     if text != "self":
@@ -72,7 +75,7 @@ def calibration(text: str, tokens: int, evaluation_tokens: int, seed: int) -> Ca
         tokens=256 if text == "none" else tokens,
         evaluation_tokens=evaluation_tokens,
         seed=seed,
-        own_text=OwnText() if text in {"self", "both"} else None,
+        own_text=(own or OwnText()) if text in {"self", "both"} else None,
     )
 
 
@@ -110,25 +113,32 @@ def main() -> None:
     parser.add_argument("--rotate", action="store_true")
     parser.add_argument("--effort", default="default", choices=["fast", "default", "max"])
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--evaluation-tokens", type=int, default=8_192)
+    parser.add_argument("--evaluation-tokens", type=int, default=_EVALUATION_TOKENS)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--prompts", nargs="+", default=[], help="what rows of own text begin with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--fit", nargs="+", default=[], metavar="NAME=N", help="whole numbers of FitOptions"
     )
     given = parser.parse_args()
+    own = OwnText(given.temperature, tuple(given.prompts))
     numbers = {name: int(number) for name, number in (text.split("=") for text in given.fit)}
     last = RESULTS / "self_calibration.json"
     figures: dict[str, Any] = json.loads(last.read_text()) if last.is_file() else {}
     for model in given.models:
         for text in given.texts:
             rule = "exact" if text == "none" else given.rule
-            options = calibration(text, given.tokens, given.evaluation_tokens, given.seed)
+            options = calibration(text, given.tokens, given.evaluation_tokens, given.seed, own)
             effort = find_effort(given.effort)
             effort = replace(effort, fit=replace(effort.fit, **numbers))
             damage, spent = measured(model, rule, options, effort, rotate=given.rotate)
             words = [model, rule, text, *(["rotated"] if given.rotate else [])]
             words += [] if given.effort == "default" else [f"effort {given.effort}"]
             words += [] if text == "none" else [f"{given.tokens} tokens"]
+            at_default = given.evaluation_tokens == _EVALUATION_TOKENS
+            words += [] if at_default else [f"measured on {given.evaluation_tokens}"]
+            words += [] if own.temperature == 1 else [f"temperature {own.temperature:g}"]
+            words += [f"prompts {' '.join(own.prompts)!r}"] if own.prompts else []
             words += given.fit
             name = ", ".join([*words, f"seed {given.seed}"])
             ratios = {each.name: round(each.ratio, 4) for each in damage.texts}

@@ -50,6 +50,7 @@ from trilens.checkpoint.coding import entries, planned
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.format.skeleton import Choice
 from trilens.checkpoint.pipeline import ternarize
+from trilens.checkpoint.source import Checkpoint
 from trilens.checkpoint.validation import validate
 from trilens.errors import CorruptFileError, TrilensError, WriteError
 from trilens.io.safetensors_header import TensorHeader, read_header
@@ -84,6 +85,19 @@ def test_more_than_2_31_elements() -> None:
     view = view_weights(row.expand(rows, -1), "w")
     assert np.array_equal(view.read(2**31 + 5, 2**31 + 9), [5, 6, 7, 8])
     assert view.size == 2**31 + 2**15
+
+
+def test_memory_does_not_grow_with_the_number_of_files(sharded: Path) -> None:
+    """One tensor after another is read into the same memory, whichever file it is in."""
+    source = Checkpoint.open(sharded)
+    assert len(source.files) > 2
+    largest = max(source.headers, key=lambda name: source.headers[name].size_bytes)
+    held = {source.borrowed_tensor(largest).untyped_storage().data_ptr()}
+    for name in source.headers:
+        found = source.borrowed_tensor(name)
+        assert torch.equal(found, source.tensor(name))
+        held.add(found.untyped_storage().data_ptr())
+    assert len(held) == 1
 
 
 def test_a_disk_that_fills_up(sharded: Path, tmp_path: Path) -> None:

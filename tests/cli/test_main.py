@@ -201,6 +201,15 @@ def test_a_full_disk_is_one_line(
     assert capsys.readouterr().err == "trilens: output failed: No space left on device\n"
 
 
+def test_a_full_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, one_line_errors(debug=False):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().err.startswith("trilens: memory ran out: RuntimeError: DefaultCPU")
+    with pytest.raises(RuntimeError, match="another"), one_line_errors(debug=False):
+        raise RuntimeError("another one")
+
+
 def test_a_terminal_without_unicode() -> None:
     command = [sys.executable, "-m", "trilens.cli.main", "inspect", DEMO, "-p", "x = 1"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -123,6 +124,22 @@ def test_float_dtypes_are_roundings(dtype: str, tmp_path: Path) -> None:
     assert values.to_numpy().dtype == (np.float16 if dtype == "float16" else np.float32)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+def test_arrow_holds_what_the_dtype_holds(dtype: str, tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / dtype, dtype=dtype, sites=("resid_post", "embed"))
+    for key in (("resid_post", 1), "embed"):
+        values = store[key]
+        table = values.to_arrow()
+        floats = pa.float16() if dtype == "float16" else pa.float32()
+        assert table.schema.field("values").type == pa.list_(floats, values.shape[1])
+        flat = table.column("values").combine_chunks().flatten().to_numpy()
+        np.testing.assert_array_equal(flat.reshape(values.shape), values.to_numpy())
+        assert table.column("token_id").to_pylist() == store.token_ids_of(0, len(values)).tolist()
+        assert values.to_arrow(5, 5).num_rows == 0
+        with pytest.raises(OutOfRangeError, match="out of range"):
+            values.to_arrow(3, len(values) + 1)
+
+
 def test_int8_states_its_error(tmp_path: Path) -> None:
     exact = tiny_store(tmp_path / "exact")["resid_post", 1].to_torch().double()
     store = tiny_store(tmp_path / "int8", dtype="int8")
@@ -181,7 +198,7 @@ def test_a_newer_version_is_refused(store: trilens.Store, tmp_path: Path) -> Non
     plain = json.loads((store.folder / "store.json").read_text())
     del plain["sha256"]
     (tmp_path / "store.json").write_bytes(sealed({**plain, "version": 2}))
-    with pytest.raises(CorruptFileError, match="version 2: this trilens reads versions up to 1"):
+    with pytest.raises(CorruptFileError, match="version 2: this trilens reads version 1"):
         trilens.open_store(tmp_path)
     with pytest.raises(ModelNotFoundError, match="is no store"):
         trilens.open_store(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ from typing import Any
 
 from trilens.errors import UsageError
 from trilens.io.messages import listed, reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.lens.lens import Lens
 from trilens.taps.mode import evaluating
 
@@ -57,6 +58,8 @@ def run_tasks(
                 bootstrap_iters=0,
             )
     except Exception as cause:
+        if is_short_of_memory(cause):
+            raise
         raise UsageError(
             f"lm-eval cannot run {listed(tasks)} ({reason(cause)}): its own list of tasks is "
             "`lm_eval --tasks list`, and their data must be at hand"

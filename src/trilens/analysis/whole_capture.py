@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
 from trilens.edits import Edit
 from trilens.errors import UnclaimedGateError
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
+from trilens.models.auto_classes import is_built_for
 from trilens.models.tokens import PromptLike
 
 __all__ = ["available_parts", "capture_known_gates", "whole_capture"]
@@ -69,6 +68,6 @@ def available_parts(lens: Lens, layers: Sequence[int]) -> tuple[bool, bool, list
         notes.append("no gates are proven in these layers")
     if lens.unused_weights:
         notes.append(f"{len(lens.unused_weights)} stored tensors have no place in this model")
-    if type(lens.model) in MODEL_FOR_MASKED_LM_MAPPING.values():
+    if is_built_for("masked", lens.model):
         notes.append("a masked language model: next is what it would put in the last token's place")
     return attention, gates, notes

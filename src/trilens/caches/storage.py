@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilens.errors import AbsentLayerError, UsageError
 from trilens.io.messages import listed
+from trilens.io.short_memory import is_short_of_memory
 from trilens.numbers import whole_number
 from trilens.results import Shown
 
@@ -61,10 +62,10 @@ def moved(tensor: Tensor, device: torch.device | str | int) -> Tensor:
     """
     try:
         return tensor.to(torch.device(device))
-    except torch.OutOfMemoryError:
-        raise
     # A torch built without CUDA says so with an AssertionError.
     except (RuntimeError, AssertionError, TypeError) as error:
+        if is_short_of_memory(error):
+            raise
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UsageError(
             f"device {device!r} cannot be used: {reason}; name a device of this machine, like 'cpu'"

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
 from trilens.checkpoint.coding import Entry, entries
 from trilens.checkpoint.format.model_card import Origin
 from trilens.checkpoint.format.names import CONFIG_NAME, SOURCE_CARD_NAME
@@ -18,6 +16,7 @@ from trilens.io.atomic import write_bytes
 from trilens.io.guarded import read_bytes
 from trilens.io.json import json_bytes
 from trilens.io.weight_files import GUARD_NAME, INDEX_NAME, SINGLE_NAME
+from trilens.models.auto_classes import is_built_for
 
 __all__ = ["origin_of", "weight_index", "write_side_files"]
 
@@ -50,7 +49,7 @@ def origin_of(job: Job) -> Origin:
         hub_id,
         metadata=inherited_metadata("".join(texts)),
         has_card=bool(texts),
-        is_causal=type(job.model) in MODEL_FOR_CAUSAL_LM_MAPPING.values(),
+        is_causal=is_built_for("causal", job.model),
     )
 
 

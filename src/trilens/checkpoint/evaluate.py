@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.checkpoint.format.sample import SampleReport
 from trilens.errors import GenerationError, NonFiniteError, TextError, UsageError
@@ -24,6 +23,7 @@ from trilens.evaluation.loop import logits_of
 from trilens.evaluation.output import OutputAccumulator
 from trilens.evaluation.perplexity import measure_perplexity
 from trilens.io.paths import as_path
+from trilens.models.auto_classes import is_built_for
 from trilens.models.loading import load
 from trilens.models.positions import configured_positions, max_positions_of
 from trilens.printable import as_unicode
@@ -141,7 +141,7 @@ def blocks_of(
     model: Any, sample: Sample, tokenizer: Any, *, limit_tokens: int = _LIMIT_TOKENS
 ) -> Blocks:
     """A text as a loaded model reads it; as `read_samples`."""
-    if type(model) in MODEL_FOR_MASKED_LM_MAPPING.values() or _headless(model):
+    if is_built_for("masked", model) or _headless(model):
         raise UsageError(
             f"sample {sample.name!r} cannot be measured: {type(model).__name__} is no causal "
             "language model; leave the sample out"

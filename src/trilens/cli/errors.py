@@ -21,6 +21,8 @@ from trilens.errors import (
     TrilensWarning,
     WriteError,
 )
+from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 
 __all__ = ["OneLineGroup", "one_line_errors"]
 
@@ -95,6 +97,14 @@ def one_line_errors(
         failed = isinstance(error, (AnatomyError, CaptureError, WriteError, *failures))
         refused = isinstance(error, DamageError)
         raise typer.Exit(3 if refused else 1 if failed else 2) from None
+    except Exception as error:
+        if debug or not is_short_of_memory(error):
+            raise
+        say(
+            f"trilens: memory ran out: {reason(error)}; free some, or ask for less at once",
+            err=True,
+        )
+        raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
         if stopped:
             say(f"trilens: {stopped}", err=True)

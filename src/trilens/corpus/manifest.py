@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> StoreManifest:
         raise CorruptFileError(f"{path} is not the manifest of a {FORMAT}")
     version = found.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise CorruptFileError(other_version(f"{path} is {FORMAT}", version, VERSION))
+        raise CorruptFileError(other_version(f"{path} is {FORMAT}", version, VERSION, oldest=1))
     try:
         manifest = StoreManifest.from_dict(found)
     except (KeyError, TypeError, ValueError, AttributeError, TrilensError) as cause:

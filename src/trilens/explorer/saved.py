@@ -100,5 +100,7 @@ def _report(path: Path) -> str:
             f"{path} is not a whole report ({type(error).__name__}): make it again"
         ) from error
     if not isinstance(version, int) or not 1 <= version <= DATA_VERSION:
-        raise CorruptFileError(other_version(f"{path} is a report of", version, DATA_VERSION))
+        raise CorruptFileError(
+            other_version(f"{path} is a report of", version, DATA_VERSION, oldest=1)
+        )
     return html

@@ -19,6 +19,7 @@ from trilens.errors import CorruptFileError, TrilensError
 __all__ = [
     "SIZE_LIMIT_BYTES",
     "OpenFile",
+    "Scratch",
     "Stamp",
     "check_link",
     "open_regular",
@@ -135,6 +136,23 @@ class Stamp:
         return cls(found.st_dev, found.st_ino, found.st_size, *times)
 
 
+class Scratch:
+    """Memory for one thing after another, as large as the largest of them."""
+
+    def __init__(self) -> None:
+        self._held = np.empty(0, dtype=np.uint8)
+
+    def room(self, size: int) -> NDArray[np.uint8]:
+        """Bytes whose last user has done with them.
+
+        Shapes: → [size]
+        """
+        if self._held.size < size:
+            self._held = np.empty(0, dtype=np.uint8)  # let go of before more is taken
+            self._held = np.empty(size, dtype=np.uint8)
+        return self._held[:size]
+
+
 class OpenFile:
     """A file's bytes, read where they are asked for: a file that is cut off meanwhile is an error.
 
@@ -146,7 +164,6 @@ class OpenFile:
         self.path = path
         with open_regular(path) as stream:
             self._file = os.dup(stream.fileno())
-        self._scratch = np.empty(0, dtype=np.uint8)
         weakref.finalize(self, os.close, self._file)
 
     @property
@@ -166,17 +183,15 @@ class OpenFile:
         self.fill(found, begin)
         return found
 
-    def borrow(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """As `bytes`, in memory that the next call uses again.
+    def borrow(self, begin: int, end: int, scratch: Scratch) -> NDArray[np.uint8]:
+        """As `bytes`, in memory that is used again.
 
         Shapes: → [end − begin]
 
         Raises:
             CorruptFileError: the file ends before.
         """
-        if self._scratch.size < end - begin:
-            self._scratch = np.empty(end - begin, dtype=np.uint8)
-        found = self._scratch[: end - begin]
+        found = scratch.room(end - begin)
         self.fill(found, begin)
         return found
 

@@ -25,11 +25,20 @@ def clip(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def other_version(what: str, found: object, newest: int) -> str:
-    """Why a file of ours is not read, and what to do: a newer one needs a newer trilens."""
+def other_version(what: str, found: object, newest: int, *, oldest: int | None = None) -> str:
+    """Why a file of ours is not read, and what to do: a newer one needs a newer trilens.
+
+    Args:
+        what: the file and its kind, before the word "version".
+        found: what it says.
+        newest: the version that is read.
+        oldest: where older ones are read too, the first of them.
+    """
     is_newer = isinstance(found, int) and not isinstance(found, bool) and found > newest
     do = "install a newer trilens" if is_newer else "write it again"
-    return f"{what} version {clip(found)}: this trilens reads versions up to {newest}; {do}"
+    is_one = oldest is None or oldest == newest
+    read = f"version {newest}" if is_one else f"versions {oldest} to {newest}"
+    return f"{what} version {clip(found)}: this trilens reads {read}; {do}"
 
 
 def in_blocks(length: int | None) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from trilens.errors import GenerationError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.lens.decoding import Decoding, cache_of, run_alone
 from trilens.models.forward_call import device_of
 from trilens.taps.mode import evaluating
@@ -54,10 +55,10 @@ def continue_batch(
                 generation_config=decoding.config(0),
                 **cache_of(model),
             )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         # The model's own code, on plain tokens: whatever it raises, it does not generate.
         except Exception as cause:
+            if is_short_of_memory(cause):
+                raise
             raise GenerationError(
                 f"{type(model).__name__} does not go on from {len(there)} texts of "
                 f"{there.shape[1]} tokens ({reason(cause)}); give texts to measure or calibrate on"

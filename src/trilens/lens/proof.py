@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from trilens.errors import AnatomyError, RecorderError, TrilensError, UsageError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.anatomy import Anatomy, find_anatomy
 from trilens.models.cross_attention import (
     CrossAttention,
@@ -104,6 +105,8 @@ def prove(
         except TrilensError:
             raise
         except Exception as error:
+            if is_short_of_memory(error):
+                raise
             raise _not_run(model, seq, arguments, error) from error
         if not whole():
             raise AnatomyError(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trilens.errors import GenerationError, TrilensError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.forward_call import probe_ids
 
 __all__ = ["StepSafety", "deviation"]
@@ -89,7 +90,9 @@ def _measure(ids: Tensor, model: PreTrainedModel, by_steps: BySteps, at_once: At
     except TrilensError as error:
         return str(error)
     # The model's own code, on plain tokens: whatever it raises, it does not generate.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if is_short_of_memory(error):
+            raise
         return (
             f"{name} does not generate: a plain prompt of {prompt} tokens fails "
             f"({reason(error)}); capture texts with lens.capture"

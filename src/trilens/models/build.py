@@ -22,6 +22,7 @@ from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShort
 from trilens.io.json import read_json
 from trilens.io.messages import reason
 from trilens.io.safetensors_header import TensorHeader
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.completeness import check_complete, check_floating
 from trilens.models.config_check import (
     StoredShape,
@@ -327,10 +328,8 @@ def _build_one(
             unreadable(folder, config, cause)
             or f"{folder} needs a package that is not installed to build {name}: {reason(cause)}"
         ) from cause
-    except (MemoryError, torch.OutOfMemoryError) as cause:
-        raise MemoryShortError(f"memory ran out while loading {folder}: {reason(cause)}") from cause
     except Exception as cause:
-        if "allocate memory" in str(cause):
+        if is_short_of_memory(cause):
             raise MemoryShortError(
                 f"memory ran out while loading {folder}: {reason(cause)}"
             ) from cause

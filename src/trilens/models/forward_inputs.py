@@ -23,6 +23,7 @@ from trilens.errors import (
     UsageError,
 )
 from trilens.io.messages import clip, listed, reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.text.source import NO_TOKEN
 
 __all__ = ["fitting", "read_inputs"]
@@ -116,7 +117,7 @@ def fitting(model: PreTrainedModel, arguments: Mapping[str, Any] | None) -> Iter
     except TrilensError:
         raise
     except Exception as cause:
-        if arguments is None:
+        if arguments is None or is_short_of_memory(cause):
             raise
         shapes = ", ".join(
             f"{name} {list(value.shape)}"

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 import transformers
 
-from trilens.errors import ConfigError, CorruptFileError, ModelNotFoundError, UsageError
+from trilens.errors import (
+    ConfigError,
+    CorruptFileError,
+    MemoryShortError,
+    ModelNotFoundError,
+    UsageError,
+)
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.completeness import check_complete
 
 __all__ = ["build_gguf", "gguf_bytes", "gguf_path"]
@@ -81,6 +88,10 @@ def build_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any, tuple[
             f"{file} needs a package that is not installed: {reason(cause)}"
         ) from cause
     except Exception as cause:
+        if is_short_of_memory(cause):
+            raise MemoryShortError(
+                f"memory ran out while loading {file}: {reason(cause)}"
+            ) from cause
         raise ConfigError(
             f"{file} is not read by transformers {transformers.__version__}: {reason(cause)}"
         ) from cause

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trilens.errors import AnatomyError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.forward_call import pass_options
 from trilens.models.stacks import source_name
 
@@ -41,7 +42,9 @@ def made_up_features(encoder: nn.Module) -> tuple[dict[str, Tensor], int]:
             with torch.no_grad():
                 output = encoder(**given, **pass_options(encoder))
         # Which shapes an encoder takes is only known to itself.
-        except Exception as cause:  # noqa: BLE001
+        except Exception as cause:
+            if is_short_of_memory(cause):
+                raise
             error = error or reason(cause)
             continue
         hidden = getattr(output, "last_hidden_state", output)

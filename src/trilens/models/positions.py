@@ -15,6 +15,7 @@ import torch
 
 from trilens.errors import BeyondPositionsWarning, PromptTooLongError, TrilensError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 
 __all__ = [
     "beyond_positions",
@@ -115,6 +116,8 @@ def beyond_positions(model: Any, n_tokens: int) -> Iterator[None]:
     except TrilensError:
         raise
     except Exception as cause:
+        if is_short_of_memory(cause):
+            raise
         raise PromptTooLongError(
             f"prompt has {n_tokens} tokens, this model has {limit} positions and fails beyond "
             f"them ({reason(cause)}): shorten it to at most {limit} tokens"

@@ -21,6 +21,7 @@ from trilens.caches.patterns.softmax.masks import plain_mask, tensor_identity
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.caches.storage import address_of
 from trilens.errors import AttentionPathError, GenerationError, RecurrentStateError
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.gates.decoding import join_calls
 from trilens.models.gates.kernels import KernelRecord
 from trilens.models.gates.recurrent_states import LayerState, states_of
@@ -272,6 +273,8 @@ def _end_to_end(parts: Sequence[Any], axis: int, what: str) -> Tensor:
     try:
         return torch.cat(list(parts), dim=axis)
     except RuntimeError as cause:
+        if is_short_of_memory(cause):
+            raise
         raise GenerationError(
             f"{what} has the shapes {sorted({tuple(part.shape) for part in parts})} in the passes "
             "of one generation, which do not fit end to end: leave it out of the capture"

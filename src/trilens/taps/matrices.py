@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trilens.errors import CaptureError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.offload import execution_device, hooks_on, in_memory
 from trilens.taps.mode import evaluating
 from trilens.ternary.packed.experts import TernaryExperts
@@ -223,6 +224,8 @@ def _dequantized(parameter: Any, name: str) -> Tensor:
         with torch.no_grad():
             values: Tensor = parameter.dequantize()
     except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError) as cause:
+        if is_short_of_memory(cause):
+            raise
         raise CaptureError(f"{name} is a {type(parameter).__name__}: {reason(cause)}") from cause
     if not _is_plain(values) or values.shape != parameter.shape:
         kind = f"{_dtype(values)} {list(values.shape)}"
@@ -268,7 +271,9 @@ def _measured(model: nn.Module, path: str, name: str) -> Tensor:
             except CaptureError:
                 raise
             # Whatever a foreign layer raises, it is its answer to the question.
-            except Exception as cause:  # noqa: BLE001
+            except Exception as cause:
+                if is_short_of_memory(cause):
+                    raise
                 last = cause
     raise CaptureError(
         f"{name}: a {_title(module)} does not answer to a plain input: "

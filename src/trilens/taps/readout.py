@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trilens.errors import AnatomyError, SeveralStreamsError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import forward_arguments, probe_ids
 from trilens.models.trace import Trace, tensors_in
@@ -121,6 +122,8 @@ def check_readout(model: PreTrainedModel, anatomy: Anatomy, trace: Trace, vocab:
         alone = read_out(model, anatomy, streams[:, -1:], vocab)
     # What stands between the blocks and the final norm may need more than the streams.
     except Exception as error:
+        if is_short_of_memory(error):
+            raise
         raise SeveralStreamsError(
             f"the residual has several streams, and they cannot be read out: {reason(error)}"
         ) from error

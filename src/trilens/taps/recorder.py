@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trilens.caches.patterns.softmax.pattern import SoftmaxPattern
 from trilens.caches.storage import address_of
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.gates.events import (
     GATING_FUNCTIONS,
     STREAM_FUNCTIONS,
@@ -352,7 +353,9 @@ def _responses(calls: list[ModuleCall]) -> dict[nn.Module, Tensor]:
             with torch.no_grad():
                 answer = module(wide_points(call.inputs[0]))
         # A module that wants more than numbers is no activation.
-        except Exception:  # noqa: BLE001
+        except Exception as error:
+            if is_short_of_memory(error):
+                raise
             continue
         if isinstance(answer, Tensor):
             found[module] = answer

@@ -17,6 +17,7 @@ import torch
 from trilens import errors
 from trilens.errors import ShardError, TrilensError
 from trilens.io.messages import reason
+from trilens.io.short_memory import is_short_of_memory
 from trilens.workers.dispatch import RunShard, WorkerSpec
 
 __all__ = ["ShardWorker", "error_of", "main"]
@@ -67,7 +68,9 @@ def main(requests: TextIO, answers: TextIO) -> None:
                 answer({"done": worker.run(request["shard"])})
         except TrilensError as error:
             answer({"refused": str(error), "error": type(error).__name__})
-        except MemoryError as error:
+        except Exception as error:
+            if not is_short_of_memory(error):
+                raise
             answer({"lost": reason(error)})
 
 

@@ -59,7 +59,8 @@ def cases(draw: st.DrawFn) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
 
 def test_it_is_built_where_a_compiler_is() -> None:
     compilers = [shutil.which(name) for name in ("cc", "gcc", "clang")]
-    assert (native._library() is not None) or not any(compilers)
+    again = "build it (again): pip install -e ."
+    assert (native._library() is not None) or not any(compilers), again
 
 
 def test_it_computes_where_the_processor_can() -> None:
@@ -100,6 +101,24 @@ def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatc
     assert look() is None
     monkeypatch.setattr(native, "JOB", native.JOB[:-1])
     assert look() is None
+
+
+@pytest.mark.skipif(native._library() is None, reason="there was no compiler to build the library")
+def test_a_library_of_the_same_fields_but_other_bodies_is_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = native._library.__wrapped__
+    here = Path(native.__file__).parent
+    for file in (*here.glob("*.c"), *here.glob("*.h"), *here.glob("_native*")):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert look() is not None
+    source = tmp_path / "native_few.c"
+    source.write_text(source.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert look() is None
+    for file in (*tmp_path.glob("*.c"), *tmp_path.glob("*.h")):
+        file.unlink()
+    assert look() is not None  # shipped without its sources
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,6 +214,22 @@ def test_infinite_inputs_are_not_hidden(way: str) -> None:
     assert torch.equal(found[found.isinf()], expected[expected.isinf()])
     x[0, 5] = float("nan")
     assert multiply(x, packed).isnan().all()
+
+
+@pytest.mark.parametrize("rule", ["absmean", "planes"])
+@pytest.mark.parametrize("n_inputs", [1, 4, 7])
+def test_inputs_near_the_end_of_their_range(way: str, rule: str, n_inputs: int) -> None:
+    packed = made(100, 512, rule=rule, group_size=128)
+    with torch.no_grad():  # a product of one input alone stays within the range
+        packed.scale.div_(1024)
+        if packed.second_scale is not None:
+            packed.second_scale.div_(1024)
+    x = inputs(n_inputs, 512, torch.bfloat16).sign() * 3e38
+    found = multiply(x, packed)
+    assert found.isfinite().all()
+    check(found, x, packed, None)
+    x[-1, 7] = 1.0  # one alone is enough
+    check(multiply(x, packed), x, packed, None)
 
 
 @pytest.mark.parametrize("openmp", [True, False])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import time
+from collections.abc import Iterator
+from threading import Barrier, get_ident
 
 import numpy as np
 import pytest
@@ -195,3 +198,47 @@ def test_parallel_map_keeps_order_and_raises() -> None:
 
     with pytest.raises(UsageError, match="item 0"):
         parallel_map(fail, range(5))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_thread_that_never_begins_is_not_waited_for(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(kernels, "start_new_thread", lambda *given: asked.append(given))
+    assert parallel_map(lambda i: -i, range(9)) == [-i for i in range(9)]
+    assert len(asked) == 2
+
+    def none(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(kernels, "start_new_thread", none)
+    assert parallel_map(lambda i: -i, range(9)) == [-i for i in range(9)]
+
+
+def test_items_of_other_threads_are_waited_for(three_threads: None) -> None:
+    together = Barrier(3)
+
+    def slow(i: int) -> int:
+        together.wait(timeout=60)  # three threads are at three items
+        if get_ident() != caller:
+            time.sleep(0.05)
+        return -i
+
+    caller = get_ident()
+    for _ in range(5):
+        assert parallel_map(slow, range(3)) == [0, -1, -2]
+
+    def fail(i: int) -> int:
+        together.wait(timeout=60)
+        raise UsageError(f"item {i}")
+
+    with pytest.raises(UsageError, match="item 0"):
+        parallel_map(fail, range(3))

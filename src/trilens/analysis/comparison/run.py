@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from trilens.analysis.comparison.attention import EFFECTIVE, SOFTMAX, AttentionAccumulator
 from trilens.analysis.comparison.compatible import check_comparable, shared_vocabulary
@@ -37,6 +36,7 @@ from trilens.evaluation.output import OutputAccumulator, OutputResult
 from trilens.lens.capture import Capture
 from trilens.lens.lens import Lens
 from trilens.lens.parts import ModelInfo
+from trilens.models.auto_classes import is_built_for
 from trilens.models.encoded import each_prompt, is_messages
 from trilens.models.positions import max_positions_of
 from trilens.models.tokens import PromptLike, read_prompt, vocab_size_of
@@ -142,7 +142,7 @@ class _Run:
         self.options = options
         self.sites: CommonSites = common_sites(before, after)
         self.vocab = shared_vocabulary(before, after)
-        masked = type(before.model) in MODEL_FOR_MASKED_LM_MAPPING.values()
+        masked = is_built_for("masked", before.model)
         self.output = OutputAccumulator(next_token=not masked, seed=options.seed)
         self.has_output = bool(before.anatomy.unembedding) and bool(after.anatomy.unembedding)
         self.min_tokens = 1 if masked or not self.has_output else 2

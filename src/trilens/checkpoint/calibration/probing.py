@@ -14,6 +14,7 @@ from trilens.checkpoint.calibration.handover import Axes, Key, Made, axes_of, sn
 from trilens.checkpoint.calibration.nest import Path, containers, leaves, replaced
 from trilens.checkpoint.calibration.passing import passing
 from trilens.errors import AnatomyError
+from trilens.io.short_memory import is_short_of_memory
 from trilens.models.anatomy import Anatomy
 from trilens.models.forward_call import forward_arguments, probe_ids
 from trilens.models.tokens import vocab_size_of
@@ -160,7 +161,10 @@ def _needed_until(
             key = (step, number)
             try:
                 found, changed = _passed(model, blocks, ids, run, {key: _other(tensor)})
-            except Exception:  # noqa: BLE001 - whatever the model says to it, it looked at it
+            except Exception as error:
+                if is_short_of_memory(error):
+                    raise
+                # Whatever else the model says to it, it looked at it.
                 needed[key] = len(blocks)
                 continue
             if not _equal(changed, logits):

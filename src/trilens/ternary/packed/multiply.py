@@ -44,6 +44,7 @@ _LOOKUP_INPUTS = {"pairs": 12, "singles": 8, "any": 5}
 """Up to how many inputs the codes are looked up: beyond, tiles are faster."""
 
 _SMALLEST = 64  # rows that the compiled loop takes at a time
+_LARGEST_SUM = 2.0**126
 _ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _DTYPES = frozenset({*_ROUNDING, torch.float64})
@@ -125,6 +126,9 @@ def _method(flat: Tensor, packed: Packed) -> str | None:
     if flat.dtype == torch.float64 or not 0 < len(flat) <= max(_LOOKUP_INPUTS.values()):
         return None
     if len(packed.codes) < _SMALLEST or not _readable(packed):
+        return None
+    # Sums that are looked up are scaled at the end, and could overflow before.
+    if flat.dtype != torch.float16 and float(flat.abs().amax()) * packed.cols >= _LARGEST_SUM:
         return None
     found = methods()
     return found[0] if found and len(flat) <= _LOOKUP_INPUTS[found[0]] else None

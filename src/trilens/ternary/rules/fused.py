@@ -19,6 +19,8 @@ from trilens.ternary.weights_view import BLOCK, WeightsLike, WeightsView, view_w
 
 __all__ = ["PackedQuant", "pack_absmean"]
 
+_TASKS_OF_A_THREAD = 16  # small enough that the last one is soon done, beside other work too
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedQuant:
@@ -99,6 +101,6 @@ def pack_absmean(
 def _runs(view: WeightsView) -> list[tuple[int, int]]:
     """Whole blocks for one call of a kernel: several, where reading them copies nothing."""
     n_blocks = -(-view.size // BLOCK)
-    n_tasks = 4 * torch.get_num_threads() if view.reads_in_place else n_blocks
+    n_tasks = _TASKS_OF_A_THREAD * torch.get_num_threads() if view.reads_in_place else n_blocks
     step = -(-n_blocks // n_tasks) * BLOCK
     return [(a, min(a + step, view.size)) for a in range(0, view.size, step)]

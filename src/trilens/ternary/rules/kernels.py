@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
-from threading import Thread
+from threading import Lock
 from types import ModuleType
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
@@ -188,8 +190,10 @@ def parallel_map(
 ) -> list[_Result]:
     """`function` of every item, in order, on as many threads as torch may use.
 
-    The caller's thread works too, and the others live for this call only: numba's own would abort
-    the process when two callers meet, or after a fork.
+    The caller's thread works too, begins at once, and waits only for items that another thread is
+    at: one that the system has not let begin by then, beside other work, is not waited for. The
+    others are for this call only: numba's own would abort the process when two callers meet, or
+    after a fork.
 
     Raises: what `function` raised for the first item that failed.
     """
@@ -200,6 +204,7 @@ def parallel_map(
     results: list[_Result | None] = [None] * len(waiting)
     failures: dict[int, BaseException] = {}
     numbers = deque(range(len(waiting)))
+    begun: list[Lock] = []
 
     def work() -> None:
         while not failures:
@@ -212,12 +217,23 @@ def parallel_map(
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 failures[number] = error
 
-    others = [Thread(target=work, name="trilens-ternary") for _ in range(n_threads - 1)]
-    for thread in others:
-        thread.start()
-    work()
-    for thread in others:
-        thread.join()
+    def other() -> None:
+        at_work = Lock()
+        with at_work:
+            begun.append(at_work)
+            work()
+
+    # Not `Thread.start`, which waits until the thread runs.
+    with suppress(RuntimeError):  # the system has no more threads
+        for _ in range(n_threads - 1):
+            start_new_thread(other, ())
+    try:
+        work()
+    finally:
+        numbers.clear()  # after a failure; who begins now finds nothing
+        for at_work in list(begun):
+            with at_work:
+                pass
     if failures:
         raise failures[min(failures)]
     return cast("list[_Result]", results)

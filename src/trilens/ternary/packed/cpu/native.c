@@ -19,6 +19,13 @@ void *PyInit__native(void) { return 0; }
 
 const char *trilens_native_job(void) { return TEXT_OF(FIELDS); }
 
+/* A hash of the files that it was built of, which the build knows. */
+#ifndef TRILENS_SOURCES
+#define TRILENS_SOURCES unknown
+#endif
+
+const char *trilens_native_sources(void) { return TEXT_OF(TRILENS_SOURCES); }
+
 #ifdef TRILENS_NATIVE_FAST
 
 #define ROWS 4   /* of a block: with 6 inputs, 24 sums in registers */

@@ -12,6 +12,7 @@
 #endif
 
 EXPORT const char *trilens_native_job(void);
+EXPORT const char *trilens_native_sources(void);
 EXPORT int trilens_native_level(void);
 EXPORT void trilens_native_prepare(void *address);
 EXPORT void trilens_native_multiply(void *address);
@@ -26,7 +27,7 @@ EXPORT void *PyInit__native(void);
 #define FIELDS                                                                                     \
     next, first_row, rows, row_bytes, cols, group_cols, groups, scale_step, codes, scale,          \
         second_codes, second_scale, offset, batch, chunk, source, x, bias, sums, places, factors,  \
-        out, out_bytes
+        out, out_bytes, large
 
 typedef struct {
     int64_t FIELDS;

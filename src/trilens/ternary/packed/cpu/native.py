@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trilens.ternary.packed.cpu.native_sources import hash_of_sources
 from trilens.ternary.packed.cpu.thread_pool import Loop, run_job
 from trilens.ternary.packed.matrix import Packed
 
@@ -55,6 +56,7 @@ JOB = (
     "factors",  # int8: address of float32 [batch]
     "out",  # address of bfloat16 (int8: float32) [batch, rows]; `unpack`: [rows, out_bytes]
     "out_bytes",  # from input to input; `unpack`: from row to row
+    "large",  # `prepare_few` says whether an input is too large for sums that have no scale yet
 )
 
 _FUNCTIONS = (
@@ -62,6 +64,7 @@ _FUNCTIONS = (
     *("prepare_int8", "multiply_int8"),
 )
 _NOTHING = dict.fromkeys(JOB, 0)
+_LARGE = JOB.index("large")
 _STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
 _MOST_GROUPS = 1024  # their values lie on a thread's stack
 _CHUNK_BYTES = 1 << 20  # inputs that stay in a core's cache
@@ -144,15 +147,7 @@ def multiply_native(
         "out_bytes": 2 * out.shape[1],
     }
     x = flat.contiguous().resolve_neg()
-    if _are_few(n_inputs, packed):
-        steps = -(-packed.cols // _WIDE)
-        # one piece of memory: what `prepare` makes of the inputs, and where scales stand
-        made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
-        job |= {"x": made.data_ptr(), "source": x.data_ptr()}
-        job["places"] = made.data_ptr() + 2 * steps * n_inputs * _WIDE
-        array = _array(job)
-        run_job(_function("prepare_few"), array)
-        run_job(_function("multiply_few"), array, n_threads)
+    if _are_few(n_inputs, packed) and _multiply_few(job, x, packed, n_threads):
         return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
     if n_inputs > 1 or packed.cols % _STEP:
@@ -210,6 +205,20 @@ def _are_few(n_inputs: int, packed: Packed) -> bool:
     return n_inputs <= _FEW and packed.levels == 3 and packed.offset is None
 
 
+def _multiply_few(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> bool:
+    """Whether it was done: the largest inputs would overflow before they are scaled."""
+    n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
+    # one piece of memory: what `prepare` makes of the inputs, and where scales stand
+    made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
+    places = made.data_ptr() + 2 * steps * n_inputs * _WIDE
+    array = _array(job | {"x": made.data_ptr(), "source": x.data_ptr(), "places": places})
+    run_job(_function("prepare_few"), array)
+    if array[_LARGE]:
+        return False
+    run_job(_function("multiply_few"), array, n_threads)
+    return True
+
+
 def _blocks(n_inputs: int, at_once: int, input_bytes: int) -> int:
     """Blocks of a chunk, so that chunks are of nearly equal size."""
     blocks = -(-n_inputs // at_once)
@@ -245,18 +254,20 @@ def _array(job: dict[str, int]) -> NDArray[np.int64]:
 
 @cache
 def _library() -> Any:
-    """The built library, or None where none was built, or one that reads jobs of other fields."""
+    """The built library, or None where none was built, or one of other sources than are here."""
+    here = hash_of_sources(Path(__file__).parent)
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.is_file():
             try:
                 library = ctypes.CDLL(str(path))
-                tell = library.trilens_native_job
+                tell, built_of = library.trilens_native_job, library.trilens_native_sources
             except (OSError, AttributeError):  # built for another machine, or long ago
                 continue
-            tell.restype = ctypes.c_char_p
+            tell.restype = built_of.restype = ctypes.c_char_p
             whole = all(hasattr(library, f"trilens_native_{name}") for name in _FUNCTIONS)
-            if whole and tuple(tell().decode().split(", ")) == JOB:
+            same = here in ("", built_of().decode())
+            if whole and same and tuple(tell().decode().split(", ")) == JOB:
                 return library
     return None
 

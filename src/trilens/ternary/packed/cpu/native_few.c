@@ -11,7 +11,11 @@
 
 #define TALL 8 /* rows of a block of one input */
 
-/* x[inputs, steps, 8, 32], zeros after the last column; and where scales stand. */
+/* Sums of 16 columns times 2 stay below 2^127 up to there, though nothing scales them yet. */
+#define LARGE ((122 + 127) << 7)
+
+/* x[inputs, steps, 8, 32], zeros after the last column; and where scales stand. Whether an input is
+   too large for sums without a scale. */
 void trilens_native_prepare_few(void *address) {
     Job *job = address;
     const int64_t steps = wide_steps(job);
@@ -26,6 +30,13 @@ void trilens_native_prepare_few(void *address) {
                 to[32 * (7 - column % 8) + column / 8] = from[WIDE * step + column];
         }
     }
+    const int16_t *all = (const int16_t *)job->source; /* signed: what any processor compares at once */
+    int16_t most = 0;
+    for (int64_t i = 0; i < job->batch * job->cols; i++) {
+        int16_t size = all[i] & 0x7fff;
+        most = size > most ? size : most;
+    }
+    job->large = most >= LARGE;
 }
 
 /* Half the scales of a row, as a dense layer of bfloat16 would hold them; exact for two planes. */
