@@ -1,7 +1,7 @@
 """A checkpoint that is larger than memory: ternarize, calibrate, compare, plan under a limit.
 
     python -m benchmarks.larger_than_memory [--size-gb 12] [--limit-gb 4] [--width 4096]
-        [--runs ternarize …]
+        [--tokens 64] [--runs ternarize …]
 
 Random bfloat16 weights of a Llama, one file a block. Each command runs in a process of its own,
 watched from outside: memory that cannot leave (anonymous, shared, swapped) is looked at every
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=float, default=4.0)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--fitted", default=FITTED, help="matrices that a calibration codes")
+    parser.add_argument("--tokens", type=int, default=64, help="of each text, but a calibration's")
     parser.add_argument("--folder", type=Path, help="kept; else a temporary one, removed")
     parser.add_argument("--runs", nargs="+", default=["ternarize", "compare", "calibrate", "plan"])
     given = parser.parse_args()
@@ -172,21 +173,23 @@ def main() -> None:
     try:
         facts = _facts(source, root, int(given.size_gb * 1e9), given.width)
         print(facts, flush=True)
-        asked = commands(source, root, text(root / "text.txt"), fitted=given.fitted)
-        found: dict[str, dict[str, Any]] = {}
+        facts["threads"] = os.environ.get("OMP_NUM_THREADS", "all")
+        facts |= {"limit_bytes": int(given.limit_gb * 1e9), "tokens": given.tokens}
+        data = text(root / "text.txt")
+        asked = commands(source, root, data, n_tokens=given.tokens, fitted=given.fitted)
         for name in given.runs:
             command = [sys.executable, "-m", "trilens", *asked[name]]
-            found[name] = watched(command, int(given.limit_gb * 1e9))
-            print(name, found[name], flush=True)
+            _keep(name, facts | watched(command, facts["limit_bytes"]))
     finally:
         if given.folder is None:
             shutil.rmtree(root)
+
+
+def _keep(name: str, figures: dict[str, Any]) -> None:
+    """Save one run beside the others, at once: the next may take hours."""
     before = RESULTS / "larger_than_memory.json"
     runs = json.loads(before.read_text())["runs"] if before.exists() else {}
-    facts["threads"] = os.environ.get("OMP_NUM_THREADS", "all")
-    facts["limit_bytes"] = int(given.limit_gb * 1e9)
-    runs |= {name: facts | each for name, each in found.items()}
-    save("larger_than_memory", {"runs": runs})
+    save("larger_than_memory", {"runs": runs | {name: figures}})
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def main() -> None:
         folder = Path(name)
         figures = {
             "overhead": overhead(folder, given.tokens, given.rounds),
-            "loader": loader(folder, 8 * given.tokens, given.rounds),
+            "loader": loader(folder, 32 * given.tokens, given.rounds),  # eight buffers
             "workers": workers(folder, 2 * given.tokens, 1, given.ray),
             "memory": memory(folder, given.tokens // 2),
         }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -121,6 +122,22 @@ def test_float_dtypes_are_roundings(dtype: str, tmp_path: Path) -> None:
     values = tiny_store(tmp_path / dtype, dtype=dtype)["resid_post", 1]
     assert torch.equal(values.to_torch(), exact.to(getattr(torch, dtype)))
     assert values.to_numpy().dtype == (np.float16 if dtype == "float16" else np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+def test_arrow_holds_what_the_dtype_holds(dtype: str, tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / dtype, dtype=dtype, sites=("resid_post", "embed"))
+    for key in (("resid_post", 1), "embed"):
+        values = store[key]
+        table = values.to_arrow()
+        floats = pa.float16() if dtype == "float16" else pa.float32()
+        assert table.schema.field("values").type == pa.list_(floats, values.shape[1])
+        flat = table.column("values").combine_chunks().flatten().to_numpy()
+        np.testing.assert_array_equal(flat.reshape(values.shape), values.to_numpy())
+        assert table.column("token_id").to_pylist() == store.token_ids_of(0, len(values)).tolist()
+        assert values.to_arrow(5, 5).num_rows == 0
+        with pytest.raises(OutOfRangeError, match="out of range"):
+            values.to_arrow(3, len(values) + 1)
 
 
 def test_int8_states_its_error(tmp_path: Path) -> None:

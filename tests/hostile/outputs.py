@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from checkpoint_cases import saved
 from corpus_cases import id_documents, tiny_lens, tiny_store
 from gguf_cases import saved_with_tokenizer
-from hostile.processes import RIGHT, child, wait
+from hostile.processes import RIGHT, prepared
 from rwkv7_published import published_tensors
 from tinymodels import build, prompt_ids
 from trilens import Capture, Comparison, Lens, TernaryPlan, compare, ternarize
@@ -107,6 +108,7 @@ def both_versions(output: Output, sources: Path, place: Path) -> list[dict[str, 
     found = []
     for which in (0, 1):
         clear(place.parent)
-        assert wait(child(lambda which=which: output.write(sources, which, place))) == RIGHT
+        write = partial(output.write, sources, which, place)
+        assert prepared(write, sources / "modules") == RIGHT
         found.append(content(place))
     return found

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from trilens.errors import TrilensError
 
-__all__ = ["CALLS", "REFUSED", "RIGHT", "child", "counted", "wait"]
+__all__ = ["CALLS", "REFUSED", "RIGHT", "child", "counted", "import_all", "prepared", "wait"]
 
 RIGHT, REFUSED, BROKEN = 0, 2, 70
 
@@ -46,6 +48,32 @@ def child(work: Callable[[], object], *, before: Callable[[], object] | None = N
             sys.stderr.flush()
         leave(code)
     raise AssertionError
+
+
+def prepared(work: Callable[[], object], names: Path) -> int:
+    """Have a child do some work, and import here what it imported; its exit code.
+
+    Later children need not: imports are most of the time of small work. Done here instead, the work
+    might start threads, which no fork survives.
+
+    Args:
+        names: a file for the names of its modules.
+    """
+
+    def noted() -> None:
+        work()
+        names.write_text("\n".join(sys.modules))
+
+    code = wait(child(noted))
+    import_all(names.read_text().splitlines() if code == RIGHT else ())
+    return code
+
+
+def import_all(names: Iterable[str]) -> None:
+    """Import these modules, as far as they can be: some are made by others."""
+    for name in names:
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def wait(number: int) -> int:

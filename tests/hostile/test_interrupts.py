@@ -18,6 +18,7 @@ from trilens.analysis.comparison.result import Comparison
 from trilens.demo import demo_path
 from trilens.lens.capture import Capture
 
+TESTS = Path(__file__).resolve().parent.parent
 DEMO = str(demo_path("transformer"))
 # What pip writes as the `trilens` command, and a byte once Ctrl-C is ours: what comes before is
 # the start of Python itself.
@@ -96,6 +97,7 @@ FORKS = """
 import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
+from hostile.processes import import_all
 from trilens.cli.interrupts import _end
 from trilens.cli.main import main
 times, folder, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -123,6 +125,8 @@ def run(delay):
             code = ended.code or 0
         except BaseException as error:
             os.write(2, ("Traceback: " + repr(error)).encode())
+        if delay is None:
+            open(folder + "/modules", "w").write("\\n".join(sys.modules))
         os._exit(code)
     os.close(writer)
     os.read(reader, 1)
@@ -133,6 +137,7 @@ def run(delay):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code, open(folder + "/errors", errors="replace").read(), time.monotonic() - begun
 run(None)
+import_all(open(folder + "/modules").read().splitlines())
 *whole, length = run(None)
 delays = random.Random(0)
 found = [run(delays.uniform(0, length))[:2] for _ in range(times)]
@@ -151,9 +156,10 @@ def test_an_interrupt_at_any_time_of_the_work(command: str, tmp_path: Path) -> N
         "compare": (DEMO, DEMO, *small, "-o", str(tmp_path / "out")),
     }[command]
     times = scaled(full=25, subset=4)
+    search = os.pathsep.join((str(TESTS), *(path for path in sys.path if path)))
     done = subprocess.run(
         [sys.executable, "-c", FORKS, str(times), str(tmp_path), command, *arguments],
-        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+        capture_output=True, text=True, env={**ENVIRONMENT, "PYTHONPATH": search}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (code, errors), found = json.loads(done.stdout)

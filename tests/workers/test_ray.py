@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -95,6 +97,52 @@ def test_both_nodes_work_and_one_is_lost(cluster: Any, checkpoint: str, tmp_path
         trilens.validate_store(tmp_path / "s")
     trilens.capture_corpus(checkpoint, DOCUMENTS, tmp_path / "s", options=OPTIONS, ray="auto")
     assert contents(tmp_path / "s") == wanted
+
+
+# It reports its second shard and goes no further, with a third one at work.
+DRIVER = """
+import sys
+import time
+import trilens
+from workers.test_ray import DOCUMENTS, OPTIONS
+
+reports = []
+
+def report(step):
+    reports.append(step)
+    if len(reports) == 3:
+        print(step.done, flush=True)
+        time.sleep(600)
+
+trilens.capture_corpus(
+    sys.argv[1], DOCUMENTS, sys.argv[2], options=OPTIONS, ray=sys.argv[3], progress=report
+)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_driver_is_finished_by_the_next(
+    cluster: Any, checkpoint: str, tmp_path: Path
+) -> None:
+    trilens.capture_corpus(checkpoint, DOCUMENTS, tmp_path / "wanted", options=OPTIONS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, checkpoint, tmp_path / "s", cluster.address],
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    assert driver.stdout is not None
+    done = int(driver.stdout.readline())
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    assert 0 < done < sum(map(len, DOCUMENTS))
+    steps: list[trilens.Step] = []
+    trilens.capture_corpus(
+        checkpoint, DOCUMENTS, tmp_path / "s", options=OPTIONS, ray="auto", progress=steps.append
+    )
+    assert steps[0].done >= done  # what is there stays
+    assert contents(tmp_path / "s") == contents(tmp_path / "wanted")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -133,7 +133,7 @@ class StoredValues:
         import pyarrow as pa
 
         begin, end = self._bounds(begin, end)
-        values = self.to_numpy(begin, end).reshape(end - begin, -1)
+        values = self.to_numpy(begin, end).reshape(-1)
         documents, positions = self._index.locate(torch.arange(begin, end))
         width = int(np.prod(self._stored.shape))
         return pa.table(
@@ -141,7 +141,7 @@ class StoredValues:
                 "document": documents.numpy(),
                 "position": positions.numpy(),
                 "token_id": self._index.token_ids_of(begin, end).numpy(),
-                "values": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width),
+                "values": pa.FixedSizeListArray.from_arrays(pa.array(values), width),
             }
         )
 

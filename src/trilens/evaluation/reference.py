@@ -7,14 +7,17 @@ costs one forward pass over the blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trilens.errors import EmptyPromptError, NonFiniteError, TooLargeError
 from trilens.evaluation.loop import logits_of, mean_nll, perplexity_of
 from trilens.evaluation.output import OutputAccumulator
+from trilens.evaluation.resumed import Resumed
 from trilens.lens.lens import Lens
 from trilens.text.token_blocks import batches_by_length
 
@@ -53,6 +56,7 @@ class ReferenceLogits:
     Args:
         lens: the model, with its own weights in place.
         blocks: token ids, each int64 [2 or more tokens].
+        resumable: whether passes may begin at a block: see `first_block`.
 
     Attributes:
         n_tokens: Tokens that are predicted: all but the first of each block.
@@ -65,10 +69,11 @@ class ReferenceLogits:
         TooLargeError: the unchanged logits would take more than 4 GB.
         NonFiniteError: the unchanged model gives NaN or Inf.
 
-    Memory: the logits of all tokens in the dtype the model gives: tokens × vocabulary.
+    Memory: the logits of all tokens in the dtype the model gives: tokens × vocabulary; if
+        resumable, the residual stream of every layer too (above 1 GiB in a temporary file).
     """
 
-    def __init__(self, lens: Lens, blocks: Sequence[Tensor]) -> None:
+    def __init__(self, lens: Lens, blocks: Sequence[Tensor], *, resumable: bool = False) -> None:
         lens.check_reads_texts()
         self._lens = lens
         usable = [block.reshape(-1) for block in blocks if block.numel() >= 2]
@@ -85,6 +90,7 @@ class ReferenceLogits:
             )
         self._batches = list(batches_by_length(sorted(usable, key=len), max_tokens=_BATCH_TOKENS))
         self._logits: list[Tensor] = []
+        self._resumed = Resumed(lens, self._batches) if resumable else None
         try:
             own = mean_nll(self._recorded(lens))
         except NonFiniteError as cause:
@@ -95,18 +101,52 @@ class ReferenceLogits:
         self.block_length = own.block_length
 
     def _recorded(self, lens: Lens) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, logits in logits_of(lens.model, self._batches):
+        for batch in self._batches:
+            with self._resumed.recording() if self._resumed else nullcontext():
+                ((_, logits),) = logits_of(lens.model, [batch])
             self._logits.append(logits.clone())
             yield batch, logits
 
-    def measure(self, other: Lens | None = None) -> Degradation:
+    def first_block(self, names: Collection[str]) -> int:
+        """The first block that a change of these parameters changes.
+
+        Asked before they are changed: that passes can begin there is proven on the model.
+
+        Args:
+            names: of the parameters.
+
+        Returns:
+            The block for `measure`; 0, a whole pass, where they can begin at no other.
+        """
+        return self._resumed.first_block(names, self._is_same_from) if self._resumed else 0
+
+    def _is_same_from(self, first_block: int) -> bool:
+        try:
+            passes = self._passes(self._lens, first_block)
+            return all(
+                torch.equal(before, logits)
+                for before, (_, logits) in zip(self._logits, passes, strict=True)
+            )
+        # Whatever a model raises where a block hands on a copy, its passes are whole.
+        except Exception:  # noqa: BLE001
+            return False
+
+    def _passes(self, lens: Lens, first_block: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(self._batches):
+            begun = self._resumed is not None and first_block
+            with self._resumed.begun(first_block, number) if begun else nullcontext():
+                ((_, logits),) = logits_of(lens.model, [batch])
+            yield batch, logits
+
+    def measure(self, other: Lens | None = None, *, first_block: int = 0) -> Degradation:
         """Compare a model with the one of the beginning.
 
         Args:
             other: a model with the same tokens; None for the own one as it is now.
+            first_block: of the own one, the first block that is changed, from `first_block`.
         """
         found = OutputAccumulator()
-        passes = logits_of((other or self._lens).model, self._batches)
+        passes = self._passes(other or self._lens, 0 if other else first_block)
         try:
             for before, (batch, after) in zip(self._logits, passes, strict=True):
                 for block in zip(before, after, batch, strict=True):

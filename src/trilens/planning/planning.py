@@ -29,7 +29,7 @@ from trilens.io.spilled import spilling
 from trilens.lens.lens import Lens
 from trilens.planning.candidates import EXCLUDED, Candidate, data_free
 from trilens.planning.matrices import ModelMatrix, find_matrices
-from trilens.planning.predictor import gain, inputs_of, output_error
+from trilens.planning.predictor import gain, input_bytes, inputs_of, output_error
 from trilens.planning.result import Costs, MatrixChoice, Planned, PlanOptions
 from trilens.planning.sampled_rows import sampled
 from trilens.progress import Progress, Step
@@ -145,18 +145,19 @@ def _prices(
     progress: Progress | None,
 ) -> Prices:
     before = checksum(dict(lens.model.named_parameters()))
-    reference = ReferenceLogits(lens, blocks)
-    inputs = inputs_of(lens, matrices, blocks)
+    reference = ReferenceLogits(lens, blocks, resumable=True)
     fronts = []
     n_measured = 0
-    for done, matrix in enumerate(matrices):
-        if progress is not None:
-            progress(Step(done, len(matrices), matrix.target))
-        known = inputs.get(matrix.target)
-        points = _front(lens, matrix, candidates, options, known)
-        priced, n = _priced(lens, matrix, points, reference, options.costs, known)
-        fronts.append(tuple(_hull(priced)))
-        n_measured += n
+    with spilling(input_bytes(matrices, blocks)) as put_aside:
+        inputs = inputs_of(lens, matrices, blocks, put_aside)
+        for done, matrix in enumerate(matrices):
+            if progress is not None:
+                progress(Step(done, len(matrices), matrix.target))
+            known = inputs.get(matrix.target)
+            points = _front(lens, matrix, candidates, options, known)
+            priced, n = _priced(lens, matrix, points, reference, options.costs, known)
+            fronts.append(tuple(_hull(priced)))
+            n_measured += n
     _check(lens, before)
     return Prices(matrices, tuple(fronts), options, n_measured)
 
@@ -229,12 +230,13 @@ def _priced(
         priced = [Point(p.candidate, p.size_bytes, p.error, factor * p.error) for p in points]
         return priced, 0
     own = lens.model.get_parameter(matrix.target).detach()
+    first = reference.first_block([matrix.target])
     found, n_measured = [], 0
     for point in points:
         kl_nats = 0.0
         if point.candidate is not EXCLUDED:
             with swapped(lens.model, {matrix.target: point.candidate.apply(matrix, own)}):
-                kl_nats = reference.measure().kl_nats
+                kl_nats = reference.measure(first_block=first).kl_nats
             n_measured += 1
         found.append(Point(point.candidate, point.size_bytes, point.error, kl_nats))
     return found, n_measured

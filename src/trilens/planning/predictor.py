@@ -11,7 +11,7 @@ arXiv 2411.17525 (theorem 1 and section 4), with output errors in the place of w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +22,21 @@ from trilens.planning.matrices import ModelMatrix, input_sizes
 from trilens.taps.inputs import observe_inputs
 from trilens.taps.parameters import swapped
 
-__all__ = ["gain", "inputs_of", "output_error"]
+__all__ = ["gain", "input_bytes", "inputs_of", "output_error"]
 
 _NOISE = 0.1
 """‖noise‖² / ‖W‖² of the perturbation: near what ternary weights lose, above the rounding of
 bfloat16."""
 
 _ROWS = 256
+_PART = 1 << 22  # weights of a matrix that are looked at together
 
 
 def inputs_of(
-    lens: Lens, matrices: Sequence[ModelMatrix], blocks: Sequence[Tensor]
+    lens: Lens,
+    matrices: Sequence[ModelMatrix],
+    blocks: Sequence[Tensor],
+    put_aside: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Tensor]:
     """What the matrices get as input: up to 256 tokens of each, spread over the first blocks.
 
@@ -42,18 +46,26 @@ def inputs_of(
         lens: the model.
         matrices: of the model; those whose inputs no module sees are left out.
         blocks: token ids, each [tokens]; the first eight are used.
+        put_aside: of `spilling`, for `input_bytes`.
 
-    Memory: 1 KB for each input of each matrix.
+    Memory: `input_bytes`, where they are not put aside.
     """
     seen: dict[str, list[Tensor]] = {}
     share = -(-_ROWS // min(8, len(blocks)))
 
     def sample(name: str, rows: Tensor) -> None:
         picks = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()
-        seen.setdefault(name, []).append(rows[picks.to(rows.device)].float().cpu())
+        found = rows[picks.to(rows.device)].float().cpu()
+        seen.setdefault(name, []).append(put_aside(found))
 
     observe_inputs(lens.model, input_sizes(matrices), blocks[:8], sample)
-    return {name: torch.cat(rows)[:_ROWS] for name, rows in seen.items()}
+    return {name: put_aside(torch.cat(rows)[:_ROWS]) for name, rows in seen.items()}
+
+
+def input_bytes(matrices: Sequence[ModelMatrix], blocks: Sequence[Tensor]) -> int:
+    """How much memory `inputs_of` takes: at most 1 KB for each input of each matrix."""
+    rows = min(_ROWS, sum(block.numel() for block in blocks[:8]))
+    return 4 * rows * sum(input_sizes(matrices).values())
 
 
 def output_error(
@@ -74,12 +86,14 @@ def output_error(
     """
     error = energy = 0.0
     for old, new in zip(matrix.of(before), matrix.of(after), strict=True):
-        weights = old.float().cpu()
-        gap = weights - new.float().cpu()
-        if inputs is not None:
-            gap, weights = inputs @ gap.T, inputs @ weights.T
-        error += float(gap.double().square().sum())
-        energy += float(weights.double().square().sum())
+        step = max(1, _PART // old.shape[1])
+        for before_rows, after_rows in zip(old.split(step), new.split(step), strict=True):
+            weights = before_rows.float().cpu()
+            gap = weights - after_rows.float().cpu()
+            if inputs is not None:
+                gap, weights = inputs @ gap.T, inputs @ weights.T
+            error += float(gap.double().square().sum())
+            energy += float(weights.double().square().sum())
     return error / energy if energy else 0.0
 
 
@@ -100,15 +114,18 @@ def gain(
         inputs: as for `output_error`.
         seed: of the perturbation.
 
-    Memory: two copies of the matrix.
+    Memory: two float32 copies of the matrix.
     """
     weights = lens.model.get_parameter(matrix.target).detach()
     generator = torch.Generator().manual_seed(seed)
+    wide = weights.float().cpu()
+    size = (_NOISE * wide.square().mean()).sqrt()
     noise = torch.randn(weights.shape, generator=generator)
-    size = (_NOISE * weights.float().square().mean().cpu()).sqrt()
-    changed = (weights.float().cpu() + size * noise).to(weights.dtype)
+    changed = noise.mul_(size).add_(wide).to(weights.dtype)
+    del noise, wide
     error = output_error(matrix, weights, changed, inputs)
     if error == 0:
         return 0.0
+    first = reference.first_block([matrix.target])
     with swapped(lens.model, {matrix.target: changed.to(weights.device)}):
-        return reference.measure().kl_nats / error
+        return reference.measure(first_block=first).kl_nats / error

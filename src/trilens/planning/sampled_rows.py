@@ -17,12 +17,12 @@ from trilens.planning.matrices import ModelMatrix
 
 __all__ = ["sampled"]
 
-_WEIGHTS = 1 << 22
+_WEIGHTS = 1 << 21
 """Of a matrix, or of the experts of one parameter: more of them are sampled."""
 
 
 def sampled(matrix: ModelMatrix, weights: Tensor) -> tuple[ModelMatrix, Tensor]:
-    """A matrix of at most some four million weights: rows spread evenly over those that there are.
+    """A matrix of at most some two million weights: rows spread evenly over those that there are.
 
     Shapes: weights as the parameter → the same with fewer rows, a copy; smaller ones themselves
 

@@ -176,7 +176,7 @@ def measure_sensitivity(
 
     model = lens.model
     before = checksum(dict(model.named_parameters()))
-    reference = ReferenceLogits(lens, blocks)
+    reference = ReferenceLogits(lens, blocks, resumable=True)
     rows = []
     with ExitStack() as together:
         size_bytes = sum(model.get_parameter(matrix.target).nbytes for matrix in matrices)
@@ -191,8 +191,9 @@ def measure_sensitivity(
                 together.enter_context(swapped(model, new))
                 damage = reference.measure()
             else:
+                first = reference.first_block(weights)
                 with swapped(model, weights):
-                    damage = reference.measure()
+                    damage = reference.measure(first_block=first)
             rows.append(_row(subject, name, members, changed, damage))
     after = checksum(dict(model.named_parameters()))
     if after != before:
@@ -238,7 +239,7 @@ def _change(
     report: Callable[[str], None],
     put_aside: Callable[[Tensor], Tensor],
 ) -> _Changed:
-    inputs = inputs_of(lens, matrices, blocks)
+    inputs = inputs_of(lens, matrices, blocks, put_aside)
     weights, errors = {}, {}
     for matrix in matrices:
         report(f"coding {matrix.target}")
@@ -248,7 +249,8 @@ def _change(
         errors[matrix.target] = output_error(matrix, own, weights[matrix.target], known)
     predictions = None
     if predict:
-        short = ReferenceLogits(lens, blocks[: max(1, len(blocks) // _SHORT)])
+        some = blocks[: max(1, len(blocks) // _SHORT)]
+        short = ReferenceLogits(lens, some, resumable=True)
         predictions = {}
         for matrix in matrices:
             report(f"perturbing {matrix.target}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from calibration_cases import DOCUMENTS, SMALL, tiny
-from trilens.checkpoint import Calibration, TernaryPlan
+from corpus_cases import contents
+from trilens.checkpoint import Calibration, TernaryPlan, ternarize
 from trilens.checkpoint.calibration.device import PlacedRunner, find_device
 from trilens.checkpoint.calibration.run import run_calibration
 from trilens.checkpoint.job import read_job
@@ -107,6 +108,16 @@ def test_auto_is_the_accelerator_that_can(monkeypatch: pytest.MonkeyPatch) -> No
         torch.accelerator, "current_accelerator", lambda **_options: torch.device("meta")
     )
     assert find_device("auto") == torch.device("cpu")  # there is one, and it computes nothing
+
+
+def test_auto_gives_the_same_bytes_without_an_accelerator(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "src")
+    for name, given in (("plain", {}), ("auto", {"device": "auto"})):
+        few = {**SMALL, "tokens": 256, "evaluation_tokens": 128}
+        text = Calibration(DOCUMENTS, **few, **given, effort="fast")
+        plan = TernaryPlan("gptq", group_size=16, keep=["mlp"])
+        ternarize(source, tmp_path / name, plan=plan, calibration=text)
+    assert contents(tmp_path / "auto") == contents(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "nowhere", 3.5, "hpu", "mkldnn", ""])

@@ -21,7 +21,7 @@ from trilens.errors import UsageError
 from trilens.io.messages import reason
 from trilens.models.anatomy import Anatomy
 
-__all__ = ["PlacedRunner", "find_device"]
+__all__ = ["PlacedRunner", "device_of", "find_device", "multiplies_bfloat16"]
 
 
 def find_device(name: object) -> torch.device:
@@ -50,6 +50,19 @@ def find_device(name: object) -> torch.device:
     if found.type == "meta":
         raise UsageError("device 'meta' computes nothing: give 'cpu' or 'cuda'")
     return torch.device("cpu") if found.type == "cpu" else found
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there than in float32: it has units for them."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    return any(
+        bool(asks())
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if (asks := getattr(torch.cpu, name, None)) is not None
+    )
 
 
 class PlacedRunner(BlockRunner):
@@ -114,3 +127,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _moved(each, device) for key, each in value.items()}
     return value
+
+
+def device_of(runner: BlockRunner) -> torch.device:
+    """Where a runner's blocks are."""
+    return runner.device if isinstance(runner, PlacedRunner) else torch.device("cpu")

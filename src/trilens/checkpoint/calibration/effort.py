@@ -36,7 +36,9 @@ EFFORTS: Mapping[EffortName, Effort] = MappingProxyType(
     {
         "fast": Effort(16_384, FitOptions(passes=2, whole_passes=2)),
         "default": Effort(65_536, FitOptions()),
-        "max": Effort(524_288, FitOptions(trit_passes=4, block_tokens=65_536)),
+        "max": Effort(
+            524_288, FitOptions(passes=2, whole_passes=0, trit_passes=6, block_tokens=32_768)
+        ),
     }
 )
 """Every effort by its name."""

@@ -45,8 +45,8 @@ class FitOptions:
         whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
         whole_rate: Likewise, for a divergence of 1 nat.
         trit_passes: Over the text, when the trits of all blocks move too; 0 for not at all.
-        trit_travel: The first step of Adam for the latent weights behind the trits, in units of
-            their scale, times the number of steps: about twice as far as one could go in all.
+        trit_rate: The largest step of Adam for the latent weights behind the trits, in units of
+            their scale.
         seed: Of the order of the batches.
     """
 
@@ -57,7 +57,7 @@ class FitOptions:
     whole_passes: int = 4
     whole_rate: float = 0.1
     trit_passes: int = 0
-    trit_travel: float = 0.84
+    trit_rate: float = 5e-3
     seed: int = 0
 
 

@@ -20,10 +20,11 @@ from trilens.checkpoint.calibration.block_job import (
     rule_of,
 )
 from trilens.checkpoint.calibration.blocks import BlockRunner
+from trilens.checkpoint.calibration.chain import FinishedBlock
 from trilens.checkpoint.calibration.coder import code_block
 from trilens.checkpoint.calibration.device import PlacedRunner, find_device
 from trilens.checkpoint.calibration.effort import find_effort
-from trilens.checkpoint.calibration.end_to_end import FinishedBlock, fit_end_to_end
+from trilens.checkpoint.calibration.end_to_end import fit_end_to_end
 from trilens.checkpoint.calibration.fit import FitOptions, put_weight
 from trilens.checkpoint.calibration.handover import Key
 from trilens.checkpoint.calibration.kept import DAMAGE_NAME, PROMPTS_NAME, read_damage
