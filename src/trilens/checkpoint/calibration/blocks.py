@@ -89,6 +89,11 @@ class BlockRunner:
         """How many blocks; one that runs several times counts as often."""
         return len(self._blocks)
 
+    @property
+    def n_parameters(self) -> int:
+        """Of all blocks, as they run: of one that runs several times each time."""
+        return sum(p.numel() for block in self._blocks for p in block.parameters())
+
     def block(self, index: int) -> nn.Module:
         """A copy of a block in float32, in eval mode, without gradients."""
         twin = copy.deepcopy(self._blocks[index]).float().eval()

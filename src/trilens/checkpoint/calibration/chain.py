@@ -26,7 +26,7 @@ from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["Chain", "FinishedBlock", "MovingBlock"]
 
-_SMALL = 1 << 24  # ternary weights: 16 bytes of each in a graph of all blocks
+_SMALL = 1 << 24  # parameters of all blocks: 16 bytes of each in one graph
 _NEAR = 0.2  # of a gradient's length, that products in bfloat16 may change it by
 
 
@@ -132,8 +132,7 @@ class Chain:
     def __init__(self, runner: BlockRunner, blocks: Sequence[MovingBlock]) -> None:
         self.runner, self.blocks = runner, blocks
         self.rounds = False
-        n_weights = sum(m.quant.trits.numel() for b in blocks for m in b.matrices.values())
-        self.is_small = n_weights <= _SMALL
+        self.is_small = runner.n_parameters <= _SMALL
 
     def run(
         self, index: int, batch: Batch, carried: Carried, *, as_stored: bool = False
