@@ -319,6 +319,23 @@ def test_images_of_a_vision_tower_run_together() -> None:
         assert_same(found, lens.capture(inputs=each, **EVERYTHING))
 
 
+def test_a_full_memory_parts_a_batch_for_once() -> None:
+    lens = Lens(build_image_model("llava"), stack="vision")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = [{"pixel_values": each[None]} for each in pixels]
+
+    def refuse_several(_: nn.Module, _args: Any, named: dict[str, Any]) -> None:
+        if len(named["pixel_values"]) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    handle = lens.model.register_forward_pre_hook(refuse_several, with_kwargs=True)
+    assert len(list(lens.capture_many(inputs=given))) == 3
+    handle.remove()
+    with counted(lens.model) as rows:
+        list(lens.capture_many(inputs=given))
+    assert rows[-1] == 3
+
+
 def test_inputs_that_are_no_list_of_mappings_are_refused(model: PreTrainedModel) -> None:
     lens = Lens(model)
     with pytest.raises(UsageError, match="inputs is one dict: give a list"):

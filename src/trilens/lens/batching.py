@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
+from trilens.io.short_memory import is_short_of_memory
 from trilens.lens.capture import Capture
 from trilens.models.batched_arguments import PAIR, TOKENS, batch_key, varying
 from trilens.models.forward_call import probe_ids
@@ -80,7 +81,9 @@ class Batching:
             try:
                 self._measured[place] = self._equal(prompts if differing else prompts[:2])
             # Whether several fit in one pass is only known to the model.
-            except Exception:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001
+                if is_short_of_memory(error):
+                    return False  # this time: it says nothing of the model
                 self._measured[place] = False
         return self._measured[place]
 
