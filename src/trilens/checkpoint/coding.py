@@ -187,7 +187,7 @@ def code_tensor(
     report = planned(choice, header, plan)
     if choice.storage == "kept":
         new = None if before is None else before.vector(choice.name)
-        raw = old = source.opened(header.file).borrow(header.begin, header.end)
+        raw = old = source.borrowed_bytes(header)
         if new is not None:
             raw = new.contiguous().view(torch.uint8).numpy()
         writer.put(writer.slots[choice.name].begin, raw)

@@ -32,7 +32,7 @@ from trilens.checkpoint.format.names import (
 )
 from trilens.checkpoint.format.shards import MappedFile
 from trilens.errors import CorruptFileError, UsageError
-from trilens.io.guarded import OpenFile, Stamp, read_bytes
+from trilens.io.guarded import OpenFile, Scratch, Stamp, read_bytes
 from trilens.io.hub import local_folder
 from trilens.io.safetensors_header import TensorHeader
 from trilens.io.side_files import is_tokenizer_file, side_files
@@ -88,6 +88,7 @@ class Checkpoint:
     given_files: Mapping[str, bytes] = field(default_factory=dict)
     _opened: dict[Path, OpenFile] = field(default_factory=dict, repr=False)
     _mapped: dict[Path, MappedFile] = field(default_factory=dict, repr=False)
+    _scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     @classmethod
     def open(
@@ -242,7 +243,7 @@ class Checkpoint:
         return {} if self.float8 is None else self.float8.matrices
 
     def borrowed_tensor(self, name: str) -> Tensor:
-        """A stored tensor, valid until the next one of its file is borrowed.
+        """A stored tensor, valid until the next one is borrowed.
 
         Shapes: → [*shape]
 
@@ -251,7 +252,17 @@ class Checkpoint:
         if name in self.decoded:
             return self.tensor(name)
         header = self.headers[name]
-        return as_tensor(header, self.opened(header.file).borrow(header.begin, header.end))
+        return as_tensor(header, self.borrowed_bytes(header))
+
+    def borrowed_bytes(self, header: TensorHeader) -> NDArray[np.uint8]:
+        """A stored tensor as its file holds it, valid until the next one is borrowed.
+
+        Shapes: → [header.size_bytes]
+
+        Raises: as `tensor`.
+        """
+        file = self.opened(header.file)
+        return file.borrow(header.begin, header.end, self._scratch)
 
     def mapped_tensor(self, name: str) -> Tensor:
         """A stored tensor, by reference to its file: see `MappedFile` before it is used.

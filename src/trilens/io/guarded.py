@@ -19,6 +19,7 @@ from trilens.errors import CorruptFileError, TrilensError
 __all__ = [
     "SIZE_LIMIT_BYTES",
     "OpenFile",
+    "Scratch",
     "Stamp",
     "check_link",
     "open_regular",
@@ -135,6 +136,22 @@ class Stamp:
         return cls(found.st_dev, found.st_ino, found.st_size, *times)
 
 
+class Scratch:
+    """Memory for one read after another, as large as the largest of them.
+
+    One for all files of a checkpoint: one a file would grow with the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+
+    def take(self, size_bytes: int) -> NDArray[np.uint8]:
+        """Shapes: → [size_bytes], the same memory each time."""
+        if self._memory.size < size_bytes:
+            self._memory = np.empty(size_bytes, dtype=np.uint8)
+        return self._memory[:size_bytes]
+
+
 class OpenFile:
     """A file's bytes, read where they are asked for: a file that is cut off meanwhile is an error.
 
@@ -146,7 +163,6 @@ class OpenFile:
         self.path = path
         with open_regular(path) as stream:
             self._file = os.dup(stream.fileno())
-        self._scratch = np.empty(0, dtype=np.uint8)
         weakref.finalize(self, os.close, self._file)
 
     @property
@@ -166,17 +182,15 @@ class OpenFile:
         self.fill(found, begin)
         return found
 
-    def borrow(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """As `bytes`, in memory that the next call uses again.
+    def borrow(self, begin: int, end: int, scratch: Scratch) -> NDArray[np.uint8]:
+        """As `bytes`, in memory that whoever has the same scratch uses again.
 
         Shapes: → [end − begin]
 
         Raises:
             CorruptFileError: the file ends before.
         """
-        if self._scratch.size < end - begin:
-            self._scratch = np.empty(end - begin, dtype=np.uint8)
-        found = self._scratch[: end - begin]
+        found = scratch.take(end - begin)
         self.fill(found, begin)
         return found
 
