@@ -9,7 +9,6 @@ from hostile.scale import FULL
 from hostile.test_files import driven
 from trilens.checkpoint.source import Checkpoint
 
-
 BLOCKS = {"ternarize": 16, **({"compare": 28, "compare+copies": 28} if FULL else {})}
 
 
