@@ -18,6 +18,7 @@ from trilens.errors import EmptyPromptError, NonFiniteError, TooLargeError
 from trilens.evaluation.loop import logits_of, mean_nll, perplexity_of
 from trilens.evaluation.output import OutputAccumulator
 from trilens.evaluation.resumed import Resumed
+from trilens.io.short_memory import is_short_of_memory
 from trilens.lens.lens import Lens
 from trilens.text.token_blocks import batches_by_length
 
@@ -128,13 +129,15 @@ class ReferenceLogits:
                 for before, (_, logits) in zip(self._logits, passes, strict=True)
             )
         # Whatever a model raises where a block hands on a copy, its passes are whole.
-        except Exception:  # noqa: BLE001
+        except Exception as cause:
+            if is_short_of_memory(cause):
+                raise
             return False
 
     def _passes(self, lens: Lens, first_block: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(self._batches):
-            begun = self._resumed is not None and first_block
-            with self._resumed.begun(first_block, number) if begun else nullcontext():
+            resumed = self._resumed if first_block else None
+            with resumed.begun(first_block, number) if resumed else nullcontext():
                 ((_, logits),) = logits_of(lens.model, [batch])
             yield batch, logits
 

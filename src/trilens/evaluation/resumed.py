@@ -99,7 +99,7 @@ class Resumed:
 
         with undone(put_back):
             for number, block in enumerate(before):
-                block.forward = _giving(self._given[batch][number])  # type: ignore[method-assign]
+                block.forward = _giving(self._given[batch][number])
             yield
 
 

@@ -87,9 +87,10 @@ def output_error(
     error = energy = 0.0
     for old, new in zip(matrix.of(before), matrix.of(after), strict=True):
         step = max(1, _PART // old.shape[1])
-        for before_rows, after_rows in zip(old.split(step), new.split(step), strict=True):
-            weights = before_rows.float().cpu()
-            gap = weights - after_rows.float().cpu()
+        for start in range(0, len(old), step):
+            rows = slice(start, start + step)
+            weights = old[rows].float().cpu()
+            gap = weights - new[rows].float().cpu()
             if inputs is not None:
                 gap, weights = inputs @ gap.T, inputs @ weights.T
             error += float(gap.double().square().sum())
