@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilens.errors import GenerationError, TrilensError
+from trilens.errors import GenerationError, NonFiniteError, TrilensError
 from trilens.io.messages import reason
 from trilens.io.short_memory import is_short_of_memory
 from trilens.models.forward_call import probe_ids
@@ -96,6 +97,11 @@ def _measure(ids: Tensor, model: PreTrainedModel, by_steps: BySteps, at_once: At
         return (
             f"{name} does not generate: a plain prompt of {prompt} tokens fails "
             f"({reason(error)}); capture texts with lens.capture"
+        )
+    # −Inf is what a model may give tokens that it never chooses.
+    if not bool((whole < math.inf).all()):
+        raise NonFiniteError(
+            f"{name} gives NaN or Inf for a token on plain tokens: it cannot choose the next one"
         )
     off, allowed = deviation(steps[prompt:], whole[prompt:]), _tolerance(model.dtype)
     # Not off > allowed: a NaN proves nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from trilens.cli import options as o
 from trilens.cli.groups import Loading, Sampling
 from trilens.cli.lazy import run
+from trilens.errors import NonFiniteError
 
 __all__ = ["plan"]
 
@@ -37,4 +38,4 @@ def plan(
     of --data. Writes a file for ternarize --plan. With --calibrate the plan may name calibrated
     rules; ternarize then takes the text, too.
     """
-    run("plan", locals())
+    run("plan", locals(), failures=(NonFiniteError,))
