@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hostile.targets import tiny_checkpoint
 from tinymodels import build, prompt_ids
@@ -46,6 +47,24 @@ def test_a_configuration_that_does_not_fit(tmp_path: Path, key: str, value: obje
     with pytest.raises(LoadError):
         load(folder)
     with pytest.raises((LoadError, UsageError)):
+        ternarize(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "integers", "short"])
+def test_weights_that_could_not_be_loaded(tmp_path: Path, change: str) -> None:
+    folder = tiny_checkpoint(tmp_path / "src")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    weight = tensors.pop(name)
+    if change != "missing":
+        changed = weight.to(torch.int32) if change == "integers" else weight[:-1].contiguous()
+        tensors[name] = changed
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError):
+        load(folder)
+    with pytest.raises((LoadError, UsageError), match="down_proj"):
         ternarize(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
