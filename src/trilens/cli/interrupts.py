@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 __all__ = ["INTERRUPTED", "Stopped", "end_when_interrupted", "interruptible"]
@@ -95,12 +97,25 @@ def _interruptible() -> Iterator[None]:
 def _raise_again(shown: Callable[[Any], None], lost: Any) -> None:
     """Raise an interrupt again that fell into a finalizer, where Python would only print it."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        # Not from here: it would be raised inside this hook, and be lost again.
-        later = threading.Timer(_SOON_S, _thread.interrupt_main)
-        later.daemon = True
-        later.start()
+        # Not from here: it would be raised inside this hook, and be lost again. And no thread of
+        # `threading`, whose start waits: on a busy machine for longer than the thread does.
+        _thread.start_new_thread(_interrupt_outside, (threading.main_thread().ident or 0,))
     else:
         shown(lost)
+
+
+def _interrupt_outside(main: int) -> None:
+    """Interrupt the main thread once it has left the hook."""
+    time.sleep(_SOON_S)
+    while _is_in_hook(sys._current_frames().get(main)):
+        time.sleep(_SOON_S)
+    _thread.interrupt_main()
+
+
+def _is_in_hook(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not _raise_again.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_the_command() -> bool:
