@@ -2,10 +2,9 @@
 
 When every block is coded, what is left is how their errors work together. A short descent by
 gradient lowers KL(dense ‖ ternary) of the next token over the calibration text. Trits stay, and in
-a second phase, where that is asked, move too: latent weights stand behind them. One block at a time
-is in memory as numbers: a batch runs forward through the blocks, which leaves the residual stream
-between them, and backward through each once more. What does not lower the divergence on text held
-out of the fit, with the values as they will be stored, is thrown away.
+a second phase, where that is asked, move too: latent weights stand behind them. `Chain` runs the
+blocks. What does not lower the divergence on text held out of the fit, with the values as they will
+be stored, is thrown away.
 
 Source: the end-to-end phase of EfficientQAT, arXiv 2407.11062, with the dense model's own
 distribution as the target.
@@ -68,7 +67,8 @@ def fit_end_to_end(
     """Fit all blocks together: scales, norms and biases, then where it is asked the trits too.
 
     A part of the text is held out of both, measured after each pass, and decides: what a pass has
-    found counts where the divergence fell there, and two passes without a gain end the fit.
+    found counts where the divergence fell there. Two passes of scales without a gain end their
+    phase; trits make all of theirs.
 
     Args:
         runner: runs blocks.
@@ -81,7 +81,8 @@ def fit_end_to_end(
     Memory: one block in float32 three times, 1 byte for each ternary weight of the model (2 with
     two planes), 12 bytes for each scale; a batch's residual stream between all blocks, its
     activations in one block, and its logits three times. While trits move, 16 bytes for each
-    ternary weight of the model.
+    ternary weight of the model. Of a small model (see `Chain`) the graph of
+    all blocks.
     """
     text, held_out = set_held_out(batches, options)
     nothing = EndToEndFit(tuple({} for _ in blocks), tuple({} for _ in blocks), 0.0, 0.0)
