@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -23,7 +24,7 @@ from trilens.ternary.quantize import PerLayerQuant
 
 ROOT = Path(__file__).parents[3]
 LEVEL = native._level()
-WAYS = ["native", "without"] if LEVEL else ["without"]
+WAYS = ["without", "registers", "tiles"][: LEVEL + 1]
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +34,11 @@ def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the library where this processor can use it, and as if there were none."""
+    """With the library as far as this processor can use it, and as if there were none."""
     if request.param == "without":
         monkeypatch.setattr(native, "_library", lambda: None)
-        monkeypatch.setattr(native, "_level", native._level.__wrapped__)
+    level = WAYS.index(request.param)
+    monkeypatch.setattr(native, "_level", lambda: level)
     return request.param
 
 
@@ -52,7 +54,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
     packed = draw(packed_matrices((1, 150), (1, 700), [16, 32, 48, 128, 1024]))
-    count = draw(st.integers(1, 14) | st.sampled_from([40, 65]))
+    count = draw(st.integers(1, 17) | st.sampled_from([32, 40, 65]))
     x = inputs(count, packed.cols, torch.bfloat16)
     return packed, x, draw(biases(packed, x))
 
@@ -70,8 +72,16 @@ def test_it_computes_where_the_processor_can() -> None:
         line = next(line for line in text.splitlines() if line.startswith("flags"))
         flags = set(line.split())
     needed = "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512vbmi avx512_vnni"
-    able = {*needed.split()} <= flags
-    assert int(able and native._library() is not None) == LEVEL
+    able = {*needed.split()} <= flags and native._library() is not None
+    assert (LEVEL > 0) == able
+    if LEVEL < 2:  # tiles are also the system's to give
+        assert not (able and {"amx_tile", "amx_bf16"} <= flags and gives_tiles())
+
+
+def gives_tiles() -> bool:
+    """Whether the system gives a process of its own what tiles need, as torch asks for it."""
+    asks = "import torch; raise SystemExit(not torch.cpu._init_amx())"
+    return subprocess.run([sys.executable, "-c", asks], check=False).returncode == 0
 
 
 def test_it_is_optional_and_its_source_is_shipped() -> None:
@@ -131,7 +141,8 @@ def _holds(case: tuple[Packed, torch.Tensor, torch.Tensor | None]) -> None:
 def test_it_is_the_dense_layer(way: str, monkeypatch: pytest.MonkeyPatch, used: list[str]) -> None:
     monkeypatch.setattr(native, "_CHUNK_BYTES", 20_000)  # several chunks
     _holds()
-    assert ("multiply" in used) == (way == "native")
+    assert ("multiply" in used) == (way == "registers")
+    assert ("multiply_tiles" in used) == (way == "tiles")
 
 
 @pytest.mark.parametrize("options", [{}, {"per": "row"}, {"group_size": 32}, {"group_size": 48}])
@@ -163,17 +174,18 @@ def test_many_inputs_go_to_torch(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = inputs(native._MOST_INPUTS + 1, 128, torch.bfloat16)
     check(multiply(x, packed), x, packed, None)
-    assert ("multiply" in used) == (way == "native")  # threads would meet after each tile
+    assert [name for name in used if name.startswith("multiply")] == {
+        "registers": ["multiply"],  # threads would meet after each tile
+        "tiles": ["multiply_tiles"],
+        "without": [],
+    }[way]
     used.clear()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x = inputs(native._MOST_INPUTS + 1, 128, torch.bfloat16)
     check(multiply(x, packed), x, packed, None)
     assert "multiply" not in used
-    assert ("unpack" in used) == (way == "native")
-    # where a processor multiplies matrices, few inputs are many
-    monkeypatch.setattr(native, "_has_matrix_units", lambda: True)
-    check(multiply(x[:20], packed), x[:20], packed, None)
-    assert "multiply" not in used
+    assert ("multiply_tiles" in used) == (way == "tiles")
+    assert ("unpack" in used) == (way == "registers")
 
 
 def test_other_dtypes_and_odd_groups_do_without(used: list[str]) -> None:
@@ -185,14 +197,48 @@ def test_other_dtypes_and_odd_groups_do_without(used: list[str]) -> None:
 
 
 @pytest.mark.parametrize("rule", [*RULES, "quad"])
-def test_every_rule_is_computed_by_the_library(rule: str, used: list[str]) -> None:
+def test_every_rule_is_computed_by_the_library(way: str, rule: str, used: list[str]) -> None:
     packed = made(100, 600, rule=rule, group_size=32)
     for n_inputs in (1, 4, 5, 30):
         x = inputs(n_inputs, 600, torch.bfloat16)
         check(multiply(x, packed), x, packed, None)
-    n_few = 2 if rule in ("absmean", "planes") else 0
-    asked = ["prepare_few", "multiply_few"] * n_few + ["prepare", "multiply"] * (4 - n_few)
-    assert used == (asked if LEVEL else [])
+    has_offset = packed.offset is not None
+    n_few = {
+        "without": 0,
+        "registers": 2 if rule in ("absmean", "planes") else 0,
+        "tiles": 0 if has_offset else 1,
+    }[way]
+    few, many = {"tiles": ("_limbs", "_tiles")}.get(way, ("_few", ""))
+    asked = [f"prepare{few}", f"multiply{few}"] * n_few
+    asked += [f"prepare{many}", f"multiply{many}"] * (4 - n_few)
+    assert used == ([] if way == "without" else asked)
+
+
+@pytest.mark.parametrize("group_size", [32, 96, 128, None])
+@pytest.mark.parametrize("rule", ["absmean", "planes", "quad"])
+def test_groups_beyond_those_at_hand(way: str, rule: str, group_size: int | None) -> None:
+    per = {} if group_size else {"per": "row"}
+    packed = made(70, 9000, rule=rule, group_size=group_size, **per)
+    for n_inputs in (1, 3, 16, 37):
+        x = inputs(n_inputs, 9000, torch.bfloat16)
+        check(multiply(x, packed), x, packed, None)
+
+
+def test_one_input_whose_numbers_differ_much_in_size(way: str, used: list[str]) -> None:
+    """Whole numbers of 22 bits would lose the small ones, which alone count where trits are 0."""
+    packed = made(100, 512, group_size=128)
+    with torch.no_grad():
+        packed.codes[:, 1] = 0x55  # zeros
+    x = inputs(1, 512, torch.bfloat16) / 64
+    x[0, 5] = 2.0**20
+    found = multiply(x, packed)
+    without = x.clone()
+    without[0, 5] = 0
+    check(found, without, packed, None)
+    assert ("multiply_limbs" not in used) and (("multiply_tiles" in used) == (way == "tiles"))
+    check(multiply(0 * x, packed), 0 * x, packed, None)
+    check(multiply(without * 1e-30, packed), without * 1e-30, packed, None)
+    check(multiply(without * 1e30, packed), without * 1e30, packed, None)
 
 
 def test_inputs_that_are_views(way: str) -> None:

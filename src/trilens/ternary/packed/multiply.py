@@ -1,8 +1,8 @@
 """x · Ŵᵀ from packed codes, without ever unpacking the whole matrix.
 
 Where the library that is built with the package computes (`cpu.native`: bfloat16 on processors
-that multiply it), it takes the codes as they are, up to some hundred inputs. Elsewhere numba's
-loops help:
+that multiply it), it takes the codes as they are, up to some hundred inputs, with matrix units any
+number. Elsewhere numba's loops help:
 
 Few inputs (`looked_up`): the codes themselves pick prepared sums of inputs; sums are float32.
 Many inputs (`tiled`): some hundred rows are unpacked to what a dense layer would hold, and

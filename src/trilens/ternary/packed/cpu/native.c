@@ -1,6 +1,6 @@
 /* Products of bfloat16 inputs with packed codes, in the registers of processors that multiply
    bfloat16 (AVX-512 BF16, VBMI, VNNI). Elsewhere `trilens_native_level` is 0 and nothing else is
-   called.
+   called; it is 2 where there are matrix units as well (`native_tiles.c`).
 
    A plain C interface, without Python's headers: `native.py` loads the file and hands every
    function the address of a job, whose fields have the order of `native.JOB`. Several threads may
@@ -36,46 +36,12 @@ const char *trilens_native_sources(void) { return TEXT_OF(TRILENS_SOURCES); }
 int trilens_native_level(void) {
     __builtin_cpu_init();
     /* the compiler's run time also asks the system whether it keeps these registers */
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-
-/* Values of each group of one row in bfloat16: 4 for one plane, 16 for two. */
-FAST static void values_of_row(const Job *job, int64_t row, uint64_t *values) {
-    const float *scale = (const float *)job->scale + row * job->scale_step;
-    const __m512i sign = _mm512_set1_epi64(0x8000);
-    if (job->second_codes || job->offset) {
-        const float *second = (const float *)job->second_scale + row * job->scale_step;
-        const float *offset = (const float *)job->offset + row * job->scale_step;
-        const __m512 low = _mm512_set_ps(2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1);
-        const __m512 high = _mm512_set_ps(2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, -1, -1, -1, -1);
-        for (int64_t group = 0; group < job->groups; group++) {
-            __m512 sum = _mm512_mul_ps(low, _mm512_set1_ps(scale[group]));
-            if (job->second_codes) /* a factor of -1, 0, 1 or 2 rounds nothing */
-                sum = _mm512_fmadd_ps(high, _mm512_set1_ps(second[group]), sum);
-            if (job->offset) sum = _mm512_add_ps(sum, _mm512_set1_ps(offset[group]));
-            __m256i found = (__m256i)_mm512_cvtneps_pbh(sum);
-            if (job->second_codes)
-                _mm256_storeu_si256((__m256i *)(values + 4 * group), found);
-            else
-                values[group] = (uint64_t)_mm256_extract_epi64(found, 0);
-        }
-        return;
-    }
-    for (int64_t group = 0; group < job->groups; group += 8) {
-        __mmask8 some = job->groups - group >= 8 ? 0xff : (1 << (job->groups - group)) - 1;
-        __m256 s = _mm256_maskz_loadu_ps(some, scale + group);
-        __m128i near = (__m128i)_mm256_cvtneps_pbh(s);
-        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(near), 16);
-        __m256 twice = _mm256_add_ps(_mm256_castsi256_ps(wide), _mm256_castsi256_ps(wide));
-        __m512i one = _mm512_cvtepu16_epi64(near);
-        __m512i two = _mm512_cvtepu32_epi64(_mm256_srli_epi32(_mm256_castps_si256(twice), 16));
-        __m512i all = _mm512_or_si512(_mm512_xor_si512(one, sign), _mm512_slli_epi64(one, 32));
-        all = _mm512_or_si512(all, _mm512_slli_epi64(two, 48));
-        _mm512_mask_storeu_epi64(values + group, some, all);
-    }
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+          __builtin_cpu_supports("avx512vnni")))
+        return 0;
+    return trilens_native_tiles() ? 2 : 1;
 }
 
 /* Where the eight bits of each byte begin, `back` bits before the code of the lane. */
@@ -83,10 +49,6 @@ FAST static inline __m512i spread(int back) {
     char at[64];
     for (int i = 0; i < 64; i++) at[i] = (char)((2 * (i / 2) - back) & 63);
     return _mm512_loadu_si512(at);
-}
-
-FAST INLINE __m512i eight(const void *from) { /* 64 bits, eight times, out of memory */
-    return _mm512_broadcastq_epi64(_mm_loadl_epi64(from));
 }
 
 /* 32 weights. The bits of a lane above its codes are not looked at: values are repeated. */
@@ -97,8 +59,7 @@ FAST INLINE __m512i decode(
     if (planes == 1) return _mm512_permutexvar_epi16(lanes, eight(values));
     __m512i others = _mm512_multishift_epi64_epi8(after, eight(second));
     lanes = _mm512_ternarylogic_epi64(_mm512_set1_epi16(3), lanes, others, 0xca);
-    return _mm512_permutexvar_epi16(
-        lanes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values)));
+    return _mm512_permutexvar_epi16(lanes, four(values));
 }
 
 /* The last step of a row may have fewer than eight bytes of codes: inputs are 0 there. */
@@ -356,7 +317,7 @@ FAST void trilens_native_multiply(void *address) {
         int64_t stop = least(row + STRIPE, job->rows), end = least(begin + job->chunk, blocks);
         while (row < stop) {
             int n_rows = stop - row >= ROWS ? ROWS : 1;
-            for (int r = 0; r < n_rows; r++) values_of_row(job, row + r, values + r * row_values);
+            for (int r = 0; r < n_rows; r++) values_of_groups(job, row + r, 0, job->groups, values + r * row_values);
             if (n_rows == ROWS && end - begin >= MANY) {
                 rows_by_panels(job, row, begin, end, values, sums);
             } else {
@@ -392,7 +353,7 @@ FAST void trilens_native_unpack(void *address) {
         if (row >= job->rows) return;
         int64_t stop = least(row + STRIPE, job->rows);
         for (; row < stop; row++) {
-            values_of_row(job, row, values);
+            values_of_groups(job, row, 0, job->groups, values);
             if (job->second_codes)
                 unpack_row(job, row, values, 2);
             else

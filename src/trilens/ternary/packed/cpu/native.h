@@ -21,6 +21,11 @@ EXPORT void trilens_native_prepare_few(void *address);
 EXPORT void trilens_native_multiply_few(void *address);
 EXPORT void trilens_native_prepare_int8(void *address);
 EXPORT void trilens_native_multiply_int8(void *address);
+EXPORT void trilens_native_prepare_limbs(void *address);
+EXPORT void trilens_native_multiply_limbs(void *address);
+EXPORT int trilens_native_tiles(void);
+EXPORT void trilens_native_prepare_tiles(void *address);
+EXPORT void trilens_native_multiply_tiles(void *address);
 EXPORT void *PyInit__native(void);
 
 /* The fields of a job have no other list: `trilens_native_job` tells them to `native.py`. */
@@ -39,6 +44,12 @@ typedef struct {
 
 #define FAST                                                                                       \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni")))
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define TRILENS_NATIVE_TILES
+#define TILES                                                                                      \
+    __attribute__((target(                                                                         \
+        "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,amx-tile,amx-bf16")))
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define STRIPE 32 /* rows that a thread takes at a time */
 #define WIDE 256  /* columns of 64 bytes of codes */
@@ -66,6 +77,51 @@ FAST INLINE __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+FAST INLINE __m512i eight(const void *from) { /* 64 bits, eight times, out of memory */
+    return _mm512_broadcastq_epi64(_mm_loadl_epi64(from));
+}
+
+FAST INLINE __m512i four(const void *from) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(from));
+}
+
+/* Values of some groups of one row in bfloat16: 4 for one plane, 16 for two. */
+FAST static inline void values_of_groups(
+    const Job *job, int64_t row, int64_t first, int64_t groups, uint64_t *values) {
+    const float *scale = (const float *)job->scale + row * job->scale_step + first;
+    const __m512i sign = _mm512_set1_epi64(0x8000);
+    if (job->second_codes || job->offset) {
+        const float *second = (const float *)job->second_scale + row * job->scale_step + first;
+        const float *offset = (const float *)job->offset + row * job->scale_step + first;
+        const __m512 low = _mm512_set_ps(2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1);
+        const __m512 high = _mm512_set_ps(2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, -1, -1, -1, -1);
+        for (int64_t group = 0; group < groups; group++) {
+            __m512 sum = _mm512_mul_ps(low, _mm512_set1_ps(scale[group]));
+            if (job->second_codes) /* a factor of -1, 0, 1 or 2 rounds nothing */
+                sum = _mm512_fmadd_ps(high, _mm512_set1_ps(second[group]), sum);
+            if (job->offset) sum = _mm512_add_ps(sum, _mm512_set1_ps(offset[group]));
+            __m256i found = (__m256i)_mm512_cvtneps_pbh(sum);
+            if (job->second_codes)
+                _mm256_storeu_si256((__m256i *)(values + 4 * group), found);
+            else
+                values[group] = (uint64_t)_mm256_extract_epi64(found, 0);
+        }
+        return;
+    }
+    for (int64_t group = 0; group < groups; group += 8) {
+        __mmask8 some = groups - group >= 8 ? 0xff : (1 << (groups - group)) - 1;
+        __m256 s = _mm256_maskz_loadu_ps(some, scale + group);
+        __m128i near = (__m128i)_mm256_cvtneps_pbh(s);
+        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(near), 16);
+        __m256 twice = _mm256_add_ps(_mm256_castsi256_ps(wide), _mm256_castsi256_ps(wide));
+        __m512i one = _mm512_cvtepu16_epi64(near);
+        __m512i two = _mm512_cvtepu32_epi64(_mm256_srli_epi32(_mm256_castps_si256(twice), 16));
+        __m512i all = _mm512_or_si512(_mm512_xor_si512(one, sign), _mm512_slli_epi64(one, 32));
+        all = _mm512_or_si512(all, _mm512_slli_epi64(two, 48));
+        _mm512_mask_storeu_epi64(values + group, some, all);
+    }
 }
 
 /* Where the scales of 256 columns stand in a row: the first one, and from there for each float. */

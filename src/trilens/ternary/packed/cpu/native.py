@@ -56,12 +56,13 @@ JOB = (
     "factors",  # int8: address of float32 [batch]
     "out",  # address of bfloat16 (int8: float32) [batch, rows]; `unpack`: [rows, out_bytes]
     "out_bytes",  # from input to input; `unpack`: from row to row
-    "large",  # `prepare_few` says whether an input is too large for sums that have no scale yet
+    "large",  # `prepare_few`, `prepare_limbs` say whether inputs are too large for their way
 )
 
 _FUNCTIONS = (
     *("level", "unpack", "prepare", "multiply", "prepare_few", "multiply_few"),
-    *("prepare_int8", "multiply_int8"),
+    *("prepare_int8", "multiply_int8", "prepare_limbs", "multiply_limbs"),
+    *("prepare_tiles", "multiply_tiles"),
 )
 _NOTHING = dict.fromkeys(JOB, 0)
 _LARGE = JOB.index("large")
@@ -72,9 +73,10 @@ _MOST_BLOCKS = 64  # of a chunk: their sums may lie on a thread's stack
 _INPUTS_AT_ONCE = 6
 _FEW = 4
 _INT8_AT_ONCE = 2
+_TILE_INPUTS = 16
+_LIMBS = 3  # bytes of a whole number
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
-_MOST_WITH_MATRIX_UNITS = 8  # the same on a processor with AMX
 
 
 def native_reads(packed: Packed) -> bool:
@@ -96,10 +98,8 @@ def native_computes(flat: Tensor, packed: Packed) -> bool:
 
 
 def _most_inputs() -> float:
-    if _has_matrix_units():
-        return _MOST_WITH_MATRIX_UNITS
     # Several threads would meet after every tile, and wait for the one that another process delays.
-    return _MOST_INPUTS if torch.get_num_threads() < 2 else math.inf
+    return _MOST_INPUTS if torch.get_num_threads() < 2 and not _has_matrix_units() else math.inf
 
 
 def native_multiplies_int8(packed: Packed) -> bool:
@@ -147,6 +147,11 @@ def multiply_native(
         "out_bytes": 2 * out.shape[1],
     }
     x = flat.contiguous().resolve_neg()
+    if _has_matrix_units():
+        is_one = n_inputs == 1 and packed.offset is None
+        if not (is_one and _multiply_limbs(job, x, packed, n_threads)):
+            _multiply_tiles(job, x, packed, n_threads)
+        return out
     if _are_few(n_inputs, packed) and _multiply_few(job, x, packed, n_threads):
         return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
@@ -219,6 +224,34 @@ def _multiply_few(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int
     return True
 
 
+def _multiply_limbs(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> bool:
+    """Whether it was done: numbers of too different size are not whole ones of 22 bits."""
+    steps = -(-packed.cols // _WIDE)
+    # one piece of memory: what `prepare` makes of the input, and where scales stand
+    made = torch.empty(steps * (_LIMBS * _WIDE + 64 + 128) + 4, dtype=torch.uint8)
+    sums = made.data_ptr() + steps * _LIMBS * _WIDE
+    parts = {"sums": sums, "places": sums + 64 * steps, "factors": sums + 192 * steps}
+    array = _array(job | parts | {"source": x.data_ptr(), "x": made.data_ptr()})
+    run_job(_function("prepare_limbs"), array)
+    if array[_LARGE]:
+        return False
+    run_job(_function("multiply_limbs"), array, n_threads)
+    return True
+
+
+def _multiply_tiles(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> None:
+    n_inputs, steps = x.shape[0], -(-packed.cols // _STEP)
+    side = min(n_inputs, _TILE_INPUTS)
+    made = torch.empty(-(-n_inputs // side) * side, steps * _STEP, dtype=torch.bfloat16)
+    job |= {
+        "source": x.data_ptr(),
+        "x": made.data_ptr(),
+        "chunk": _blocks(n_inputs, _TILE_INPUTS, 2 * steps * _STEP),
+    }
+    run_job(_function("prepare_tiles"), _array(job), 1 + made.numel() // _WORTH_A_THREAD)
+    run_job(_function("multiply_tiles"), _array(job), n_threads)
+
+
 def _blocks(n_inputs: int, at_once: int, input_bytes: int) -> int:
     """Blocks of a chunk, so that chunks are of nearly equal size."""
     blocks = -(-n_inputs // at_once)
@@ -278,10 +311,8 @@ def _level() -> int:
     return 0 if library is None else int(library.trilens_native_level())
 
 
-@cache
 def _has_matrix_units() -> bool:
-    asks = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asks is not None and bool(asks())
+    return _level() > 1
 
 
 @cache

@@ -1,0 +1,425 @@
+/* Products in the tiles of processors with matrix units (AMX).
+
+   A tile of weights is 16 rows of 32 columns, decoded into the cache; one of inputs is the same 32
+   columns of up to 16 of them, in pairs. One instruction multiplies the two, and adds to 16 × 16 sums
+   in float32. 64 bits of a row are repeated in all lanes, each lane shifts its code to the end, and
+   looks its value up there, so that lane i holds column 8 (i % 4) + i / 4: `prepare_tiles` brings
+   inputs into that order.
+
+   Up to 16 inputs the time is that of decoding: the rows of the next step are decoded between the
+   products of the one before. With more, a panel of 32 rows is decoded once for a chunk of inputs,
+   and multiplied two by two tiles at a time. */
+#include "native.h"
+
+#ifdef TRILENS_NATIVE_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SIDE 16     /* rows of a tile, and inputs of one */
+#define QUARTER 4   /* steps that are decoded at a time: a group of 128 columns */
+#define DEEP 8      /* steps of a panel for many inputs: with as many of theirs, in the L1 cache */
+#define AHEAD 2     /* steps of inputs that are asked for before */
+#define WINDOW 64   /* groups of a row whose values are at hand */
+
+#define TILE 1024   /* bytes */
+
+#define TILE_LOAD(tile, from, stride)                                                              \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
+#define TILE_STORE(tile, to, stride)                                                               \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
+#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define TILE_PRODUCT(sums, weights, inputs)                                                        \
+    __asm__ volatile("tdpbf16ps %%tmm" #inputs ", %%tmm" #weights ", %%tmm" #sums ::)
+
+/* Whether the processor has tiles, and the system lets this process use them. */
+int trilens_native_tiles(void) {
+    uint32_t a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if ((d >> 22 & 5) != 5) return 0; /* AMX-BF16, AMX-TILE */
+    if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* OSXSAVE */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) return 0;
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+typedef struct {
+    uint8_t palette, start_row, unused[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((packed)) Shapes;
+
+/* Tiles of 16 rows: sums 0-3 and inputs 6-7 have `n` columns of 4 bytes, weights 4-5 have 64 bytes. */
+TILES static inline void shape_tiles(int64_t n) {
+    Shapes shapes = {1, 0, {0}, {0}, {0}};
+    for (int tile = 0; tile < 8; tile++) {
+        shapes.rows[tile] = 16;
+        shapes.bytes[tile] = tile == 4 || tile == 5 ? 64 : (uint16_t)(4 * n);
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+}
+
+/* The 32-bit numbers of 16 vectors, turned. */
+TILES INLINE void turn(__m512i v[SIDE]) {
+    __m512i t[SIDE];
+#pragma GCC unroll 8
+    for (int i = 0; i < SIDE; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < SIDE; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+static inline int64_t width(const Job *job) { return least(job->batch, SIDE); }
+
+/* x[blocks of 16 inputs, steps, 16 pairs of columns, inputs, 2], zeros where there is none. */
+TILES void trilens_native_prepare_tiles(void *address) {
+    Job *job = address;
+    const int64_t blocks = (job->batch + SIDE - 1) / SIDE, steps = (job->cols + 31) / 32;
+    const int64_t n = width(job);
+    const __mmask16 some = (__mmask16)((1 << n) - 1);
+    uint16_t at[32];
+    for (int i = 0; i < 32; i++) at[i] = (uint16_t)(8 * (i % 4) + i / 4);
+    const __m512i order = _mm512_loadu_si512(at);
+    for (;;) {
+        const int64_t number = take(job);
+        if (number >= blocks) return;
+        const int64_t here = least(SIDE, job->batch - SIDE * number);
+        const char *from = (const char *)job->source + SIDE * number * 2 * job->cols;
+        char *to = (char *)job->x + number * steps * 64 * SIDE;
+        for (int64_t step = 0; step < steps; step++, to += 64 * n) {
+            const int64_t left = job->cols - 32 * step;
+            const __mmask32 there = left < 32 ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
+            __m512i v[SIDE];
+            for (int64_t i = 0; i < SIDE; i++) {
+                v[i] = _mm512_setzero_si512();
+                if (i < here)
+                    v[i] = _mm512_maskz_loadu_epi16(there, from + i * 2 * job->cols + 64 * step);
+                v[i] = _mm512_permutexvar_epi16(order, v[i]);
+            }
+            if (n == 1) {
+                _mm512_storeu_si512(to, v[0]);
+                continue;
+            }
+            turn(v);
+            for (int64_t pair = 0; pair < SIDE; pair++)
+                _mm512_mask_storeu_epi32(to + 4 * n * pair, some, v[pair]);
+        }
+    }
+}
+
+/* 32 rows from `row` on; those after the last one of the matrix repeat it. */
+typedef struct {
+    const uint8_t *codes[2 * SIDE], *second[2 * SIDE];
+    uint64_t *values; /* [32 rows, groups at hand, 4 or 16 bfloat16] */
+    int64_t first, groups, group_steps, steps, whole, row_bytes;
+    __m512i shifts, order;
+} Stripe;
+
+TILES INLINE Stripe stripe_from(const Job *job, int64_t row, uint64_t *values) {
+    Stripe stripe;
+    stripe.values = values;
+    stripe.steps = (job->cols + 31) / 32;
+    stripe.whole = job->row_bytes / 8;
+    stripe.row_bytes = job->row_bytes;
+    stripe.group_steps = job->groups > 1 ? job->group_cols / 32 : stripe.steps;
+    uint16_t shift[32];
+    uint8_t at[64];
+    for (int i = 0; i < 32; i++) {
+        shift[i] = (uint16_t)(2 * (i / 4));
+        at[2 * i] = at[2 * i + 1] = (uint8_t)((16 * (i % 4) + 2 * (i / 4) + 62) & 63);
+    }
+    stripe.shifts = _mm512_loadu_si512(shift);
+    stripe.order = _mm512_loadu_si512(at);
+    for (int64_t r = 0; r < 2 * SIDE; r++) {
+        int64_t at_row = least(row + r, job->rows - 1);
+        stripe.codes[r] = (const uint8_t *)job->codes + at_row * job->row_bytes;
+        stripe.second[r] = (const uint8_t *)job->second_codes + at_row * job->row_bytes;
+    }
+    return stripe;
+}
+
+/* Brings the values of the groups from that of a step on to hand, and says where they end. */
+TILES static int64_t open_window(const Job *job, Stripe *stripe, int64_t row, int64_t step) {
+    const int64_t each = job->second_codes ? 4 : 1;
+    stripe->first = step / stripe->group_steps;
+    stripe->groups = least(WINDOW, job->groups - stripe->first);
+    for (int64_t r = 0; r < 2 * SIDE; r++)
+        values_of_groups(
+            job, least(row + r, job->rows - 1), stripe->first, stripe->groups,
+            stripe->values + r * each * WINDOW);
+    return least(stripe->steps, (stripe->first + stripe->groups) * stripe->group_steps);
+}
+
+/* Codes of one step of one row. */
+TILES INLINE __m512i step_codes(
+    const Stripe *stripe, const uint8_t *row, int64_t step, const int whole) {
+    uint64_t last = 0;
+    if (whole) return eight(row + 8 * step);
+    const int64_t left = least(8, stripe->row_bytes - 8 * step);
+    if (left > 0) memcpy(&last, row + 8 * step, (size_t)left);
+    return _mm512_set1_epi64((int64_t)last);
+}
+
+/* Four steps of one row, each into its tile: to[step * 2 tiles]. All in one group if `same`, all with
+   eight bytes of codes if `whole`. */
+TILES INLINE void decode_steps(
+    const Stripe *stripe, int64_t r, int64_t step, char *to, const int planes, const int same,
+    const int whole) {
+    const int64_t each = planes * planes;
+    const uint64_t *values = stripe->values + r * each * WINDOW;
+    __m512i table;
+#pragma GCC unroll 4
+    for (int i = 0; i < QUARTER; i++) {
+        if (i == 0 || !same) {
+            int64_t group = least((step + i) / stripe->group_steps - stripe->first, stripe->groups - 1);
+            table = planes == 1 ? eight(values + group) : four(values + 4 * group);
+        }
+        __m512i codes = step_codes(stripe, stripe->codes[r], step + i, whole);
+        __m512i lanes = _mm512_srlv_epi16(codes, stripe->shifts);
+        if (planes == 2) {
+            __m512i others = step_codes(stripe, stripe->second[r], step + i, whole);
+            others = _mm512_multishift_epi64_epi8(stripe->order, others);
+            lanes = _mm512_ternarylogic_epi64(_mm512_set1_epi16(3), lanes, others, 0xca);
+        }
+        _mm512_store_si512(to + 2 * TILE * i, _mm512_permutexvar_epi16(lanes, table));
+    }
+}
+
+TILES INLINE void decode_quarter(
+    const Stripe *stripe, int64_t r, int64_t step, char *to, const int planes, const int same) {
+    if (step + QUARTER <= stripe->whole)
+        decode_steps(stripe, r, step, to, planes, same, 1);
+    else
+        decode_steps(stripe, r, step, to, planes, same, 0);
+}
+
+/* out[inputs, row .. row + 16] of a tile of sums [16, n], with the bias, rounded. */
+TILES static void finish_tile(
+    const Job *job, int64_t row, int64_t input, int64_t n, const char *sums, int64_t stride) {
+    const int64_t rows = least(SIDE, job->rows - row), inputs = least(n, job->batch - input);
+    if (rows <= 0) return;
+    const __mmask16 some = (__mmask16)((1 << rows) - 1), wide = (__mmask16)((1 << n) - 1);
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+    __m512 bias = _mm512_setzero_ps();
+    if (job->bias) bias = _mm512_maskz_loadu_ps(some, (const float *)job->bias + row);
+    __m512i v[SIDE];
+    for (int r = 0; r < SIDE; r++) v[r] = _mm512_maskz_loadu_epi32(wide, sums + r * stride);
+    turn(v);
+    for (int64_t i = 0; i < inputs; i++) {
+        __m512 sum = _mm512_castsi512_ps(v[i]);
+        if (job->bias) sum = _mm512_add_ps(sum, bias);
+        __m512i bits = _mm512_castps_si512(sum);
+        __m512i high = _mm512_srli_epi32(bits, 16);
+        __mmask16 nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+        __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(half, _mm512_and_si512(high, one)));
+        near = _mm512_srli_epi32(near, 16);
+        near = _mm512_mask_or_epi32(near, nan, high, _mm512_set1_epi32(0x40));
+        uint16_t *out = (uint16_t *)(job->out + (input + i) * job->out_bytes) + row;
+        _mm256_mask_storeu_epi16(out, some, _mm512_cvtepi32_epi16(near));
+    }
+}
+
+/* One step of two tiles of weights with the one tile of inputs there is. */
+#define FEW_PRODUCTS(first, second)                                                                \
+    TILE_LOAD(6, x, 4 * n);                                                                        \
+    TILE_LOAD(4, from, 64);                                                                        \
+    TILE_PRODUCT(first, 4, 6);                                                                     \
+    TILE_LOAD(5, from + TILE, 64);                                                                 \
+    TILE_PRODUCT(second, 5, 6);
+
+/* Eight rows of a quarter, then one of its four steps of products of the quarter before. */
+#define EIGHT_ROWS(eighth)                                                                         \
+    for (int64_t r = 8 * eighth; r < 8 * eighth + 8; r++) {                \
+        decode_quarter(                                                                            \
+            stripe, r, step, to + TILE * (r / SIDE) + 64 * (r % SIDE), planes, same);              \
+        if (odd) continue;                                                                         \
+        _mm_prefetch((const char *)stripe->codes[r] + ahead, _MM_HINT_T0);                         \
+        if (planes == 2) _mm_prefetch((const char *)stripe->second[r] + ahead, _MM_HINT_T0);       \
+    }
+
+TILES INLINE void few_inputs(
+    const Job *job, Stripe *stripe, int64_t row, const int planes, const int same) {
+    const int64_t n = width(job);
+    char rooms[2][2 * QUARTER * TILE] __attribute__((aligned(64)));
+    char sums[4][TILE] __attribute__((aligned(64)));
+    const char *x = (const char *)job->x;
+    int64_t end = 0;
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int64_t step = 0, odd = 0;; step += QUARTER, odd ^= 1) {
+        char *to = rooms[odd];
+        const char *from = rooms[odd ^ 1];
+        const int64_t before = step - QUARTER, left = stripe->steps - before;
+        const int more = step < stripe->steps;
+        const int64_t ahead = 2 * SIDE * stripe->row_bytes + 8 * step; /* rows follow each other in memory: the next stripe */
+        if (more && step >= end) end = open_window(job, stripe, row, step);
+        if (more) { EIGHT_ROWS(0) }
+        if (step) { FEW_PRODUCTS(0, 1) from += 2 * TILE, x += 64 * n; }
+        if (more) { EIGHT_ROWS(1) }
+        if (step && left > 1) { FEW_PRODUCTS(2, 3) from += 2 * TILE, x += 64 * n; }
+        if (more) { EIGHT_ROWS(2) }
+        if (step && left > 2) { FEW_PRODUCTS(0, 1) from += 2 * TILE, x += 64 * n; }
+        if (more) { EIGHT_ROWS(3) }
+        if (step && left > 3) { FEW_PRODUCTS(2, 3) from += 2 * TILE, x += 64 * n; }
+        if (!more) break;
+    }
+    TILE_STORE(0, sums[0], 64);
+    TILE_STORE(1, sums[1], 64);
+    TILE_STORE(2, sums[2], 64);
+    TILE_STORE(3, sums[3], 64);
+    for (int64_t tile = 0; tile < 2; tile++) {
+        const __mmask16 wide = (__mmask16)((1 << n) - 1);
+        for (int64_t r = 0; r < SIDE; r++) {
+            char *to = sums[tile] + 64 * r;
+            __m512 sum = _mm512_maskz_loadu_ps(wide, to);
+            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(wide, sums[tile + 2] + 64 * r));
+            _mm512_store_ps(to, sum);
+        }
+        finish_tile(job, row + SIDE * tile, 0, n, sums[tile], 64);
+    }
+}
+
+/* Some steps of 32 rows with two tiles of inputs, or one: sums go on where they were left. */
+TILES INLINE void tile_block(
+    const Job *job, int64_t row, int64_t input, const char *panel, const char *x, int64_t apart,
+    int64_t steps, char *kept, int is_first, int is_last, const int two) {
+    if (is_first) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+    } else {
+        TILE_LOAD(0, kept, 64);
+        TILE_LOAD(1, kept + TILE, 64);
+        if (two) {
+            TILE_LOAD(2, kept + 2 * TILE, 64);
+            TILE_LOAD(3, kept + 3 * TILE, 64);
+        }
+    }
+    for (int64_t step = 0; step < steps; step++, panel += 2 * TILE, x += TILE) {
+        for (int64_t line = AHEAD * TILE; line < (AHEAD + 1) * TILE; line += 64) {
+            _mm_prefetch(x + line, _MM_HINT_T0);
+            if (two) _mm_prefetch(x + apart + line, _MM_HINT_T0);
+        }
+        TILE_LOAD(6, x, 64);
+        TILE_LOAD(4, panel, 64);
+        TILE_PRODUCT(0, 4, 6);
+        TILE_LOAD(5, panel + TILE, 64);
+        TILE_PRODUCT(1, 5, 6);
+        if (two) {
+            TILE_LOAD(7, x + apart, 64);
+            TILE_PRODUCT(2, 4, 7);
+            TILE_PRODUCT(3, 5, 7);
+        }
+    }
+    TILE_STORE(0, kept, 64);
+    TILE_STORE(1, kept + TILE, 64);
+    if (two) {
+        TILE_STORE(2, kept + 2 * TILE, 64);
+        TILE_STORE(3, kept + 3 * TILE, 64);
+    }
+    if (!is_last) return;
+    for (int tile = 0; tile < (two ? 4 : 2); tile++)
+        finish_tile(
+            job, row + SIDE * (tile % 2), input + SIDE * (tile / 2), SIDE, kept + TILE * tile, 64);
+}
+
+TILES INLINE void many_inputs(
+    const Job *job, Stripe *stripe, int64_t row, int64_t begin, int64_t end, char *kept,
+    const int planes, const int same) {
+    char panel[2 * DEEP * TILE] __attribute__((aligned(64)));
+    int64_t window = 0;
+    for (int64_t first = 0, last; first < stripe->steps; first = last) {
+        if (first >= window) window = open_window(job, stripe, row, first);
+        last = least(first + DEEP, window);
+        for (int64_t step = first; step < last; step += QUARTER)
+            for (int64_t r = 0; r < 2 * SIDE; r++)
+                decode_quarter(
+                    stripe, r, step,
+                    panel + TILE * (2 * (step - first) + r / SIDE) + 64 * (r % SIDE), planes, same);
+        for (int64_t b = begin; b < end; b += 2) {
+            const int64_t apart = stripe->steps * TILE;
+            const char *x = (const char *)job->x + b * apart + first * TILE;
+            char *sums = kept + 2 * TILE * (b - begin);
+            if (b + 1 < end)
+                tile_block(
+                    job, row, SIDE * b, panel, x, apart, last - first, sums, first == 0,
+                    last == stripe->steps, 1);
+            else
+                tile_block(
+                    job, row, SIDE * b, panel, x, apart, last - first, sums, first == 0,
+                    last == stripe->steps, 0);
+        }
+    }
+}
+
+#define EACH_KIND(call)                                                                            \
+    if (job->second_codes && same) {                                                               \
+        call(2, 1);                                                                                \
+    } else if (job->second_codes) {                                                                \
+        call(2, 0);                                                                                \
+    } else if (same) {                                                                             \
+        call(1, 1);                                                                                \
+    } else {                                                                                       \
+        call(1, 0);                                                                                \
+    }
+#define FEW(planes, same) few_inputs(job, &stripe, row, planes, same)
+#define MANY(planes, same) many_inputs(job, &stripe, row, begin, end, kept, planes, same)
+
+/* As `trilens_native_multiply`, for inputs that `prepare_tiles` made. */
+TILES void trilens_native_multiply_tiles(void *address) {
+    Job *job = address;
+    const int64_t stripes = (job->rows + STRIPE - 1) / STRIPE;
+    const int64_t blocks = (job->batch + SIDE - 1) / SIDE;
+    const int64_t chunks = (blocks + job->chunk - 1) / job->chunk;
+    const int64_t each = job->second_codes ? 4 : 1;
+    uint64_t values[2 * SIDE * each * WINDOW];
+    char room[blocks > 1 ? 2 * TILE * (job->chunk + 1) + 64 : 64];
+    char *kept = (char *)(((uintptr_t)room + 63) & ~(uintptr_t)63);
+    shape_tiles(width(job));
+    for (;;) {
+        const int64_t number = take(job);
+        if (number >= stripes * chunks) break;
+        const int64_t row = number % stripes * STRIPE, begin = number / stripes * job->chunk;
+        const int64_t end = least(begin + job->chunk, blocks);
+        Stripe stripe = stripe_from(job, row, values);
+        const int same = stripe.group_steps % QUARTER == 0 || job->groups == 1;
+        if (blocks == 1) {
+            EACH_KIND(FEW)
+        } else {
+            EACH_KIND(MANY)
+        }
+    }
+    __asm__ volatile("tilerelease");
+}
+
+#else
+
+int trilens_native_tiles(void) { return 0; }
+void trilens_native_prepare_tiles(void *address) { (void)address; }
+void trilens_native_multiply_tiles(void *address) { (void)address; }
+
+#endif
