@@ -73,7 +73,7 @@ _MOST_BLOCKS = 64  # of a chunk: their sums may lie on a thread's stack
 _INPUTS_AT_ONCE = 6
 _FEW = 4
 _INT8_AT_ONCE = 2
-_TILE_INPUTS = 16
+_TILE_INPUTS, _FOUR_STEPS = 16, 128  # columns whose codes are read at once
 _LIMBS = 3  # bytes of a whole number
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
@@ -240,13 +240,13 @@ def _multiply_limbs(job: dict[str, int], x: Tensor, packed: Packed, n_threads: i
 
 
 def _multiply_tiles(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> None:
-    n_inputs, steps = x.shape[0], -(-packed.cols // _STEP)
+    n_inputs, cols = x.shape[0], -(-packed.cols // _FOUR_STEPS) * _FOUR_STEPS
     side = min(n_inputs, _TILE_INPUTS)
-    made = torch.empty(-(-n_inputs // side) * side, steps * _STEP, dtype=torch.bfloat16)
+    made = torch.empty(-(-n_inputs // side) * side, cols, dtype=torch.bfloat16)
     job |= {
         "source": x.data_ptr(),
         "x": made.data_ptr(),
-        "chunk": _blocks(n_inputs, _TILE_INPUTS, 2 * steps * _STEP),
+        "chunk": _blocks(n_inputs, _TILE_INPUTS, 2 * cols),
     }
     run_job(_function("prepare_tiles"), _array(job), 1 + made.numel() // _WORTH_A_THREAD)
     run_job(_function("multiply_tiles"), _array(job), n_threads)

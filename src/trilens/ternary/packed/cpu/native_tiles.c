@@ -2,9 +2,9 @@
 
    A tile of weights is 16 rows of 32 columns, decoded into the cache; one of inputs is the same 32
    columns of up to 16 of them, in pairs. One instruction multiplies the two, and adds to 16 × 16 sums
-   in float32. 64 bits of a row are repeated in all lanes, each lane shifts its code to the end, and
-   looks its value up there, so that lane i holds column 8 (i % 4) + i / 4: `prepare_tiles` brings
-   inputs into that order.
+   in float32. The 32 bytes of 128 columns of a row are put into 32 lanes, each byte twice, from which
+   four steps take two bits each and look up the two bytes of a weight: lane i of step k holds column
+   4 i + k. `prepare_tiles` brings inputs into that order.
 
    Up to 16 inputs the time is that of decoding: the rows of the next step are decoded between the
    products of the one before. With more, a panel of 32 rows is decoded once for a chunk of inputs,
@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 #define SIDE 16     /* rows of a tile, and inputs of one */
-#define QUARTER 4   /* steps that are decoded at a time: a group of 128 columns */
+#define FOUR 4      /* steps that are decoded at a time: 128 columns, 32 bytes of codes */
 #define DEEP 8      /* steps of a panel for many inputs: with as many of theirs, in the L1 cache */
 #define AHEAD 2     /* steps of inputs that are asked for before */
 #define WINDOW 64   /* groups of a row whose values are at hand */
@@ -92,15 +92,17 @@ TILES INLINE void turn(__m512i v[SIDE]) {
 
 static inline int64_t width(const Job *job) { return least(job->batch, SIDE); }
 
+static inline int64_t tile_steps(const Job *job) { return (job->cols + 127) / 128 * FOUR; }
+
 /* x[blocks of 16 inputs, steps, 16 pairs of columns, inputs, 2], zeros where there is none. */
 TILES void trilens_native_prepare_tiles(void *address) {
     Job *job = address;
-    const int64_t blocks = (job->batch + SIDE - 1) / SIDE, steps = (job->cols + 31) / 32;
+    const int64_t blocks = (job->batch + SIDE - 1) / SIDE, steps = tile_steps(job);
     const int64_t n = width(job);
     const __mmask16 some = (__mmask16)((1 << n) - 1);
-    uint16_t at[32];
-    for (int i = 0; i < 32; i++) at[i] = (uint16_t)(8 * (i % 4) + i / 4);
-    const __m512i order = _mm512_loadu_si512(at);
+    uint16_t columns[FOUR][32]; /* of each step, in the first or the second 64 */
+    for (int k = 0; k < FOUR; k++)
+        for (int i = 0; i < 32; i++) columns[k][i] = (uint16_t)((4 * i + k) & 63);
     for (;;) {
         const int64_t number = take(job);
         if (number >= blocks) return;
@@ -108,14 +110,22 @@ TILES void trilens_native_prepare_tiles(void *address) {
         const char *from = (const char *)job->source + SIDE * number * 2 * job->cols;
         char *to = (char *)job->x + number * steps * 64 * SIDE;
         for (int64_t step = 0; step < steps; step++, to += 64 * n) {
-            const int64_t left = job->cols - 32 * step;
-            const __mmask32 there = left < 32 ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
+            const __m512i low = _mm512_loadu_si512(columns[step % FOUR]);
             __m512i v[SIDE];
             for (int64_t i = 0; i < SIDE; i++) {
+                __m512i parts[4];
+                for (int64_t part = 0; part < 4 && i < here; part++) {
+                    const int64_t column = 32 * (step / FOUR * FOUR + part), left = job->cols - column;
+                    const __mmask32 there =
+                        left >= 32 ? ~(__mmask32)0 : left > 0 ? ((__mmask32)1 << left) - 1 : 0;
+                    parts[part] =
+                        _mm512_maskz_loadu_epi16(there, from + i * 2 * job->cols + 2 * column);
+                }
                 v[i] = _mm512_setzero_si512();
                 if (i < here)
-                    v[i] = _mm512_maskz_loadu_epi16(there, from + i * 2 * job->cols + 64 * step);
-                v[i] = _mm512_permutexvar_epi16(order, v[i]);
+                    v[i] = _mm512_mask_blend_epi16(
+                        0xffff0000, _mm512_permutex2var_epi16(parts[0], low, parts[1]),
+                        _mm512_permutex2var_epi16(parts[2], low, parts[3]));
             }
             if (n == 1) {
                 _mm512_storeu_si512(to, v[0]);
@@ -131,26 +141,20 @@ TILES void trilens_native_prepare_tiles(void *address) {
 /* 32 rows from `row` on; those after the last one of the matrix repeat it. */
 typedef struct {
     const uint8_t *codes[2 * SIDE], *second[2 * SIDE];
-    uint64_t *values; /* [32 rows, groups at hand, 4 or 16 bfloat16] */
-    int64_t first, groups, group_steps, steps, whole, row_bytes;
-    __m512i shifts, order;
+    uint64_t *values; /* [32 rows, groups at hand, 4 or 16 weights]: low bytes, then high ones */
+    int64_t first, groups, group_steps, steps, row_bytes;
+    __m512i twice;
 } Stripe;
 
 TILES INLINE Stripe stripe_from(const Job *job, int64_t row, uint64_t *values) {
     Stripe stripe;
+    uint8_t at[64];
+    for (int i = 0; i < 64; i++) at[i] = (uint8_t)(i / 2);
+    stripe.twice = _mm512_loadu_si512(at);
     stripe.values = values;
-    stripe.steps = (job->cols + 31) / 32;
-    stripe.whole = job->row_bytes / 8;
+    stripe.steps = tile_steps(job);
     stripe.row_bytes = job->row_bytes;
     stripe.group_steps = job->groups > 1 ? job->group_cols / 32 : stripe.steps;
-    uint16_t shift[32];
-    uint8_t at[64];
-    for (int i = 0; i < 32; i++) {
-        shift[i] = (uint16_t)(2 * (i / 4));
-        at[2 * i] = at[2 * i + 1] = (uint8_t)((16 * (i % 4) + 2 * (i / 4) + 62) & 63);
-    }
-    stripe.shifts = _mm512_loadu_si512(shift);
-    stripe.order = _mm512_loadu_si512(at);
     for (int64_t r = 0; r < 2 * SIDE; r++) {
         int64_t at_row = least(row + r, job->rows - 1);
         stripe.codes[r] = (const uint8_t *)job->codes + at_row * job->row_bytes;
@@ -162,56 +166,76 @@ TILES INLINE Stripe stripe_from(const Job *job, int64_t row, uint64_t *values) {
 /* Brings the values of the groups from that of a step on to hand, and says where they end. */
 TILES static int64_t open_window(const Job *job, Stripe *stripe, int64_t row, int64_t step) {
     const int64_t each = job->second_codes ? 4 : 1;
+    /* of 16-bit numbers in 8 bytes, or in 32, the low bytes before the high ones */
+    const __m512i halves = _mm512_broadcast_i32x4(
+        each == 1 ? _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)
+                  : _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+    const __m512i order = each == 1 ? _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0)
+                                    : _mm512_set_epi64(7, 5, 6, 4, 3, 1, 2, 0);
     stripe->first = step / stripe->group_steps;
     stripe->groups = least(WINDOW, job->groups - stripe->first);
-    for (int64_t r = 0; r < 2 * SIDE; r++)
+    for (int64_t r = 0; r < 2 * SIDE; r++) {
+        uint64_t *to = stripe->values + r * each * WINDOW;
         values_of_groups(
-            job, least(row + r, job->rows - 1), stripe->first, stripe->groups,
-            stripe->values + r * each * WINDOW);
+            job, least(row + r, job->rows - 1), stripe->first, stripe->groups, to);
+        for (int64_t at = 0; at < each * stripe->groups; at += 8) {
+            __m512i found = _mm512_shuffle_epi8(_mm512_loadu_si512(to + at), halves);
+            _mm512_storeu_si512(to + at, _mm512_permutexvar_epi64(order, found));
+        }
+    }
     return least(stripe->steps, (stripe->first + stripe->groups) * stripe->group_steps);
 }
 
-/* Codes of one step of one row. */
-TILES INLINE __m512i step_codes(
-    const Stripe *stripe, const uint8_t *row, int64_t step, const int whole) {
-    uint64_t last = 0;
-    if (whole) return eight(row + 8 * step);
-    const int64_t left = least(8, stripe->row_bytes - 8 * step);
-    if (left > 0) memcpy(&last, row + 8 * step, (size_t)left);
-    return _mm512_set1_epi64((int64_t)last);
+/* The 32 bytes of codes of four steps, each twice; 0 after the end of the row. */
+TILES INLINE __m512i codes_twice(const Stripe *stripe, const uint8_t *row, int64_t step) {
+    const int64_t left = stripe->row_bytes - 8 * step;
+    const __mmask32 there = left >= 32 ? ~(__mmask32)0 : left > 0 ? ((__mmask32)1 << left) - 1 : 0;
+    __m256i codes = _mm256_maskz_loadu_epi8(there, row + 8 * step);
+    return _mm512_permutexvar_epi8(stripe->twice, _mm512_castsi256_si512(codes));
 }
 
-/* Four steps of one row, each into its tile: to[step * 2 tiles]. All in one group if `same`, all with
-   eight bytes of codes if `whole`. */
-TILES INLINE void decode_steps(
-    const Stripe *stripe, int64_t r, int64_t step, char *to, const int planes, const int same,
-    const int whole) {
-    const int64_t each = planes * planes;
-    const uint64_t *values = stripe->values + r * each * WINDOW;
-    __m512i table;
-#pragma GCC unroll 4
-    for (int i = 0; i < QUARTER; i++) {
-        if (i == 0 || !same) {
-            int64_t group = least((step + i) / stripe->group_steps - stripe->first, stripe->groups - 1);
-            table = planes == 1 ? eight(values + group) : four(values + 4 * group);
-        }
-        __m512i codes = step_codes(stripe, stripe->codes[r], step + i, whole);
-        __m512i lanes = _mm512_srlv_epi16(codes, stripe->shifts);
-        if (planes == 2) {
-            __m512i others = step_codes(stripe, stripe->second[r], step + i, whole);
-            others = _mm512_multishift_epi64_epi8(stripe->order, others);
-            lanes = _mm512_ternarylogic_epi64(_mm512_set1_epi16(3), lanes, others, 0xca);
-        }
-        _mm512_store_si512(to + 2 * TILE * i, _mm512_permutexvar_epi16(lanes, table));
+/* The 16 bytes of values that belong to each of four steps: of a group, or of several. */
+TILES INLINE __m512i table_at(
+    const Stripe *stripe, const uint64_t *values, int64_t step, const int planes, const int same) {
+    __m128i found[FOUR];
+    for (int i = 0; i < (same ? 1 : FOUR); i++) {
+        int64_t group = least((step + i) / stripe->group_steps - stripe->first, stripe->groups - 1);
+        const uint64_t *from = values + planes * planes * group;
+        found[i] = planes == 1 ? _mm_set1_epi64x((int64_t)*from) : _mm_loadu_si128((const void *)from);
     }
+    if (same) return _mm512_broadcast_i32x4(found[0]);
+    __m512i all = _mm512_inserti32x4(_mm512_castsi128_si512(found[0]), found[1], 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(all, found[2], 2), found[3], 3);
 }
 
-TILES INLINE void decode_quarter(
+/* Four steps of one row, each into its tile: to[step * 2 tiles]. All in one group if `same`. */
+TILES INLINE void decode_four(
     const Stripe *stripe, int64_t r, int64_t step, char *to, const int planes, const int same) {
-    if (step + QUARTER <= stripe->whole)
-        decode_steps(stripe, r, step, to, planes, same, 1);
-    else
-        decode_steps(stripe, r, step, to, planes, same, 0);
+    const uint64_t *values = stripe->values + r * planes * planes * WINDOW;
+    const __m512i table = table_at(stripe, values, step, planes, same);
+    const __m512i codes = codes_twice(stripe, stripe->codes[r], step);
+    const __m512i mask = _mm512_set1_epi8(3);
+    if (planes == 1) {
+        const __m512i high = _mm512_set1_epi16(0x0400); /* the high byte is four later */
+#pragma GCC unroll 4
+        for (int k = 0; k < FOUR; k++) {
+            __m512i at = _mm512_ternarylogic_epi64(_mm512_srli_epi16(codes, 2 * k), mask, high, 0xea);
+            _mm512_store_si512(to + 2 * TILE * k, _mm512_shuffle_epi8(table, at));
+        }
+        return;
+    }
+    const __m512i other = table_at(stripe, values + 2, step, planes, same);
+    const __m512i after = codes_twice(stripe, stripe->second[r], step);
+    const __m512i low = _mm512_set1_epi16(0x00ff), nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int k = 0; k < FOUR; k++) {
+        __m512i next = k ? _mm512_srli_epi16(after, 2 * k - 2) : _mm512_slli_epi16(after, 2);
+        __m512i at = _mm512_ternarylogic_epi64(mask, _mm512_srli_epi16(codes, 2 * k), next, 0xca);
+        at = _mm512_and_si512(at, nibble);
+        __m512i found = _mm512_ternarylogic_epi64(
+            low, _mm512_shuffle_epi8(table, at), _mm512_shuffle_epi8(other, at), 0xca);
+        _mm512_store_si512(to + 2 * TILE * k, found);
+    }
 }
 
 /* out[inputs, row .. row + 16] of a tile of sums [16, n], with the bias, rounded. */
@@ -248,10 +272,10 @@ TILES static void finish_tile(
     TILE_LOAD(5, from + TILE, 64);                                                                 \
     TILE_PRODUCT(second, 5, 6);
 
-/* Eight rows of a quarter, then one of its four steps of products of the quarter before. */
+/* Eight rows of four steps. */
 #define EIGHT_ROWS(eighth)                                                                         \
     for (int64_t r = 8 * eighth; r < 8 * eighth + 8; r++) {                \
-        decode_quarter(                                                                            \
+        decode_four(                                                                            \
             stripe, r, step, to + TILE * (r / SIDE) + 64 * (r % SIDE), planes, same);              \
         if (odd) continue;                                                                         \
         _mm_prefetch((const char *)stripe->codes[r] + ahead, _MM_HINT_T0);                         \
@@ -261,7 +285,7 @@ TILES static void finish_tile(
 TILES INLINE void few_inputs(
     const Job *job, Stripe *stripe, int64_t row, const int planes, const int same) {
     const int64_t n = width(job);
-    char rooms[2][2 * QUARTER * TILE] __attribute__((aligned(64)));
+    char rooms[2][2 * FOUR * TILE] __attribute__((aligned(64)));
     char sums[4][TILE] __attribute__((aligned(64)));
     const char *x = (const char *)job->x;
     int64_t end = 0;
@@ -269,10 +293,10 @@ TILES INLINE void few_inputs(
     TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
-    for (int64_t step = 0, odd = 0;; step += QUARTER, odd ^= 1) {
+    for (int64_t step = 0, odd = 0;; step += FOUR, odd ^= 1) {
         char *to = rooms[odd];
         const char *from = rooms[odd ^ 1];
-        const int64_t before = step - QUARTER, left = stripe->steps - before;
+        const int64_t before = step - FOUR, left = stripe->steps - before;
         const int more = step < stripe->steps;
         const int64_t ahead = 2 * SIDE * stripe->row_bytes + 8 * step; /* rows follow each other in memory: the next stripe */
         if (more && step >= end) end = open_window(job, stripe, row, step);
@@ -355,9 +379,9 @@ TILES INLINE void many_inputs(
     for (int64_t first = 0, last; first < stripe->steps; first = last) {
         if (first >= window) window = open_window(job, stripe, row, first);
         last = least(first + DEEP, window);
-        for (int64_t step = first; step < last; step += QUARTER)
+        for (int64_t step = first; step < last; step += FOUR)
             for (int64_t r = 0; r < 2 * SIDE; r++)
-                decode_quarter(
+                decode_four(
                     stripe, r, step,
                     panel + TILE * (2 * (step - first) + r / SIDE) + 64 * (r % SIDE), planes, same);
         for (int64_t b = begin; b < end; b += 2) {
@@ -406,7 +430,7 @@ TILES void trilens_native_multiply_tiles(void *address) {
         const int64_t row = number % stripes * STRIPE, begin = number / stripes * job->chunk;
         const int64_t end = least(begin + job->chunk, blocks);
         Stripe stripe = stripe_from(job, row, values);
-        const int same = stripe.group_steps % QUARTER == 0 || job->groups == 1;
+        const int same = stripe.group_steps % FOUR == 0 || job->groups == 1;
         if (blocks == 1) {
             EACH_KIND(FEW)
         } else {
