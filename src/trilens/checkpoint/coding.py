@@ -24,11 +24,11 @@ from trilens.errors import WriteError
 from trilens.io.safetensors_header import TensorHeader
 from trilens.ternary.calibrated.rules import levels_of, n_planes_of
 from trilens.ternary.codecs.packing import Base3, Codec, FourLevels, TwoBit
-from trilens.ternary.codecs.rows import compact_rows, holds_code_3, pack_rows
+from trilens.ternary.codecs.rows import compact_rows, pack_rows
 from trilens.ternary.granularity import resolve_units
 from trilens.ternary.histogram import LevelSample
 from trilens.ternary.quantize import PerLayerQuant, Scale
-from trilens.ternary.rules.kernels import kernels_for, parallel_map
+from trilens.ternary.rules.kernels import Kernels, kernels_for, parallel_map
 from trilens.ternary.rules.rules import RuleName
 
 __all__ = [
@@ -280,12 +280,15 @@ def _write_codes(
 ) -> None:
     rows, cols = trits.shape
     row_bytes = math.ceil(cols / CODES_PER_BYTE[storage])
-    checked = _checked_words if storage == "two_bit" and cols % 4 == 0 else _checked_rows
+    checked: Callable[[Tensor], tuple[NDArray[np.uint8], bool]]
+    checked = partial(_checked_rows, storage=storage, levels=levels)
+    if storage == "two_bit" and cols % 4 == 0:
+        checked = partial(_checked_words, levels=levels, kernels=kernels_for(trits.numel()))
     begin = writer.slots[name].begin + index * rows * row_bytes
 
     def write(rows_of_block: tuple[int, int]) -> None:
         first, last = rows_of_block
-        packed, is_same = checked(trits[first:last], storage, levels)
+        packed, is_same = checked(trits[first:last])
         # What is decoded are the bytes that `put` finds in the file.
         writer.put(begin + first * row_bytes, packed)
         if not is_same:
@@ -294,15 +297,12 @@ def _write_codes(
     parallel_map(write, _row_blocks(rows, cols))
 
 
-def _checked_words(trits: Tensor, storage: Storage, levels: int) -> tuple[NDArray[np.uint8], bool]:
-    """As `_checked_rows`, of rows that fill whole bytes of two-bit codes: at the memory's speed."""
-    del storage
+def _checked_words(trits: Tensor, levels: int, kernels: Kernels) -> tuple[NDArray[np.uint8], bool]:
+    """As `_checked_rows` of rows that fill whole bytes of two-bit codes, one pass for each."""
     words = np.ascontiguousarray(trits.numpy()).reshape(-1).view(np.uint32)
     packed = np.empty(words.size, dtype=np.uint8)
-    kernels = kernels_for(trits.numel())
     kernels.fold(words, packed)
-    is_same = kernels.unfolds(packed, words)
-    return packed, is_same and not (levels == 3 and holds_code_3(torch.from_numpy(packed)))
+    return packed, kernels.unfolds(packed, words, levels)
 
 
 def _checked_rows(trits: Tensor, storage: Storage, levels: int) -> tuple[NDArray[np.uint8], bool]:

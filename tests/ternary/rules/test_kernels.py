@@ -126,17 +126,21 @@ def test_levels_to_two_bits_and_what_does_not_decode() -> None:
         packed = np.empty(256, dtype=np.uint8)
         backend.fold(words, packed)
         assert np.array_equal(packed, FourLevels().encode(words.view(np.int8), None))
-        assert backend.unfolds(packed, words)
+        assert backend.unfolds(packed, words, 4)
+        no_trits = np.array(
+            [not backend.unfolds(packed[i : i + 1], words[i : i + 1], 3) for i in range(256)]
+        )
+        assert np.array_equal(no_trits, (words.view(np.int8).reshape(-1, 4) == 2).any(axis=1))
         for bit in range(8):
             packed[17] ^= np.uint8(1 << bit)
-            assert not backend.unfolds(packed, words)
+            assert not backend.unfolds(packed, words, 4)
             packed[17] ^= np.uint8(1 << bit)
         for wrong in (-2, 3, 127, -128):  # what no two bits hold
             levels = words.view(np.int8).copy()
             levels[5] = wrong
             beyond = levels.view(np.uint32)
             backend.fold(beyond, packed)
-            assert not backend.unfolds(packed, beyond)
+            assert not backend.unfolds(packed, beyond, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

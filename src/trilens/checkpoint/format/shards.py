@@ -97,12 +97,14 @@ class ShardWriter:
             WriteError: as the system reports.
         """
         # The disk writes while the processor hashes: what is left to commit is the name.
-        _, digest = parallel_map(lambda work: work(), (self._file.flush_to_disk, self._hash))
-        self._file.commit()
-        return digest
+        digests: list[str] = []
 
-    def _hash(self) -> str:
-        return self._file.sha256
+        def take_hash() -> None:
+            digests.append(self._file.sha256)
+
+        parallel_map(lambda work: work(), (self._file.flush_to_disk, take_hash))
+        self._file.commit()
+        return digests[0]
 
     def __enter__(self) -> Self:
         try:

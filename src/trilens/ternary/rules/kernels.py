@@ -80,7 +80,7 @@ class Kernels(Protocol):
     def fold(self, words: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
         """Levels, a byte each, to two-bit codes."""
 
-    def unfolds(self, packed: NDArray[np.uint8], words: NDArray[np.uint32]) -> bool:
+    def unfolds(self, packed: NDArray[np.uint8], words: NDArray[np.uint32], levels: int) -> bool:
         """Whether two-bit codes are those of the levels."""
 
     def two_bit(self, x: NDArray[Any], cut: Any, out: NDArray[np.uint8]) -> None:
@@ -182,9 +182,9 @@ class _Compiled:
     def fold(self, words: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
         self._fold(_read_only(words), out)
 
-    def unfolds(self, packed: NDArray[np.uint8], words: NDArray[np.uint32]) -> bool:
+    def unfolds(self, packed: NDArray[np.uint8], words: NDArray[np.uint32], levels: int) -> bool:
         out = np.zeros(1, dtype=np.bool_)
-        self._unfolds(_read_only(packed), _read_only(words), out)
+        self._unfolds(_read_only(packed), _read_only(words), levels, out)
         return bool(out[0])
 
     def two_bit(self, x: NDArray[Any], cut: Any, out: NDArray[np.uint8]) -> None:

@@ -18,7 +18,6 @@ from trilens.ternary.rules.numba_kernels import number, widest_vectors
 __all__: list[str] = []
 
 
-@overload(number)
 def _number(stored: Any) -> Callable[[Any], Any]:
     def of_bits(stored: Any) -> Any:
         return np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
@@ -29,8 +28,7 @@ def _number(stored: Any) -> Callable[[Any], Any]:
     return of_bits if stored == types.uint16 else as_it_is
 
 
-@intrinsic
-def _set_widest(typing_context: Any) -> Any:
+def _with_attribute(typing_context: Any) -> Any:
     del typing_context
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -43,9 +41,16 @@ def _set_widest(typing_context: Any) -> Any:
     return types.void(), generate
 
 
-@overload(widest_vectors)
+_set_widest: Any = intrinsic(_with_attribute)
+
+
 def _widest_vectors() -> Callable[[], None]:
     def widest() -> None:
         _set_widest()
 
     return widest
+
+
+# Called, not put above the functions: numba has no types.
+overload(number)(_number)
+overload(widest_vectors)(_widest_vectors)

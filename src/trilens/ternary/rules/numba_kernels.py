@@ -264,17 +264,19 @@ def fold(words: Any, out: Any) -> None:
         out[i] = np.uint8(word & np.uint32(255))
 
 
-def unfolds(packed: Any, words: Any, out: Any) -> None:
+def unfolds(packed: Any, words: Any, n_levels: int, out: Any) -> None:
     """See `numpy_kernels.unfolds`."""
     widest_vectors()
     low = np.uint32(0x7F7F7F7F)
+    code_3 = np.uint32(0x01010101 if n_levels == 3 else 0)
     differing = np.uint32(0)
     for i in range(words.shape[0]):
         word = np.uint32(packed[i])
         word = word | word << np.uint32(6) | word << np.uint32(12) | word << np.uint32(18)
         levels = words[i]
         codes = ((levels & low) + np.uint32(0x01010101)) ^ (levels & ~low)
-        differing |= (word & np.uint32(0x03030303)) ^ codes
+        word = word & np.uint32(0x03030303)
+        differing |= (word ^ codes) | (word & (word >> np.uint32(1)) & code_3)
     out[0] = differing == 0
 
 

@@ -211,14 +211,15 @@ def fold(words: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
     out[:] = _folded((words.view(np.int8) + np.int8(1)).view("<u4"))
 
 
-def unfolds(packed: NDArray[np.uint8], words: NDArray[np.uint32]) -> bool:
-    """Whether bytes decode to the levels that `fold` was given, all of which are −1 to 2.
+def unfolds(packed: NDArray[np.uint8], words: NDArray[np.uint32], levels: int) -> bool:
+    """Whether bytes decode to what `fold` was given, from −1 to 1, or to 2 with 4 levels.
 
     Shapes: packed [length], words [length]
     """
     shifts = np.arange(0, 8, 2, dtype=np.uint8)
-    levels = (packed[:, None] >> shifts & 3).astype(np.int8) - np.int8(1)
-    return np.array_equal(levels, words.view(np.int8).reshape(-1, 4))
+    found = (packed[:, None] >> shifts & 3).astype(np.int8) - np.int8(1)
+    is_same = np.array_equal(found, words.view(np.int8).reshape(-1, 4))
+    return is_same and bool(found.max(initial=-1) <= levels - 2)
 
 
 def two_bit(x: NDArray[Any], cut: Any, out: NDArray[np.uint8]) -> None:
