@@ -130,6 +130,17 @@ class AtomicFile(io.RawIOBase):
         """Bytes as the file now holds them."""
         return os.pread(self._file, size, offset)
 
+    def flush_to_disk(self) -> None:
+        """Have the disk hold what is written so far.
+
+        Raises:
+            WriteError: as the system reports.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
     def commit(self) -> None:
         """Flush to disk, and rename.
 

@@ -17,8 +17,9 @@ from trilens.results import Shown
 from trilens.ternary.granularity import Per, Span, Units, resolve_units
 from trilens.ternary.rules.coder import Coded, ScaleDtype, code_units
 from trilens.ternary.rules.kernels import kernels_for, parallel_map
+from trilens.ternary.rules.numpy_kernels import LANES
 from trilens.ternary.rules.rules import FOUR_LEVELS, RuleName, find_rule
-from trilens.ternary.weights_view import WeightsLike, view_weights
+from trilens.ternary.weights_view import BLOCK, WeightsLike, view_weights
 
 __all__ = ["PerLayerQuant", "Scale"]
 
@@ -233,8 +234,10 @@ class PerLayerQuant(Shown):
     def sparsity(self) -> float:
         """Share of zeros among the trits, of both planes where there are two."""
         planes = [plane for plane in (self.trits, self.second_trits) if plane is not None]
+        flat = [plane.reshape(-1).numpy() for plane in planes]
+        parts = [each[i : i + BLOCK] for each in flat for i in range(0, each.size, BLOCK)]
         n_codes = sum(plane.numel() for plane in planes)
-        return 1.0 - sum(np.count_nonzero(plane.numpy()) for plane in planes) / n_codes
+        return 1.0 - sum(parallel_map(np.count_nonzero, parts)) / n_codes
 
     def reconstruct(self) -> Tensor:
         """The weights that the trits stand for: float32 `[*shape]`.
@@ -277,13 +280,34 @@ class PerLayerQuant(Shown):
         kernels = kernels_for(view.size)
 
         def of(block: Span) -> tuple[float, float]:
+            length = self._factor_length(block)
             with np.errstate(over="ignore", invalid="ignore"):  # told by the sums below
-                return kernels.squared_sums(view.read(block.start, block.stop), self._values(block))
+                if length is None:
+                    x = view.read(block.start, block.stop)
+                    return kernels.squared_sums(x, self._values(block))
+                trits = self.trits.reshape(-1)[block.start : block.stop].numpy()
+                n_factors = -(-trits.size // length)
+                factors = _flat(self.scale)[block.first_unit : block.first_unit + n_factors]
+                return kernels.coded_sums(
+                    view.stored(block.start, block.stop), trits, factors, length
+                )
 
         found = parallel_map(of, self.units.blocks())
         if not all(math.isfinite(error) and math.isfinite(energy) for error, energy in found):
             raise view.sum_error()
         return math.fsum(error for error, _ in found), math.fsum(energy for _, energy in found)
+
+    def _factor_length(self, block: Span) -> int | None:
+        """Weights of a block that share a factor, as `coded_sums` takes them; else None."""
+        if self.second_trits is not None or self.offset is not None:
+            return None
+        size = block.stop - block.start
+        width, length = size // block.n_rows, self.units.length
+        if width <= length:
+            length = width
+        elif width % length:
+            return None
+        return length if length == size or length % LANES == 0 else None
 
     def _values(self, block: Span) -> NDArray[np.float32]:
         """The reconstructed weights of one block, flat."""

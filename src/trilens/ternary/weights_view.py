@@ -3,7 +3,7 @@
 Whatever comes in (torch tensor, array, nested list; any float dtype, device and stride) is read as
 flat contiguous blocks of float32 or float64 in row-major order, without a copy where the memory
 already looks like that. Every value of float8, float16 and bfloat16 is exact in float32, so nothing
-is rounded on the way.
+is rounded on the way. bfloat16 can also be had as its bits, which the hot loops widen themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trilens.errors import DtypeError, NonFiniteError, ShapeError, UsageError, ValueRangeError
 
-__all__ = ["BLOCK", "FloatArray", "WeightsLike", "WeightsView", "view_weights"]
+__all__ = ["BLOCK", "FloatArray", "WeightsLike", "WeightsView", "as_floats", "view_weights"]
 
 FloatArray: TypeAlias = NDArray[Any]  # float32 or float64: a union makes NumPy's overloads explode
 WeightsLike: TypeAlias = "Tensor | NDArray[Any] | Sequence[Any]"
@@ -53,7 +53,7 @@ class WeightsView:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    _rows: NDArray[Any] | Tensor  # [rows, cols], any strides
+    _rows: NDArray[Any] | Tensor  # [rows, cols], any strides; bfloat16 as its bits, uint16
 
     @property
     def size(self) -> int:
@@ -72,12 +72,17 @@ class WeightsView:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether `read` gives the caller's own memory, however much is asked for."""
+        """Whether `stored` gives the caller's own memory, however much is asked for."""
         rows = self._rows
-        return isinstance(rows, np.ndarray) and rows.dtype == self.dtype and rows.flags.c_contiguous
+        in_place = {self.dtype, np.dtype(np.uint16)}
+        return isinstance(rows, np.ndarray) and rows.dtype in in_place and rows.flags.c_contiguous
 
     def read(self, start: int, stop: int) -> FloatArray:
         """The weights start … stop − 1 in row-major order, contiguous, not to be written to."""
+        return as_floats(self.stored(start, stop))
+
+    def stored(self, start: int, stop: int) -> NDArray[Any]:
+        """As `read`, but bfloat16 as its bits (uint16), which is half as much to read."""
         cols = self.cols
         first, last = start // cols, (stop - 1) // cols
         if first == last:
@@ -120,10 +125,9 @@ class WeightsView:
 
     def _native(self, part: NDArray[Any] | Tensor) -> FloatArray:
         if isinstance(part, Tensor):
-            if part.dtype == torch.bfloat16 and part.device.type == "cpu":
-                return _widened(part)
             part = part.to(device="cpu", dtype=torch.float32).contiguous().numpy()
-        return np.ascontiguousarray(part, dtype=self.dtype).reshape(-1)
+        dtype = part.dtype if part.dtype == np.uint16 else self.dtype
+        return np.ascontiguousarray(part, dtype=dtype).reshape(-1)
 
 
 def view_weights(
@@ -169,7 +173,9 @@ def _readable_tensor(weights: Tensor, name: str) -> NDArray[Any] | Tensor:
     plain = weights.detach().resolve_neg()
     if plain.device.type == "cpu" and plain.dtype in {torch.float16, torch.float32, torch.float64}:
         return plain.numpy()
-    # NumPy has neither bfloat16 nor float8, nor other devices: `read` converts block by block.
+    if plain.device.type == "cpu" and plain.dtype == torch.bfloat16:
+        return plain.view(torch.uint16).numpy()
+    # NumPy has no float8 and no other devices: `stored` converts block by block.
     # PROMOTE: float64 on another device would lose half its digits in `read`'s float32.
     return plain.cpu().numpy() if plain.dtype == torch.float64 else plain
 
@@ -195,12 +201,16 @@ def _array(weights: NDArray[Any] | Sequence[Any], name: str) -> NDArray[Any]:
     return array
 
 
-def _widened(part: Tensor) -> FloatArray:
-    """bfloat16 is the upper half of float32.
+def as_floats(stored: NDArray[Any]) -> FloatArray:
+    """What `WeightsView.stored` gives as numbers: bfloat16 is the upper half of float32.
 
     Not `Tensor.to`: its own threads would fight with those of `parallel_map`.
+
+    Shapes: stored [...] → [...]
     """
-    bits = part.contiguous().view(torch.uint16).numpy().reshape(-1).astype(np.uint32)
+    if stored.dtype != np.uint16:
+        return stored
+    bits = stored.astype(np.uint32)
     return np.left_shift(bits, 16, out=bits).view(np.float32)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from tolerances import assert_close_sums, sum_error
 from trilens.errors import UsageError
+from trilens.ternary.codecs.packing import FourLevels
 from trilens.ternary.granularity import resolve_units
 from trilens.ternary.quantize import PerLayerQuant
 from trilens.ternary.rules import kernels
@@ -20,7 +21,7 @@ from trilens.ternary.rules import numpy_kernels as plain
 from trilens.ternary.rules.coder import code_units
 from trilens.ternary.rules.kernels import kernels_for, numba_is_here, parallel_map
 from trilens.ternary.rules.rules import RULES
-from trilens.ternary.weights_view import view_weights
+from trilens.ternary.weights_view import as_floats, view_weights
 
 needs_numba = pytest.mark.skipif(not numba_is_here(), reason="numba is an optional extra")
 
@@ -45,7 +46,10 @@ def test_loops_are_bit_identical(shape: tuple[int, int], dtype: type) -> None:
         cuts = np.sort(weights((shape[0], n_cuts), dtype, seed=1), axis=1)
         cuts[:, 0] = x[:, 0]  # a weight on a cut
         cuts.sort(axis=1)
-        assert np.array_equal(compiled.codes(x, cuts), reference.codes(x, cuts))
+        found = [np.empty(shape, dtype=np.int8) for _ in range(2)]
+        compiled.codes(x, cuts, found[0])
+        reference.codes(x, cuts, found[1])
+        assert np.array_equal(*found)
         for ours, theirs in zip(compiled.cells(x, cuts), reference.cells(x, cuts), strict=True):
             assert np.array_equal(ours, theirs)
         ascending = np.sort(x, axis=1)
@@ -77,6 +81,66 @@ def test_loops_are_bit_identical(shape: tuple[int, int], dtype: type) -> None:
         compiled.two_bit(flat, cut, packed[0])
         reference.two_bit(flat, cut, packed[1])
         assert np.array_equal(*packed)
+
+
+@needs_numba
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_of_bfloat16_are_the_numbers(shape: tuple[int, int]) -> None:
+    tensor = torch.from_numpy(weights(shape, np.float32)).bfloat16()
+    bits, x = tensor.view(torch.uint16).numpy(), tensor.float().numpy()
+    cuts = np.stack([-np.abs(x[:, 0]), np.abs(x[:, 0])], axis=1)
+    wanted = np.empty(shape, dtype=np.int8)
+    kernels_for(0, "numpy").codes(x, cuts, wanted)
+    packed = np.empty(-(-x.size // 4), dtype=np.uint8)
+    plain.two_bit(x.reshape(-1), cuts[0, 1], packed)
+    for backend in (kernels_for(0, "compiled"), kernels_for(0, "numpy")):
+        assert np.array_equal(backend.abs_sums(bits), plain.abs_sums(x))
+        found, codes = np.empty_like(wanted), np.empty_like(packed)
+        backend.codes(bits, cuts, found)
+        assert np.array_equal(found, wanted)
+        backend.two_bit(bits.reshape(-1), cuts[0, 1], codes)
+        assert np.array_equal(codes, packed)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [*DTYPES, np.uint16])
+@pytest.mark.parametrize(("size", "length"), [(1, 1), (63, 63), (1003, 1003), (1152, 128)])
+def test_sums_of_what_is_coded(size: int, length: int, dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    x = weights((size,), np.float32 if dtype == np.uint16 else dtype)
+    if dtype == np.uint16:
+        x = torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+    trits = rng.integers(-1, 2, size).astype(np.int8)
+    factors = rng.random(-(-size // length)).astype(np.float32)
+    values = trits * factors.repeat(length)
+    wanted = plain.squared_sums(as_floats(x), values)
+    for backend in ("compiled", "numpy"):
+        assert kernels_for(0, backend).coded_sums(x, trits, factors, length) == wanted
+
+
+@needs_numba
+def test_levels_to_two_bits_and_what_does_not_decode() -> None:
+    every = np.array(np.meshgrid(*[[-1, 0, 1, 2]] * 4, indexing="ij"), dtype=np.int8)
+    words = np.ascontiguousarray(every.reshape(4, -1).T).view(np.uint32).reshape(-1)
+    for backend in (kernels_for(0, "compiled"), kernels_for(0, "numpy")):
+        packed = np.empty(256, dtype=np.uint8)
+        backend.fold(words, packed)
+        assert np.array_equal(packed, FourLevels().encode(words.view(np.int8), None))
+        assert backend.unfolds(packed, words, 4)
+        no_trits = np.array(
+            [not backend.unfolds(packed[i : i + 1], words[i : i + 1], 3) for i in range(256)]
+        )
+        assert np.array_equal(no_trits, (words.view(np.int8).reshape(-1, 4) == 2).any(axis=1))
+        for bit in range(8):
+            packed[17] ^= np.uint8(1 << bit)
+            assert not backend.unfolds(packed, words, 4)
+            packed[17] ^= np.uint8(1 << bit)
+        for wrong in (-2, 3, 127, -128):  # what no two bits hold
+            levels = words.view(np.int8).copy()
+            levels[5] = wrong
+            beyond = levels.view(np.uint32)
+            backend.fold(beyond, packed)
+            assert not backend.unfolds(packed, beyond, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

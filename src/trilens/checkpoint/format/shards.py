@@ -16,6 +16,7 @@ from trilens.io.atomic import AtomicFile
 from trilens.io.guarded import open_regular
 from trilens.io.messages import reason
 from trilens.io.safetensors_layout import layout
+from trilens.ternary.rules.kernels import parallel_map
 
 __all__ = ["MappedFile", "ShardWriter"]
 
@@ -71,13 +72,16 @@ class ShardWriter:
             WriteError: no space, or other bytes came back.
         """
         flat = np.ascontiguousarray(data).reshape(-1)
-        for start in range(0, flat.size, _CHUNK_BYTES):
+
+        def write(start: int) -> None:
             part = flat[start : start + _CHUNK_BYTES].tobytes()
             self._file.put(part, offset + start)
             if self._file.get(len(part), offset + start) != part:
                 raise WriteError(
                     f"{self._file.path} does not hold what was written to it: check the disk"
                 )
+
+        parallel_map(write, range(0, flat.size, _CHUNK_BYTES))
 
     def get(self, offset: int, size: int) -> NDArray[np.uint8]:
         """Bytes as the file now holds them.
@@ -92,9 +96,15 @@ class ShardWriter:
         Raises:
             WriteError: as the system reports.
         """
-        digest = self._file.sha256
+        # The disk writes while the processor hashes: what is left to commit is the name.
+        digests: list[str] = []
+
+        def take_hash() -> None:
+            digests.append(self._file.sha256)
+
+        parallel_map(lambda work: work(), (self._file.flush_to_disk, take_hash))
         self._file.commit()
-        return digest
+        return digests[0]
 
     def __enter__(self) -> Self:
         try:

@@ -15,13 +15,15 @@ from trilens.ternary.rules.fits import Fit, keep_ternary
 from trilens.ternary.rules.kernels import Backend, Kernels, kernels_for, parallel_map
 from trilens.ternary.rules.rules import Rule
 from trilens.ternary.rules.unit_scan import UnitScan, inner_cuts
-from trilens.ternary.weights_view import BLOCK, FloatArray, WeightsView
+from trilens.ternary.weights_view import BLOCK, WeightsView
 
 __all__ = ["Coded", "ScaleDtype", "code_units", "lost_scales_error", "round_scales"]
 
 ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
+
+_TERNARY = np.array([-1, 0, 1], dtype=np.int8)  # the usual table of one plane
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +121,14 @@ def _code_span(job: _Job, span: Span) -> tuple[bool, int]:
     if job.units.are_long:
         bounds = [(a, min(a + BLOCK, span.stop)) for a in range(span.start, span.stop, BLOCK)]
         scan = UnitScan(
-            1, size, len(bounds), lambda i: job.view.read(*bounds[i])[None], job.kernels
+            1, size, len(bounds), lambda i: job.view.stored(*bounds[i])[None], job.kernels
         )
         fit, kept = _fit(job, scan)
         fit, zeroed = _store(job, fit, np.array([span.first_unit]))
 
         def write(i: int) -> None:
             start, stop = bounds[i]
-            _write(job, fit, scan.load(i), job.trits[:, None, start:stop])
+            _write(job, fit, scan.stored(i), job.trits[:, None, start:stop])
 
         parallel_map(write, range(len(bounds)))
         return kept, zeroed
@@ -134,7 +136,7 @@ def _code_span(job: _Job, span: Span) -> tuple[bool, int]:
 
 
 def _code_short(job: _Job, span: Span) -> tuple[bool, int]:
-    rows = job.view.read(span.start, span.stop).reshape(span.n_rows, -1)
+    rows = job.view.stored(span.start, span.stop).reshape(span.n_rows, -1)
     out = job.trits[:, span.start : span.stop].reshape(len(job.trits), span.n_rows, -1)
     width, length = rows.shape[1], job.units.length
     whole = width // length * length
@@ -197,13 +199,19 @@ def _store(job: _Job, fit: Fit, numbers: NDArray[np.int64]) -> tuple[Fit, int]:
     return Fit(fit.cuts, scales, fit.offsets, tables), int(np.count_nonzero(lost))
 
 
-def _write(job: _Job, fit: Fit, x: FloatArray, out: NDArray[np.int8]) -> None:
-    """Shapes: x [units, length], out [planes, units, length]"""
-    cells = job.kernels.codes(x, inner_cuts(fit.cuts, x.dtype))
+def _write(job: _Job, fit: Fit, x: NDArray[Any], out: NDArray[np.int8]) -> None:
+    """Shapes: x [units, length], stored; out [planes, units, length]"""
+    cuts = inner_cuts(fit.cuts, job.view.dtype)
+    is_plain = fit.tables.shape[1:] == (1, 3) and bool(np.all(fit.tables == _TERNARY))
+    if is_plain and out[0].flags.c_contiguous:
+        job.kernels.codes(x, cuts, out[0])
+        return
+    cells = np.empty(x.shape, dtype=np.int8)
+    job.kernels.codes(x, cuts, cells)
     middle = fit.cuts.shape[1] // 2
     for plane in range(len(out)):
         table = fit.tables[:, plane]
-        if table.shape[1] == 3 and np.all(table == np.array([-1, 0, 1])):
+        if table.shape[1] == 3 and np.all(table == _TERNARY):
             out[plane] = cells
         else:
             out[plane] = np.take_along_axis(table, cells.astype(np.intp) + middle, axis=1)

@@ -65,7 +65,7 @@ def pack_absmean(
     view = view_weights(weights, name, shape)
     kernels = kernels_for(view.size, backend)
     bounds = [(a, min(a + BLOCK, view.size)) for a in range(0, view.size, BLOCK)]
-    scan = UnitScan(1, view.size, len(bounds), lambda i: view.read(*bounds[i])[None], kernels)
+    scan = UnitScan(1, view.size, len(bounds), lambda i: view.stored(*bounds[i])[None], kernels)
     if scan.ternary_magnitudes()[0] >= 0:
         units = resolve_units(view.rows, view.cols)
         coded = code_units(view, units, absmean, scale_dtype=scale_dtype, backend=backend)
@@ -74,7 +74,7 @@ def pack_absmean(
     runs = _runs(view)
 
     def sums_of_blocks(run: tuple[int, int]) -> NDArray[np.float64]:
-        x = view.read(*run)
+        x = view.stored(*run)
         whole = x.size // BLOCK * BLOCK
         parts = [x[:whole].reshape(-1, BLOCK), x[whole:][None]]
         return np.concatenate([kernels.abs_sums(part) for part in parts if part.size])
@@ -91,7 +91,7 @@ def pack_absmean(
     codes = np.empty(-(-view.size // 4), dtype=np.uint8)
 
     def pack(run: tuple[int, int]) -> None:
-        kernels.two_bit(view.read(*run), cut, codes[run[0] // 4 : -(-run[1] // 4)])
+        kernels.two_bit(view.stored(*run), cut, codes[run[0] // 4 : -(-run[1] // 4)])
 
     # Backwards: what the first pass read last is still in the cache.
     parallel_map(pack, runs[::-1])

@@ -38,10 +38,10 @@ _Result = TypeVar("_Result")
 class Kernels(Protocol):
     """One implementation of the hot loops; `numpy_kernels` documents each."""
 
-    def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
+    def abs_sums(self, x: NDArray[Any]) -> NDArray[np.float64]:
         """Σ|w| of each unit."""
 
-    def codes(self, x: FloatArray, cuts: FloatArray) -> NDArray[np.int8]:
+    def codes(self, x: NDArray[Any], cuts: FloatArray, out: NDArray[np.int8]) -> None:
         """The cell of each weight, counted from the middle one."""
 
     def cells(
@@ -72,7 +72,18 @@ class Kernels(Protocol):
     def squared_sums(self, x: FloatArray, values: NDArray[np.float32]) -> tuple[float, float]:
         """Σ(x − value)² and Σx²."""
 
-    def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
+    def coded_sums(
+        self, x: NDArray[Any], trits: NDArray[np.int8], factors: NDArray[np.float32], length: int
+    ) -> tuple[float, float]:
+        """Σ(x − factor · trit)² and Σx²."""
+
+    def fold(self, words: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
+        """Levels, a byte each, to two-bit codes."""
+
+    def unfolds(self, packed: NDArray[np.uint8], words: NDArray[np.uint32], levels: int) -> bool:
+        """Whether two-bit codes are those of the levels."""
+
+    def two_bit(self, x: NDArray[Any], cut: Any, out: NDArray[np.uint8]) -> None:
         """Two-bit codes of a flat block, four to a byte."""
 
 
@@ -85,6 +96,9 @@ class _NumPy:
     best_quad = staticmethod(numpy_kernels.best_quad)
     sorted_cells = staticmethod(numpy_kernels.sorted_cells)
     squared_sums = staticmethod(numpy_kernels.squared_sums)
+    coded_sums = staticmethod(numpy_kernels.coded_sums)
+    fold = staticmethod(numpy_kernels.fold)
+    unfolds = staticmethod(numpy_kernels.unfolds)
     two_bit = staticmethod(numpy_kernels.two_bit)
 
 
@@ -92,6 +106,7 @@ class _Compiled:
     """Allocates what the compiled loops fill."""
 
     def __init__(self, numba: ModuleType) -> None:
+        importlib.import_module("trilens.ternary.rules.numba_extensions")
         self._abs_sums = _compile(numba, numba_kernels.abs_sums)
         self._codes = _compile(numba, numba_kernels.codes)
         self._cells = _compile(numba, numba_kernels.cells)
@@ -100,17 +115,18 @@ class _Compiled:
         self._best_quad = _compile(numba, numba_kernels.best_quad)
         self._sorted_cells = _compile(numba, numba_kernels.sorted_cells)
         self._squared_sums = _compile(numba, numba_kernels.squared_sums)
+        self._coded_sums = _compile(numba, numba_kernels.coded_sums)
+        self._fold = _compile(numba, numba_kernels.fold)
+        self._unfolds = _compile(numba, numba_kernels.unfolds)
         self._two_bit = _compile(numba, numba_kernels.two_bit)
 
-    def abs_sums(self, x: FloatArray) -> NDArray[np.float64]:
+    def abs_sums(self, x: NDArray[Any]) -> NDArray[np.float64]:
         out = np.empty(x.shape[0])
         self._abs_sums(_read_only(x), out)
         return out
 
-    def codes(self, x: FloatArray, cuts: FloatArray) -> NDArray[np.int8]:
-        out = np.empty(x.shape, dtype=np.int8)
+    def codes(self, x: NDArray[Any], cuts: FloatArray, out: NDArray[np.int8]) -> None:
         self._codes(_read_only(x), _read_only(cuts), out)
-        return out
 
     def cells(
         self, x: FloatArray, cuts: FloatArray
@@ -156,7 +172,22 @@ class _Compiled:
         self._squared_sums(_read_only(x), values, out)
         return float(out[0]), float(out[1])
 
-    def two_bit(self, x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
+    def coded_sums(
+        self, x: NDArray[Any], trits: NDArray[np.int8], factors: NDArray[np.float32], length: int
+    ) -> tuple[float, float]:
+        out = np.empty(2)
+        self._coded_sums(_read_only(x), _read_only(trits), _read_only(factors), length, out)
+        return float(out[0]), float(out[1])
+
+    def fold(self, words: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
+        self._fold(_read_only(words), out)
+
+    def unfolds(self, packed: NDArray[np.uint8], words: NDArray[np.uint32], levels: int) -> bool:
+        out = np.zeros(1, dtype=np.bool_)
+        self._unfolds(_read_only(packed), _read_only(words), levels, out)
+        return bool(out[0])
+
+    def two_bit(self, x: NDArray[Any], cut: Any, out: NDArray[np.uint8]) -> None:
         self._two_bit(_read_only(x), cut, out)
 
 
@@ -254,7 +285,7 @@ def _compile(numba: ModuleType, loop: Callable[..., None]) -> Any:
         return numba.njit(loop, nogil=True)
 
 
-def _read_only(x: FloatArray) -> FloatArray:
+def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     """The same memory flagged read-only: numba compiles once more for the other flag."""
     view = x.view()
     view.flags.writeable = False

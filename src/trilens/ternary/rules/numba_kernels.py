@@ -2,6 +2,7 @@
 
 They run without the interpreter lock and without numba's own threads: callers split the work.
 Nothing here may be compiled with `fastmath`: the order of every sum is part of the contract.
+`number` and `widest_vectors` are what `numba_extensions` makes of them.
 """
 
 from __future__ import annotations
@@ -15,19 +16,35 @@ __all__ = [
     "best_prefix",
     "best_quad",
     "cells",
+    "coded_sums",
     "codes",
+    "fold",
     "histogram",
+    "number",
     "sorted_cells",
     "squared_sums",
     "two_bit",
+    "unfolds",
+    "widest_vectors",
 ]
 
 LANES = 64
 _STEP = 256
 
 
+def number(stored: Any) -> Any:
+    """A weight as a number: uint16 is the bits of a bfloat16, all others are themselves."""
+    raise NotImplementedError
+
+
+def widest_vectors() -> None:
+    """Compile the loop that says so for the widest vectors that the processor has."""
+    raise NotImplementedError
+
+
 def abs_sums(x: Any, out: Any) -> None:
     """See `numpy_kernels.abs_sums`."""
+    widest_vectors()
     first = np.empty(LANES, dtype=np.float64)
     second = np.empty(LANES, dtype=np.float64)
     length = x.shape[1]
@@ -40,13 +57,13 @@ def abs_sums(x: Any, out: Any) -> None:
             step = row[i : i + LANES]  # a slice of known length is what LLVM vectorizes
             far = row[half + i : half + i + LANES]
             for j in range(LANES):
-                first[j] += abs(np.float64(step[j]))
+                first[j] += abs(np.float64(number(step[j])))
             for j in range(LANES):
-                second[j] += abs(np.float64(far[j]))
+                second[j] += abs(np.float64(number(far[j])))
         for j in range(LANES):
             first[j] += second[j]
         for i in range(2 * half, length):
-            first[(i - 2 * half) % LANES] += abs(np.float64(row[i]))
+            first[(i - 2 * half) % LANES] += abs(np.float64(number(row[i])))
         width = LANES // 2
         while width > 0:
             for j in range(width):
@@ -57,16 +74,19 @@ def abs_sums(x: Any, out: Any) -> None:
 
 def codes(x: Any, cuts: Any, out: Any) -> None:
     """See `numpy_kernels.codes`."""
+    widest_vectors()
     half = cuts.shape[1] // 2
     for unit in range(x.shape[0]):
         row, codes_row = x[unit], out[unit]
         low, high = cuts[unit, half - 1], cuts[unit, half]
         for i in range(x.shape[1]):
-            codes_row[i] = np.int8(row[i] > high) - np.int8(row[i] < low)
+            value = number(row[i])
+            codes_row[i] = np.int8(value > high) - np.int8(value < low)
         for j in range(half - 1):
             low, high = cuts[unit, j], cuts[unit, half + 1 + j]
             for i in range(x.shape[1]):
-                codes_row[i] += np.int8(row[i] > high) - np.int8(row[i] < low)
+                value = number(row[i])
+                codes_row[i] += np.int8(value > high) - np.int8(value < low)
 
 
 def cells(x: Any, cuts: Any, counts: Any, sums: Any) -> None:
@@ -197,8 +217,72 @@ def squared_sums(x: Any, values: Any, out: Any) -> None:
     out[0], out[1] = errors[0, 0], energies[0, 0]
 
 
+def coded_sums(x: Any, trits: Any, factors: Any, length: int, out: Any) -> None:
+    """See `numpy_kernels.coded_sums`."""
+    widest_vectors()
+    errors = np.zeros((2, LANES), dtype=np.float64)
+    energies = np.zeros((2, LANES), dtype=np.float64)
+    size = x.shape[0]
+    half = size // (2 * LANES) * LANES
+    for i in range(0, half, LANES):
+        for stream in range(2):
+            at = stream * half + i
+            step, near = x[at : at + LANES], trits[at : at + LANES]
+            factor = factors[at // length]
+            lane_errors, lane_energies = errors[stream], energies[stream]
+            for j in range(LANES):
+                truth = np.float64(number(step[j]))
+                error = truth - np.float64(np.float32(near[j]) * factor)
+                lane_errors[j] += error * error
+                lane_energies[j] += truth * truth
+    for j in range(LANES):
+        errors[0, j] += errors[1, j]
+        energies[0, j] += energies[1, j]
+    for i in range(2 * half, size):
+        truth = np.float64(number(x[i]))
+        error = truth - np.float64(np.float32(trits[i]) * factors[i // length])
+        errors[0, (i - 2 * half) % LANES] += error * error
+        energies[0, (i - 2 * half) % LANES] += truth * truth
+    width = LANES // 2
+    while width > 0:
+        for j in range(width):
+            errors[0, j] += errors[0, j + width]
+            energies[0, j] += energies[0, j + width]
+        width //= 2
+    out[0], out[1] = errors[0, 0], energies[0, 0]
+
+
+def fold(words: Any, out: Any) -> None:
+    """See `numpy_kernels.fold`."""
+    widest_vectors()
+    low = np.uint32(0x7F7F7F7F)
+    for i in range(words.shape[0]):
+        levels = words[i]
+        # 1 + level in each byte, without a carry into the next one
+        word = ((levels & low) + np.uint32(0x01010101)) ^ (levels & ~low)
+        word = word | word >> np.uint32(6) | word >> np.uint32(12) | word >> np.uint32(18)
+        out[i] = np.uint8(word & np.uint32(255))
+
+
+def unfolds(packed: Any, words: Any, n_levels: int, out: Any) -> None:
+    """See `numpy_kernels.unfolds`."""
+    widest_vectors()
+    low = np.uint32(0x7F7F7F7F)
+    code_3 = np.uint32(0x01010101 if n_levels == 3 else 0)
+    differing = np.uint32(0)
+    for i in range(words.shape[0]):
+        word = np.uint32(packed[i])
+        word = word | word << np.uint32(6) | word << np.uint32(12) | word << np.uint32(18)
+        levels = words[i]
+        codes = ((levels & low) + np.uint32(0x01010101)) ^ (levels & ~low)
+        word = word & np.uint32(0x03030303)
+        differing |= (word ^ codes) | (word & (word >> np.uint32(1)) & code_3)
+    out[0] = differing == 0
+
+
 def two_bit(x: Any, cut: Any, out: Any) -> None:
     """See `numpy_kernels.two_bit`."""
+    widest_vectors()
     code = np.empty(_STEP, dtype=np.uint8)
     words = code.view(np.uint32)
     below = -cut
@@ -208,7 +292,8 @@ def two_bit(x: Any, cut: Any, out: Any) -> None:
         step = x[at : at + _STEP]
         packed = out[at // 4 : (at + _STEP) // 4]
         for i in range(_STEP):
-            code[i] = np.uint8(step[i] > cut) - np.uint8(step[i] < below) + np.uint8(1)
+            value = number(step[i])
+            code[i] = np.uint8(value > cut) - np.uint8(value < below) + np.uint8(1)
         for i in range(_STEP // 4):
             word = words[i]
             word = word | word >> np.uint32(6) | word >> np.uint32(12) | word >> np.uint32(18)
@@ -218,6 +303,7 @@ def two_bit(x: Any, cut: Any, out: Any) -> None:
         for j in range(4):
             trit = 0
             if 4 * i + j < x.shape[0]:
-                trit = int(x[4 * i + j] > cut) - int(x[4 * i + j] < below)
+                value = number(x[4 * i + j])
+                trit = int(value > cut) - int(value < below)
             byte |= (1 + trit) << (2 * j)
         out[i] = byte

@@ -6,7 +6,8 @@ of 64 lanes, for two halves of the unit apart; then come the weights that the ha
 the lanes are folded in halves.
 
 Shapes
-    x       [units, length] float32 or float64
+    x       [units, length] float32 or float64; in `abs_sums`, `codes`, `coded_sums` and `two_bit`
+            also uint16, the bits of bfloat16
     cuts    [units, n_cuts] of x's dtype, ascending, n_cuts even. A weight's cell is the number of
             cuts at or below it in the lower half plus those strictly below it in the upper half:
             a weight on a cut belongs to the side of the middle cell.
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trilens.ternary.weights_view import FloatArray
+from trilens.ternary.weights_view import FloatArray, as_floats
 
 __all__ = [
     "LANES",
@@ -28,20 +29,23 @@ __all__ = [
     "best_quad",
     "bins",
     "cells",
+    "coded_sums",
     "codes",
+    "fold",
     "histogram",
     "sorted_cells",
     "squared_sums",
     "two_bit",
+    "unfolds",
 ]
 
 LANES = 64
 
 
-def abs_sums(x: FloatArray) -> NDArray[np.float64]:
+def abs_sums(x: NDArray[Any]) -> NDArray[np.float64]:
     """Σ|w| of each unit."""
     n_units, length = x.shape
-    magnitudes = np.abs(x)
+    magnitudes = np.abs(as_floats(x))
     half = length // (2 * LANES) * LANES
     # PROMOTE: Σ|w| over 2e8 weights drifts in float32 (0.277 of the truth, added one by one)
     halves = np.add.reduce(
@@ -58,21 +62,26 @@ def abs_sums(x: FloatArray) -> NDArray[np.float64]:
     return totals
 
 
-def codes(x: FloatArray, cuts: FloatArray) -> NDArray[np.int8]:
-    """The cell of each weight, counted from the middle one: −1, 0, +1 for two cuts."""
+def codes(x: NDArray[Any], cuts: FloatArray, out: NDArray[np.int8]) -> None:
+    """The cell of each weight, counted from the middle one: −1, 0, +1 for two cuts.
+
+    Shapes: out [units, length]
+    """
+    x = as_floats(x)
     half = cuts.shape[1] // 2
-    found = np.full(x.shape, -half, dtype=np.int8)
+    out[:] = -half
     for j in range(half):
-        found += x >= cuts[:, j : j + 1]
+        out += x >= cuts[:, j : j + 1]
     for j in range(half, 2 * half):
-        found += x > cuts[:, j : j + 1]
-    return found
+        out += x > cuts[:, j : j + 1]
 
 
 def cells(x: FloatArray, cuts: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """How many weights are in each cell and their sum, `[units, n_cuts + 1]` each."""
     n_units, width = x.shape[0], cuts.shape[1] + 1
-    index = codes(x, cuts).astype(np.int64)
+    cell = np.empty(x.shape, dtype=np.int8)
+    codes(x, cuts, cell)
+    index = cell.astype(np.int64)
     index += np.arange(n_units)[:, None] * width + width // 2
     flat = index.reshape(-1)
     counts, sums = _count(flat, x.reshape(-1), n_units * width)
@@ -183,7 +192,37 @@ def squared_sums(x: FloatArray, values: NDArray[np.float32]) -> tuple[float, flo
     return float(found[0]), float(found[1])
 
 
-def two_bit(x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
+def coded_sums(
+    x: NDArray[Any], trits: NDArray[np.int8], factors: NDArray[np.float32], length: int
+) -> tuple[float, float]:
+    """`squared_sums` where each `length` values, a multiple of 64 or all, are factor · trit.
+
+    Shapes: x [size], trits [size], factors [ceil(size / length)]
+    """
+    values = trits * factors.repeat(min(length, x.size))[: x.size]
+    return squared_sums(as_floats(x), values.astype(np.float32, copy=False))
+
+
+def fold(words: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
+    """Levels of −1 to 2, a byte each, to two bits each: 1 + level, the first in the lowest bits.
+
+    Shapes: words [length], out [length]
+    """
+    out[:] = _folded((words.view(np.int8) + np.int8(1)).view("<u4"))
+
+
+def unfolds(packed: NDArray[np.uint8], words: NDArray[np.uint32], levels: int) -> bool:
+    """Whether bytes decode to what `fold` was given, from −1 to 1, or to 2 with 4 levels.
+
+    Shapes: packed [length], words [length]
+    """
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)
+    found = (packed[:, None] >> shifts & 3).astype(np.int8) - np.int8(1)
+    is_same = np.array_equal(found, words.view(np.int8).reshape(-1, 4))
+    return is_same and bool(found.max(initial=-1) <= levels - 2)
+
+
+def two_bit(x: NDArray[Any], cut: Any, out: NDArray[np.uint8]) -> None:
     """Codes 1 + trit of a flat block, four to a byte, the first in the lowest bits.
 
     The trit of w is +1 for w > cut, −1 for w < −cut, else 0. The last byte is filled up with the
@@ -191,11 +230,16 @@ def two_bit(x: FloatArray, cut: Any, out: NDArray[np.uint8]) -> None:
 
     Shapes: x [length], out [ceil(length / 4)]
     """
+    x = as_floats(x)
     code = np.ones(-(-x.size // 4) * 4, dtype=np.uint8)
     code[: x.size] += x > cut
     code[: x.size] -= x < -cut
-    words = code.view("<u4")
-    out[:] = (words | words >> 6 | words >> 12 | words >> 18).astype(np.uint8)
+    out[:] = _folded(code.view("<u4"))
+
+
+def _folded(words: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Four codes of 0 to 3, a byte each, to two bits each."""
+    return (words | words >> 6 | words >> 12 | words >> 18).astype(np.uint8)
 
 
 def _count(

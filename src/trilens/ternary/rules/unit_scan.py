@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trilens.ternary.rules.kernels import Kernels, parallel_map
-from trilens.ternary.weights_view import FloatArray
+from trilens.ternary.weights_view import FloatArray, as_floats
 
 __all__ = ["UnitScan", "inner_cuts"]
 
@@ -28,15 +28,22 @@ class UnitScan:
         n_units: How many units.
         length: Weights in each.
         n_pieces: Pieces they are read in; more than one only where `n_units` is 1.
-        load: Piece number → weights [n_units, weights of the piece].
+        stored: Piece number → weights [n_units, weights of the piece], see `WeightsView.stored`.
         kernels: The loops.
     """
 
     n_units: int
     length: int
     n_pieces: int
-    load: Callable[[int], FloatArray]
+    stored: Callable[[int], NDArray[Any]]
     kernels: Kernels
+
+    def load(self, piece: int) -> FloatArray:
+        """A piece as numbers.
+
+        Shapes: → [n_units, weights of the piece]
+        """
+        return as_floats(self.stored(piece))
 
     def over_pieces(self, function: Callable[[FloatArray], _T]) -> list[_T]:
         """`function` of every piece, in order."""
@@ -49,7 +56,12 @@ class UnitScan:
 
     def abs_sums(self) -> NDArray[np.float64]:
         """Σ|w|, `[units]`."""
-        return _added(self.over_pieces(self.kernels.abs_sums))
+
+        def of(piece: int) -> NDArray[np.float64]:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return self.kernels.abs_sums(self.stored(piece))
+
+        return _added(parallel_map(of, range(self.n_pieces)))
 
     def cells(self, cuts: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Count and sum of the weights between cuts.
@@ -72,7 +84,7 @@ class UnitScan:
 
         Shapes: [units]
         """
-        look = np.abs(self.load(0)[:, :_FIRST_LOOK])
+        look = np.abs(as_floats(self.stored(0)[:, :_FIRST_LOOK]))
         found: NDArray[np.float64] = np.max(look, axis=1).astype(
             np.float64
         )  # NaN stays NaN and matches nothing
@@ -81,7 +93,7 @@ class UnitScan:
             maybe = np.flatnonzero(found >= 0)
             if maybe.size == 0:
                 break
-            magnitudes = np.abs(self.load(piece)[maybe])
+            magnitudes = np.abs(as_floats(self.stored(piece)[maybe]))
             # A unit may begin with zeros only: c is then what comes later.
             top = np.maximum(found[maybe], np.max(magnitudes, axis=1))
             same = (found[maybe] == 0) | (found[maybe] == top)
