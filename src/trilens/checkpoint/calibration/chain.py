@@ -125,7 +125,7 @@ class Chain:
     """The ternary model as a chain of blocks.
 
     Attributes:
-        rounds: Whether what has gradients is multiplied in bfloat16.
+        rounds: Whether what has gradients is multiplied in bfloat16; values as stored never are.
         is_small: Whether the graph of all blocks fits in memory, so that no block runs twice.
     """
 
@@ -138,22 +138,25 @@ class Chain:
         self, index: int, batch: Batch, carried: Carried, *, as_stored: bool = False
     ) -> dict[Key, Tensor]:
         """What stands after a block."""
-        module = self.blocks[index].put(self.runner.block(index))
+        moving = self.blocks[index]
+        module = moving.put(self.runner.block(index))
         call = self.runner.call(index, batch.ids, carried)
-        if not as_stored:
-            module = Overridden(module, self.blocks[index].given(module))
-            with self._products():
-                return self.runner.run(index, module, call)
-        quants, vectors = self.blocks[index].stored()
-        for path, quant in quants.items():
-            put_weight(module, path, plain_weights(quant, self.blocks[index].finished.plan))
-        for name, value in vectors.items():
-            module.get_parameter(name).data.copy_(value.float())
-        return self.runner.run(index, module, call)
+        if as_stored:
+            quants, vectors = moving.stored()
+            for path, quant in quants.items():
+                put_weight(module, path, plain_weights(quant, moving.finished.plan))
+            for name, value in vectors.items():
+                module.get_parameter(name).data.copy_(value.float())
+        else:
+            module = Overridden(module, moving.given(module))
+        with self._products(as_stored):
+            return self.runner.run(index, module, call)
 
-    def divergence(self, batch: Batch, target: Tensor, carried: Carried) -> Tensor:
+    def divergence(
+        self, batch: Batch, target: Tensor, carried: Carried, *, as_stored: bool = False
+    ) -> Tensor:
         """Σ KL(dense ‖ ternary) over the tokens of a batch, in nats."""
-        with self._products():
+        with self._products(as_stored):
             logits = self.runner.logits_with_gradient(batch.ids, carried)
         found = torch.log_softmax(logits.float(), -1)
         return nn.functional.kl_div(found, target, log_target=True, reduction="sum")
@@ -214,23 +217,21 @@ class Chain:
             for tensor in (*block.trainable, *block.latents):
                 tensor.grad = None
 
-    def _products(self) -> AbstractContextManager[object]:
-        if not self.rounds:
+    def _products(self, as_stored: bool) -> AbstractContextManager[object]:
+        if as_stored or not self.rounds:
             return nullcontext()
         return torch.autocast(device_of(self.runner).type, torch.bfloat16)
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Batch], target: Callable[[Batch], Tensor]) -> float:
         """Mean divergence with the values as they will be stored, in nats."""
-        rounds, self.rounds = self.rounds, False
         total = count = 0.0
         for batch in batches:
             carried: dict[Key, Tensor] = {}
             for index in range(len(self.blocks)):
                 carried = self.run(index, batch, carried, as_stored=True)
-            total += float(self.divergence(batch, target(batch), carried))
+            total += float(self.divergence(batch, target(batch), carried, as_stored=True))
             count += batch.ids.numel()
-        self.rounds = rounds
         return total / count
 
 
