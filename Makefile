@@ -82,7 +82,7 @@ build/site/index.html:
 	$(MAKE) docs
 
 test-browser: $(VENV)/.browser build/site/index.html
-	TRILENS_BROWSER=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/browser
+	TRILENS_BROWSER=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/browser
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
