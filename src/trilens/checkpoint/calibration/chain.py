@@ -24,7 +24,7 @@ from trilens.checkpoint.rotation import plain_weights
 from trilens.io.short_memory import is_short_of_memory
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["Chain", "FinishedBlock", "MovingBlock"]
+__all__ = ["Chain", "FinishedBlock", "MovingBlock", "runs_in_one_graph"]
 
 _SMALL = 1 << 24  # parameters of all blocks: 16 bytes of each in one graph
 _NEAR = 0.2  # of a gradient's length, that products in bfloat16 may change it by
@@ -132,7 +132,7 @@ class Chain:
     def __init__(self, runner: BlockRunner, blocks: Sequence[MovingBlock]) -> None:
         self.runner, self.blocks = runner, blocks
         self.rounds = False
-        self.is_small = runner.n_parameters <= _SMALL
+        self.is_small = runs_in_one_graph(runner.n_parameters)
 
     def run(
         self, index: int, batch: Batch, carried: Carried, *, as_stored: bool = False
@@ -233,6 +233,11 @@ class Chain:
             total += float(self.divergence(batch, target(batch), carried, as_stored=True))
             count += batch.ids.numel()
         return total / count
+
+
+def runs_in_one_graph(n_parameters: int) -> bool:
+    """Whether blocks of so many parameters together run forward once for each step, not twice."""
+    return n_parameters <= _SMALL
 
 
 def _with_gradients(carried: Carried) -> dict[Key, Tensor]:
