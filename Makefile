@@ -100,8 +100,7 @@ check-pythons:
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks training examples website
 	$(VENV)/bin/ruff check src tests benchmarks training examples website
-	$(VENV)/bin/mypy
-	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/mypy & mypy=$$!; $(VENV)/bin/pyright --pythonpath $(PY); found=$$?; wait $$mypy && exit $$found
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format src tests benchmarks training examples website
