@@ -82,7 +82,7 @@ build/site/index.html:
 	$(MAKE) docs
 
 test-browser: $(VENV)/.browser build/site/index.html
-	TRILENS_BROWSER=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/browser
+	TRILENS_BROWSER=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/browser
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -100,8 +100,7 @@ check-pythons:
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks training examples website
 	$(VENV)/bin/ruff check src tests benchmarks training examples website
-	$(VENV)/bin/mypy
-	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/mypy & mypy=$$!; $(VENV)/bin/pyright --pythonpath $(PY); found=$$?; wait $$mypy && exit $$found
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format src tests benchmarks training examples website

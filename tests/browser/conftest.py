@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "site"
 PACKAGES = ("playwright", "axe_playwright_python", "nbconvert")
+PATIENCE = 240  # seconds: a busy machine is slow, not wrong
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -107,6 +108,7 @@ def tabs(chromium):
         options.setdefault("viewport", {"width": 1280, "height": 900})
         context = chromium.new_context(**options)
         contexts.append(context)
+        context.set_default_timeout(1000 * PATIENCE)
         found = Opened(context.new_page())
         found.page.on("request", lambda each: found.requests.append(each.url))
         found.page.on(
@@ -128,7 +130,7 @@ def opened(tabs):
     def open_file(file: Path, **options) -> Opened:
         found = tabs(offline=True, **options)
         found.page.goto(file.as_uri())
-        found.page.wait_for_selector("html[data-ready]", timeout=60_000)
+        found.page.wait_for_selector("html[data-ready]")
         assert found.page.evaluate("document.documentElement.dataset.ready") == "true"
         return found
 

@@ -172,6 +172,6 @@ def test_in_the_frame_of_a_notebook(opened, cap, lens, tmp_path) -> None:
     file.write_text(f"<!doctype html><html data-ready='true'><body>{framed_page}")
     found = opened(file)
     frame = found.page.frame_locator("iframe")
-    frame.locator("html[data-ready='true']").wait_for(timeout=60_000)
+    frame.locator("html[data-ready='true']").wait_for()
     assert frame.locator(".mosaic canvas").count() >= 1
     found.quiet()

@@ -58,7 +58,7 @@ def test_it_is_shown_whole_and_nothing_else_is_asked_for(
     address = served(name)
     found = online(address, color_scheme="light", accept_downloads=True)
     page = found.page
-    page.wait_for_selector("html[data-ready='true']", timeout=60_000)
+    page.wait_for_selector("html[data-ready='true']")
     for plot in page.locator("[data-block] .plot").all():
         assert plot.locator("canvas").count() >= 1
     assert not serious(page)
@@ -73,7 +73,7 @@ def test_it_is_shown_whole_and_nothing_else_is_asked_for(
 
 def test_a_report_that_is_served_has_an_origin_of_its_own(online, served) -> None:
     page = online(served("report")).page
-    page.wait_for_selector("html[data-ready='true']", timeout=60_000)
+    page.wait_for_selector("html[data-ready='true']")
     assert page.evaluate("self.origin") == "null"
     asked = "fetch('/').then(() => 'read', (error) => error.name)"
     assert page.evaluate(asked) == "TypeError"

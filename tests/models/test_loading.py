@@ -278,6 +278,25 @@ def test_a_device_that_is_not_there(checkpoint, device):
     assert repr(device) in refused(UsageError, checkpoint, device_map=device)
 
 
+@pytest.mark.parametrize(
+    ("cause", "error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), MemoryShortError, "does not fit on cpu"),
+        (RuntimeError("CUDA error: invalid device"), LoadError, "cannot be moved to cpu"),
+        (NotImplementedError("no float64 here"), LoadError, "cannot be moved to cpu"),
+    ],
+    ids=["full", "broken", "unable"],
+)
+def test_a_device_that_does_not_take_the_model(checkpoint, monkeypatch, cause, error, words):
+    def to(model, device):
+        raise cause
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", to)
+    monkeypatch.setattr(loading, "_read_device_map", lambda _: (None, torch.device("cpu")))
+    message = refused(error, checkpoint, device_map="cpu")
+    assert words in message and str(cause) in message
+
+
 def test_placements_need_accelerate(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda _: None)
     for device_map in ("auto", {"": "cpu"}):

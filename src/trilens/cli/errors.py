@@ -17,6 +17,7 @@ from trilens.errors import (
     AnatomyError,
     CaptureError,
     DamageError,
+    NonFiniteError,
     TrilensError,
     TrilensWarning,
     WriteError,
@@ -24,7 +25,12 @@ from trilens.errors import (
 from trilens.io.messages import reason
 from trilens.io.short_memory import is_short_of_memory
 
-__all__ = ["OneLineGroup", "one_line_errors"]
+__all__ = ["FILE_FAILURES", "MODEL_FAILURES", "OneLineGroup", "one_line_errors"]
+
+# Of commands that read files alone: a number in them that is not finite is wrong input.
+FILE_FAILURES: tuple[type[TrilensError], ...] = (AnatomyError, CaptureError, WriteError)
+# Of those that run a model: it gave that number.
+MODEL_FAILURES = (*FILE_FAILURES, NonFiniteError)
 
 
 class OneLineGroup(TyperGroup):
@@ -75,7 +81,7 @@ def _help_command(error: Exception) -> str:
 
 @contextmanager
 def one_line_errors(
-    debug: bool, *, failures: tuple[type[TrilensError], ...] = (), stopped: str = ""
+    debug: bool, *, failures: tuple[type[TrilensError], ...] = MODEL_FAILURES, stopped: str = ""
 ) -> Iterator[None]:
     """One line on stderr and an exit code instead of a traceback.
 
@@ -84,7 +90,7 @@ def one_line_errors(
 
     Args:
         debug: let the traceback through.
-        failures: further errors that mean failure, not misuse.
+        failures: errors that mean failure, not misuse.
         stopped: what to say when the user interrupts.
     """
     try:
@@ -94,7 +100,7 @@ def one_line_errors(
         if debug:
             raise
         say(f"trilens: {error}", err=True)
-        failed = isinstance(error, (AnatomyError, CaptureError, WriteError, *failures))
+        failed = isinstance(error, failures)
         refused = isinstance(error, DamageError)
         raise typer.Exit(3 if refused else 1 if failed else 2) from None
     except Exception as error:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trilens.cli.errors import one_line_errors
+from trilens.cli.errors import MODEL_FAILURES, one_line_errors
 from trilens.cli.interrupts import interruptible
 from trilens.errors import TrilensError
 from trilens.io.paths import as_path
@@ -19,7 +19,7 @@ def run(
     command: str,
     options: Mapping[str, Any],
     *,
-    failures: tuple[type[TrilensError], ...] = (),
+    failures: tuple[type[TrilensError], ...] = MODEL_FAILURES,
     stopped: str = "",
 ) -> None:
     """Import `trilens.cli.run.<command>` and call its `run` with the command's options.

@@ -34,10 +34,11 @@ from transformers.conversion_mapping import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from trilens.errors import ConfigError, CorruptFileError, MemoryShortError, UsageError
+from trilens.errors import ConfigError, CorruptFileError, LoadError, MemoryShortError, UsageError
 from trilens.io.hub import local_folder
 from trilens.io.messages import clip, reason
 from trilens.io.safetensors_header import TensorHeader
+from trilens.io.short_memory import is_short_of_memory
 from trilens.io.weight_files import read_headers
 from trilens.io.weight_memory import copied_bytes, memory_bytes
 from trilens.models.build import (
@@ -297,8 +298,12 @@ def _read_device_map(device_map: Any) -> tuple[Any, torch.device | None]:
 def _move(model: Any, device: torch.device) -> Any:
     try:
         return model.to(device)
-    except RuntimeError as cause:
-        raise MemoryShortError(f"the model does not fit on {device}: {reason(cause)}") from cause
+    except Exception as cause:
+        if is_short_of_memory(cause):
+            raise MemoryShortError(
+                f"the model does not fit on {device}: {reason(cause)}"
+            ) from cause
+        raise LoadError(f"the model cannot be moved to {device}: {reason(cause)}") from cause
 
 
 def _check_memory(source: str, needed_bytes: int, free_bytes: int) -> None:

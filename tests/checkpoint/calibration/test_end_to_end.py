@@ -179,6 +179,9 @@ def test_products_are_rounded_where_gradients_stay(
     monkeypatch.setattr(runner, "run", run)
     model.learn(batch, target)
     assert seen and set(seen) == {torch.bfloat16}
+    seen.clear()
+    model.measure([batch], lambda _: target)
+    assert not seen
 
     monkeypatch.setattr(chain, "_NEAR", 0.0)
     model.round_products(batch, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from typer.testing import CliRunner
 from calibration_cases import DOCUMENTS, SMALL, load_tokenizer, tiny
 from checkpoint_cases import load
 from trilens.checkpoint import Calibration, Sample, TernaryPlan, ternarize, validate
-from trilens.checkpoint.calibration import run
+from trilens.checkpoint.calibration import chain, cost, run
 from trilens.checkpoint.calibration.cost import cost_of
+from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.options import draw
 from trilens.checkpoint.calibration.own_text import OwnText, check_writes, write_text
 from trilens.checkpoint.job import read_job
@@ -283,6 +285,41 @@ def test_the_cost_is_told(tmp_path: Path) -> None:
     assert cost_of(job, own()).seconds > 0
     with pytest.raises(GenerationError):
         cost_of(read_job(encoder(tmp_path / "bert"), GPTQ), own())
+
+
+def test_one_graph_and_rounded_products_are_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose blocks fit in one graph runs once less; products of moving trits are fast."""
+    job = read_job(tiny("llama", tmp_path / "src"), TernaryPlan("best", group_size=16))
+    options = own(effort="max")
+    once = 2 * cost_of(job, options, rate=1e9).weights * options.budget
+    passes = find_effort("max").fit.trit_passes
+    for small, times in ((math.inf, 3), (0, 4)):
+        monkeypatch.setattr(chain, "_SMALL", small)
+        found = cost_of(job, options, rate=1e9).operations["fit of all blocks"]
+        assert found == times * passes * once
+
+    rates = {torch.float32: 1e9, torch.bfloat16: 4e9}
+    monkeypatch.setattr(cost, "_measured_rate", lambda dtype, _: rates[dtype])
+    monkeypatch.setattr(cost, "multiplies_bfloat16", lambda _: False)
+    wide = cost_of(job, options)
+    assert wide == cost_of(job, options, rate=cost._REACHED * 1e9)
+    default = cost_of(job, own())
+    monkeypatch.setattr(cost, "multiplies_bfloat16", lambda _: True)
+    saved = wide.operations["fit of all blocks"] * (1 / 1e9 - 1 / 4e9)
+    assert cost_of(job, options).seconds == pytest.approx(wide.seconds - saved)
+    assert cost_of(job, own()) == default  # no trits move
+
+
+def test_blocks_are_all_but_embeddings(tmp_path: Path) -> None:
+    model = load(tiny("llama", tmp_path / "src"))
+    outside = model.model.embed_tokens.weight.numel()
+    outside += 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
+    inside = sum(p.numel() for p in model.model.layers.parameters())
+    norm = model.model.norm.weight.numel()
+    assert cost._block_weights(model) == inside + norm
+    assert inside + norm + outside == sum(p.numel() for p in model.parameters())
 
 
 def test_the_command(tmp_path: Path) -> None:

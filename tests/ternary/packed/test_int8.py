@@ -46,12 +46,40 @@ def test_the_library_is_used_where_it_computes(monkeypatch: pytest.MonkeyPatch) 
 def test_rounding_is_to_the_nearest_step_of_each_token() -> None:
     x = inputs(5, 77, torch.bfloat16)
     x[3] = 0
-    rounded, factors = round_inputs(x)
+    rounded, factors, powers = round_inputs(x)
     assert rounded.dtype == torch.int8
     assert rounded.abs().amax(-1).tolist() == [127, 127, 127, 0, 127]
-    back = rounded.double() * factors.double()[:, None]
+    back = rounded.double() * (factors.double() * powers)[:, None]
     allowed = x.double().abs().amax(-1, keepdim=True) / 254 * (1 + 1e-5)
     assert ((back - x.double()).abs() <= allowed).all()
+
+
+# The largest input: a tiny one, some around the one whose reciprocal overflows, denormal ones.
+@pytest.mark.parametrize("power", [-63, -64, -65, -118, -120, -121, -122, -126, -127, -137, -142])
+def test_tiny_inputs_are_those_of_ordinary_size(way: str, power: int) -> None:
+    """Whole numbers up to 127 times a power of two, that are exact in float32 at any size."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (3, 300), generator=generator).float()
+    x[:, 3] = 127
+    packed = made(70, 300, group_size=32)
+    tiny = x.clone()
+    tiny[1] = (x[1].double() * 2.0 ** (power - 6)).float()
+    assert torch.equal(tiny[1].double() * 2.0 ** (6 - power), x[1].double())
+    rounded, factors, powers = round_inputs(tiny)
+    assert torch.equal(rounded, x.to(torch.int8))
+    assert (factors.double() * powers).tolist() == [1, 2.0 ** (power - 6), 1]
+    wanted, found = multiply_int8(x, packed), multiply_int8(tiny, packed)
+    assert torch.equal(found[[0, 2]], wanted[[0, 2]])
+    assert torch.equal(found[1], (wanted[1].double() * 2.0 ** (power - 6)).float())
+
+
+def test_the_smallest_number_there_is(way: str) -> None:
+    x = torch.zeros(2, 64)
+    x[0, 5] = -(2.0**-149)
+    packed = made(70, 64, per="row")
+    ones = {name: torch.ones_like(part) for name, part in packed.parts.items() if name == "scale"}
+    packed = replace(packed, **ones)
+    assert torch.equal(multiply_int8(x, packed), x @ packed.dense().T)
 
 
 @pytest.mark.parametrize("n_inputs", [1, 2, 3, 9])
@@ -99,7 +127,7 @@ def test_scales_come_last(way: str, rule: str, options: dict, dtype: torch.dtype
     packed = made(70, 301, rule=rule, **options)
     x = inputs(3, 301, dtype)
     bias = torch.linspace(-1, 1, 70).to(dtype)
-    rounded, factors = round_inputs(x)
+    rounded, factors, _ = round_inputs(x)
     exact = rounded.double() * factors.double()[:, None]
     parts = [replace(packed, offset=None, second_codes=None, second_scale=None).dense()]
     parts.append(packed.dense() - parts[0])

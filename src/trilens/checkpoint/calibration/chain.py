@@ -24,7 +24,7 @@ from trilens.checkpoint.rotation import plain_weights
 from trilens.io.short_memory import is_short_of_memory
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["Chain", "FinishedBlock", "MovingBlock"]
+__all__ = ["Chain", "FinishedBlock", "MovingBlock", "runs_in_one_graph"]
 
 _SMALL = 1 << 24  # parameters of all blocks: 16 bytes of each in one graph
 _NEAR = 0.2  # of a gradient's length, that products in bfloat16 may change it by
@@ -125,35 +125,38 @@ class Chain:
     """The ternary model as a chain of blocks.
 
     Attributes:
-        rounds: Whether what has gradients is multiplied in bfloat16.
+        rounds: Whether what has gradients is multiplied in bfloat16; values as stored never are.
         is_small: Whether the graph of all blocks fits in memory, so that no block runs twice.
     """
 
     def __init__(self, runner: BlockRunner, blocks: Sequence[MovingBlock]) -> None:
         self.runner, self.blocks = runner, blocks
         self.rounds = False
-        self.is_small = runner.n_parameters <= _SMALL
+        self.is_small = runs_in_one_graph(runner.n_parameters)
 
     def run(
         self, index: int, batch: Batch, carried: Carried, *, as_stored: bool = False
     ) -> dict[Key, Tensor]:
         """What stands after a block."""
-        module = self.blocks[index].put(self.runner.block(index))
+        moving = self.blocks[index]
+        module = moving.put(self.runner.block(index))
         call = self.runner.call(index, batch.ids, carried)
-        if not as_stored:
-            module = Overridden(module, self.blocks[index].given(module))
-            with self._products():
-                return self.runner.run(index, module, call)
-        quants, vectors = self.blocks[index].stored()
-        for path, quant in quants.items():
-            put_weight(module, path, plain_weights(quant, self.blocks[index].finished.plan))
-        for name, value in vectors.items():
-            module.get_parameter(name).data.copy_(value.float())
-        return self.runner.run(index, module, call)
+        if as_stored:
+            quants, vectors = moving.stored()
+            for path, quant in quants.items():
+                put_weight(module, path, plain_weights(quant, moving.finished.plan))
+            for name, value in vectors.items():
+                module.get_parameter(name).data.copy_(value.float())
+        else:
+            module = Overridden(module, moving.given(module))
+        with self._products(as_stored):
+            return self.runner.run(index, module, call)
 
-    def divergence(self, batch: Batch, target: Tensor, carried: Carried) -> Tensor:
+    def divergence(
+        self, batch: Batch, target: Tensor, carried: Carried, *, as_stored: bool = False
+    ) -> Tensor:
         """Σ KL(dense ‖ ternary) over the tokens of a batch, in nats."""
-        with self._products():
+        with self._products(as_stored):
             logits = self.runner.logits_with_gradient(batch.ids, carried)
         found = torch.log_softmax(logits.float(), -1)
         return nn.functional.kl_div(found, target, log_target=True, reduction="sum")
@@ -214,24 +217,27 @@ class Chain:
             for tensor in (*block.trainable, *block.latents):
                 tensor.grad = None
 
-    def _products(self) -> AbstractContextManager[object]:
-        if not self.rounds:
+    def _products(self, as_stored: bool) -> AbstractContextManager[object]:
+        if as_stored or not self.rounds:
             return nullcontext()
         return torch.autocast(device_of(self.runner).type, torch.bfloat16)
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Batch], target: Callable[[Batch], Tensor]) -> float:
         """Mean divergence with the values as they will be stored, in nats."""
-        rounds, self.rounds = self.rounds, False
         total = count = 0.0
         for batch in batches:
             carried: dict[Key, Tensor] = {}
             for index in range(len(self.blocks)):
                 carried = self.run(index, batch, carried, as_stored=True)
-            total += float(self.divergence(batch, target(batch), carried))
+            total += float(self.divergence(batch, target(batch), carried, as_stored=True))
             count += batch.ids.numel()
-        self.rounds = rounds
         return total / count
+
+
+def runs_in_one_graph(n_parameters: int) -> bool:
+    """Whether blocks of so many parameters together run forward once for each step, not twice."""
+    return n_parameters <= _SMALL
 
 
 def _with_gradients(carried: Carried) -> dict[Key, Tensor]:

@@ -1,8 +1,10 @@
 """What a calibration costs, told before it starts: tokens × weights, and an estimate of the time.
 
 Counted are the operations of every pass over the text, of the moments and of coding; the rate is
-that of a float32 product measured at once. Text is written token by token, which costs each layer a
-time of its own beside them. It is an estimate: other work on the machine is not foreseen.
+that of a float32 product measured at once, and of a bfloat16 one where trits move on a machine that
+gains by it. Text is written token by token, which costs each layer a time of its own beside them.
+It is an estimate: other work on the machine is not foreseen, nor a model whose gradients bfloat16
+changes, which stays in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 
+from trilens.checkpoint.calibration.chain import runs_in_one_graph
+from trilens.checkpoint.calibration.device import find_device, multiplies_bfloat16
 from trilens.checkpoint.calibration.effort import find_effort
 from trilens.checkpoint.calibration.options import Calibration, block_length
 from trilens.checkpoint.calibration.own_text import ROWS_AT_ONCE, check_writes
@@ -44,7 +48,7 @@ class CalibrationCost(Tabular):
         evaluation_tokens: To measure on, at most.
         weights: Of the model.
         operations: For each part of the work, multiplications and additions.
-        seconds: All of them at the rate of this machine now, and the steps of writing text.
+        seconds: All of them at the rates of this machine now, and the steps of writing text.
     """
 
     effort: str
@@ -92,7 +96,7 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
     Args:
         job: the checkpoint, and the plan.
         calibration: the text and the effort.
-        rate: operations in a second; None: a product is timed.
+        rate: operations in a second, of every part; None: products are timed.
 
     Raises:
         GenerationError: the model is to write its own text, and writes none.
@@ -134,10 +138,15 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
     parts |= {"coding": coding}
     if any(rule.fits_block for rule in rules):
         parts["fit of each block"] = 3 * fit.passes * coded
+    moving = 0.0  # while trits do
     if any(rule.fits_whole for rule in rules):
-        parts["fit of all blocks"] = 4 * (fit.whole_passes + fit.trit_passes) * once
+        # Backward is two passes; where blocks run one by one, each runs forward twice.
+        step = (3 if runs_in_one_graph(_block_weights(job.model)) else 4) * once
+        moving = fit.trit_passes * step
+        parts["fit of all blocks"] = fit.whole_passes * step + moving
     parts = {name: operations for name, operations in parts.items() if operations}
-    seconds = sum(parts.values()) / (rate or _REACHED * _measured_rate())
+    total = sum(parts.values())
+    seconds = total / rate if rate else _seconds(total, moving, find_device(calibration.device))
     steps = math.ceil((rows + apart) / ROWS_AT_ONCE) * length
     steps += 2 * NEW_TOKENS * (named + bool(apart))
     seconds += _STEP_SECONDS * steps * text_config(job.model).num_hidden_layers
@@ -152,14 +161,34 @@ def cost_of(job: Job, calibration: Calibration, *, rate: float | None = None) ->
     )
 
 
-def _measured_rate() -> float:
-    """Operations in a second of a float32 product."""
-    one = torch.ones(_PROBE, _PROBE)
-    one @ one
+def _block_weights(model: Any) -> int:
+    """Parameters but those of the embeddings and of the head."""
+    outside = {
+        id(parameter)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+        for parameter in module.parameters()
+    }
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
+
+
+def _seconds(operations: float, moving: float, device: torch.device) -> float:
+    """Of operations, those while trits move among them: they may be rounded."""
+    rate = _measured_rate(torch.float32, device)
+    seconds = operations / (_REACHED * rate)
+    if moving and multiplies_bfloat16(device):
+        # Products alone are faster, not what stands between them.
+        seconds += moving * (1 / _measured_rate(torch.bfloat16, device) - 1 / rate)
+    return seconds
+
+
+def _measured_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations in a second of a product."""
+    one = torch.ones(_PROBE, _PROBE, dtype=dtype, device=device)
     best = math.inf
-    for _ in range(3):
+    for _ in range(4):  # the first is slow
         began = perf_counter()
-        one @ one
+        float((one @ one)[0, 0])  # a device is waited for
         best = min(best, perf_counter() - began)
     return 2 * _PROBE**3 / max(best, 1e-9)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["attribute"]
 
@@ -29,4 +28,4 @@ def attribute(
     Direct logit attribution: the parts sum to the model's own logit, or to the difference of two.
     -o attribution.html writes a page with charts.
     """
-    run("attribute", locals(), failures=(NonFiniteError,))
+    run("attribute", locals())

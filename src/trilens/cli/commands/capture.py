@@ -13,7 +13,6 @@ import typer
 from trilens.cli import options as o
 from trilens.cli.groups import Loading, Storing
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["capture"]
 
@@ -51,4 +50,4 @@ def capture(
     folder of datasets.save_to_disk, and - for standard input. A run that is stopped goes on when
     the same command is run again.
     """
-    run("capture", locals(), failures=(NonFiniteError,), stopped=_STOPPED)
+    run("capture", locals(), stopped=_STOPPED)

@@ -12,7 +12,6 @@ import typer
 
 from trilens.cli import options as o
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["compare"]
 
@@ -53,4 +52,4 @@ def compare(
     compared with the first. Writes a folder: JSON, Parquet, safetensors; or a
     page with charts: -o compare.html.
     """
-    run("compare", locals(), failures=(NonFiniteError,))
+    run("compare", locals())

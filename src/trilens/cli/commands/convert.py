@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trilens.cli import options as o
+from trilens.cli.errors import FILE_FAILURES
 from trilens.cli.lazy import run
 
 __all__ = ["convert"]
@@ -25,4 +26,4 @@ def convert(
 
     Writes a transformers checkpoint directory.
     """
-    run("convert", locals())
+    run("convert", locals(), failures=FILE_FAILURES)

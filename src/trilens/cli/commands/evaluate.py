@@ -5,7 +5,6 @@ from __future__ import annotations
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["evaluate"]
 
@@ -30,4 +29,4 @@ def evaluate(
     the ratio of perplexities, KL, the same top token and the same greedy text. Tasks are those of
     lm-eval, where it is installed.
     """
-    run("evaluate", locals(), failures=(NonFiniteError,))
+    run("evaluate", locals())

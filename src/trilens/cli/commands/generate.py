@@ -6,7 +6,6 @@ from trilens.cli import generation_options as go
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["generate"]
 
@@ -31,4 +30,4 @@ def generate(
 
     As JSON: the text, its tokens and what ended it.
     """
-    run("generate", locals(), failures=(NonFiniteError,))
+    run("generate", locals())

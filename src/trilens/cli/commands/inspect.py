@@ -9,7 +9,6 @@ import typer
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["inspect"]
 
@@ -40,4 +39,4 @@ def inspect(
     probable next tokens. A file of trilens capture needs no prompt. -o report.html writes a page
     with charts: every head's pattern, the logit lens, every gate.
     """
-    run("inspect", locals(), failures=(NonFiniteError,))
+    run("inspect", locals())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["lens"]
 
@@ -28,4 +27,4 @@ def lens(
     The logit lens: the residual stream of the last token after each layer, through the model's own
     final norm and unembedding. -o lens.html writes a page, of every token.
     """
-    run("lens", locals(), failures=(NonFiniteError,))
+    run("lens", locals())

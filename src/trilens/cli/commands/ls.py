@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trilens.cli import options as o
+from trilens.cli.errors import FILE_FAILURES
 from trilens.cli.lazy import run
 
 __all__ = ["ls"]
@@ -21,4 +22,4 @@ def ls(
     debug: o.Debug = False,
 ) -> None:
     """List what a store of activations holds."""
-    run("ls", locals())
+    run("ls", locals(), failures=FILE_FAILURES)

@@ -13,7 +13,6 @@ import typer
 from trilens.cli import options as o
 from trilens.cli.groups import Loading
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["patch"]
 
@@ -41,4 +40,4 @@ def patch(
     Effects are of the logit of --target less that of --against after the last token: 0 is the run
     that is patched, 1 the one whose values are put in. -o patch.html writes a page with a heatmap.
     """
-    run("patch", locals(), failures=(NonFiniteError,))
+    run("patch", locals())

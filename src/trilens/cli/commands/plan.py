@@ -9,7 +9,6 @@ from __future__ import annotations
 from trilens.cli import options as o
 from trilens.cli.groups import Loading, Sampling
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["plan"]
 
@@ -38,4 +37,4 @@ def plan(
     of --data. Writes a file for ternarize --plan. With --calibrate the plan may name calibrated
     rules; ternarize then takes the text, too.
     """
-    run("plan", locals(), failures=(NonFiniteError,))
+    run("plan", locals())

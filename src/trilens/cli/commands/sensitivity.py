@@ -5,7 +5,6 @@ from __future__ import annotations
 from trilens.cli import options as o
 from trilens.cli.groups import Coding, Loading, Sampling
 from trilens.cli.lazy import run
-from trilens.errors import NonFiniteError
 
 __all__ = ["sensitivity"]
 
@@ -27,4 +26,4 @@ def sensitivity(
     Each block alone, blocks 0 … i together and each kind of matrix alone are ternarized in memory
     and restored. Nothing is written, but the result with -o; -o sensitivity.html writes a page.
     """
-    run("sensitivity", locals(), failures=(NonFiniteError,))
+    run("sensitivity", locals())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from trilens.cli import options as o
 from trilens.cli import store_options as so
+from trilens.cli.errors import FILE_FAILURES
 from trilens.cli.groups import Coding, Fitting
 from trilens.cli.lazy import run
 
@@ -49,4 +50,4 @@ def ternarize(
     itself: at most 65536 tokens in sequences of 512 (--effort fast: 16384, max: 524288), a tenth of
     them held out. What it costs is told before it starts.
     """
-    run("ternarize", locals(), stopped=_STOPPED)
+    run("ternarize", locals(), failures=FILE_FAILURES, stopped=_STOPPED)

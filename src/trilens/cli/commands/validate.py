@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from trilens.cli import options as o
+from trilens.cli.errors import FILE_FAILURES
 from trilens.cli.lazy import run
 from trilens.errors import CorruptFileError
 
@@ -29,4 +30,4 @@ def validate(
     debug: o.Debug = False,
 ) -> None:
     """Check every byte of a file or folder that trilens wrote."""
-    run("validate", locals(), failures=(CorruptFileError,))
+    run("validate", locals(), failures=(*FILE_FAILURES, CorruptFileError))

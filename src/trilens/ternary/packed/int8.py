@@ -22,6 +22,8 @@ __all__ = ["multiply_int8", "round_inputs"]
 _WORTH_A_THREAD = 1 << 20  # weights times inputs
 _EXACT = 1 << 24  # whole numbers of float32
 _AT_ONCE = 1 << 22  # numbers of a tile
+_LIFT = 2.0**64  # inputs of a token that are all below 1 / this are multiplied by it first
+_LEAST = 2.0**-149 * _LIFT  # of float32, so lifted
 
 
 def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -39,30 +41,35 @@ def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
         with torch.autocast(kind, enabled=False):
             return multiply_int8(x, packed, bias)
     flat = x.reshape(-1, packed.cols)
-    rounded, factors = round_inputs(flat)
+    rounded, factors, powers = round_inputs(flat)
     if flat.shape[0] and by_address(rounded, packed) and native_multiplies_int8(packed):
         n_threads = 1 + rounded.numel() * packed.codes.shape[0] // _WORTH_A_THREAD
         out = multiply_int8_native(rounded, factors, packed, n_threads)
     else:
         out = _plain(rounded, packed) * factors[:, None]
+    out *= powers[:, None]
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
-def round_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers, and by how much to multiply them.
+def round_inputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers, and by which two numbers, one after the other, to multiply what they give.
 
-    Shapes: x [tokens, cols] → int8 [tokens, cols]; float32 [tokens]
+    Shapes: x [tokens, cols] → int8 [tokens, cols]; float32 [tokens]; float32 [tokens]
 
     Returns:
-        Numbers from −127 to 127, ties to even. Where an input is not finite, the factor is not.
+        Numbers from −127 to 127, ties to even; factors; and powers of two, 1 but for tokens so
+        small that their factor would lose bits. Where an input is not finite, the factor is not.
     """
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True) if x.shape[-1] else wide.new_zeros(len(x), 1)
-    steps = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
-    rounded = (wide * steps).round_().nan_to_num_(0.0, 127.0, -127.0).clamp_(-127, 127)
-    return rounded.to(torch.int8), (largest / 127)[:, 0]
+    # 127 / largest is not finite below 2⁻¹²¹, and denormal factors lack bits: 2⁶⁴ times as large.
+    lift = torch.where(largest < 1 / _LIFT, _LIFT, 1.0)
+    largest = largest * lift
+    steps = 127 / largest.clamp_min(_LEAST)
+    rounded = (wide * lift).mul_(steps).round_().nan_to_num_(0.0, 127.0, -127.0).clamp_(-127, 127)
+    return rounded.to(torch.int8), (largest / 127)[:, 0], (1 / lift)[:, 0]
 
 
 def _plain(rounded: Tensor, packed: Packed) -> Tensor:
