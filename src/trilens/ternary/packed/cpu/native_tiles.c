@@ -183,7 +183,9 @@ TILES static int64_t open_window(const Job *job, Stripe *stripe, int64_t row, in
             _mm512_storeu_si512(to + at, _mm512_permutexvar_epi64(order, found));
         }
     }
-    return least(stripe->steps, (stripe->first + stripe->groups) * stripe->group_steps);
+    /* after the last group there may be steps without inputs */
+    const int64_t end = stripe->first + stripe->groups;
+    return end < job->groups ? end * stripe->group_steps : stripe->steps;
 }
 
 /* The 32 bytes of codes of four steps, each twice; 0 after the end of the row. */
