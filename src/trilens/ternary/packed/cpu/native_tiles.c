@@ -6,8 +6,8 @@
    four steps take two bits each and look up the two bytes of a weight: lane i of step k holds column
    4 i + k. `prepare_tiles` brings inputs into that order.
 
-   Up to 16 inputs the time is that of decoding: the rows of the next step are decoded between the
-   products of the one before. With more, a panel of 32 rows is decoded once for a chunk of inputs,
+   Up to 16 inputs the time is that of decoding: rows of the next four steps are decoded between the
+   products of those before. With more, a panel of 32 rows is decoded once for a chunk of inputs,
    and multiplied two by two tiles at a time. */
 #include "native.h"
 
@@ -21,7 +21,6 @@
 #define DEEP 8      /* steps of a panel for many inputs: with as many of theirs, in the L1 cache */
 #define AHEAD 2     /* steps of inputs that are asked for before */
 #define WINDOW 64   /* groups of a row whose values are at hand */
-
 #define TILE 1024   /* bytes */
 
 #define TILE_LOAD(tile, from, stride)                                                              \
@@ -276,9 +275,8 @@ TILES static void finish_tile(
 
 /* Eight rows of four steps. */
 #define EIGHT_ROWS(eighth)                                                                         \
-    for (int64_t r = 8 * eighth; r < 8 * eighth + 8; r++) {                \
-        decode_four(                                                                            \
-            stripe, r, step, to + TILE * (r / SIDE) + 64 * (r % SIDE), planes, same);              \
+    for (int64_t r = 8 * eighth; r < 8 * eighth + 8; r++) {                                        \
+        decode_four(stripe, r, step, to + TILE * (r / SIDE) + 64 * (r % SIDE), planes, same);      \
         if (odd) continue;                                                                         \
         _mm_prefetch((const char *)stripe->codes[r] + ahead, _MM_HINT_T0);                         \
         if (planes == 2) _mm_prefetch((const char *)stripe->second[r] + ahead, _MM_HINT_T0);       \
@@ -298,18 +296,18 @@ TILES INLINE void few_inputs(
     for (int64_t step = 0, odd = 0;; step += FOUR, odd ^= 1) {
         char *to = rooms[odd];
         const char *from = rooms[odd ^ 1];
-        const int64_t before = step - FOUR, left = stripe->steps - before;
         const int more = step < stripe->steps;
-        const int64_t ahead = 2 * SIDE * stripe->row_bytes + 8 * step; /* rows follow each other in memory: the next stripe */
+        /* rows follow each other in memory: the next stripe */
+        const int64_t ahead = 2 * SIDE * stripe->row_bytes + 8 * step;
         if (more && step >= end) end = open_window(job, stripe, row, step);
         if (more) { EIGHT_ROWS(0) }
         if (step) { FEW_PRODUCTS(0, 1) from += 2 * TILE, x += 64 * n; }
         if (more) { EIGHT_ROWS(1) }
-        if (step && left > 1) { FEW_PRODUCTS(2, 3) from += 2 * TILE, x += 64 * n; }
+        if (step) { FEW_PRODUCTS(2, 3) from += 2 * TILE, x += 64 * n; }
         if (more) { EIGHT_ROWS(2) }
-        if (step && left > 2) { FEW_PRODUCTS(0, 1) from += 2 * TILE, x += 64 * n; }
+        if (step) { FEW_PRODUCTS(0, 1) from += 2 * TILE, x += 64 * n; }
         if (more) { EIGHT_ROWS(3) }
-        if (step && left > 3) { FEW_PRODUCTS(2, 3) from += 2 * TILE, x += 64 * n; }
+        if (step) { FEW_PRODUCTS(2, 3) from += 2 * TILE, x += 64 * n; }
         if (!more) break;
     }
     TILE_STORE(0, sums[0], 64);
