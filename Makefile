@@ -11,6 +11,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The packages of an extra alone: the project stands, and need not be built again.
+EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+define install-extra
+	$(PY) -c '$(EXTRA)' $(1) > $@.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt $(2) --requirement $@.txt
+	@touch $@
+endef
+
 demo: $(VENV)/.ready
 	@$(VENV)/bin/trilens demo --report demo.html
 
@@ -45,15 +53,13 @@ test-numerics: $(VENV)/.ready
 
 # llama.cpp is built from its source package: a C++ compiler, and about four minutes of one core.
 $(VENV)/.engines: $(VENV)/.ready
-	$(PY) -m pip install --quiet --constraint constraints.txt --no-binary llama-cpp-python --editable '.[engines]'
-	@touch $@
+	$(call install-extra,engines,--no-binary llama-cpp-python)
 
 test-engines: $(VENV)/.engines
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/engines
 
 $(VENV)/.gpu: $(VENV)/.ready
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
-	@touch $@
+	$(call install-extra,gpu)
 
 # Without a GPU in Triton's interpreter.
 test-gpu: $(VENV)/.gpu
@@ -74,8 +80,7 @@ test-quantized: $(QUANTIZED)/.ready
 
 # A Chromium of the system (apt-get install chromium), without which `test` skips these.
 $(VENV)/.browser: $(VENV)/.ready
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	@touch $@
+	$(call install-extra,browser)
 
 # The site's search is one of the tests.
 build/site/index.html:
@@ -85,8 +90,7 @@ test-browser: $(VENV)/.browser build/site/index.html
 	TRILENS_BROWSER=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/browser
 
 $(VENV)/.docs: $(VENV)/.ready
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	@touch $@
+	$(call install-extra,docs)
 
 # The docs as a site that needs no network: build/site/index.html opens from disk.
 docs: $(VENV)/.docs
