@@ -124,6 +124,18 @@ def state_of(function: str, parts: Mapping[str, Tensor]) -> Tensor:
     return first * parts["m"].double().exp()[:, None, None] if function == "mlstm" else first
 
 
+def error_of_decays(arguments: Mapping[str, Any]) -> float:
+    """What a state can be off, of its size, where logarithms of decays are summed up in float32.
+
+    Kernels in chunks take exp of differences of such sums, each rounded to half a unit: one unit
+    of the largest sum for two of them. How much of it is seen depends on the processor.
+    """
+    decays = arguments.get("g")
+    if decays is None:
+        return 0.0
+    return float(decays.double().cumsum(1).abs().max()) * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_state_in_the_models_own_cache_lacks_the_writes(model_type: str) -> None:
     lens, ids = lens_of(model_type), prompt_ids(model_type, TOKENS)
@@ -141,7 +153,7 @@ def test_the_state_in_the_models_own_cache_lacks_the_writes(model_type: str) -> 
         wanted = [REFERENCES[function](arguments, cut)[0] for arguments in given]
         ours = state_of(function, held[layer])
         expected = torch.stack(wanted) if ours.dim() > wanted[0].dim() else wanted[0]
-        assert off(ours, expected) <= TOLERANCE
+        assert off(ours, expected) <= TOLERANCE + error_of_decays(given[0])
         assert off(state_of(function, plain[layer]), expected) > 100 * TOLERANCE
     edits.check_touched()
 
