@@ -124,6 +124,21 @@ FAST static inline void values_of_groups(
     }
 }
 
+/* The scales of a row, as a dense layer of bfloat16 would hold them (exact for two planes, whose sums
+   it rounds), times 1 or 1/2. */
+FAST static inline void read_scales(const Job *job, const float *scale, float times, float *to) {
+    for (int64_t group = 0; group < job->groups; group += 16) {
+        const int64_t left = job->groups - group;
+        const __mmask16 some = left >= 16 ? 0xffff : (__mmask16)((1 << left) - 1);
+        __m512 found = _mm512_maskz_loadu_ps(some, scale + group);
+        if (!job->second_codes) {
+            __m512i near = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(found));
+            found = _mm512_castsi512_ps(_mm512_slli_epi32(near, 16));
+        }
+        _mm512_storeu_ps(to + group, _mm512_mul_ps(found, _mm512_set1_ps(times)));
+    }
+}
+
 /* Where the scales of 256 columns stand in a row: the first one, and from there for each float. */
 typedef struct {
     int64_t first;

@@ -39,20 +39,6 @@ void trilens_native_prepare_few(void *address) {
     job->large = most >= LARGE;
 }
 
-/* Half the scales of a row, as a dense layer of bfloat16 would hold them; exact for two planes. */
-FAST static void halves(const Job *job, const float *scale, float *to) {
-    const __m512 half = _mm512_set1_ps(0.5f);
-    for (int64_t group = 0; group < job->groups; group += 16) {
-        __mmask16 some = job->groups - group >= 16 ? 0xffff : (1 << (job->groups - group)) - 1;
-        __m512 s = _mm512_maskz_loadu_ps(some, scale + group);
-        if (!job->second_codes) {
-            __m256i near = (__m256i)_mm512_cvtneps_pbh(s);
-            s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(near), 16));
-        }
-        _mm512_storeu_ps(to + group, _mm512_mul_ps(s, half));
-    }
-}
-
 /* One of the eight products of a step, for all rows and inputs. */
 FAST INLINE void product(
     __m512 sums[TALL][4], const __m512i *codes, const char *x, int64_t input_bytes, const int k,
@@ -116,7 +102,8 @@ FAST INLINE void few_rows(
         const float *scale = (const float *)(plane ? job->second_scale : job->scale);
         if (!codes) break;
         for (int r = 0; r < n_rows; r++)
-            halves(job, scale + (row + r) * job->scale_step, scales + r * (job->groups + 16));
+            read_scales(
+                job, scale + (row + r) * job->scale_step, 0.5f, scales + r * (job->groups + 16));
         add_plane(job, codes + row * job->row_bytes, scales, totals, n_rows, n);
     }
 #pragma GCC unroll 4

@@ -234,21 +234,6 @@ FAST void trilens_native_prepare_limbs(void *address) {
     job->large = 2 * _mm512_reduce_add_ps(total) < (float)n * FINE;
 }
 
-/* The scales of a row, as a dense layer of bfloat16 would hold them; exact for two planes, whose
-   sums it rounds. */
-FAST static void read_scales(const Job *job, const float *scale, float *to) {
-    for (int64_t group = 0; group < job->groups; group += 16) {
-        const int64_t left = job->groups - group;
-        const __mmask16 some = left >= 16 ? 0xffff : (__mmask16)((1 << left) - 1);
-        __m512 found = _mm512_maskz_loadu_ps(some, scale + group);
-        if (!job->second_codes) {
-            __m512i near = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(found));
-            found = _mm512_castsi512_ps(_mm512_slli_epi32(near, 16));
-        }
-        _mm512_storeu_ps(to + group, found);
-    }
-}
-
 /* `scales` is room for those of each row, and 16 more, which are not used. */
 FAST INLINE void limbs_block(const Job *job, int64_t row, float *scales, const int n_rows) {
     const int64_t steps = wide_steps(job), room = job->groups + 16;
@@ -262,7 +247,7 @@ FAST INLINE void limbs_block(const Job *job, int64_t row, float *scales, const i
         if (!codes) break;
         codes += row * job->row_bytes;
         for (int r = 0; r < n_rows; r++)
-            read_scales(job, scale + (row + r) * job->scale_step, scales + r * room);
+            read_scales(job, scale + (row + r) * job->scale_step, 1, scales + r * room);
         for (int64_t step = 0; step < steps; step++) {
             const __m512i less = _mm512_loadu_si512((const int32_t *)job->sums + 16 * step);
             const __m512i next = _mm512_loadu_si512(places[step].next);
