@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import llama_cpp
+import llama_cpp.llama_cpp as bindings
 import numpy as np
 import torch
 from tokenizers import (
@@ -51,22 +53,37 @@ F32 = 0
 _GELU_BY_TANH = (PytorchGELUTanh, GELUTanh, NewGELUActivation, BloomGelu)
 
 
+_default_params = bindings.llama_model_default_params
+
+
+def _weights_as_stored() -> Any:
+    """Weights in the file's order, for kernels that every processor has.
+
+    Those for matrix units (AMX), whose order Q8_0 and Q4_0 are brought into elsewhere, end the
+    process where GCC leaves out the shapes of their tiles (llama.cpp, pull request 26954).
+    """
+    params = _default_params()
+    params.use_extra_bufts = False
+    return params
+
+
 class Engine:
     """One GGUF file, loaded by llama.cpp, on one thread."""
 
     def __init__(self, path: Path, n_ctx: int = 128) -> None:
         # Keys and values in float32, so that weights' activations are all that is rounded.
-        self.model = llama_cpp.Llama(
-            str(path),
-            n_ctx=n_ctx,
-            n_batch=n_ctx,
-            n_threads=1,
-            n_threads_batch=1,
-            logits_all=True,
-            type_k=F32,
-            type_v=F32,
-            verbose=False,
-        )
+        with patch.object(bindings, "llama_model_default_params", _weights_as_stored):
+            self.model = llama_cpp.Llama(
+                str(path),
+                n_ctx=n_ctx,
+                n_batch=n_ctx,
+                n_threads=1,
+                n_threads_batch=1,
+                logits_all=True,
+                type_k=F32,
+                type_v=F32,
+                verbose=False,
+            )
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Shapes: → [seq, vocab]."""

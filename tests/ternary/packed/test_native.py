@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import platform
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +158,43 @@ def test_tiles_are_the_dense_weight_bit_for_bit(way: str, rule: str, options: di
     assert torch.equal(tile, dense[3:68])
     wide = subject._unpacked(packed, 3, 68, torch.bfloat16, torch.float32)
     assert torch.equal(wide, dense[3:68].float())
+
+
+@pytest.fixture
+def shapes_of_tiles() -> Iterator[tuple[Any, Any]]:
+    """`load` and `store` of how this thread's tiles are shaped: 64 bytes."""
+    room = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    room.write(bytes.fromhex("c4e2784907c3 c4e2794907c3"))  # ldtilecfg, sttilecfg (%rdi); ret
+    pinned = ctypes.c_char.from_buffer(room)
+    begin = ctypes.addressof(pinned)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    yield call(begin), call(begin + 6)
+    del pinned
+    room.close()
+
+
+@pytest.mark.skipif(LEVEL < 2, reason="this processor has no tiles, or the system gives none")
+@pytest.mark.parametrize("shaped", [True, False])
+@pytest.mark.parametrize("n_inputs", [5, 40])
+def test_tiles_are_left_as_another_library_shaped_them(
+    shapes_of_tiles: tuple[Any, Any], used: list[str], n_inputs: int, shaped: bool
+) -> None:
+    load, store = shapes_of_tiles
+    threads = torch.get_num_threads()
+    before, after = (ctypes.create_string_buffer(64) for _ in range(2))
+    packed, x = made(70, 256, rule="exact"), inputs(n_inputs, 256, torch.bfloat16)
+    torch.set_num_threads(1)  # this one
+    try:
+        if shaped:
+            before[0], before[16], before[48] = 1, 32, 5  # the first tile: 5 rows of 32 bytes
+        load(before)
+        multiply(x, packed)
+        store(after)
+    finally:
+        load(ctypes.create_string_buffer(64))
+        torch.set_num_threads(threads)
+    assert "multiply_tiles" in used
+    assert after.raw == before.raw
 
 
 @pytest.mark.parametrize("n_inputs", [1, 2, 7, 20])

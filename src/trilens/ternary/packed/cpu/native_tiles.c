@@ -48,6 +48,21 @@ typedef struct {
     uint8_t rows[16];
 } __attribute__((packed)) Shapes;
 
+/* Whoever else multiplies in this thread's tiles, as llama.cpp does, may have shaped them once for
+   all its products. */
+TILES static inline Shapes shapes_in_use(void) {
+    Shapes shapes;
+    __asm__ volatile("sttilecfg %0" : "=m"(shapes));
+    return shapes;
+}
+
+TILES static inline void give_back_tiles(const Shapes *before) {
+    if (before->palette)
+        __asm__ volatile("ldtilecfg %0" ::"m"(*before));
+    else
+        __asm__ volatile("tilerelease");
+}
+
 /* Tiles of 16 rows: sums 0-3 and inputs 6-7 have `n` columns of 4 bytes, weights 4-5 have 64 bytes. */
 TILES static inline void shape_tiles(int64_t n) {
     Shapes shapes = {1, 0, {0}, {0}, {0}};
@@ -423,6 +438,7 @@ TILES void trilens_native_multiply_tiles(void *address) {
     uint64_t values[2 * SIDE * each * WINDOW];
     char room[blocks > 1 ? 2 * TILE * (job->chunk + 1) + 64 : 64];
     char *kept = (char *)(((uintptr_t)room + 63) & ~(uintptr_t)63);
+    const Shapes before = shapes_in_use();
     shape_tiles(width(job));
     for (;;) {
         const int64_t number = take(job);
@@ -437,7 +453,7 @@ TILES void trilens_native_multiply_tiles(void *address) {
             EACH_KIND(MANY)
         }
     }
-    __asm__ volatile("tilerelease");
+    give_back_tiles(&before);
 }
 
 #else
