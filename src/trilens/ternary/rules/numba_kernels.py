@@ -2,7 +2,7 @@
 
 They run without the interpreter lock and without numba's own threads: callers split the work.
 Nothing here may be compiled with `fastmath`: the order of every sum is part of the contract.
-`number` and `widest_vectors` are what `numba_extensions` makes of them.
+`number`, `widest_vectors` and `ask_for` are what `numba_extensions` makes of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "abs_sums",
+    "ask_for",
     "best_prefix",
     "best_quad",
     "cells",
@@ -23,6 +24,7 @@ __all__ = [
     "number",
     "sorted_cells",
     "squared_sums",
+    "total",
     "two_bit",
     "unfolds",
     "widest_vectors",
@@ -42,6 +44,24 @@ def widest_vectors() -> None:
     raise NotImplementedError
 
 
+def ask_for(x: Any, begin: int, end: int) -> None:
+    """Bring what x[begin:end] would read, _AHEAD numbers later, towards the processor.
+
+    It looks ahead by itself no further than to the end of a page, and waits at the next one.
+    """
+    raise NotImplementedError
+
+
+def total(lanes: Any) -> Any:
+    """The sum of LANES numbers, by halves; they are written over."""
+    width = LANES // 2
+    while width > 0:
+        for j in range(width):
+            lanes[j] += lanes[j + width]
+        width //= 2
+    return lanes[0]
+
+
 def abs_sums(x: Any, out: Any) -> None:
     """See `numpy_kernels.abs_sums`."""
     widest_vectors()
@@ -56,6 +76,8 @@ def abs_sums(x: Any, out: Any) -> None:
         for i in range(0, half, LANES):  # two streams: one alone does not saturate the memory
             step = row[i : i + LANES]  # a slice of known length is what LLVM vectorizes
             far = row[half + i : half + i + LANES]
+            ask_for(row, i, i + LANES)
+            ask_for(row, half + i, half + i + LANES)
             for j in range(LANES):
                 first[j] += abs(np.float64(number(step[j])))
             for j in range(LANES):
@@ -64,12 +86,7 @@ def abs_sums(x: Any, out: Any) -> None:
             first[j] += second[j]
         for i in range(2 * half, length):
             first[(i - 2 * half) % LANES] += abs(np.float64(number(row[i])))
-        width = LANES // 2
-        while width > 0:
-            for j in range(width):
-                first[j] += first[j + width]
-            width //= 2
-        out[unit] = first[0]
+        out[unit] = total(first)
 
 
 def codes(x: Any, cuts: Any, out: Any) -> None:
@@ -79,7 +96,14 @@ def codes(x: Any, cuts: Any, out: Any) -> None:
     for unit in range(x.shape[0]):
         row, codes_row = x[unit], out[unit]
         low, high = cuts[unit, half - 1], cuts[unit, half]
-        for i in range(x.shape[1]):
+        whole = x.shape[1] // _STEP * _STEP
+        for i in range(0, whole, _STEP):
+            step, to = row[i : i + _STEP], codes_row[i : i + _STEP]
+            ask_for(row, i, i + _STEP)
+            for j in range(_STEP):
+                value = number(step[j])
+                to[j] = np.int8(value > high) - np.int8(value < low)
+        for i in range(whole, x.shape[1]):
             value = number(row[i])
             codes_row[i] = np.int8(value > high) - np.int8(value < low)
         for j in range(half - 1):
@@ -208,13 +232,7 @@ def squared_sums(x: Any, values: Any, out: Any) -> None:
         error = truth - np.float64(values[i])
         errors[0, (i - 2 * half) % LANES] += error * error
         energies[0, (i - 2 * half) % LANES] += truth * truth
-    width = LANES // 2
-    while width > 0:
-        for j in range(width):
-            errors[0, j] += errors[0, j + width]
-            energies[0, j] += energies[0, j + width]
-        width //= 2
-    out[0], out[1] = errors[0, 0], energies[0, 0]
+    out[0], out[1] = total(errors[0]), total(energies[0])
 
 
 def coded_sums(x: Any, trits: Any, factors: Any, length: int, out: Any) -> None:
@@ -229,6 +247,7 @@ def coded_sums(x: Any, trits: Any, factors: Any, length: int, out: Any) -> None:
             at = stream * half + i
             step, near = x[at : at + LANES], trits[at : at + LANES]
             factor = factors[at // length]
+            ask_for(x, at, at + LANES)
             lane_errors, lane_energies = errors[stream], energies[stream]
             for j in range(LANES):
                 truth = np.float64(number(step[j]))
@@ -243,13 +262,7 @@ def coded_sums(x: Any, trits: Any, factors: Any, length: int, out: Any) -> None:
         error = truth - np.float64(np.float32(trits[i]) * factors[i // length])
         errors[0, (i - 2 * half) % LANES] += error * error
         energies[0, (i - 2 * half) % LANES] += truth * truth
-    width = LANES // 2
-    while width > 0:
-        for j in range(width):
-            errors[0, j] += errors[0, j + width]
-            energies[0, j] += energies[0, j + width]
-        width //= 2
-    out[0], out[1] = errors[0, 0], energies[0, 0]
+    out[0], out[1] = total(errors[0]), total(energies[0])
 
 
 def fold(words: Any, out: Any) -> None:
@@ -291,6 +304,7 @@ def two_bit(x: Any, cut: Any, out: Any) -> None:
         at = (k // 2 + k % 2 * half) * _STEP  # two streams, as in `abs_sums`
         step = x[at : at + _STEP]
         packed = out[at // 4 : (at + _STEP) // 4]
+        ask_for(x, at, at + _STEP)
         for i in range(_STEP):
             value = number(step[i])
             code[i] = np.uint8(value > cut) - np.uint8(value < below) + np.uint8(1)
