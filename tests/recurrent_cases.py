@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 from trilens.caches.patterns.protocol import Pattern
 from trilens.taps.kernels import kernel_places
 
-__all__ = ["APPLIED", "assert_consistent", "assert_gives", "normal", "recurrent", "tamper", "unit"]
+__all__ = [
+    "APPLIED",
+    "assert_consistent",
+    "assert_gives",
+    "error_of_decays",
+    "normal",
+    "recurrent",
+    "tamper",
+    "unit",
+]
 
 # What W · v may differ from the recurrence's output, of the largest output: the project's bar.
 # Weights and products in float32 are off by 2⁻²⁴ of their terms, and terms cancel: a hundred times
@@ -49,6 +58,18 @@ def recurrent(q, k, v, log_w, a=None, b=None, bonus=None) -> Tensor:
         if bonus is None:
             outputs.append((q[:, :, t, None] @ state)[:, :, 0])
     return torch.stack(outputs, dim=2)
+
+
+def error_of_decays(arguments: Mapping[str, Any]) -> float:
+    """What a state can be off, of its size, where logarithms of decays are summed up in float32.
+
+    Kernels in chunks take exp of differences of such sums, each rounded to half a unit: one unit
+    of the largest sum for two of them. How much of it is seen depends on the processor.
+    """
+    decays = arguments.get("g")
+    if decays is None:
+        return 0.0
+    return float(decays.double().cumsum(1).abs().max()) * torch.finfo(torch.float32).eps
 
 
 def assert_gives(weights: Tensor, v: Tensor, y: Tensor, tolerance: float = APPLIED) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recurrent_cases import tamper
+from recurrent_cases import error_of_decays, tamper
 from test_effective import model_of
 from tinymodels import prompt_ids
 from trilens.errors import (
@@ -157,8 +157,9 @@ def test_the_last_state_is_the_one_in_the_models_own_cache(model_type: str) -> N
     layers, axes = FAMILIES[model_type]
     assert lens.state_layers == layers
     cap = lens.capture(ids, states=(0, 5, 20, -1))
-    with torch.no_grad():
+    with torch.no_grad(), kernel_calls(model) as calls:
         plain = model(input_ids=ids, use_cache=False)
+    decays = max((error_of_decays(call.arguments) for call in calls), default=0.0)
     assert torch.equal(cap.logits, plain.logits[0])
     assert cap.states.layers == layers
     assert cap.states.positions == (0, 5, 20, TOKENS - 1)
@@ -171,7 +172,7 @@ def test_the_last_state_is_the_one_in_the_models_own_cache(model_type: str) -> N
             ours = cap.states.get(layer, part=name or None)
             assert ours.dtype == torch.float32
             assert float(ours.abs().max()) > 0
-            assert off(ours, state) <= TOLERANCE
+            assert off(ours, state) <= TOLERANCE + decays
         assert tuple(cap.states.get(layer).shape) == spec.shape
     # What comes after a position is not in its state.
     for position in (0, 5, 20):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recurrent_cases import error_of_decays
 from test_states import ALL, BOUNDARIES, cached, lens_of, off
 from tinymodels import prompt_ids
 from tolerances import assert_near
@@ -122,18 +123,6 @@ def state_of(function: str, parts: Mapping[str, Tensor]) -> Tensor:
     if function == "rwkv_linear_attention":
         return first * parts["maximum"].double().exp()
     return first * parts["m"].double().exp()[:, None, None] if function == "mlstm" else first
-
-
-def error_of_decays(arguments: Mapping[str, Any]) -> float:
-    """What a state can be off, of its size, where logarithms of decays are summed up in float32.
-
-    Kernels in chunks take exp of differences of such sums, each rounded to half a unit: one unit
-    of the largest sum for two of them. How much of it is seen depends on the processor.
-    """
-    decays = arguments.get("g")
-    if decays is None:
-        return 0.0
-    return float(decays.double().cumsum(1).abs().max()) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
