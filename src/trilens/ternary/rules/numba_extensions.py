@@ -64,10 +64,8 @@ def _with_prefetch(typing_context: Any, x: Any, index: Any) -> Any:
             context, builder, signature.args[0], array, [arguments[1]], wraparound=False
         )
         word, address = ir.IntType(32), ir.IntType(8).as_pointer()
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [address, word, word, word]),
-            "llvm.prefetch.p0i8",
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", (address,), ir.FunctionType(ir.VoidType(), [address, word, word, word])
         )
         to_read, into_all_caches, data = word(0), word(3), word(1)
         builder.call(prefetch, [builder.bitcast(at, address), to_read, into_all_caches, data])
