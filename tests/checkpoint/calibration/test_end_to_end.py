@@ -226,7 +226,7 @@ def test_trits_move_where_that_helps(parts: Any, rotate: bool) -> None:
     few = FitOptions(whole_passes=6)
     scales = whole.fit_end_to_end(runner, blocks, batches, dense, few)
     said: list[float] = []
-    freed = replace(few, trit_passes=12, trit_rate=0.05)
+    freed = replace(few, trit_passes=12, trit_rate=0.025)
     found = whole.fit_end_to_end(runner, blocks, batches, dense, freed, said.append)
     assert found.kl_nats < 0.9 * scales.kl_nats
     assert said == sorted(said) and said[0] >= 0 and said[-1] < 1
@@ -239,6 +239,41 @@ def test_trits_move_where_that_helps(parts: Any, rotate: bool) -> None:
     after = with_values(runner, zip(found.quants, found.vectors, strict=True), model, plan)
     _, held_out = whole.set_held_out(batches, freed)
     assert found.kl_nats == pytest.approx(float(kl(model, after, held_out)), rel=1e-3)
+
+
+@pytest.mark.parametrize(("small", "steps"), [(True, 18), (False, 4)])
+def test_steps_are_larger_where_each_brings_the_blocks(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, small: bool, steps: int
+) -> None:
+    """Steps of one row of 20, two held out; of four rows, one step held out."""
+    _, runner, batches, dense = parts
+    monkeypatch.setattr(chain, "_SMALL", math.inf if small else 0)
+    monkeypatch.setattr(whole, "_STREAMED", 4 * 24)
+    options = FitOptions(whole_passes=1, step_tokens=24)
+    seen: list[float] = []
+    whole.fit_end_to_end(runner, coded(runner, PLAN), batches, dense, options, seen.append)
+    assert seen == [n / steps for n in range(steps)]
+
+
+def test_the_rate_of_trits_goes_with_the_roots_of_a_step_and_of_the_divergence(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, runner, batches, dense = parts
+    rates: list[float] = []
+    adam = torch.optim.Adam
+
+    def kept(groups: Any, **options: Any) -> torch.optim.Adam:
+        rates.append(groups[-1]["lr"])
+        return adam(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", kept)
+    monkeypatch.setattr(whole, "_DIVERGENCE", 2.0)
+    for tokens in (512, 2048):
+        options = FitOptions(whole_passes=0, trit_passes=1, trit_rate=0.01, step_tokens=tokens)
+        found = whole.fit_end_to_end(runner, coded(runner, PLAN), batches, dense, options)
+    assert 0 < found.kl_nats_before < 2
+    assert rates[0] == pytest.approx(0.01 * math.sqrt(found.kl_nats_before / 2))
+    assert rates[1] == pytest.approx(2 * rates[0])
 
 
 def test_wild_latents_are_thrown_away(parts: Any) -> None:
@@ -319,7 +354,7 @@ def test_trits_of_two_planes_move(parts: Any) -> None:
             block.quants[path] = replace(two, trits=torch.where(swap, wrong, two.trits))
     few = FitOptions(whole_passes=4)
     scales = whole.fit_end_to_end(runner, blocks, batches, dense, few)
-    freed = replace(few, trit_passes=8, trit_rate=0.075)
+    freed = replace(few, trit_passes=8, trit_rate=0.0375)
     found = whole.fit_end_to_end(runner, blocks, batches, dense, freed)
     assert found.kl_nats < 0.9 * scales.kl_nats
     assert found.trit_changes > 0

@@ -37,7 +37,10 @@ EFFORTS: Mapping[EffortName, Effort] = MappingProxyType(
         "fast": Effort(16_384, FitOptions(passes=2, whole_passes=2)),
         "default": Effort(65_536, FitOptions()),
         "max": Effort(
-            524_288, FitOptions(passes=2, whole_passes=0, trit_passes=6, block_tokens=32_768)
+            1 << 20,
+            FitOptions(
+                passes=2, step_tokens=512, block_tokens=32_768, whole_passes=0, trit_passes=3
+            ),
         ),
     }
 )

@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trilens.checkpoint.calibration.blocks import BlockRunner
-from trilens.checkpoint.calibration.chain import Chain, FinishedBlock, MovingBlock
+from trilens.checkpoint.calibration.chain import (
+    Chain,
+    FinishedBlock,
+    MovingBlock,
+    runs_in_one_graph,
+)
 from trilens.checkpoint.calibration.device import device_of
 from trilens.checkpoint.calibration.fit import FitOptions
 from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
@@ -29,11 +34,14 @@ from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["EndToEndFit", "fit_end_to_end", "set_held_out"]
 
-_HELD_OUT = 8  # steps of text that decide, at most
+_HELD_OUT = 16_384  # tokens of text that decide, at most
 _HELD_OUT_SHARE = 8  # of so many steps one is held out
 _PATIENCE = 2  # passes of scales without a gain; trits gain most when their rate has fallen
 _BESIDE_TRITS = 0.04  # of the rate of scales, norms and biases, while trits move too
 _WARM = 0.03  # of the steps, while trits begin to move
+_STEP = 512  # tokens, and nats of divergence at the start, that the rate of trits is for
+_DIVERGENCE = 0.2
+_STREAMED = 2048  # tokens of a step that brings the blocks one by one, at least
 _MEMORY = {False: (0.9, 0.999), True: (0.9, 0.99)}  # Adam's, without trits and with them
 
 
@@ -84,6 +92,8 @@ def fit_end_to_end(
     ternary weight of the model. Of a small model (see `Chain`) the graph of
     all blocks.
     """
+    if not runs_in_one_graph(runner.n_parameters):
+        options = replace(options, step_tokens=max(options.step_tokens, _STREAMED))
     text, held_out = set_held_out(batches, options)
     nothing = EndToEndFit(tuple({} for _ in blocks), tuple({} for _ in blocks), 0.0, 0.0)
     passes = options.whole_passes + options.trit_passes
@@ -127,7 +137,8 @@ def set_held_out(
     pieces = pieces_of(batches, options.step_tokens)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(pieces), generator=generator).tolist()
-    count = min(_HELD_OUT, max(1, len(pieces) // _HELD_OUT_SHARE))
+    most = max(1, _HELD_OUT // options.step_tokens)
+    count = min(most, max(1, len(pieces) // _HELD_OUT_SHARE))
     held_out = tuple(pieces[i] for i in sorted(order[:count]))
     text = tuple(pieces[i] for i in sorted(order[count:]))
     return text or held_out, held_out
@@ -168,7 +179,10 @@ class _Fit:
             {"params": [tensor for part in parts for tensor in part.trainable], "lr": rate}
         ]
         n_steps = passes * len(self.text)
-        groups += [{"params": latents, "lr": options.trit_rate}] if latents else []
+        # So does a gradient of little text.
+        size = options.step_tokens / _STEP * min(1.0, kl_nats / _DIVERGENCE)
+        of_latents = options.trit_rate * math.sqrt(size)
+        groups += [{"params": latents, "lr": of_latents}] if latents else []
         adam = torch.optim.Adam(groups, betas=_MEMORY[free])
         falling = torch.optim.lr_scheduler.LambdaLR(
             adam, lambda n: _course(n, n_steps, _WARM if free else 0.0)
