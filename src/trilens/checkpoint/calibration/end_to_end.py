@@ -39,8 +39,8 @@ _HELD_OUT_SHARE = 8  # of so many steps one is held out
 _PATIENCE = 2  # passes of scales without a gain; trits gain most when their rate has fallen
 _BESIDE_TRITS = 0.04  # of the rate of scales, norms and biases, while trits move too
 _WARM = 0.03  # of the steps, while trits begin to move
-_STEP = 512  # tokens, and nats of divergence at the start, that the rate of trits is for
-_DIVERGENCE = 0.2
+_STEP = 512  # tokens, for which the rate of trits is
+_DIVERGENCE = 0.2  # nats at the start, likewise
 _STREAMED = 2048  # tokens of a step that brings the blocks one by one, at least
 _MEMORY = {False: (0.9, 0.999), True: (0.9, 0.99)}  # Adam's, without trits and with them
 
@@ -179,9 +179,9 @@ class _Fit:
             {"params": [tensor for part in parts for tensor in part.trainable], "lr": rate}
         ]
         n_steps = passes * len(self.text)
-        # So does a gradient of little text.
-        size = options.step_tokens / _STEP * min(1.0, kl_nats / _DIVERGENCE)
-        of_latents = options.trit_rate * math.sqrt(size)
+        # So does what follows the gradient of little text, which is noise for the most part.
+        share = math.sqrt(options.step_tokens / _STEP * min(1.0, kl_nats / _DIVERGENCE))
+        of_latents = share * options.trit_rate
         groups += [{"params": latents, "lr": of_latents}] if latents else []
         adam = torch.optim.Adam(groups, betas=_MEMORY[free])
         falling = torch.optim.lr_scheduler.LambdaLR(
