@@ -22,6 +22,7 @@ from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
 from trilens.io.short_memory import is_short_of_memory
+from trilens.taps.step_reads import StepReads
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["Chain", "FinishedBlock", "MovingBlock", "runs_in_one_graph"]
@@ -165,7 +166,7 @@ class Chain:
         """Add the gradient of the mean divergence on a batch to everything that moves."""
         if self.is_small:
             carried: dict[Key, Tensor] = {}
-            with torch.enable_grad():
+            with torch.enable_grad(), StepReads():
                 for index in range(len(self.blocks)):
                     carried = self.run(index, batch, carried)
                 (self.divergence(batch, target, carried) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
@@ -179,7 +180,8 @@ class Chain:
             (self.divergence(batch, target, last) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
             for index in reversed(range(len(self.blocks))):
                 entered = _with_gradients(between.pop())
-                output = self.run(index, batch, entered)
+                with StepReads():
+                    output = self.run(index, batch, entered)
                 given = {key: t.grad for key, t in last.items() if t.grad is not None}
                 keys = [key for key in given if output[key].requires_grad]
                 torch.autograd.backward([output[key] for key in keys], [given[key] for key in keys])

@@ -22,6 +22,7 @@ from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
+from trilens.taps.step_reads import StepReads
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "transposed"]
@@ -219,7 +220,8 @@ class _Task:
                     weights = matrix.weights()
                     given[f"{path}.weight"] = weights.T if transposed(self.block, path) else weights
                 given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
-                found = self.run(Overridden(self.block, given), batch, self.inputs.read(batch))
+                with StepReads():
+                    found = self.run(Overridden(self.block, given), batch, self.inputs.read(batch))
                 error = self.difference(found, targets)
                 adam.zero_grad()
                 error.backward()  # type: ignore[no-untyped-call]
