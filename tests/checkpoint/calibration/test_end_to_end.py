@@ -314,6 +314,50 @@ def test_latents_begin_at_their_trits_on_the_weights_side() -> None:
     assert int(matrix.result().trits.min()) == 1
 
 
+@pytest.mark.parametrize("rule", ["exact", "planes", "quad"])
+def test_a_pull_shortens_the_way_to_the_level_and_turns_no_trit(rule: Any) -> None:
+    weights = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    matrix = TrainableMatrix(PerLayerQuant.quantize(weights, "w", rule=rule, group_size=8))
+    matrix.free_trits(weights)
+    assert matrix.latent is not None
+    matrix.settle()  # none beyond the ends
+    before, still = matrix.latent.detach().clone(), matrix.weights().detach()
+    unit = matrix._unit().detach()
+    matrix.settle(0.25)
+    after = matrix.latent.detach()
+    assert torch.equal(matrix.weights(), still)
+    assert_near(unit * after, unit * before + 0.25 * (still - unit * before), 1e-6)
+    assert float((after - before).abs().max()) > 0.05
+
+
+def test_noise_alone_turns_trits_that_nothing_draws_back() -> None:
+    """Noise in half of the rows; in the others what agrees a little, beside the same noise."""
+    turned = {}
+    for pull in (0.0, 0.15):
+        generator = torch.Generator().manual_seed(0)
+        quant = PerLayerQuant.quantize(torch.randn(8, 64, generator=generator), "w", rule="exact")
+        matrix = TrainableMatrix(quant)
+        matrix.free_trits(quant.reconstruct())
+        assert matrix.latent is not None
+        adam = torch.optim.Adam([matrix.latent], lr=0.01, betas=(0.9, 0.99))
+        for _ in range(3000):
+            noise = torch.randn(8, 64, generator=generator)
+            # Up where a trit is 0 or less: there it can turn that way.
+            agree = 0.4 * (quant.trits <= 0)
+            agree[4:] = 0
+            matrix.latent.grad = noise - agree
+            adam.step()
+            matrix.settle(pull * 0.01)
+        others = matrix.result().trits != quant.trits
+        turned[pull] = (
+            float(others[:4][quant.trits[:4] <= 0].float().mean()),
+            float(others[4:].float().mean()),
+        )
+    assert turned[0.0][1] > 0.2  # what noise does
+    assert turned[0.15][1] < 0.05
+    assert turned[0.15][0] > 0.9
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_latents_of_two_planes_stand_behind_nine_levels(rotated: bool) -> None:
     weights = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))

@@ -85,10 +85,10 @@ class MovingBlock:
         """Behind the trits, where they move."""
         return [m.latent for m in self.matrices.values() if m.latent is not None]
 
-    def settle(self) -> None:
-        """After a step."""
+    def settle(self, pull: float = 0.0) -> None:
+        """After a step: latents keep to where they can turn, drawn by `pull` to their trits."""
         for matrix in self.matrices.values():
-            matrix.settle()
+            matrix.settle(pull)
 
     def finished_now(self) -> FinishedBlock:
         """The block with the values as they will be stored."""

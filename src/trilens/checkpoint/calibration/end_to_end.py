@@ -197,9 +197,9 @@ class _Fit:
                 adam.zero_grad()
                 model.learn(self.text[i], self.target(self.text[i]))
                 adam.step()
-                falling.step()
                 for part in parts:
-                    part.settle()
+                    part.settle(options.trit_pull * adam.param_groups[-1]["lr"] if free else 0.0)
+                falling.step()
             now = model.measure(self.held_out, self.target)
             idle = 0 if now < least else idle + 1
             if now < least:

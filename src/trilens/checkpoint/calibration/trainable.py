@@ -75,12 +75,23 @@ class TrainableMatrix:
             self.latent = torch.where(same, latent, level)
         self.latent.requires_grad_(True)
 
-    def settle(self) -> None:
-        """Keep latents where a gradient can still turn their trits."""
+    def settle(self, pull: float = 0.0) -> None:
+        """After a step: draw latents to their levels, and keep them where gradients turn trits.
+
+        A latent that only gradients move comes to an edge by their noise, and goes to and fro
+        across it. One that is drawn back crosses it where gradients agree for long.
+
+        Source: the dampening of arXiv 2203.11086, as a step of its own beside the optimizer's.
+
+        Args:
+            pull: the share of the way to its level that a latent is drawn.
+        """
         if self.latent is not None:
             with torch.no_grad():
                 low, high = self._ends()
                 self.latent.copy_(self.latent.clamp(low - _BEYOND, high + _BEYOND))
+                if pull:
+                    self.latent.lerp_(self._level(self._levels_at(self.latent)), pull)
 
     def weights(self) -> Tensor:
         """Ŵ with a gradient. Shapes: → [rows, cols]."""
