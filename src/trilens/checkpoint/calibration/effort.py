@@ -39,7 +39,7 @@ EFFORTS: Mapping[EffortName, Effort] = MappingProxyType(
         "max": Effort(
             1 << 20,
             FitOptions(
-                passes=2, step_tokens=512, block_tokens=32_768, whole_passes=0, trit_passes=1
+                passes=2, step_tokens=512, block_tokens=32_768, whole_passes=0, trit_passes=2
             ),
         ),
     }
