@@ -107,11 +107,11 @@ def test_what_is_written_into_between_two_reads_is_read_as_it_is_then() -> None:
         with reads:
             for step in range(1, 30):
                 x[:, step] += 0.5 * x[:, step - 1].tanh()
-            for step in range(20):  # a loop that only reads, then one that writes
-                own.grad = None
-                x = x + 0 * x[:, step].sum()
+            # A loop that only reads, then a write, then what is read of it.
+            total = sum(x[:, step].tanh().sum() for step in range(20))
             x[:, 3] = 2
-        found.append((x, *torch.autograd.grad(x.square().sum(), own)))
+            total = total + sum((x[:, step] * step).sum() for step in range(20))
+        found.append((x, *torch.autograd.grad(total + x.square().sum(), own)))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 

@@ -198,7 +198,7 @@ class _Fit:
                 model.learn(self.text[i], self.target(self.text[i]))
                 adam.step()
                 for part in parts:
-                    part.settle(options.trit_pull * adam.param_groups[-1]["lr"] if free else 0.0)
+                    part.settle(options.trit_pull * adam.param_groups[-1]["lr"])
                 falling.step()
             now = model.measure(self.held_out, self.target)
             idle = 0 if now < least else idle + 1

@@ -50,8 +50,8 @@ class FitOptions:
         trit_rate: The largest step of Adam for the latent weights behind the trits, in units of
             their scale, for steps of 512 tokens and a divergence of 0.2 nats: it grows with the
             root of the one, and falls with the root of the other.
-        trit_pull: How strongly a latent weight is drawn to its trit: its distance from it times
-            this counts like a gradient that is always the same, and as large as gradients are.
+        trit_pull: How strongly a latent weight is drawn to its trit: after each step it goes this
+            share of its way there, times the step's rate.
         seed: Of the order of the batches.
     """
 
