@@ -23,8 +23,9 @@ demo: $(VENV)/.ready
 	@$(VENV)/bin/trilens demo --report demo.html
 
 # One process a core, one thread each: the models are too small for more.
+# `make test LESS="--ignore tests/hostile"` leaves out what `test-hostile` runs whole.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(LESS)
 
 # Damaged and hostile input, interrupts at every line, growth over thousands of captures: all of
 # it, of which `test` runs a small part.

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["StepReads"]
 
-_LOOP = 8  # reads of one tensor in the same way, from which on it is a loop
+_LOOP = 2  # reads of one tensor in the same way, from which on it is a loop
+_FEWEST = 8  # steps of a loop: shorter axes hold parts (queries, keys, values), which are no tokens
 _WHOLE = slice(None)
 
 
@@ -59,6 +60,8 @@ class StepReads(TorchFunctionMode):
         dim, step, rest = place
         if dim >= tensor.ndim or not -tensor.shape[dim] <= step < tensor.shape[dim]:
             return None  # torch says what is wrong with it
+        if tensor.shape[dim] < _FEWEST:
+            return None
         steps = self._seen.get((id(tensor), dim))
         if steps is None or steps.version != tensor._version:
             steps = self._seen[id(tensor), dim] = _Steps(tensor)
