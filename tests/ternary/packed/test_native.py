@@ -79,7 +79,7 @@ def test_it_computes_where_the_processor_can() -> None:
     able = {*needed.split()} <= flags and native._library() is not None
     assert (LEVEL > 0) == able
     if LEVEL < 2:  # tiles are also the system's to give
-        assert not (able and {"amx_tile", "amx_bf16"} <= flags and gives_tiles())
+        assert not (able and {"amx_tile", "amx_bf16", "amx_int8"} <= flags and gives_tiles())
 
 
 def gives_tiles() -> bool:
@@ -175,7 +175,7 @@ def shapes_of_tiles() -> Iterator[tuple[Any, Any]]:
 
 @pytest.mark.skipif(LEVEL < 2, reason="this processor has no tiles, or the system gives none")
 @pytest.mark.parametrize("shaped", [True, False])
-@pytest.mark.parametrize("n_inputs", [5, 40])
+@pytest.mark.parametrize("n_inputs", [5, 12, 40])
 def test_tiles_are_left_as_another_library_shaped_them(
     shapes_of_tiles: tuple[Any, Any], used: list[str], n_inputs: int, shaped: bool
 ) -> None:
@@ -193,7 +193,7 @@ def test_tiles_are_left_as_another_library_shaped_them(
     finally:
         load(ctypes.create_string_buffer(64))
         torch.set_num_threads(threads)
-    assert "multiply_tiles" in used
+    assert ("multiply_limbs" if n_inputs == 5 else "multiply_tiles") in used
     assert after.raw == before.raw
 
 
@@ -237,17 +237,23 @@ def test_other_dtypes_and_odd_groups_do_without(used: list[str]) -> None:
     assert used == []
 
 
+def even(n: int, cols: int) -> torch.Tensor:
+    """Inputs of like sizes, which 14 bits hold."""
+    generator = torch.Generator().manual_seed(n)
+    return (2 * torch.rand(n, cols, generator=generator) - 1).bfloat16()
+
+
 @pytest.mark.parametrize("rule", [*RULES, "quad"])
 def test_every_rule_is_computed_by_the_library(way: str, rule: str, used: list[str]) -> None:
-    packed = made(100, 600, rule=rule, group_size=32)
+    packed = made(100, 600, rule=rule, group_size=64)
     for n_inputs in (1, 4, 5, 30):
-        x = inputs(n_inputs, 600, torch.bfloat16)
+        x = even(n_inputs, 600)
         check(multiply(x, packed), x, packed, None)
     has_offset = packed.offset is not None
     n_few = {
         "without": 0,
         "registers": 2 if rule in ("absmean", "planes") else 0,
-        "tiles": 0 if has_offset else 1,
+        "tiles": 0 if has_offset else 2,
     }[way]
     few, many = {"tiles": ("_limbs", "_tiles")}.get(way, ("_few", ""))
     asked = [f"prepare{few}", f"multiply{few}"] * n_few
@@ -263,6 +269,38 @@ def test_groups_beyond_those_at_hand(way: str, rule: str, group_size: int | None
     for n_inputs in (1, 3, 16, 37):
         x = inputs(n_inputs, 9000, torch.bfloat16)
         check(multiply(x, packed), x, packed, None)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "most"),
+    [(64, 4), (96, 4), (128, 8), (256, 16), (384, 8), (1024, 16), (None, 16)],
+)
+@pytest.mark.parametrize("rule", ["absmean", "planes", "quad"])
+def test_few_inputs_in_whole_numbers(
+    way: str, rule: str, group_size: int | None, most: int, used: list[str]
+) -> None:
+    per = {} if group_size else {"per": "row"}
+    packed = made(75, 2500, rule=rule, group_size=group_size, **per)
+    bias = torch.randn(75)
+    for n_inputs in (1, 2, 3, most, most + 1):
+        x = even(n_inputs, 2500)
+        used.clear()
+        check(multiply(x, packed, bias.bfloat16()), x, packed, bias.bfloat16())
+        if way == "tiles":
+            assert ("multiply_limbs" in used) == (n_inputs <= most)
+
+
+@pytest.mark.parametrize(("largest", "asked"), [(1, 1), (30, 2), (10_000, 2)])
+def test_numbers_have_the_bits_that_they_need(
+    way: str, largest: int, asked: int, used: list[str]
+) -> None:
+    packed = made(100, 1000, group_size=128)
+    x = even(3, 1000)
+    x[1, 7] = largest
+    check(multiply(x, packed), x, packed, None)
+    if way == "tiles":
+        assert used.count("prepare_limbs") == asked
+        assert ("multiply_tiles" in used) == (largest == 10_000)
 
 
 def test_one_input_whose_numbers_differ_much_in_size(way: str, used: list[str]) -> None:

@@ -31,8 +31,8 @@ EXPORT void *PyInit__native(void);
 /* The fields of a job have no other list: `trilens_native_job` tells them to `native.py`. */
 #define FIELDS                                                                                     \
     next, first_row, rows, row_bytes, cols, group_cols, groups, scale_step, codes, scale,          \
-        second_codes, second_scale, offset, batch, chunk, source, x, bias, sums, places, factors,  \
-        out, out_bytes, large
+        second_codes, second_scale, offset, batch, chunk, limbs, parts, span_steps, source, x,     \
+        bias, sums, places, factors, out, out_bytes, large
 
 typedef struct {
     int64_t FIELDS;
@@ -47,8 +47,8 @@ typedef struct {
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define TRILENS_NATIVE_TILES
 #define TILES                                                                                      \
-    __attribute__((target(                                                                         \
-        "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,amx-tile,amx-bf16")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,"   \
+                          "amx-tile,amx-bf16,amx-int8")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define STRIPE 32 /* rows that a thread takes at a time */

@@ -48,12 +48,15 @@ JOB = (
     "offset",  # address or 0
     "batch",  # inputs
     "chunk",  # blocks of inputs that are multiplied before the next ones are looked at
+    "limbs",  # of an input
+    "parts",  # limbs: groups that 256 columns belong to, at most
+    "span_steps",  # limbs: steps of 256 columns whose sums are scaled at once
     "source",  # `prepare`: address of bfloat16 (or int8) [batch, cols]
     "x",  # address of what `prepare` makes: as many steps of 32 or 256 columns for each input
     "bias",  # address of float32 [rows], or 0
-    "sums",  # int8: address of int32 [batch, steps, 16], what `prepare` makes
+    "sums",  # int8, limbs: address of int32, what `prepare` makes: [batch, steps, 16]; see there
     "places",  # address of 128 bytes for each step of 256 columns, what `prepare` makes
-    "factors",  # int8: address of float32 [batch]
+    "factors",  # int8, limbs: address of float32 [batch]
     "out",  # address of bfloat16 (int8: float32) [batch, rows]; `unpack`: [rows, out_bytes]
     "out_bytes",  # from input to input; `unpack`: from row to row
     "large",  # `prepare_few`, `prepare_limbs` say whether inputs are too large for their way
@@ -74,7 +77,7 @@ _INPUTS_AT_ONCE = 6
 _FEW = 4
 _INT8_AT_ONCE = 2
 _TILE_INPUTS, _FOUR_STEPS = 16, 128  # columns whose codes are read at once
-_LIMBS = 3  # bytes of a whole number
+_LIMB_TILES = 2  # of inputs
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
 
@@ -148,8 +151,7 @@ def multiply_native(
     }
     x = flat.contiguous().resolve_neg()
     if _has_matrix_units():
-        is_one = n_inputs == 1 and packed.offset is None
-        if not (is_one and _multiply_limbs(job, x, packed, n_threads)):
+        if not any(_multiply_limbs(job, x, packed, limbs, n_threads) for limbs in (2, 3)):
             _multiply_tiles(job, x, packed, n_threads)
         return out
     if _are_few(n_inputs, packed) and _multiply_few(job, x, packed, n_threads):
@@ -224,19 +226,40 @@ def _multiply_few(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int
     return True
 
 
-def _multiply_limbs(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> bool:
-    """Whether it was done: numbers of too different size are not whole ones of 22 bits."""
-    steps = -(-packed.cols // _WIDE)
-    # one piece of memory: what `prepare` makes of the input, and where scales stand
-    made = torch.empty(steps * (_LIMBS * _WIDE + 64 + 128) + 4, dtype=torch.uint8)
-    sums = made.data_ptr() + steps * _LIMBS * _WIDE
-    parts = {"sums": sums, "places": sums + 64 * steps, "factors": sums + 192 * steps}
-    array = _array(job | parts | {"source": x.data_ptr(), "x": made.data_ptr()})
+def _multiply_limbs(
+    job: dict[str, int], x: Tensor, packed: Packed, limbs: int, n_threads: int
+) -> bool:
+    """Whether it was done: for a few inputs, whose numbers are whole ones of so many bytes."""
+    n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
+    parts = _most_parts(packed.cols, packed.group_size)
+    each = min(_TILE_INPUTS // (limbs * parts), n_inputs)  # inputs of a tile
+    if packed.offset is not None or n_inputs > _LIMB_TILES * each:
+        return False
+    columns = limbs * parts * each
+    tiles = -(-n_inputs // each)
+    # one piece of memory: what `prepare` makes of the inputs, and where scales stand
+    size = steps * (tiles * columns * (_WIDE + 4) + 128) + 4 * n_inputs
+    made = torch.empty(size, dtype=torch.uint8)
+    places = made.data_ptr() + steps * tiles * columns * _WIDE
+    sums = places + 128 * steps
+    factors = sums + 4 * steps * tiles * columns
+    addresses = {"x": made.data_ptr(), "places": places, "sums": sums, "factors": factors}
+    span_steps = steps if packed.scale.shape[1] == 1 else _TILE_INPUTS // columns
+    numbers = {"limbs": limbs, "parts": parts, "span_steps": span_steps, "source": x.data_ptr()}
+    array = _array(job | addresses | numbers)
     run_job(_function("prepare_limbs"), array)
     if array[_LARGE]:
         return False
     run_job(_function("multiply_limbs"), array, n_threads)
     return True
+
+
+@cache
+def _most_parts(cols: int, group_size: int | None) -> int:
+    """Groups that 256 columns belong to, at most."""
+    size = cols if group_size is None else group_size
+    starts = range(0, cols, _WIDE)
+    return max((min(at + _WIDE, cols) - 1) // size - at // size + 1 for at in starts)
 
 
 def _multiply_tiles(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> None:
