@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trilens.ternary.packed.cpu.native_sources import hash_of_sources
-from trilens.ternary.packed.cpu.thread_pool import Loop, run_job
+from trilens.ternary.packed.cpu.thread_pool import Job, Loop, run_job
 from trilens.ternary.packed.matrix import Packed
 
 __all__ = [
@@ -67,8 +66,9 @@ _FUNCTIONS = (
     *("prepare_int8", "multiply_int8", "prepare_limbs", "multiply_limbs"),
     *("prepare_tiles", "multiply_tiles"),
 )
-_NOTHING = dict.fromkeys(JOB, 0)
-_LARGE = JOB.index("large")
+_PLACES = {name: place for place, name in enumerate(JOB)}
+_EMPTY = array("q", [0]) * len(JOB)
+_LARGE = _PLACES["large"]
 _STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
 _MOST_GROUPS = 1024  # their values lie on a thread's stack
 _CHUNK_BYTES = 1 << 20  # inputs that stay in a core's cache
@@ -142,27 +142,26 @@ def multiply_native(
     n_inputs = flat.shape[0]
     out = torch.empty(n_inputs, packed.codes.shape[0], dtype=torch.bfloat16)
     added = None if bias is None else bias.detach().float().contiguous().resolve_neg()
-    job = _job(packed)
-    job |= {
-        "batch": n_inputs,
-        "bias": 0 if added is None else added.data_ptr(),
-        "out": out.data_ptr(),
-        "out_bytes": 2 * out.shape[1],
-    }
     x = flat.contiguous().resolve_neg()
+    job = _job(packed)
+    _set(job, batch=n_inputs, source=x.data_ptr(), out=out.data_ptr(), out_bytes=2 * out.shape[1])
+    if added is not None:
+        _set(job, bias=added.data_ptr())
     if _has_matrix_units():
-        if not any(_multiply_limbs(job, x, packed, limbs, n_threads) for limbs in (2, 3)):
-            _multiply_tiles(job, x, packed, n_threads)
+        for limbs in (2, 3):
+            if _multiply_limbs(job, x, packed, limbs, n_threads):
+                return out
+        _multiply_tiles(job, x, packed, n_threads)
         return out
     if _are_few(n_inputs, packed) and _multiply_few(job, x, packed, n_threads):
         return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
     if n_inputs > 1 or packed.cols % _STEP:
-        source, x = x, torch.empty(n_inputs, input_bytes // 2, dtype=torch.bfloat16)
-        job |= {"source": source.data_ptr(), "x": x.data_ptr()}
-        run_job(_function("prepare"), _array(job), 1 + x.numel() // _WORTH_A_THREAD)
-    job |= {"x": x.data_ptr(), "chunk": _blocks(n_inputs, _INPUTS_AT_ONCE, input_bytes)}
-    run_job(_function("multiply"), _array(job), n_threads)
+        x = torch.empty(n_inputs, input_bytes // 2, dtype=torch.bfloat16)
+        _set(job, x=x.data_ptr())
+        run_job(_function("prepare"), job, 1 + x.numel() // _WORTH_A_THREAD)
+    _set(job, x=x.data_ptr(), chunk=_blocks(n_inputs, _INPUTS_AT_ONCE, input_bytes))
+    run_job(_function("multiply"), job, n_threads)
     return out
 
 
@@ -178,20 +177,21 @@ def multiply_int8_native(
     x = torch.empty(n_inputs, steps * _WIDE, dtype=torch.int8)
     sums = torch.empty(n_inputs, steps * 16, dtype=torch.int32)
     places = torch.empty(steps, 128, dtype=torch.uint8)
-    job = _job(packed) | {
-        "batch": n_inputs,
-        "chunk": _blocks(n_inputs, _INT8_AT_ONCE, steps * (_WIDE + 64)),
-        "source": rounded.data_ptr(),
-        "x": x.data_ptr(),
-        "sums": sums.data_ptr(),
-        "places": places.data_ptr(),
-        "factors": factors.data_ptr(),
-        "out": out.data_ptr(),
-        "out_bytes": 4 * out.shape[1],
-    }
-    array = _array(job)
-    run_job(_function("prepare_int8"), array)
-    run_job(_function("multiply_int8"), array, n_threads)
+    job = _job(packed)
+    _set(
+        job,
+        batch=n_inputs,
+        chunk=_blocks(n_inputs, _INT8_AT_ONCE, steps * (_WIDE + 64)),
+        source=rounded.data_ptr(),
+        x=x.data_ptr(),
+        sums=sums.data_ptr(),
+        places=places.data_ptr(),
+        factors=factors.data_ptr(),
+        out=out.data_ptr(),
+        out_bytes=4 * out.shape[1],
+    )
+    run_job(_function("prepare_int8"), job)
+    run_job(_function("multiply_int8"), job, n_threads)
     return out
 
 
@@ -201,9 +201,9 @@ def unpack_native(packed: Packed, start: int, stop: int, n_threads: int = 1) -> 
     Shapes: → bfloat16 [stop − start, cols]
     """
     tile = torch.empty(stop - start, -(-packed.cols // _STEP) * _STEP, dtype=torch.bfloat16)
-    job = _job(packed) | {"first_row": start, "rows": stop}
-    job |= {"out": tile.data_ptr(), "out_bytes": 2 * tile.shape[1]}
-    run_job(_function("unpack"), _array(job), n_threads)
+    job = _job(packed)
+    _set(job, first_row=start, rows=stop, out=tile.data_ptr(), out_bytes=2 * tile.shape[1])
+    run_job(_function("unpack"), job, n_threads)
     return tile[:, : packed.cols]
 
 
@@ -212,23 +212,21 @@ def _are_few(n_inputs: int, packed: Packed) -> bool:
     return n_inputs <= _FEW and packed.levels == 3 and packed.offset is None
 
 
-def _multiply_few(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> bool:
+def _multiply_few(job: Job, x: Tensor, packed: Packed, n_threads: int) -> bool:
     """Whether it was done: the largest inputs would overflow before they are scaled."""
     n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
     # one piece of memory: what `prepare` makes of the inputs, and where scales stand
     made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
     places = made.data_ptr() + 2 * steps * n_inputs * _WIDE
-    array = _array(job | {"x": made.data_ptr(), "source": x.data_ptr(), "places": places})
-    run_job(_function("prepare_few"), array)
-    if array[_LARGE]:
+    _set(job, x=made.data_ptr(), places=places)
+    run_job(_function("prepare_few"), job)
+    if job[_LARGE]:
         return False
-    run_job(_function("multiply_few"), array, n_threads)
+    run_job(_function("multiply_few"), job, n_threads)
     return True
 
 
-def _multiply_limbs(
-    job: dict[str, int], x: Tensor, packed: Packed, limbs: int, n_threads: int
-) -> bool:
+def _multiply_limbs(job: Job, x: Tensor, packed: Packed, limbs: int, n_threads: int) -> bool:
     """Whether it was done: for a few inputs, whose numbers are whole ones of so many bytes."""
     n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
     parts = _most_parts(packed.cols, packed.group_size)
@@ -243,14 +241,13 @@ def _multiply_limbs(
     places = made.data_ptr() + steps * tiles * columns * _WIDE
     sums = places + 128 * steps
     factors = sums + 4 * steps * tiles * columns
-    addresses = {"x": made.data_ptr(), "places": places, "sums": sums, "factors": factors}
+    _set(job, x=made.data_ptr(), places=places, sums=sums, factors=factors)
     span_steps = steps if packed.scale.shape[1] == 1 else _TILE_INPUTS // columns
-    numbers = {"limbs": limbs, "parts": parts, "span_steps": span_steps, "source": x.data_ptr()}
-    array = _array(job | addresses | numbers)
-    run_job(_function("prepare_limbs"), array)
-    if array[_LARGE]:
+    _set(job, limbs=limbs, parts=parts, span_steps=span_steps)
+    run_job(_function("prepare_limbs"), job)
+    if job[_LARGE]:
         return False
-    run_job(_function("multiply_limbs"), array, n_threads)
+    run_job(_function("multiply_limbs"), job, n_threads)
     return True
 
 
@@ -262,17 +259,13 @@ def _most_parts(cols: int, group_size: int | None) -> int:
     return max((min(at + _WIDE, cols) - 1) // size - at // size + 1 for at in starts)
 
 
-def _multiply_tiles(job: dict[str, int], x: Tensor, packed: Packed, n_threads: int) -> None:
+def _multiply_tiles(job: Job, x: Tensor, packed: Packed, n_threads: int) -> None:
     n_inputs, cols = x.shape[0], -(-packed.cols // _FOUR_STEPS) * _FOUR_STEPS
     side = min(n_inputs, _TILE_INPUTS)
     made = torch.empty(-(-n_inputs // side) * side, cols, dtype=torch.bfloat16)
-    job |= {
-        "source": x.data_ptr(),
-        "x": made.data_ptr(),
-        "chunk": _blocks(n_inputs, _TILE_INPUTS, 2 * cols),
-    }
-    run_job(_function("prepare_tiles"), _array(job), 1 + made.numel() // _WORTH_A_THREAD)
-    run_job(_function("multiply_tiles"), _array(job), n_threads)
+    _set(job, x=made.data_ptr(), chunk=_blocks(n_inputs, _TILE_INPUTS, 2 * cols))
+    run_job(_function("prepare_tiles"), job, 1 + made.numel() // _WORTH_A_THREAD)
+    run_job(_function("multiply_tiles"), job, n_threads)
 
 
 def _blocks(n_inputs: int, at_once: int, input_bytes: int) -> int:
@@ -282,30 +275,31 @@ def _blocks(n_inputs: int, at_once: int, input_bytes: int) -> int:
     return -(-blocks // -(-blocks // most))
 
 
-def _address(part: Tensor | None) -> int:
-    return 0 if part is None else part.data_ptr()
+def _job(packed: Packed) -> Job:
+    """A job that knows the matrix."""
+    job, groups = _EMPTY[:], packed.scale.shape[1]
+    _set(
+        job,
+        rows=packed.codes.shape[0],
+        row_bytes=packed.codes.shape[1],
+        cols=packed.cols,
+        group_cols=packed.group_size or packed.cols,
+        groups=groups,
+        scale_step=0 if packed.scale.shape[0] == 1 else groups,
+        codes=packed.codes.data_ptr(),
+        scale=packed.scale.data_ptr(),
+    )
+    if packed.second_codes is not None and packed.second_scale is not None:
+        second, second_scale = packed.second_codes.data_ptr(), packed.second_scale.data_ptr()
+        _set(job, second_codes=second, second_scale=second_scale)
+    if packed.offset is not None:
+        _set(job, offset=packed.offset.data_ptr())
+    return job
 
 
-def _job(packed: Packed) -> dict[str, int]:
-    groups = packed.scale.shape[1]
-    return {
-        "rows": packed.codes.shape[0],
-        "row_bytes": packed.codes.shape[1],
-        "cols": packed.cols,
-        "group_cols": packed.group_size or packed.cols,
-        "groups": groups,
-        "scale_step": 0 if packed.scale.shape[0] == 1 else groups,
-        "codes": packed.codes.data_ptr(),
-        "scale": packed.scale.data_ptr(),
-        "second_codes": _address(packed.second_codes),
-        "second_scale": _address(packed.second_scale),
-        "offset": _address(packed.offset),
-    }
-
-
-def _array(job: dict[str, int]) -> NDArray[np.int64]:
-    # two dictionaries joined by C, in the order of the first
-    return np.array(list((_NOTHING | job).values()), dtype=np.int64)
+def _set(job: Job, **fields: int) -> None:
+    for name, value in fields.items():
+        job[_PLACES[name]] = value
 
 
 @cache

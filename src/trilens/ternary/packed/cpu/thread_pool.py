@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from trilens.errors import UsageError
 from trilens.ternary.rules.kernels import numba_is_here, parallel_map
 
-__all__ = ["Loop", "find_loop", "make_job", "methods", "run_job"]
+__all__ = ["Job", "Loop", "find_loop", "make_job", "methods", "run_job"]
+
+
+Job: TypeAlias = "array[int]"
+"""Numbers and addresses of 64 bits; the first says how much of it is done."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,12 +62,12 @@ def find_loop(name: str) -> Loop:
     return Loop(call, compiled.address, compiled)
 
 
-def make_job(fields: Mapping[str, int]) -> NDArray[np.int64]:
+def make_job(fields: Mapping[str, int]) -> Job:
     """A job from the fields of `packed_loops.JOB`; those left out are 0."""
-    return np.array([fields.get(name, 0) for name in _loops().JOB], dtype=np.int64)
+    return array("q", [fields.get(name, 0) for name in _loops().JOB])
 
 
-def run_job(loop: Loop, job: NDArray[np.int64], n_threads: int = 1) -> None:
+def run_job(loop: Loop, job: Job, n_threads: int = 1) -> None:
     """Runs a loop until its job is done.
 
     Args:
@@ -73,7 +76,7 @@ def run_job(loop: Loop, job: NDArray[np.int64], n_threads: int = 1) -> None:
         n_threads: threads that are worth it; torch's limit holds.
     """
     job[0] = 0  # nothing of it is done
-    address = job.__array_interface__["data"][0]  # `ctypes.data` makes an object for it
+    address = job.buffer_info()[0]
     n_threads = 1 if n_threads < 2 else min(n_threads, torch.get_num_threads())
     if n_threads < 2:
         loop.call(address)
