@@ -197,14 +197,16 @@ TILES INLINE void add_sums(
 /* One plane of 32 rows: codes of a step are shifted between the products of the one before, and the
    sums of a span are added a step after they were stored, when they have left the processor. */
 TILES INLINE void add_plane(
-    const Job *job, const uint8_t *const *rows, const float *scales, Sums *kept, const int tiles) {
+    const Job *job, const uint8_t *const *rows, const char *scales_ahead, const float *scales,
+    Sums *kept, const int tiles) {
     const int64_t steps = wide_steps(job), n = tile_columns(job), one = job->groups == 1;
     const int64_t apart = steps * 4 * n * SIDE * PART;
     const __m512i mask = _mm512_set1_epi8(3);
     char rooms[2][2 * PART * TILE] __attribute__((aligned(64)));
     const char *x = (const char *)job->x;
     const int32_t *less = (const int32_t *)job->sums;
-    int64_t stored = 0, added = 0, in_span = 0; /* spans, and steps */
+    const int64_t lines = one ? 0 : 2 * job->parts; /* of 64 bytes, of the next stripe's scales */
+    int64_t stored = 0, added = 0, in_span = 0;     /* spans, and steps */
     for (int64_t step = 0, odd = 0; step <= steps; step++, odd ^= 1) {
         const char *from = rooms[odd ^ 1];
         /* rows follow each other in memory: the next stripe */
@@ -215,6 +217,8 @@ TILES INLINE void add_plane(
         if (step) { PRODUCTS }
         if (more) { EIGHT_ROWS(1) }
         if (step) { PRODUCTS }
+        for (int64_t line = 0; line < lines; line++, scales_ahead += 64)
+            _mm_prefetch(scales_ahead, _MM_HINT_T1);
         if (added < stored) {
             add_sums(job, kept->totals, kept->sums[added & 1], scales, added, tiles);
             added++;
@@ -267,7 +271,8 @@ TILES INLINE void limbs_stripe(
             rows[r] = codes + here * job->row_bytes;
             read_scales(job, scale + here * job->scale_step, 1, scales + r * (job->groups + 16));
         }
-        add_plane(job, rows, scales, kept, tiles);
+        const char *ahead = (const char *)(scale + (row + 2 * SIDE) * job->scale_step);
+        add_plane(job, rows, ahead, scales, kept, tiles);
     }
     for (int tile = 0; tile < tiles; tile++)
         for (int block = 0; block < 2; block++)
