@@ -156,11 +156,12 @@ def multiply_native(
     if _are_few(n_inputs, packed) and _multiply_few(job, x, packed, n_threads):
         return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
+    prepared = x
     if n_inputs > 1 or packed.cols % _STEP:
-        x = torch.empty(n_inputs, input_bytes // 2, dtype=torch.bfloat16)
-        _set(job, x=x.data_ptr())
-        run_job(_function("prepare"), job, 1 + x.numel() // _WORTH_A_THREAD)
-    _set(job, x=x.data_ptr(), chunk=_blocks(n_inputs, _INPUTS_AT_ONCE, input_bytes))
+        prepared = torch.empty(n_inputs, input_bytes // 2, dtype=torch.bfloat16)
+        _set(job, x=prepared.data_ptr())
+        run_job(_function("prepare"), job, 1 + prepared.numel() // _WORTH_A_THREAD)
+    _set(job, x=prepared.data_ptr(), chunk=_blocks(n_inputs, _INPUTS_AT_ONCE, input_bytes))
     run_job(_function("multiply"), job, n_threads)
     return out
 
