@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinymodels import build, prompt_ids
-from trilens.taps.step_reads import StepReads
+from trilens.taps.step_reads import StepReads, reading_steps
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -114,6 +115,65 @@ def test_what_is_written_into_between_two_reads_is_read_as_it_is_then() -> None:
         found.append((x, *torch.autograd.grad(total + x.square().sum(), own)))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def written(x: Tensor) -> Tensor:
+    first, second, third = x[:, 0], x[:, 1], x[:, 2]
+    third += 1
+    return (first * second * third).sum()
+
+
+def written_later(x: Tensor) -> Tensor:
+    first, second, third = x[:, 0], x[:, 1], x[:, 2]
+    x[:, 3] = 0
+    return (first * second * third).sum() + x.square().sum()
+
+
+@pytest.mark.parametrize("run", [written, written_later])
+def test_steps_may_be_written_into(run: Callable[[Tensor], Tensor]) -> None:
+    values = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
+    with StepReads(), pytest.raises(RuntimeError, match="of Unbind"):  # the reason
+        run(values.clone().requires_grad_() * 1)
+    found = []
+    for read in (lambda again: again(), reading_steps):
+        own = values.clone().requires_grad_()
+        total = read(lambda own=own: run(own * 1))
+        found.append((total, *torch.autograd.grad(total, own)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_other_errors_are_those_of_the_pass() -> None:
+    calls = []
+
+    def run() -> None:
+        calls.append(1)
+        raise RuntimeError("a view of something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        reading_steps(run)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_loop"),
+    [
+        ((0, 1, 2, 3), True),
+        ((9, 8, 7, 6), True),
+        ((-1, -2, -3, -4), True),
+        ((0, 0, 1, 1, 2, 2), True),
+        ((1, 0, 3, 2, 5, 4), False),
+        ((3, 5, 9, 4, 1), False),
+        ((0, 1, 2, 8), True),
+    ],
+)
+def test_a_loop_reads_neighbours(steps: tuple[int, ...], is_loop: bool) -> None:
+    x = torch.randn(10, 4, requires_grad=True) * 1
+    few = torch.randn(6, 4, requires_grad=True) * 1
+    with StepReads():
+        names = {x[step].grad_fn.name() for step in steps}
+        assert ("UnbindBackward0" in names) == is_loop
+        assert {few[step].grad_fn.name() for step in range(6)} == {"SelectBackward0"}
 
 
 def test_a_step_that_is_not_there_is_refused_as_ever() -> None:

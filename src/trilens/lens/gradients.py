@@ -16,7 +16,7 @@ from trilens.models.sites.head_out import projection_weight
 from trilens.models.sites.site import Site, SiteKey
 from trilens.models.tokens import Prompt
 from trilens.taps.recording import CaptureRequest, Recording
-from trilens.taps.step_reads import StepReads
+from trilens.taps.step_reads import reading_steps
 
 __all__ = ["Gradients", "Metric", "gradients_of", "scalar_of"]
 
@@ -89,8 +89,8 @@ def gradients_of(
     Raises:
         MetricError: as `scalar_of`.
     """
-    with StepReads():
-        recording = run(replace(wanted, sites={**wanted.sites, **_outputs(wanted, claims)}))
+    asked = replace(wanted, sites={**wanted.sites, **_outputs(wanted, claims)})
+    recording = reading_steps(lambda: run(asked))
     if recording.logits is None:
         raise MetricError("the model gives no logits: a metric of them has no value")
     held = {key: each for key, each in recording.sites.items() if isinstance(each, Tensor)}

@@ -8,24 +8,43 @@ steps together once: the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["StepReads"]
+__all__ = ["StepReads", "reading_steps"]
 
-_LOOP = 2  # reads of one tensor in the same way, from which on it is a loop
+T = TypeVar("T")
+
+_LOOP = 2  # reads of neighbouring steps, from which on it is a loop
 _FEWEST = 8  # steps of a loop: shorter axes hold parts (queries, keys, values), which are no tokens
+_UNWRITABLE = "of Unbind is a view"  # what torch calls steps, where it says that they were written into
 _WHOLE = slice(None)
+
+
+def reading_steps(run: Callable[[], T]) -> T:
+    """What `run` gives, a forward pass, with `StepReads`.
+
+    A model that writes into the steps that it reads is run again as it always was: torch forbids
+    that where a tensor was taken apart.
+    """
+    try:
+        with StepReads():
+            return run()
+    except RuntimeError as error:
+        if _UNWRITABLE not in str(error):
+            raise
+    return run()
 
 
 class StepReads(TorchFunctionMode):
     """While it is entered, tensors with a gradient are taken apart where a loop reads their steps.
 
-    A tensor that is written into between two reads is read as it always was.
+    That is one which reads one step after the other, up or down. A tensor that is written into
+    between two reads is read as it always was; see `reading_steps` for what is written into later.
 
     Memory: what was read in a loop is held until the mode ends, and a small view for each step.
     """
@@ -65,8 +84,7 @@ class StepReads(TorchFunctionMode):
         steps = self._seen.get((id(tensor), dim))
         if steps is None or steps.version != tensor._version:
             steps = self._seen[id(tensor), dim] = _Steps(tensor)
-        steps.reads += 1
-        if steps.reads <= _LOOP:
+        if not steps.is_loop(step % tensor.shape[dim]):
             return None
         found = steps.views(dim)[step]
         return found[rest] if None in rest else found
@@ -76,8 +94,16 @@ class _Steps:
     """A tensor, held so that no other gets its place in memory, and its steps."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version, self.reads = tensor, tensor._version, 0
+        self.tensor, self.version = tensor, tensor._version
+        self._reads, self._last = 0, -2
         self._views: tuple[Tensor, ...] = ()
+
+    def is_loop(self, step: int) -> bool:
+        """Whether enough neighbours were read, before this one or ever."""
+        if not self._views and step != self._last:
+            self._reads = self._reads + 1 if abs(step - self._last) == 1 else 1
+            self._last = step
+        return self._reads > _LOOP
 
     def views(self, dim: int) -> tuple[Tensor, ...]:
         self._views = self._views or self.tensor.unbind(dim)

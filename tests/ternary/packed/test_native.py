@@ -303,6 +303,24 @@ def test_numbers_have_the_bits_that_they_need(
         assert ("multiply_tiles" in used) == (largest == 10_000)
 
 
+def test_small_numbers_count_where_large_ones_do_not(way: str) -> None:
+    """A row whose trits are 0 at the large numbers shows what 14 bits lost of the others."""
+    packed = made(64, 1024, group_size=128)
+    with torch.no_grad():
+        packed.codes[:, :192] = 0x55  # zeros in three quarters of the columns
+    weights = packed.dense(torch.bfloat16).double()
+    for size in (2.0**-6, 2.0**-10, 2.0**-12):
+        x = even(2, 1024)
+        x[:, 768:] *= size
+        expected = x[:, 768:].double() @ weights[:, 768:].T
+        terms = x[:, 768:].double().abs() @ weights[:, 768:].abs().T
+        assert float(((multiply(x, packed).double() - expected).abs() / terms).max()) < 2.0**-9
+    two = torch.zeros(1, 1024, dtype=torch.bfloat16)
+    two[0, 0], two[0, 800] = 30, 5e-4
+    expected = two[0, 800].double() * weights[:, 800]
+    assert torch.allclose(multiply(two, packed)[0].double(), expected, rtol=2e-2, atol=0)
+
+
 def test_one_input_whose_numbers_differ_much_in_size(way: str, used: list[str]) -> None:
     """Whole numbers of 22 bits would lose the small ones, which alone count where trits are 0."""
     packed = made(100, 512, group_size=128)

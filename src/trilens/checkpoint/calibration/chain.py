@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
 from trilens.io.short_memory import is_short_of_memory
-from trilens.taps.step_reads import StepReads
+from trilens.taps.step_reads import reading_steps
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["Chain", "FinishedBlock", "MovingBlock", "runs_in_one_graph"]
@@ -165,10 +166,8 @@ class Chain:
     def learn(self, batch: Batch, target: Tensor) -> None:
         """Add the gradient of the mean divergence on a batch to everything that moves."""
         if self.is_small:
-            carried: dict[Key, Tensor] = {}
-            with torch.enable_grad(), StepReads():
-                for index in range(len(self.blocks)):
-                    carried = self.run(index, batch, carried)
+            with torch.enable_grad():
+                carried = reading_steps(lambda: self._run_all(batch))
                 (self.divergence(batch, target, carried) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
             return
         between: list[dict[Key, Tensor]] = [{}]
@@ -180,12 +179,17 @@ class Chain:
             (self.divergence(batch, target, last) / batch.ids.numel()).backward()  # type: ignore[no-untyped-call]
             for index in reversed(range(len(self.blocks))):
                 entered = _with_gradients(between.pop())
-                with StepReads():
-                    output = self.run(index, batch, entered)
+                output = reading_steps(partial(self.run, index, batch, entered))
                 given = {key: t.grad for key, t in last.items() if t.grad is not None}
                 keys = [key for key in given if output[key].requires_grad]
                 torch.autograd.backward([output[key] for key in keys], [given[key] for key in keys])
                 last = entered
+
+    def _run_all(self, batch: Batch) -> dict[Key, Tensor]:
+        carried: dict[Key, Tensor] = {}
+        for index in range(len(self.blocks)):
+            carried = self.run(index, batch, carried)
+        return carried
 
     def round_products(self, batch: Batch, target: Tensor) -> None:
         """Multiply in bfloat16 where this machine gains by it, and where gradients stay.

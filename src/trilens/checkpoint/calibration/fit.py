@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from trilens.checkpoint.calibration.streams import Batch, Stream, pieces_of
 from trilens.checkpoint.calibration.trainable import TrainableMatrix
 from trilens.checkpoint.format.plan import TernaryPlan
 from trilens.checkpoint.rotation import plain_weights
-from trilens.taps.step_reads import StepReads
+from trilens.taps.step_reads import reading_steps
 from trilens.ternary.quantize import PerLayerQuant
 
 __all__ = ["BlockFit", "FitOptions", "Overridden", "fit_block", "put_weight", "transposed"]
@@ -223,8 +224,9 @@ class _Task:
                     weights = matrix.weights()
                     given[f"{path}.weight"] = weights.T if transposed(self.block, path) else weights
                 given |= {name: start[name] + sizes[name] * step for name, step in steps.items()}
-                with StepReads():
-                    found = self.run(Overridden(self.block, given), batch, self.inputs.read(batch))
+                block = Overridden(self.block, given)
+                run = partial(self.run, block, batch, self.inputs.read(batch))
+                found = reading_steps(run)
                 error = self.difference(found, targets)
                 adam.zero_grad()
                 error.backward()  # type: ignore[no-untyped-call]

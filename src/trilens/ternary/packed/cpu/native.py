@@ -53,12 +53,12 @@ JOB = (
     "source",  # `prepare`: address of bfloat16 (or int8) [batch, cols]
     "x",  # address of what `prepare` makes: as many steps of 32 or 256 columns for each input
     "bias",  # address of float32 [rows], or 0
-    "sums",  # int8, limbs: address of int32, what `prepare` makes: [batch, steps, 16]; see there
-    "places",  # address of 128 bytes for each step of 256 columns, what `prepare` makes
+    "sums",  # int8: address of int32 [batch, steps, 16]; limbs: [tiles, steps, columns]
+    "places",  # address of 128 bytes for each step of 256 columns; limbs: for each span
     "factors",  # int8, limbs: address of float32 [batch]
     "out",  # address of bfloat16 (int8: float32) [batch, rows]; `unpack`: [rows, out_bytes]
     "out_bytes",  # from input to input; `unpack`: from row to row
-    "large",  # `prepare_few`, `prepare_limbs` say whether inputs are too large for their way
+    "large",  # whether inputs are too large (limbs: too different in size) for `prepare`'s way
 )
 
 _FUNCTIONS = (
@@ -78,6 +78,7 @@ _FEW = 4
 _INT8_AT_ONCE = 2
 _TILE_INPUTS, _FOUR_STEPS = 16, 128  # columns whose codes are read at once
 _LIMB_TILES = 2  # of inputs
+_MOST_COLS = 1 << 22  # whose codes times bytes an int32 can sum up
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
 
@@ -232,7 +233,7 @@ def _multiply_limbs(job: Job, x: Tensor, packed: Packed, limbs: int, n_threads: 
     n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
     parts = _most_parts(packed.cols, packed.group_size)
     each = min(_TILE_INPUTS // (limbs * parts), n_inputs)  # inputs of a tile
-    if packed.offset is not None or n_inputs > _LIMB_TILES * each:
+    if packed.offset is not None or n_inputs > _LIMB_TILES * each or packed.cols > _MOST_COLS:
         return False
     columns = limbs * parts * each
     tiles = -(-n_inputs // each)

@@ -6,7 +6,8 @@
    each input, and for each group that the 256 columns belong to, zeros where they belong to another:
    so the sums of a group stay apart. They begin with what a code has too much of each input. The
    sums of several steps, a span, lie beside each other and are scaled at once; with one scale for a
-   row, a span is all its steps, and has the same sums. All is exact, up to the scale of a group.
+   row, a span is all its steps, and has the same sums. But for the rounding of inputs, all is exact
+   up to the scale of a group.
 
    The time is that of shifting and storing codes, and grows little with the inputs of one tile: with
    groups of 128 these are four of two limbs, or two of three. */
@@ -16,6 +17,7 @@
 
 #define MOST_LIMBS 3
 #define FINE 2048 /* numbers so large lose nothing that could be seen */
+#define POOR 64   /* numbers below lose more than a hundredth */
 #define PART 4    /* products of a step */
 
 /* Inputs of a tile, and its columns. */
@@ -61,8 +63,9 @@ FAST static uint16_t largest(const uint16_t *from, int64_t n) {
     return most;
 }
 
-/* One input: its columns of the tiles x, from `column` on, and their sums. Whether most numbers are
-   so small beside the largest that what they lose could be seen, or one is not finite. */
+/* One input: its columns of the tiles x, from `column` on, and their sums. What is less than 2^-14 of
+   the largest number (2^-22 with three limbs) is lost: whether so many numbers are so small that it
+   could be seen, most below FINE or an eighth below POOR, or one is not finite. */
 FAST static int put_input(
     const Job *job, const uint16_t *from, int64_t tile, int64_t column, float *back) {
     const int64_t steps = wide_steps(job), n = tile_columns(job), several = job->groups > 1;
@@ -78,7 +81,7 @@ FAST static int put_input(
     const __m512i zero = _mm512_setzero_si512();
     __m512 total = _mm512_setzero_ps(); /* of sizes, cut off there */
     __m512i sums[MOST_LIMBS] = {zero, zero, zero};
-    int64_t numbers = 0; /* that are not 0 */
+    int64_t numbers = 0, poor = 0; /* that are not 0 */
     for (int64_t part = 0; part < 16 * steps; part++) { /* 16 columns, all of one group */
         const int64_t step = part / 16, lane = part % 16;
         const int64_t group = group_of(job, 16 * part) - group_of(job, WIDE * step);
@@ -87,8 +90,11 @@ FAST static int put_input(
         __m256i found = _mm256_maskz_loadu_epi16(some, from + 16 * part);
         __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16));
         __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, factor));
-        numbers += __builtin_popcount(_mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+        const __mmask16 there = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         __m512i size = _mm512_min_epi32(_mm512_abs_epi32(whole), fine);
+        numbers += __builtin_popcount(there);
+        poor += __builtin_popcount(
+            _mm512_mask_cmplt_epi32_mask(there, size, _mm512_set1_epi32(POOR)));
         total = _mm512_add_ps(total, _mm512_cvtepi32_ps(size));
         const int begins = lane == 0 || group_of(job, 16 * part - 16) != group_of(job, 16 * part);
         const int ends = lane == 15 || group_of(job, 16 * part + 16) != group_of(job, 16 * part);
@@ -107,7 +113,7 @@ FAST static int put_input(
             less[at + limb] -= _mm512_reduce_add_epi32(sums[limb]);
         }
     }
-    return 2 * _mm512_reduce_add_ps(total) < (float)numbers * FINE;
+    return 2 * _mm512_reduce_add_ps(total) < (float)numbers * FINE || 8 * poor > numbers;
 }
 
 /* x[tiles, steps, 4, 16, columns, 4] of int8, sums[tiles, steps, columns] (one scale for a row: all
@@ -252,9 +258,12 @@ TILES static void finish_rows(const Job *job, int64_t row, int64_t tile, float s
                 limbs[part % job->limbs] =
                     _mm512_add_ps(limbs[part % job->limbs], _mm512_castsi512_ps(found));
             }
-        const __m512 times = _mm512_set1_ps(256);
-        __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(limbs[2], times, limbs[1]), times, limbs[0]);
-        put_sums(job, row, tile * each + i, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t limb = 0; limb < job->limbs; limb++) {
+            const float times = factor * (float)(1 << 8 * limb); /* first: sums may be large */
+            sum = _mm512_fmadd_ps(limbs[limb], _mm512_set1_ps(times), sum);
+        }
+        put_sums(job, row, tile * each + i, sum);
     }
 }
 
