@@ -40,7 +40,6 @@ _PATIENCE = 2  # passes of scales without a gain; trits gain most when their rat
 _BESIDE_TRITS = 0.04  # of the rate of scales, norms and biases, while trits move too
 _WARM = 0.03  # of the steps, while trits begin to move
 _STEP = 512  # tokens, for which the rate of trits is
-_DIVERGENCE = 0.2  # nats at the start, likewise
 _STREAMED = 2048  # tokens of a step that brings the blocks one by one, at least
 _MEMORY = {False: (0.9, 0.999), True: (0.9, 0.99)}  # Adam's, without trits and with them
 
@@ -180,7 +179,7 @@ class _Fit:
         ]
         n_steps = passes * len(self.text)
         # So does what follows the gradient of little text, which is noise for the most part.
-        share = math.sqrt(options.step_tokens / _STEP * min(1.0, kl_nats / _DIVERGENCE))
+        share = math.sqrt(options.step_tokens / _STEP)
         of_latents = share * options.trit_rate
         groups += [{"params": latents, "lr": of_latents}] if latents else []
         adam = torch.optim.Adam(groups, betas=_MEMORY[free])

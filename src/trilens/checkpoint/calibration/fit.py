@@ -49,8 +49,7 @@ class FitOptions:
         whole_rate: Likewise, for a divergence of 1 nat.
         trit_passes: Over the text, when the trits of all blocks move too; 0 for not at all.
         trit_rate: The largest step of Adam for the latent weights behind the trits, in units of
-            their scale, for steps of 512 tokens and a divergence of 0.2 nats: it grows with the
-            root of the one, and falls with the root of the other.
+            their scale, for steps of 512 tokens: it grows with their root.
         trit_pull: How strongly a latent weight is drawn to its trit: after each step it goes this
             share of its way there, times the step's rate.
         seed: Of the order of the batches.
