@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 _LOOP = 2  # reads of neighbouring steps, from which on it is a loop
 _FEWEST = 8  # steps of a loop: shorter axes hold parts (queries, keys, values), which are no tokens
-_UNWRITABLE = "of Unbind is a view"  # what torch calls steps, where it says that they were written into
+_UNWRITABLE = "of Unbind is a view"  # in what torch says where steps were written into
 _WHOLE = slice(None)
 
 
