@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_cases import RULES, biases, check, inputs, made, packed_matrices
+from trilens.errors import ShapeError
 from trilens.ternary.packed import multiply as subject
 from trilens.ternary.packed.cpu import native
 from trilens.ternary.packed.cpu import thread_pool as team
@@ -395,6 +397,54 @@ def test_threads_share_the_rows(way: str, openmp: bool, monkeypatch: pytest.Monk
             check(found, x, packed, None)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_product_within_a_product_has_memory_of_its_own(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps of a product Python may run handlers of signals, or another thread."""
+    outer, inner = made(100, 512, group_size=128), made(60, 300, rule="planes", group_size=32)
+    x, y = inputs(2, 512, torch.bfloat16), inputs(1, 300, torch.bfloat16)
+    alone = multiply(x, outer)
+    run, within = native.run_job, []
+
+    def interrupted(*args: Any) -> None:
+        run(*args)
+        monkeypatch.setattr(native, "run_job", run)
+        within.append(multiply(y, inner))
+        monkeypatch.setattr(native, "run_job", interrupted)
+
+    monkeypatch.setattr(native, "run_job", interrupted)
+    found = multiply(x, outer)
+    monkeypatch.undo()
+    assert torch.equal(found, alone)
+    assert bool(within) == (way != "without")
+    for product in within:
+        check(product, y, inner, None)
+
+
+def test_a_matrix_that_moved_is_read_where_it_is_now(way: str) -> None:
+    """Jobs are kept from call to call."""
+    layer = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(100, 512), "w"))
+    other = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(100, 512), "w"))
+    x = inputs(1, 512, torch.bfloat16)
+    before = layer(x)
+    layer.codes.data = other.codes.data.clone()
+    layer.scale.data = other.scale.data.clone()
+    assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
+    layer.scale.data.mul_(2)
+    assert torch.equal(layer(x), 2 * other(x))
+
+
+@pytest.mark.parametrize("shape", [(513,), (2, 256), (512, 1), ()])
+def test_inputs_of_another_width_are_refused(way: str, shape: tuple[int, ...]) -> None:
+    layer = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(100, 512), "w"))
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    with pytest.raises(ShapeError, match=re.escape(f"inputs have shape {shape}: the layer takes")):
+        layer(x)
+    layer.activation_bits = 8
+    with pytest.raises(ShapeError, match="512"):
+        layer(x)
 
 
 def test_gradients_and_bias_of_a_layer(way: str) -> None:

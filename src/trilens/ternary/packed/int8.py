@@ -33,7 +33,11 @@ def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     autocast in autocast's)
 
     Memory: float32 outputs, int8 inputs; without the library of the package 16 MB or more.
+
+    Raises:
+        ShapeError: x is not [..., cols].
     """
+    packed.check_width(x)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x, bias = cast_as_autocast(x, bias)

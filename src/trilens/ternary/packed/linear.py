@@ -189,11 +189,12 @@ class TernaryLinear(PackedModule):
 
         Memory: see `multiply`: two megabytes, and what a few inputs are prepared to.
         """
+        is_compiling = torch.compiler.is_compiling()
         if self.rotated:
-            x = call_rotate(x) if torch.compiler.is_compiling() else rotate(x)
-        bias = self.bias
+            x = call_rotate(x) if is_compiling else rotate(x)
+        bias = self._parameters["bias"]  # no detour by name, as in `packed`
         product = multiply if self.activation_bits is None else multiply_int8
-        if torch.compiler.is_compiling() and product is multiply:
+        if is_compiling and product is multiply:
             return call_multiply(x, self.packed, bias)
         wants = x.requires_grad or (bias is not None and bias.requires_grad)
         if wants and torch.is_grad_enabled():

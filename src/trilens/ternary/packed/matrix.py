@@ -85,6 +85,17 @@ class Packed:
         """Bytes of all the parts."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
+    def check_width(self, x: Tensor) -> None:
+        """Refuse inputs of another width: by their addresses, others would be read.
+
+        Raises:
+            ShapeError: x is not [..., cols].
+        """
+        if x.shape[-1:] != (self.cols,):
+            raise ShapeError(
+                f"inputs have shape {tuple(x.shape)}: the layer takes [..., {self.cols}]"
+            )
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrices, rounded once to `dtype`.
 

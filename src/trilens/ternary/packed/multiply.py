@@ -58,7 +58,11 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
     Memory: 2 MB, 8 MB with more than 128 inputs; and a copy of the inputs, or 32 bytes for each
         number in up to 12 of them.
+
+    Raises:
+        ShapeError: x is not [..., cols].
     """
+    packed.check_width(x)
     on_gpu = triton_computes(x, packed)
     if not on_gpu and not _worth_reading(x, packed):
         return functional.linear(x, packed.dense(x.dtype), bias)
@@ -69,11 +73,10 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
             return multiply(x, packed, bias)
     if on_gpu:
         return multiply_on_gpu(x, packed, bias)
+    if native_computes(x, packed):
+        n_threads = 1 + x.numel() * packed.codes.shape[0] // _WORTH_A_THREAD
+        return multiply_native(x, packed, bias, n_threads)
     flat = x.reshape(-1, packed.cols)
-    if native_computes(flat, packed):
-        n_threads = 1 + flat.shape[0] * packed.codes.shape[0] * packed.cols // _WORTH_A_THREAD
-        out = multiply_native(flat, packed, bias, n_threads)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
     method = _method(flat, packed)
     out = _tiled(flat, packed, bias) if method is None else _looked_up(flat, packed, method)
     if method is not None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import math
 from array import array
-from functools import cache
+from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +66,8 @@ _FUNCTIONS = (
     *("prepare_int8", "multiply_int8", "prepare_limbs", "multiply_limbs"),
     *("prepare_tiles", "multiply_tiles"),
 )
-_PLACES = {name: place for place, name in enumerate(JOB)}
-_EMPTY = array("q", [0]) * len(JOB)
-_LARGE = _PLACES["large"]
+_AT = {name: place for place, name in enumerate(JOB)}
+_ROWS, _LARGE = _AT["rows"], _AT["large"]
 _STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
 _MOST_GROUPS = 1024  # their values lie on a thread's stack
 _CHUNK_BYTES = 1 << 20  # inputs that stay in a core's cache
@@ -80,7 +79,11 @@ _TILE_INPUTS, _FOUR_STEPS = 16, 128  # columns whose codes are read at once
 _LIMB_TILES = 2  # of inputs
 _MOST_COLS = 1 << 22  # whose codes times bytes an int32 can sum up
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
+_KEPT = 1 << 12  # jobs that are kept for the next call, of some 300 bytes each
+_SCRATCH = 1 << 18  # bytes that a product keeps for the next one
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
+
+_scratch: list[tuple[Tensor, int]] = []  # taken and given back whole: threads may share the list
 
 
 def native_reads(packed: Packed) -> bool:
@@ -88,16 +91,16 @@ def native_reads(packed: Packed) -> bool:
     return _reads(packed, _STEP)
 
 
-def native_computes(flat: Tensor, packed: Packed) -> bool:
+def native_computes(x: Tensor, packed: Packed) -> bool:
     """Whether `multiply_native` can, and is the fastest way.
 
-    Shapes: flat [inputs, cols]
+    Shapes: x [..., cols]
     """
     return (
-        flat.dtype == torch.bfloat16
-        and flat.numel() > 0
+        x.dtype == torch.bfloat16
+        and x.numel() > 0
         and native_reads(packed)
-        and flat.shape[0] <= _most_inputs()
+        and x.numel() <= packed.cols * _most_inputs()
     )
 
 
@@ -127,34 +130,33 @@ def _reads(packed: Packed, step: int) -> bool:
     return True
 
 
-def multiply_native(
-    flat: Tensor, packed: Packed, bias: Tensor | None, n_threads: int = 1
-) -> Tensor:
+def multiply_native(x: Tensor, packed: Packed, bias: Tensor | None, n_threads: int = 1) -> Tensor:
     """x · Ŵᵀ + b, summed in float32 and rounded once.
 
-    Shapes: flat bfloat16 [inputs, cols] → bfloat16 [inputs, rows]
+    Shapes: x bfloat16 [..., cols] → bfloat16 [..., rows]
 
     Args:
-        flat: the inputs.
+        x: the inputs.
         packed: what `native_reads`.
         bias: added before the sums are rounded.
         n_threads: threads that are worth it.
     """
-    n_inputs = flat.shape[0]
-    out = torch.empty(n_inputs, packed.codes.shape[0], dtype=torch.bfloat16)
+    n_inputs, rows = x.numel() // packed.cols, packed.codes.shape[0]
+    out = torch.empty((*x.shape[:-1], rows), dtype=torch.bfloat16)
     added = None if bias is None else bias.detach().float().contiguous().resolve_neg()
-    x = flat.contiguous().resolve_neg()
+    x = x.contiguous().resolve_neg()
     job = _job(packed)
-    _set(job, batch=n_inputs, source=x.data_ptr(), out=out.data_ptr(), out_bytes=2 * out.shape[1])
+    job[_AT["batch"]], job[_AT["source"]] = n_inputs, x.data_ptr()
+    job[_AT["out"]], job[_AT["out_bytes"]] = out.data_ptr(), 2 * rows
     if added is not None:
         _set(job, bias=added.data_ptr())
     if _has_matrix_units():
         for limbs in (2, 3):
-            if _multiply_limbs(job, x, packed, limbs, n_threads):
+            if _multiply_limbs(job, packed, n_inputs, limbs, n_threads):
                 return out
-        _multiply_tiles(job, x, packed, n_threads)
+        _multiply_tiles(job, packed, n_inputs, n_threads)
         return out
-    if _are_few(n_inputs, packed) and _multiply_few(job, x, packed, n_threads):
+    if _are_few(n_inputs, packed) and _multiply_few(job, packed, n_inputs, n_threads):
         return out
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
     prepared = x
@@ -214,9 +216,9 @@ def _are_few(n_inputs: int, packed: Packed) -> bool:
     return n_inputs <= _FEW and packed.levels == 3 and packed.offset is None
 
 
-def _multiply_few(job: Job, x: Tensor, packed: Packed, n_threads: int) -> bool:
+def _multiply_few(job: Job, packed: Packed, n_inputs: int, n_threads: int) -> bool:
     """Whether it was done: the largest inputs would overflow before they are scaled."""
-    n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
+    steps = -(-packed.cols // _WIDE)
     # one piece of memory: what `prepare` makes of the inputs, and where scales stand
     made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
     places = made.data_ptr() + 2 * steps * n_inputs * _WIDE
@@ -228,29 +230,68 @@ def _multiply_few(job: Job, x: Tensor, packed: Packed, n_threads: int) -> bool:
     return True
 
 
-def _multiply_limbs(job: Job, x: Tensor, packed: Packed, limbs: int, n_threads: int) -> bool:
+def _multiply_limbs(job: Job, packed: Packed, n_inputs: int, limbs: int, n_threads: int) -> bool:
     """Whether it was done: for a few inputs, whose numbers are whole ones of so many bytes."""
-    n_inputs, steps = x.shape[0], -(-packed.cols // _WIDE)
-    parts = _most_parts(packed.cols, packed.group_size)
-    each = min(_TILE_INPUTS // (limbs * parts), n_inputs)  # inputs of a tile
-    if packed.offset is not None or n_inputs > _LIMB_TILES * each or packed.cols > _MOST_COLS:
+    if packed.offset is not None or packed.cols > _MOST_COLS:
         return False
+    kept = _limbs(n_inputs, packed.cols, packed.group_size, packed.scale.shape[1] == 1, limbs)
+    if kept is None:
+        return False
+    # one piece of memory: what `prepare` makes of the inputs, and where scales stand
+    made, x = _take_scratch(kept.size)
+    job[_AT["limbs"]], job[_AT["parts"]] = limbs, kept.parts
+    job[_AT["span_steps"]], job[_AT["x"]] = kept.span_steps, x
+    job[_AT["places"]], job[_AT["sums"]] = x + kept.places, x + kept.sums
+    job[_AT["factors"]] = x + kept.factors
+    run_job(_function("prepare_limbs"), job)
+    done = not job[_LARGE]
+    if done:
+        run_job(_function("multiply_limbs"), job, n_threads)
+    _give_back(made, x)
+    return done
+
+
+def _take_scratch(size: int) -> tuple[Tensor, int]:
+    """Memory for one product, and its address."""
+    if size <= _SCRATCH and _scratch:
+        return _scratch.pop()
+    made = torch.empty(max(size, _SCRATCH), dtype=torch.uint8)
+    return made, made.data_ptr()
+
+
+def _give_back(made: Tensor, address: int) -> None:
+    if made.shape[0] == _SCRATCH:
+        _scratch.append((made, address))
+
+
+class _Limbs(NamedTuple):
+    """How inputs lie as bytes: of how many groups at once, and what begins where, in bytes."""
+
+    parts: int
+    span_steps: int
+    places: int
+    sums: int
+    factors: int
+    size: int
+
+
+@lru_cache(_KEPT)
+def _limbs(
+    n_inputs: int, cols: int, group_size: int | None, one_group: bool, limbs: int
+) -> _Limbs | None:
+    """None for more inputs than two tiles hold."""
+    steps = -(-cols // _WIDE)
+    parts = _most_parts(cols, group_size)
+    each = min(_TILE_INPUTS // (limbs * parts), n_inputs)  # inputs of a tile
+    if n_inputs > _LIMB_TILES * each:
+        return None
     columns = limbs * parts * each
     tiles = -(-n_inputs // each)
-    # one piece of memory: what `prepare` makes of the inputs, and where scales stand
-    size = steps * (tiles * columns * (_WIDE + 4) + 128) + 4 * n_inputs
-    made = torch.empty(size, dtype=torch.uint8)
-    places = made.data_ptr() + steps * tiles * columns * _WIDE
+    places = steps * tiles * columns * _WIDE
     sums = places + 128 * steps
     factors = sums + 4 * steps * tiles * columns
-    _set(job, x=made.data_ptr(), places=places, sums=sums, factors=factors)
-    span_steps = steps if packed.scale.shape[1] == 1 else _TILE_INPUTS // columns
-    _set(job, limbs=limbs, parts=parts, span_steps=span_steps)
-    run_job(_function("prepare_limbs"), job)
-    if job[_LARGE]:
-        return False
-    run_job(_function("multiply_limbs"), job, n_threads)
-    return True
+    span_steps = steps if one_group else _TILE_INPUTS // columns
+    return _Limbs(parts, span_steps, places, sums, factors, factors + 4 * n_inputs)
 
 
 @cache
@@ -261,8 +302,8 @@ def _most_parts(cols: int, group_size: int | None) -> int:
     return max((min(at + _WIDE, cols) - 1) // size - at // size + 1 for at in starts)
 
 
-def _multiply_tiles(job: Job, x: Tensor, packed: Packed, n_threads: int) -> None:
-    n_inputs, cols = x.shape[0], -(-packed.cols // _FOUR_STEPS) * _FOUR_STEPS
+def _multiply_tiles(job: Job, packed: Packed, n_inputs: int, n_threads: int) -> None:
+    cols = -(-packed.cols // _FOUR_STEPS) * _FOUR_STEPS
     side = min(n_inputs, _TILE_INPUTS)
     made = torch.empty(-(-n_inputs // side) * side, cols, dtype=torch.bfloat16)
     _set(job, x=made.data_ptr(), chunk=_blocks(n_inputs, _TILE_INPUTS, 2 * cols))
@@ -279,29 +320,37 @@ def _blocks(n_inputs: int, at_once: int, input_bytes: int) -> int:
 
 def _job(packed: Packed) -> Job:
     """A job that knows the matrix."""
-    job, groups = _EMPTY[:], packed.scale.shape[1]
-    _set(
-        job,
-        rows=packed.codes.shape[0],
-        row_bytes=packed.codes.shape[1],
-        cols=packed.cols,
-        group_cols=packed.group_size or packed.cols,
-        groups=groups,
-        scale_step=0 if packed.scale.shape[0] == 1 else groups,
-        codes=packed.codes.data_ptr(),
-        scale=packed.scale.data_ptr(),
-    )
-    if packed.second_codes is not None and packed.second_scale is not None:
-        second, second_scale = packed.second_codes.data_ptr(), packed.second_scale.data_ptr()
-        _set(job, second_codes=second, second_scale=second_scale)
-    if packed.offset is not None:
-        _set(job, offset=packed.offset.data_ptr())
+    codes, scale, offset = packed.codes, packed.scale, packed.offset
+    second, second_scale = packed.second_codes, packed.second_scale
+    rows, row_bytes = codes.shape
+    units, groups = scale.shape
+    return _kept_job(
+        rows,
+        row_bytes,
+        packed.cols,
+        packed.group_size or packed.cols,
+        groups,
+        0 if units == 1 else groups,
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if second is None else second.data_ptr(),
+        0 if second_scale is None else second_scale.data_ptr(),
+        0 if offset is None else offset.data_ptr(),
+    )[:]
+
+
+@lru_cache(_KEPT)
+def _kept_job(*matrix: int) -> Job:
+    """The fields of `JOB` from "rows" to "offset". To be copied: a call fills in the others."""
+    job = array("q", [0]) * len(JOB)
+    job[_ROWS : _ROWS + len(matrix)] = array("q", matrix)
     return job
 
 
 def _set(job: Job, **fields: int) -> None:
+    """Fill in fields; where a microsecond counts, they are written one by one."""
     for name, value in fields.items():
-        job[_PLACES[name]] = value
+        job[_AT[name]] = value
 
 
 @cache
