@@ -52,8 +52,10 @@ class Opened:
         assert not asked and not self.complaints, (asked, self.complaints)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
+    """A browser, closed after each module: Playwright's event loop runs until then, and in the same
+    process no test could run one of its own."""
     assert not absent(), absent()
     from playwright.sync_api import sync_playwright
 
