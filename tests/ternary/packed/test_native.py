@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +255,14 @@ def test_every_rule_is_computed_by_the_library(way: str, rule: str, used: list[s
     has_offset = packed.offset is not None
     n_few = {
         "without": 0,
-        "registers": 2 if rule in ("absmean", "planes") else 0,
-        "tiles": 0 if has_offset else 2,
+        "registers": 1 if rule in ("absmean", "planes") else 0,
+        "tiles": 0 if has_offset else 1,
     }[way]
+    n_one = int(way != "without" and not has_offset)
     few, many = {"tiles": ("_limbs", "_tiles")}.get(way, ("_few", ""))
-    asked = [f"prepare{few}", f"multiply{few}"] * n_few
-    asked += [f"prepare{many}", f"multiply{many}"] * (4 - n_few)
+    asked = ["prepare_one", "multiply_one"] * n_one
+    asked += [f"prepare{few}", f"multiply{few}"] * n_few
+    asked += [f"prepare{many}", f"multiply{many}"] * (4 - n_one - n_few)
     assert used == ([] if way == "without" else asked)
 
 
@@ -289,20 +292,24 @@ def test_few_inputs_in_whole_numbers(
         used.clear()
         check(multiply(x, packed, bias.bfloat16()), x, packed, bias.bfloat16())
         if way == "tiles":
-            assert ("multiply_limbs" in used) == (n_inputs <= most)
+            assert ("multiply_limbs" in used) == (1 < n_inputs <= most)
+        assert ("multiply_one" in used) == (n_inputs == 1 and way != "without")
 
 
+@pytest.mark.parametrize("n_inputs", [1, 3])
 @pytest.mark.parametrize(("largest", "asked"), [(1, 1), (30, 2), (10_000, 2)])
 def test_numbers_have_the_bits_that_they_need(
-    way: str, largest: int, asked: int, used: list[str]
+    way: str, n_inputs: int, largest: int, asked: int, used: list[str]
 ) -> None:
     packed = made(100, 1000, group_size=128)
-    x = even(3, 1000)
-    x[1, 7] = largest
+    x = even(n_inputs, 1000)
+    x[-1, 7] = largest
     check(multiply(x, packed), x, packed, None)
-    if way == "tiles":
-        assert used.count("prepare_limbs") == asked
-        assert ("multiply_tiles" in used) == (largest == 10_000)
+    if way == "without" or (way == "registers" and n_inputs > 1):
+        return
+    assert used.count("prepare_one" if n_inputs == 1 else "prepare_limbs") == asked
+    otherwise = "multiply_tiles" if way == "tiles" else "multiply_few"
+    assert (otherwise in used) == (largest == 10_000)
 
 
 def test_small_numbers_count_where_large_ones_do_not(way: str) -> None:
@@ -311,8 +318,8 @@ def test_small_numbers_count_where_large_ones_do_not(way: str) -> None:
     with torch.no_grad():
         packed.codes[:, :192] = 0x55  # zeros in three quarters of the columns
     weights = packed.dense(torch.bfloat16).double()
-    for size in (2.0**-6, 2.0**-10, 2.0**-12):
-        x = even(2, 1024)
+    for size, n_inputs in product((2.0**-6, 2.0**-10, 2.0**-12), (1, 2)):
+        x = even(n_inputs, 1024)
         x[:, 768:] *= size
         expected = x[:, 768:].double() @ weights[:, 768:].T
         terms = x[:, 768:].double().abs() @ weights[:, 768:].abs().T
@@ -337,7 +344,7 @@ def test_one_input_whose_numbers_differ_much_in_size(way: str, used: list[str]) 
     without = x.clone()
     without[0, 5] = 0
     check(found, without, packed, None)
-    assert ("multiply_limbs" not in used) and (("multiply_tiles" in used) == (way == "tiles"))
+    assert ("multiply_one" not in used) and (("multiply_tiles" in used) == (way == "tiles"))
     check(multiply(0 * x, packed), 0 * x, packed, None)
     check(multiply(without * 1e-30, packed), without * 1e-30, packed, None)
     check(multiply(without * 1e30, packed), without * 1e30, packed, None)
@@ -419,8 +426,8 @@ def test_a_product_within_a_product_has_memory_of_its_own(
     monkeypatch.undo()
     assert torch.equal(found, alone)
     assert bool(within) == (way != "without")
-    for product in within:
-        check(product, y, inner, None)
+    for one in within:
+        check(one, y, inner, None)
 
 
 def test_a_matrix_that_moved_is_read_where_it_is_now(way: str) -> None:

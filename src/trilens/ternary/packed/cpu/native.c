@@ -1,5 +1,5 @@
 /* Products of bfloat16 inputs with packed codes, in the registers of processors that multiply
-   bfloat16 (AVX-512 BF16, VBMI, VNNI). Elsewhere `trilens_native_level` is 0 and nothing else is
+   bfloat16 (AVX-512 BF16, VBMI, VNNI, GFNI). Elsewhere `trilens_native_level` is 0 and nothing else is
    called; it is 2 where there are matrix units as well (`native_tiles.c`).
 
    A plain C interface, without Python's headers: `native.py` loads the file and hands every
@@ -39,7 +39,7 @@ int trilens_native_level(void) {
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-          __builtin_cpu_supports("avx512vnni")))
+          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni")))
         return 0;
     return trilens_native_tiles() ? 2 : 1;
 }

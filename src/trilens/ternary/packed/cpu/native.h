@@ -21,6 +21,8 @@ EXPORT void trilens_native_prepare_few(void *address);
 EXPORT void trilens_native_multiply_few(void *address);
 EXPORT void trilens_native_prepare_int8(void *address);
 EXPORT void trilens_native_multiply_int8(void *address);
+EXPORT void trilens_native_prepare_one(void *address);
+EXPORT void trilens_native_multiply_one(void *address);
 EXPORT void trilens_native_prepare_limbs(void *address);
 EXPORT void trilens_native_multiply_limbs(void *address);
 EXPORT int trilens_native_tiles(void);
@@ -43,12 +45,13 @@ typedef struct {
 #define TRILENS_NATIVE_FAST
 
 #define FAST                                                                                       \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,"   \
+                          "gfni")))
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define TRILENS_NATIVE_TILES
 #define TILES                                                                                      \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,"   \
-                          "amx-tile,amx-bf16,amx-int8")))
+                          "gfni,amx-tile,amx-bf16,amx-int8")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define STRIPE 32 /* rows that a thread takes at a time */

@@ -12,11 +12,12 @@ from array import array
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trilens.ternary.packed.cpu.limbs import TILE_INPUTS, WIDE, find_limbs
 from trilens.ternary.packed.cpu.native_sources import hash_of_sources
 from trilens.ternary.packed.cpu.thread_pool import Job, Loop, run_job
 from trilens.ternary.packed.matrix import Packed
@@ -47,15 +48,15 @@ JOB = (
     "offset",  # address or 0
     "batch",  # inputs
     "chunk",  # blocks of inputs that are multiplied before the next ones are looked at
-    "limbs",  # of an input
+    "limbs",  # bytes of an input
     "parts",  # limbs: groups that 256 columns belong to, at most
     "span_steps",  # limbs: steps of 256 columns whose sums are scaled at once
     "source",  # `prepare`: address of bfloat16 (or int8) [batch, cols]
     "x",  # address of what `prepare` makes: as many steps of 32 or 256 columns for each input
     "bias",  # address of float32 [rows], or 0
-    "sums",  # int8: address of int32 [batch, steps, 16]; limbs: [tiles, steps, columns]
+    "sums",  # int8: address of int32 [batch, steps, 16]; one, limbs: see `limbs`
     "places",  # address of 128 bytes for each step of 256 columns; limbs: for each span
-    "factors",  # int8, limbs: address of float32 [batch]
+    "factors",  # int8, one, limbs: address of float32 [batch]
     "out",  # address of bfloat16 (int8: float32) [batch, rows]; `unpack`: [rows, out_bytes]
     "out_bytes",  # from input to input; `unpack`: from row to row
     "large",  # whether inputs are too large (limbs: too different in size) for `prepare`'s way
@@ -63,20 +64,20 @@ JOB = (
 
 _FUNCTIONS = (
     *("level", "unpack", "prepare", "multiply", "prepare_few", "multiply_few"),
-    *("prepare_int8", "multiply_int8", "prepare_limbs", "multiply_limbs"),
-    *("prepare_tiles", "multiply_tiles"),
+    *("prepare_int8", "multiply_int8", "prepare_one", "multiply_one"),
+    *("prepare_limbs", "multiply_limbs", "prepare_tiles", "multiply_tiles"),
 )
+_ONE, _SEVERAL = ("prepare_one", "multiply_one"), ("prepare_limbs", "multiply_limbs")
 _AT = {name: place for place, name in enumerate(JOB)}
 _ROWS, _LARGE = _AT["rows"], _AT["large"]
-_STEP, _WIDE, _EDGE = 32, 256, 16  # columns at a time; that share a scale
+_STEP, _EDGE = 32, 16  # columns at a time; that share a scale
 _MOST_GROUPS = 1024  # their values lie on a thread's stack
 _CHUNK_BYTES = 1 << 20  # inputs that stay in a core's cache
 _MOST_BLOCKS = 64  # of a chunk: their sums may lie on a thread's stack
 _INPUTS_AT_ONCE = 6
 _FEW = 4
 _INT8_AT_ONCE = 2
-_TILE_INPUTS, _FOUR_STEPS = 16, 128  # columns whose codes are read at once
-_LIMB_TILES = 2  # of inputs
+_FOUR_STEPS = 128  # columns whose codes are read at once
 _MOST_COLS = 1 << 22  # whose codes times bytes an int32 can sum up
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
 _KEPT = 1 << 12  # jobs that are kept for the next call, of some 300 bytes each
@@ -150,10 +151,11 @@ def multiply_native(x: Tensor, packed: Packed, bias: Tensor | None, n_threads: i
     job[_AT["out"]], job[_AT["out_bytes"]] = out.data_ptr(), 2 * rows
     if added is not None:
         _set(job, bias=added.data_ptr())
-    if _has_matrix_units():
+    if n_inputs == 1 or _has_matrix_units():
         for limbs in (2, 3):
             if _multiply_limbs(job, packed, n_inputs, limbs, n_threads):
                 return out
+    if _has_matrix_units():
         _multiply_tiles(job, packed, n_inputs, n_threads)
         return out
     if _are_few(n_inputs, packed) and _multiply_few(job, packed, n_inputs, n_threads):
@@ -176,16 +178,16 @@ def multiply_int8_native(
 
     Shapes: rounded int8 [inputs, cols]; factors float32 [inputs] → float32 [inputs, rows]
     """
-    n_inputs, steps = rounded.shape[0], -(-packed.cols // _WIDE)
+    n_inputs, steps = rounded.shape[0], -(-packed.cols // WIDE)
     out = torch.empty(n_inputs, packed.codes.shape[0])
-    x = torch.empty(n_inputs, steps * _WIDE, dtype=torch.int8)
+    x = torch.empty(n_inputs, steps * WIDE, dtype=torch.int8)
     sums = torch.empty(n_inputs, steps * 16, dtype=torch.int32)
     places = torch.empty(steps, 128, dtype=torch.uint8)
     job = _job(packed)
     _set(
         job,
         batch=n_inputs,
-        chunk=_blocks(n_inputs, _INT8_AT_ONCE, steps * (_WIDE + 64)),
+        chunk=_blocks(n_inputs, _INT8_AT_ONCE, steps * (WIDE + 64)),
         source=rounded.data_ptr(),
         x=x.data_ptr(),
         sums=sums.data_ptr(),
@@ -218,10 +220,10 @@ def _are_few(n_inputs: int, packed: Packed) -> bool:
 
 def _multiply_few(job: Job, packed: Packed, n_inputs: int, n_threads: int) -> bool:
     """Whether it was done: the largest inputs would overflow before they are scaled."""
-    steps = -(-packed.cols // _WIDE)
+    steps = -(-packed.cols // WIDE)
     # one piece of memory: what `prepare` makes of the inputs, and where scales stand
-    made = torch.empty(steps * (n_inputs * _WIDE + 64), dtype=torch.bfloat16)
-    places = made.data_ptr() + 2 * steps * n_inputs * _WIDE
+    made = torch.empty(steps * (n_inputs * WIDE + 64), dtype=torch.bfloat16)
+    places = made.data_ptr() + 2 * steps * n_inputs * WIDE
     _set(job, x=made.data_ptr(), places=places)
     run_job(_function("prepare_few"), job)
     if job[_LARGE]:
@@ -234,19 +236,20 @@ def _multiply_limbs(job: Job, packed: Packed, n_inputs: int, limbs: int, n_threa
     """Whether it was done: for a few inputs, whose numbers are whole ones of so many bytes."""
     if packed.offset is not None or packed.cols > _MOST_COLS:
         return False
-    kept = _limbs(n_inputs, packed.cols, packed.group_size, packed.scale.shape[1] == 1, limbs)
+    one_group = packed.scale.shape[1] == 1
+    kept = find_limbs(n_inputs, packed.cols, packed.group_size, one_group, limbs)
     if kept is None:
         return False
-    # one piece of memory: what `prepare` makes of the inputs, and where scales stand
     made, x = _take_scratch(kept.size)
     job[_AT["limbs"]], job[_AT["parts"]] = limbs, kept.parts
     job[_AT["span_steps"]], job[_AT["x"]] = kept.span_steps, x
     job[_AT["places"]], job[_AT["sums"]] = x + kept.places, x + kept.sums
     job[_AT["factors"]] = x + kept.factors
-    run_job(_function("prepare_limbs"), job)
+    prepare, multiply = _ONE if n_inputs == 1 else _SEVERAL
+    run_job(_function(prepare), job)
     done = not job[_LARGE]
     if done:
-        run_job(_function("multiply_limbs"), job, n_threads)
+        run_job(_function(multiply), job, n_threads)
     _give_back(made, x)
     return done
 
@@ -264,49 +267,11 @@ def _give_back(made: Tensor, address: int) -> None:
         _scratch.append((made, address))
 
 
-class _Limbs(NamedTuple):
-    """How inputs lie as bytes: of how many groups at once, and what begins where, in bytes."""
-
-    parts: int
-    span_steps: int
-    places: int
-    sums: int
-    factors: int
-    size: int
-
-
-@lru_cache(_KEPT)
-def _limbs(
-    n_inputs: int, cols: int, group_size: int | None, one_group: bool, limbs: int
-) -> _Limbs | None:
-    """None for more inputs than two tiles hold."""
-    steps = -(-cols // _WIDE)
-    parts = _most_parts(cols, group_size)
-    each = min(_TILE_INPUTS // (limbs * parts), n_inputs)  # inputs of a tile
-    if n_inputs > _LIMB_TILES * each:
-        return None
-    columns = limbs * parts * each
-    tiles = -(-n_inputs // each)
-    places = steps * tiles * columns * _WIDE
-    sums = places + 128 * steps
-    factors = sums + 4 * steps * tiles * columns
-    span_steps = steps if one_group else _TILE_INPUTS // columns
-    return _Limbs(parts, span_steps, places, sums, factors, factors + 4 * n_inputs)
-
-
-@cache
-def _most_parts(cols: int, group_size: int | None) -> int:
-    """Groups that 256 columns belong to, at most."""
-    size = cols if group_size is None else group_size
-    starts = range(0, cols, _WIDE)
-    return max((min(at + _WIDE, cols) - 1) // size - at // size + 1 for at in starts)
-
-
 def _multiply_tiles(job: Job, packed: Packed, n_inputs: int, n_threads: int) -> None:
     cols = -(-packed.cols // _FOUR_STEPS) * _FOUR_STEPS
-    side = min(n_inputs, _TILE_INPUTS)
+    side = min(n_inputs, TILE_INPUTS)
     made = torch.empty(-(-n_inputs // side) * side, cols, dtype=torch.bfloat16)
-    _set(job, x=made.data_ptr(), chunk=_blocks(n_inputs, _TILE_INPUTS, 2 * cols))
+    _set(job, x=made.data_ptr(), chunk=_blocks(n_inputs, TILE_INPUTS, 2 * cols))
     run_job(_function("prepare_tiles"), job, 1 + made.numel() // _WORTH_A_THREAD)
     run_job(_function("multiply_tiles"), job, n_threads)
 

@@ -2,11 +2,10 @@
 #ifndef TRILENS_NATIVE_TILES_H
 #define TRILENS_NATIVE_TILES_H
 
-#include "native.h"
+#include "native_limbs.h"
 
 #ifdef TRILENS_NATIVE_TILES
 
-#define SIDE 16   /* rows of a tile */
 #define TILE 1024 /* bytes */
 
 #define TILE_LOAD(tile, from, stride)                                                              \
