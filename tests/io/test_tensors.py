@@ -29,6 +29,14 @@ def test_round_trip_with_aliases(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.tlc"]
 
 
+def test_tensors_are_read_into_memory_whatever_the_default_device_is(tmp_path: Path) -> None:
+    kept = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    path = write_tensors(tmp_path / "x.tlc", kept, MANIFEST)
+    with torch.device("meta"):
+        back, _ = read_tensors(path, "test.kind", 3)
+    assert all(torch.equal(back[name], tensor) for name, tensor in kept.items())
+
+
 def test_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.tlc"
     write_tensors(path, {"a": torch.ones(2)}, MANIFEST)

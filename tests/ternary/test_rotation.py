@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tolerances import assert_close_sums, assert_near
-from trilens.ternary.rotation import block_orders, hadamard, rotate, rotate_back
+from trilens.ternary.rotation import _signs, block_orders, hadamard, rotate, rotate_back
 
 WIDTHS = [1, 2, 3, 7, 12, 16, 20, 28, 36, 40, 48, 65, 96, 100, 112, 144, 160, 256, 320, 344, 576]
 
@@ -16,6 +16,17 @@ def test_hadamard_matrices(order: int) -> None:
     h = hadamard(order)
     assert set(h.flatten().tolist()) <= {1.0, -1.0}
     assert torch.equal(h @ h.T, order * torch.eye(order, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [12, 28, 40, 344])
+def test_what_is_kept_does_not_depend_on_the_default_device(width: int) -> None:
+    x = torch.randn(2, width)
+    expected = rotate(x)
+    for kept in (hadamard, _signs):
+        kept.cache_clear()
+    with torch.device("meta"):
+        found = rotate(x)
+    assert torch.equal(found, expected) and torch.equal(rotate(x), expected)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -129,7 +129,7 @@ def read_entry(path: Path, stream: BufferedReader, name: str, entry: TensorHeade
     if entry.dtype not in _DTYPES:
         raise CorruptFileError(f"{path} has tensor {name} of dtype {entry.dtype}")
     try:
-        values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        values = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="cpu")
     except (RuntimeError, MemoryError) as cause:
         raise MemoryShortError(
             f"{path} has tensor {name} of {entry.size_bytes} bytes, more than there is "

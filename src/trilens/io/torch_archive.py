@@ -127,7 +127,7 @@ class _Archive:
                 f"numbers of {claim.dtype}"
             )
         if claim.numel == 0:
-            return torch.empty(0, dtype=claim.dtype)
+            return torch.empty(0, dtype=claim.dtype, device="cpu")
         return torch.frombuffer(self.record(entry), dtype=claim.dtype)
 
     def _check_unused(

@@ -68,15 +68,16 @@ def hadamard(order: int) -> Tensor:
     Raises:
         KeyError: there is none here.
     """
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    if order & (order - 1) == 0:
-        half = hadamard(order // 2)
-        return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
-    if order not in _PALEY:
-        raise KeyError(order)
-    q = order - 1
-    return _paley_one(q) if q % 4 == 3 and _is_prime(q) else _paley_two(order // 2 - 1)
+    with torch.device("cpu"):  # kept for the process, whatever its default device is now
+        if order == 1:
+            return torch.ones(1, 1, dtype=torch.float64)
+        if order & (order - 1) == 0:
+            half = hadamard(order // 2)
+            return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
+        if order not in _PALEY:
+            raise KeyError(order)
+        q = order - 1
+        return _paley_one(q) if q % 4 == 3 and _is_prime(q) else _paley_two(order // 2 - 1)
 
 
 def _apply(values: Tensor, *, back: bool) -> Tensor:
@@ -136,7 +137,7 @@ def _powers(order: int) -> tuple[int, ...]:
 def _signs(width: int) -> Tensor:
     """±1 for each place, the same for every layer of that width and for ever."""
     # The highest bit of i·⌊2³²/φ⌋ mod 2³² after one xorshift: no generator that may change.
-    i = torch.arange(1, width + 1, dtype=torch.int64)
+    i = torch.arange(1, width + 1, dtype=torch.int64, device="cpu")
     mixed = (i * 2654435769) % (1 << 32)
     mixed = mixed ^ (mixed >> 15)
     mixed = (mixed * 2246822519) % (1 << 32)

@@ -430,6 +430,23 @@ def test_a_product_within_a_product_has_memory_of_its_own(
         check(one, y, inner, None)
 
 
+@pytest.mark.parametrize("n_inputs", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_is_where_codes_are_whatever_the_default_device_is(
+    way: str, dtype: torch.dtype, n_inputs: int
+) -> None:
+    """Compiled code writes there; tensors of another device have no address that it knows."""
+    layer = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(100, 512), "w"))
+    x = inputs(n_inputs, 512, dtype)
+    for bits in (None, 8):
+        layer.activation_bits = bits
+        expected = layer(x)
+        with torch.device("meta"):
+            assert torch.equal(layer(x), expected)
+            back = multiply_back(expected, layer.packed)
+        assert torch.equal(back, multiply_back(expected, layer.packed))
+
+
 def test_a_matrix_that_moved_is_read_where_it_is_now(way: str) -> None:
     """Jobs are kept from call to call."""
     layer = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(100, 512), "w"))

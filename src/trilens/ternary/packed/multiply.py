@@ -141,13 +141,13 @@ def _looked_up(flat: Tensor, packed: Packed, method: str) -> Tensor:
     """Shapes: flat [inputs, cols] → float32 [inputs, rows]."""
     n_inputs, cols = flat.shape
     rows, words = len(packed.codes), -(-cols // 16)
-    out = torch.empty(n_inputs, rows)
+    out = flat.new_empty(n_inputs, rows, dtype=torch.float32)
     job = _job(packed, 0 if _is_sum(packed) else _ROUNDING[flat.dtype])
     job |= {"batch": n_inputs, "out": out.data_ptr(), "cols": cols}
     x = flat.float().contiguous().resolve_neg()
     if method == "pairs":
         # one vector longer than needed, to begin where a line of the cache does
-        prepared = torch.empty(n_inputs * words * 128 + 16)
+        prepared = x.new_empty(n_inputs * words * 128 + 16)
         job["inputs"] = prepared.data_ptr() + 63 & ~63
         job["input_bytes"] = 512 * words
         job["x"] = x.data_ptr()
@@ -196,7 +196,7 @@ def _unpacked(
         return unpack_native(packed, start, stop, n_threads).to(dtype)
     if not methods() or rounded not in _ROUNDING or not _readable(packed):
         return packed.rows(start, stop).dense(rounded).to(dtype)
-    tile = torch.empty(stop - start, -(-cols // 16) * 16, dtype=dtype)
+    tile = packed.codes.new_empty(stop - start, -(-cols // 16) * 16, dtype=dtype)
     rounding = _ROUNDING[rounded]
     job = _job(packed, 0 if _is_sum(packed) else rounding)
     job |= {

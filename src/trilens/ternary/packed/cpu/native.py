@@ -143,7 +143,7 @@ def multiply_native(x: Tensor, packed: Packed, bias: Tensor | None, n_threads: i
         n_threads: threads that are worth it.
     """
     n_inputs, rows = x.numel() // packed.cols, packed.codes.shape[0]
-    out = torch.empty((*x.shape[:-1], rows), dtype=torch.bfloat16)
+    out = x.new_empty((*x.shape[:-1], rows))
     added = None if bias is None else bias.detach().float().contiguous().resolve_neg()
     x = x.contiguous().resolve_neg()
     job = _job(packed)
@@ -163,7 +163,7 @@ def multiply_native(x: Tensor, packed: Packed, bias: Tensor | None, n_threads: i
     input_bytes = 2 * -(-packed.cols // _STEP) * _STEP
     prepared = x
     if n_inputs > 1 or packed.cols % _STEP:
-        prepared = torch.empty(n_inputs, input_bytes // 2, dtype=torch.bfloat16)
+        prepared = x.new_empty(n_inputs, input_bytes // 2)
         _set(job, x=prepared.data_ptr())
         run_job(_function("prepare"), job, 1 + prepared.numel() // _WORTH_A_THREAD)
     _set(job, x=prepared.data_ptr(), chunk=_blocks(n_inputs, _INPUTS_AT_ONCE, input_bytes))
@@ -179,10 +179,10 @@ def multiply_int8_native(
     Shapes: rounded int8 [inputs, cols]; factors float32 [inputs] → float32 [inputs, rows]
     """
     n_inputs, steps = rounded.shape[0], -(-packed.cols // WIDE)
-    out = torch.empty(n_inputs, packed.codes.shape[0])
-    x = torch.empty(n_inputs, steps * WIDE, dtype=torch.int8)
-    sums = torch.empty(n_inputs, steps * 16, dtype=torch.int32)
-    places = torch.empty(steps, 128, dtype=torch.uint8)
+    out = factors.new_empty(n_inputs, packed.codes.shape[0])
+    x = rounded.new_empty(n_inputs, steps * WIDE)
+    sums = rounded.new_empty(n_inputs, steps * 16, dtype=torch.int32)
+    places = packed.codes.new_empty(steps, 128)
     job = _job(packed)
     _set(
         job,
@@ -206,7 +206,8 @@ def unpack_native(packed: Packed, start: int, stop: int, n_threads: int = 1) -> 
 
     Shapes: → bfloat16 [stop − start, cols]
     """
-    tile = torch.empty(stop - start, -(-packed.cols // _STEP) * _STEP, dtype=torch.bfloat16)
+    cols = -(-packed.cols // _STEP) * _STEP
+    tile = packed.codes.new_empty(stop - start, cols, dtype=torch.bfloat16)
     job = _job(packed)
     _set(job, first_row=start, rows=stop, out=tile.data_ptr(), out_bytes=2 * tile.shape[1])
     run_job(_function("unpack"), job, n_threads)
@@ -222,7 +223,7 @@ def _multiply_few(job: Job, packed: Packed, n_inputs: int, n_threads: int) -> bo
     """Whether it was done: the largest inputs would overflow before they are scaled."""
     steps = -(-packed.cols // WIDE)
     # one piece of memory: what `prepare` makes of the inputs, and where scales stand
-    made = torch.empty(steps * (n_inputs * WIDE + 64), dtype=torch.bfloat16)
+    made = packed.codes.new_empty(2 * steps * (n_inputs * WIDE + 64))
     places = made.data_ptr() + 2 * steps * n_inputs * WIDE
     _set(job, x=made.data_ptr(), places=places)
     run_job(_function("prepare_few"), job)
@@ -258,7 +259,7 @@ def _take_scratch(size: int) -> tuple[Tensor, int]:
     """Memory for one product, and its address."""
     if size <= _SCRATCH and _scratch:
         return _scratch.pop()
-    made = torch.empty(max(size, _SCRATCH), dtype=torch.uint8)
+    made = torch.empty(max(size, _SCRATCH), dtype=torch.uint8, device="cpu")
     return made, made.data_ptr()
 
 
@@ -270,7 +271,8 @@ def _give_back(made: Tensor, address: int) -> None:
 def _multiply_tiles(job: Job, packed: Packed, n_inputs: int, n_threads: int) -> None:
     cols = -(-packed.cols // _FOUR_STEPS) * _FOUR_STEPS
     side = min(n_inputs, TILE_INPUTS)
-    made = torch.empty(-(-n_inputs // side) * side, cols, dtype=torch.bfloat16)
+    n_made = -(-n_inputs // side) * side
+    made = packed.codes.new_empty(n_made, cols, dtype=torch.bfloat16)
     _set(job, x=made.data_ptr(), chunk=_blocks(n_inputs, TILE_INPUTS, 2 * cols))
     run_job(_function("prepare_tiles"), job, 1 + made.numel() // _WORTH_A_THREAD)
     run_job(_function("multiply_tiles"), job, n_threads)
