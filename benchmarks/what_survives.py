@@ -83,7 +83,7 @@ class Sizes:
 SIZES = {
     "transformer": Sizes(),
     # Its scan runs step by step without a GPU, and its attention is one of 512 channels.
-    "mamba": Sizes(outside=4096, inside=256, parts=1024, costs=1024, calibration=1024),
+    "mamba": Sizes(outside=4096, inside=256, parts=1024, costs=1024),
     "rwkv7": Sizes(),
 }
 
