@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tolerances import assert_close_sums, assert_near
 from trilens.ternary.rotation import _signs, block_orders, hadamard, rotate, rotate_back
@@ -13,20 +18,29 @@ WIDTHS = [1, 2, 3, 7, 12, 16, 20, 28, 36, 40, 48, 65, 96, 100, 112, 144, 160, 25
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 44, 48, 60, 64])
 def test_hadamard_matrices(order: int) -> None:
-    h = hadamard(order)
+    h = torch.tensor(hadamard(order))
     assert set(h.flatten().tolist()) <= {1.0, -1.0}
     assert torch.equal(h @ h.T, order * torch.eye(order, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("width", [12, 28, 40, 344])
-def test_what_is_kept_does_not_depend_on_the_default_device(width: int) -> None:
-    x = torch.randn(2, width)
+@pytest.mark.parametrize(
+    "mode",
+    [partial(torch.device, "meta"), torch.inference_mode, FakeTensorMode],
+    ids=["device", "inference", "fake"],
+)
+def test_what_is_kept_does_not_depend_on_the_mode_it_was_made_in(
+    width: int, mode: Callable[[], AbstractContextManager]
+) -> None:
+    x = torch.randn(2, width, dtype=torch.float64)
     expected = rotate(x)
     for kept in (hadamard, _signs):
         kept.cache_clear()
-    with torch.device("meta"):
-        found = rotate(x)
-    assert torch.equal(found, expected) and torch.equal(rotate(x), expected)
+    with mode() as fake:
+        rotate(fake.from_tensor(x) if isinstance(fake, FakeTensorMode) else x)
+    y = x.clone().requires_grad_()
+    rotate(y).sum().backward()
+    assert torch.equal(rotate(x), expected) and type(y.grad) is torch.Tensor
 
 
 @pytest.mark.parametrize("width", WIDTHS)

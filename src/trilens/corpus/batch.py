@@ -147,7 +147,7 @@ def _load(
 ) -> Tensor:
     values = memory.get(site.key)
     if values is None or len(values) < n:
-        values = torch.empty((n, *site.shape), dtype=value_dtype(site))
+        values = torch.empty((n, *site.shape), dtype=value_dtype(site), device="cpu")
         memory[site.key] = values
     ends = list(accumulate(piece.end - piece.begin for piece in pieces))
     parts = [values[end - (p.end - p.begin) : end] for p, end in zip(pieces, ends, strict=True)]

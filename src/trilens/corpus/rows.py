@@ -97,8 +97,8 @@ class RowFiles:
         if site.dtype != "int8":
             self._fill(piece, site.tensor, into)
             return
-        codes = torch.empty(into.shape, dtype=torch.int8)
-        scales = torch.empty(len(into))
+        codes = torch.empty(into.shape, dtype=torch.int8, device="cpu")
+        scales = torch.empty(len(into), dtype=torch.float32, device="cpu")
         self._fill(piece, site.tensor, codes)
         self._fill(piece, site.tensor + SCALE, scales)
         into.copy_(decoded(codes, scales))
@@ -114,7 +114,7 @@ class RowFiles:
         shard = self._shard(file)
         header = self._header(shard, name)
         if not header.size_bytes:
-            return torch.empty(header.shape, dtype=_DTYPES[header.dtype])
+            return torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="cpu")
         with self._lock:
             if shard.map is None:
                 with open_regular(shard.path) as stream:

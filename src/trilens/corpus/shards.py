@@ -158,9 +158,13 @@ class _Values:
     def __post_init__(self) -> None:
         for site in self.manifest.sites:
             dtype = stored_dtype(site.dtype, torch.float32)
-            self.tensors[site.tensor] = torch.empty((self.n_tokens, *site.shape), dtype=dtype)
+            self.tensors[site.tensor] = torch.empty(
+                (self.n_tokens, *site.shape), dtype=dtype, device="cpu"
+            )
             if dtype == torch.int8:
-                self.tensors[site.tensor + SCALE] = torch.empty(self.n_tokens)
+                self.tensors[site.tensor + SCALE] = torch.empty(
+                    self.n_tokens, dtype=torch.float32, device="cpu"
+                )
                 self.errors[site.tensor] = CodingError()
 
     def put(self, capture: Capture, row: int, n: int) -> None:

@@ -83,11 +83,11 @@ class StoredValues:
         parts = [files.mapped(self._stored, p) for p in files.pieces(begin, max(begin, end))]
         if len(parts) == 1:
             return parts[0]
-        empty = torch.empty((0, *self._stored.shape), dtype=self.dtype)
+        empty = torch.empty((0, *self._stored.shape), dtype=self.dtype, device="cpu")
         return torch.cat(parts) if parts else empty
 
     def _rows(self, numbers: list[int]) -> Tensor:
-        found = torch.empty((len(numbers), *self._stored.shape), dtype=self.dtype)
+        found = torch.empty((len(numbers), *self._stored.shape), dtype=self.dtype, device="cpu")
         for row, number in enumerate(numbers):
             at = self._token(number)
             found[row] = self.range(at, at + 1)[0]

@@ -18,7 +18,9 @@ import math
 from functools import cache
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["block_orders", "hadamard", "rotate", "rotate_back"]
@@ -60,31 +62,33 @@ def block_orders(width: int) -> tuple[int, ...]:
 
 
 @cache
-def hadamard(order: int) -> Tensor:
+def hadamard(order: int) -> NDArray[np.float64]:
     """A matrix of ±1 with H·Hᵀ = order·1, for an order of at most 64 that has a construction.
 
-    Shapes: → float64 [order, order]
+    Of NumPy, as `_signs`: a tensor that is kept for the process would keep the modes of torch in
+    which it was made (default device, inference mode, fake tensors).
+
+    Shapes: → [order, order]
 
     Raises:
         KeyError: there is none here.
     """
-    with torch.device("cpu"):  # kept for the process, whatever its default device is now
-        if order == 1:
-            return torch.ones(1, 1, dtype=torch.float64)
-        if order & (order - 1) == 0:
-            half = hadamard(order // 2)
-            return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
-        if order not in _PALEY:
-            raise KeyError(order)
-        q = order - 1
-        return _paley_one(q) if q % 4 == 3 and _is_prime(q) else _paley_two(order // 2 - 1)
+    if order == 1:
+        return np.ones((1, 1))
+    if order & (order - 1) == 0:
+        half = hadamard(order // 2)
+        return np.block([[half, half], [half, -half]])
+    if order not in _PALEY:
+        raise KeyError(order)
+    q = order - 1
+    return _paley_one(q) if q % 4 == 3 and _is_prime(q) else _paley_two(order // 2 - 1)
 
 
 def _apply(values: Tensor, *, back: bool) -> Tensor:
     width = values.shape[-1]
     kind = torch.promote_types(values.dtype, torch.float32)
     x = values.to(kind).reshape(-1, width)
-    signs = _signs(width).to(device=x.device, dtype=kind)
+    signs = torch.tensor(_signs(width), device=x.device, dtype=kind)
     if not back:
         x = x * signs
     orders = block_orders(width)
@@ -104,7 +108,7 @@ def _product(x: Tensor, *, back: bool) -> Tensor:
     left, right = 1, order
     for part in _parts(order):
         right //= part
-        h = (hadamard(part) / math.sqrt(part)).to(device=x.device, dtype=x.dtype)
+        h = torch.tensor(hadamard(part) / math.sqrt(part), device=x.device, dtype=x.dtype)
         y = (h.T if back else h) @ x.reshape(n * left, part, right)
         left, x = left * part, y
     return x.reshape(n, order)
@@ -134,43 +138,41 @@ def _powers(order: int) -> tuple[int, ...]:
 
 
 @cache
-def _signs(width: int) -> Tensor:
+def _signs(width: int) -> NDArray[np.float64]:
     """±1 for each place, the same for every layer of that width and for ever."""
     # The highest bit of i·⌊2³²/φ⌋ mod 2³² after one xorshift: no generator that may change.
-    i = torch.arange(1, width + 1, dtype=torch.int64, device="cpu")
-    mixed = (i * 2654435769) % (1 << 32)
-    mixed = mixed ^ (mixed >> 15)
-    mixed = (mixed * 2246822519) % (1 << 32)
-    return 1.0 - 2.0 * ((mixed >> 31) & 1).double()
+    i = np.arange(1, width + 1, dtype=np.uint64)
+    mixed = (i * np.uint64(2654435769)) % np.uint64(1 << 32)
+    mixed = mixed ^ (mixed >> np.uint64(15))
+    mixed = (mixed * np.uint64(2246822519)) % np.uint64(1 << 32)
+    return 1.0 - 2.0 * ((mixed >> np.uint64(31)) & np.uint64(1)).astype(np.float64)
 
 
-def _paley_one(q: int) -> Tensor:
+def _paley_one(q: int) -> NDArray[np.float64]:
     """Order q + 1 for a prime q with q mod 4 = 3."""
     core = _residues(q)
-    found = torch.eye(q + 1, dtype=torch.float64)
+    found = np.eye(q + 1)
     found[0, 1:] += 1
     found[1:, 0] -= 1
     found[1:, 1:] += core
     return found
 
 
-def _paley_two(q: int) -> Tensor:
+def _paley_two(q: int) -> NDArray[np.float64]:
     """Order 2·(q + 1) for a prime q with q mod 4 = 1."""
-    c = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    c = np.zeros((q + 1, q + 1))
     c[0, 1:] = c[1:, 0] = 1
     c[1:, 1:] = _residues(q)
-    one = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    zero = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(c, one) + torch.kron(torch.eye(q + 1, dtype=torch.float64), zero)
+    one = np.array([[1.0, 1.0], [1.0, -1.0]])
+    zero = np.array([[1.0, -1.0], [-1.0, -1.0]])
+    return np.asarray(np.kron(c, one) + np.kron(np.eye(q + 1), zero))
 
 
-def _residues(q: int) -> Tensor:
+def _residues(q: int) -> NDArray[np.float64]:
     """χ(i − j): 1 for squares modulo q, −1 for others, 0 on the diagonal."""
     squares = {i * i % q for i in range(1, q)}
     values = [0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)]
-    return torch.tensor(
-        [[values[(i - j) % q] for j in range(q)] for i in range(q)], dtype=torch.float64
-    )
+    return np.array([[values[(i - j) % q] for j in range(q)] for i in range(q)])
 
 
 def _is_prime(q: int) -> bool:

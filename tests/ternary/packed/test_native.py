@@ -19,6 +19,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import linear
+from torch.nn.utils import prune
 
 from packed_cases import RULES, biases, check, inputs, made, packed_matrices
 from trilens.errors import ShapeError
@@ -78,7 +82,7 @@ def test_it_computes_where_the_processor_can() -> None:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         line = next(line for line in text.splitlines() if line.startswith("flags"))
         flags = set(line.split())
-    needed = "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512vbmi avx512_vnni"
+    needed = "avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512vbmi avx512_vnni gfni"
     able = {*needed.split()} <= flags and native._library() is not None
     assert (LEVEL > 0) == able
     if LEVEL < 2:  # tiles are also the system's to give
@@ -387,11 +391,14 @@ def test_inputs_near_the_end_of_their_range(way: str, rule: str, n_inputs: int) 
     check(multiply(x, packed), x, packed, None)
 
 
+@pytest.mark.parametrize("n_inputs", [1, 3, 20])
 @pytest.mark.parametrize("openmp", [True, False])
-def test_threads_share_the_rows(way: str, openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_the_rows(
+    way: str, openmp: bool, n_inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not openmp:
         monkeypatch.setattr(team, "_openmp", lambda: None)
-    packed, x = made(1000, 300, group_size=32), inputs(20, 300, torch.bfloat16)
+    packed, x = made(1000, 300, group_size=32), inputs(n_inputs, 300, torch.bfloat16)
     alone = multiply(x, packed)
     monkeypatch.setattr(subject, "_WORTH_A_THREAD", 1)
     monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
@@ -406,12 +413,13 @@ def test_threads_share_the_rows(way: str, openmp: bool, monkeypatch: pytest.Monk
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("n_inputs", [1, 2])
 def test_a_product_within_a_product_has_memory_of_its_own(
-    way: str, monkeypatch: pytest.MonkeyPatch
+    way: str, n_inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two steps of a product Python may run handlers of signals, or another thread."""
     outer, inner = made(100, 512, group_size=128), made(60, 300, rule="planes", group_size=32)
-    x, y = inputs(2, 512, torch.bfloat16), inputs(1, 300, torch.bfloat16)
+    x, y = inputs(n_inputs, 512, torch.bfloat16), inputs(1, 300, torch.bfloat16)
     alone = multiply(x, outer)
     run, within = native.run_job, []
 
@@ -441,6 +449,7 @@ def test_memory_is_where_codes_are_whatever_the_default_device_is(
     for bits in (None, 8):
         layer.activation_bits = bits
         expected = layer(x)
+        native._scratch.clear()
         with torch.device("meta"):
             assert torch.equal(layer(x), expected)
             back = multiply_back(expected, layer.packed)
@@ -469,6 +478,51 @@ def test_inputs_of_another_width_are_refused(way: str, shape: tuple[int, ...]) -
     layer.activation_bits = 8
     with pytest.raises(ShapeError, match="512"):
         layer(x)
+    layer.rotated = True
+    with pytest.raises(ShapeError, match="512"):
+        layer(x)
+    with pytest.raises(ShapeError, match="gradients have shape"):
+        multiply_back(torch.zeros(3, 101), layer.packed)
+
+
+@pytest.mark.parametrize("n_inputs", [1, 3, 40])
+def test_a_bias_is_read_only_where_it_is_one(way: str, n_inputs: int) -> None:
+    """Another shape or device means what it means to torch."""
+    packed, x = made(100, 512, group_size=128), inputs(n_inputs, 512, torch.bfloat16)
+    one = torch.ones(1, dtype=torch.bfloat16)
+    assert torch.equal(multiply(x, packed, one), linear(x, packed.dense(x.dtype), one))
+    for wrong in (torch.zeros(50), torch.zeros(100, device="meta")):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            multiply(x, packed, wrong.bfloat16())
+
+
+def test_a_bias_may_be_made_anew_at_each_call(way: str) -> None:
+    layer = TernaryLinear.from_quant(
+        PerLayerQuant.quantize(torch.randn(100, 512), "w"), torch.randn(100), dtype=torch.bfloat16
+    )
+    x = inputs(1, 512, torch.bfloat16)
+    expected = layer(x)
+    prune.random_unstructured(layer, "bias", 0.0)  # no parameter any more
+    assert torch.equal(layer(x), expected)
+
+
+def test_modes_that_watch_see_operations_of_torch(way: str) -> None:
+    layer = TernaryLinear.from_quant(PerLayerQuant.quantize(torch.randn(100, 512), "w"))
+    x = inputs(1, 512, torch.bfloat16)
+    expected = linear(x, layer.packed.dense(x.dtype))
+    assert torch.equal(make_fx(layer)(x)(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(x).shape == (1, 100)
+
+
+def test_large_scales_of_small_inputs(way: str) -> None:
+    packed = made(100, 512, group_size=128)
+    with torch.no_grad():
+        packed.scale.mul_(1e33 / packed.scale.max())
+    for n_inputs in (1, 2, 20):
+        x = even(n_inputs, 512) * 1e-20
+        assert multiply(x, packed).isfinite().all()
+        check(multiply(x, packed), x, packed, None)
 
 
 def test_gradients_and_bias_of_a_layer(way: str) -> None:

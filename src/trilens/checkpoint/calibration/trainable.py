@@ -206,4 +206,4 @@ class TrainableMatrix:
 @cache
 def _rotation_back(width: int) -> Tensor:
     """What rows are multiplied by to rotate them back. Shapes: → [width, width]."""
-    return rotate_back(torch.eye(width, device="cpu"))
+    return rotate_back(torch.eye(width, dtype=torch.float32, device="cpu"))

@@ -24,8 +24,12 @@ __all__ = [
 _CODE_3 = 0b01010101
 _COMPACT_END = 243
 # Of each byte: one look-up for all its trits.
-_FOUR_TRITS = torch.tensor([[(byte >> bit & 3) - 1 for bit in (0, 2, 4, 6)] for byte in range(256)])
-_FIVE_TRITS = torch.tensor([[byte // 3**k % 3 - 1 for k in range(5)] for byte in range(256)])
+_FOUR_TRITS = torch.tensor(
+    [[(byte >> bit & 3) - 1 for bit in (0, 2, 4, 6)] for byte in range(256)], device="cpu"
+)
+_FIVE_TRITS = torch.tensor(
+    [[byte // 3**k % 3 - 1 for k in range(5)] for byte in range(256)], device="cpu"
+)
 
 
 def pack_rows(trits: Tensor, levels: int = 3) -> Tensor:

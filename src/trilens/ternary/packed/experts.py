@@ -111,6 +111,7 @@ class TernaryExperts(PackedModule):
         if x is None or ends is None:
             return self._read(index)
         if self.rotated:
+            self.packed.check_width(x)
             x = call_rotate(x) if torch.compiler.is_compiling() else rotate(x)
         product: GroupProduct = multiply if self.activation_bits is None else multiply_int8
         if torch.compiler.is_compiling() and product is multiply:

@@ -191,8 +191,9 @@ class TernaryLinear(PackedModule):
         """
         is_compiling = torch.compiler.is_compiling()
         if self.rotated:
+            self.packed.check_width(x)
             x = call_rotate(x) if is_compiling else rotate(x)
-        bias = self._parameters["bias"]  # no detour by name, as in `packed`
+        bias = self.bias
         product = multiply if self.activation_bits is None else multiply_int8
         if is_compiling and product is multiply:
             return call_multiply(x, self.packed, bias)

@@ -13,7 +13,7 @@ from trilens.errors import ShapeError
 from trilens.ternary.codecs.rows import pack_rows, unpack_rows
 from trilens.ternary.quantize import PerLayerQuant
 
-__all__ = ["PARTS", "Packed", "by_address"]
+__all__ = ["PARTS", "Packed", "by_address", "nothing_watches"]
 
 PARTS = ("codes", "scale", "offset", "second_codes", "second_scale")
 """The tensors of a packed matrix; the last three only for the rules that make them."""
@@ -154,7 +154,15 @@ def by_address(x: Tensor, packed: Packed) -> bool:
         and packed.codes.is_cpu
         and type(x) in _PLAIN
         and type(packed.codes) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and not torch._C._are_functorch_transforms_active()
+        and nothing_watches()
+    )
+
+
+def nothing_watches() -> bool:
+    """Whether no tracer, transform or mode of torch wants to see the operations of a product."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
     )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trilens.errors import ShapeError
 from trilens.ternary.packed.autocast import cast_as_autocast
 from trilens.ternary.packed.cpu.native import (
     multiply_native,
@@ -57,14 +58,14 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     autocast in autocast's)
 
     Memory: 2 MB, 8 MB with more than 128 inputs; and a copy of the inputs, or 32 bytes for each
-        number in up to 12 of them.
+        number in up to 12 of them. A quarter of a megabyte is kept for the next product.
 
     Raises:
         ShapeError: x is not [..., cols].
     """
     packed.check_width(x)
     on_gpu = triton_computes(x, packed)
-    if not on_gpu and not _worth_reading(x, packed):
+    if not on_gpu and not (_worth_reading(x, packed) and _can_be_added(bias, packed)):
         return functional.linear(x, packed.dense(x.dtype), bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -90,7 +91,13 @@ def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
     """The gradient of `multiply` with respect to x: grad · Ŵ.
 
     Shapes: grad [..., rows]; packed [rows, cols] → [..., cols], in the dtype of grad
+
+    Raises:
+        ShapeError: grad is not [..., rows].
     """
+    rows = packed.codes.shape[0]
+    if grad.shape[-1:] != (rows,):
+        raise ShapeError(f"gradients have shape {tuple(grad.shape)}: the layer has [..., {rows}]")
     if not _worth_reading(grad, packed):
         return grad @ packed.dense(grad.dtype)
     # PROMOTE: tiles of rows are summed up, and each sum would be rounded in half precision
@@ -110,6 +117,11 @@ def _worth_reading(x: Tensor, packed: Packed) -> bool:
         and x.dtype in _DTYPES
         and by_address(x, packed)
     )
+
+
+def _can_be_added(bias: Tensor | None, packed: Packed) -> bool:
+    """Whether the bias is read as it is; of another shape or device, torch knows what it means."""
+    return bias is None or (bias.shape == packed.codes.shape[:1] and bias.is_cpu)
 
 
 def _readable(packed: Packed) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from array import array
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -80,7 +81,7 @@ _INT8_AT_ONCE = 2
 _FOUR_STEPS = 128  # columns whose codes are read at once
 _MOST_COLS = 1 << 22  # whose codes times bytes an int32 can sum up
 _WORTH_A_THREAD = 1 << 19  # numbers to copy
-_KEPT = 1 << 12  # jobs that are kept for the next call, of some 300 bytes each
+_KEPT = 1 << 12  # jobs that are kept for the next call, of some 600 bytes each, key and all
 _SCRATCH = 1 << 18  # bytes that a product keeps for the next one
 _MOST_INPUTS = 192  # beyond, torch multiplies unpacked tiles faster on one thread
 
@@ -257,8 +258,9 @@ def _multiply_limbs(job: Job, packed: Packed, n_inputs: int, limbs: int, n_threa
 
 def _take_scratch(size: int) -> tuple[Tensor, int]:
     """Memory for one product, and its address."""
-    if size <= _SCRATCH and _scratch:
-        return _scratch.pop()
+    if size <= _SCRATCH:
+        with suppress(IndexError):  # another thread may take the last one
+            return _scratch.pop()
     made = torch.empty(max(size, _SCRATCH), dtype=torch.uint8, device="cpu")
     return made, made.data_ptr()
 

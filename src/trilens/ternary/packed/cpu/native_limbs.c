@@ -1,14 +1,13 @@
 /* Products of a few inputs in the tiles of processors with matrix units (AMX), in whole numbers.
 
    An input in bfloat16 is two of int8 (limbs), 14 bits and a sign, or three, 22 bits; one input alone
-   has no tiles (`native_one.c`). 64 bytes of a
-   row are 256 codes, four in each byte; shifted and masked they are a row of a tile, as they are
-   (0, 1, 2 or 3), and 16 rows of the matrix are a tile. The other tile has a column for each limb of
-   each input, and for each group that the 256 columns belong to, zeros where they belong to another:
-   so the sums of a group stay apart. They begin with what a code has too much of each input. The
-   sums of several steps, a span, lie beside each other and are scaled at once; with one scale for a
-   row, a span is all its steps, and has the same sums. But for the rounding of inputs, all is exact
-   up to the scale of a group.
+   has no tiles (`native_one.c`). 64 bytes of a row are 256 codes, four in each byte; shifted and
+   masked they are a row of a tile, as they are (0, 1, 2 or 3), and 16 rows of the matrix are a tile.
+   The other tile has a column for each limb of each input, and for each group that the 256 columns
+   belong to, zeros where they belong to another: so the sums of a group stay apart. They begin with
+   what a code has too much of each input. The sums of several steps, a span, lie beside each other and
+   are scaled at once; with one scale for a row, a span is all its steps, and has the same sums. But
+   for the rounding of inputs, all is exact up to the scale of a group.
 
    The time is that of shifting and storing codes, and grows little with the inputs of one tile: with
    groups of 128 these are four of two limbs, or two of three. */

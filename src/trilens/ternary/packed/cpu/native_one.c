@@ -3,14 +3,15 @@
    The input in bfloat16 is two limbs of int8, 14 bits and a sign, or three, 22 bits. 64 bytes of a
    row are 256 codes, four in each byte. One instruction takes the k-th code of each byte out, one for
    each limb multiplies 64 of them, as they are (0, 1, 2 or 3), and adds up four; what a code has too
-   much of the input is where the sums begin. But for the rounding of the input, all is exact up to the
-   scale of a group. With two limbs that is some eight cycles for 256 codes, and reading them from
+   much of the input is where the sums begin. But for the rounding of the input, all is exact until
+   the scale of a group is applied (to 24 bits: sums of three limbs have up to 28). With two limbs that is some eight cycles for 256 codes, and reading them from
    memory takes longer: so the next stripe is asked for while this one is multiplied. */
 #include "native_limbs.h"
 
 #ifdef TRILENS_NATIVE_FAST
 
 #define ROWS 4
+#define LAST 6 /* stripes */
 
 /* x[steps, limbs, 4, 64] of int8, less their sums of 16 columns each, sums[steps, limbs, 16], where
    scales stand, and a factor, a power of two. `large` says whether the input cannot be held so. */
@@ -57,10 +58,11 @@ FAST INLINE void add_step(
     }
 }
 
-/* Rows of a stripe; `ahead`: how many bytes further the next stripe's codes are, and scales. */
+/* Rows of a stripe; `rows_ahead`: how many rows further the thread's next stripe is. */
 FAST INLINE void one_block(
     const Job *job, int64_t row, int64_t rows_ahead, float *scales, const int n_rows,
     const int limbs) {
+    const float factor = *(const float *)job->factors; /* of the sums, small before they are large */
     __m512 totals[ROWS];
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++) totals[r] = _mm512_setzero_ps();
@@ -71,7 +73,7 @@ FAST INLINE void one_block(
         codes += row * job->row_bytes;
         scale += row * job->scale_step;
         for (int r = 0; r < n_rows; r++, scale += job->scale_step) {
-            read_scales(job, scale, 1, scales + r * (job->groups + 16));
+            read_scales(job, scale, factor, scales + r * (job->groups + 16));
             for (int64_t at = 0; at < job->scale_step; at += 16)
                 _mm_prefetch((const char *)(scale + rows_ahead * job->scale_step + at), _MM_HINT_T1);
         }
@@ -80,7 +82,6 @@ FAST INLINE void one_block(
                 job, codes, (const char *)codes + rows_ahead * job->row_bytes, scales, step, totals,
                 n_rows, limbs);
     }
-    const float factor = *(const float *)job->factors;
     float found[ROWS];
     if (n_rows == ROWS)
         _mm_storeu_ps(found, four_sums(totals[0], totals[1], totals[2], totals[3]));
@@ -88,18 +89,21 @@ FAST INLINE void one_block(
         found[0] = _mm512_reduce_add_ps(totals[0]);
     for (int r = 0; r < n_rows; r++) {
         const float bias = job->bias ? ((const float *)job->bias)[row + r] : 0;
-        ((uint16_t *)job->out)[row + r] = rounded(found[r] * factor + bias);
+        ((uint16_t *)job->out)[row + r] = rounded(found[r] + bias);
     }
 }
 
 FAST INLINE void one_stripes(Job *job, float *scales, const int limbs) {
     int64_t row = STRIPE * take(job);
     while (row < job->rows) {
-        const int64_t following = STRIPE * take(job), stop = least(row + STRIPE, job->rows);
+        /* known early, to be asked for; the last ones are left for whoever is done first */
+        const int early = row + LAST * STRIPE < job->rows;
+        const int64_t stop = least(row + STRIPE, job->rows);
+        int64_t following = early ? STRIPE * take(job) : row + STRIPE;
         const int64_t ahead = following - row;
         for (; stop - row >= ROWS; row += ROWS) one_block(job, row, ahead, scales, ROWS, limbs);
         for (; row < stop; row++) one_block(job, row, ahead, scales, 1, limbs);
-        row = following;
+        row = early ? following : STRIPE * take(job);
     }
 }
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from trilens.ternary.packed.matrix import Packed
+from trilens.ternary.packed.matrix import Packed, nothing_watches
 
 __all__ = ["multiply_on_gpu", "triton_computes"]
 
@@ -26,9 +26,7 @@ def triton_computes(x: Tensor, packed: Packed) -> bool:
         and packed.codes.device == x.device
         and x.dtype in _DTYPES
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and not torch._C._are_functorch_transforms_active()
+        and nothing_watches()
         and importlib.util.find_spec("triton") is not None
     )
 
