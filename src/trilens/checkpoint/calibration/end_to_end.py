@@ -37,7 +37,7 @@ __all__ = ["EndToEndFit", "fit_end_to_end", "set_held_out"]
 _HELD_OUT = 16_384  # tokens of text that decide, at most
 _HELD_OUT_SHARE = 8  # of so many steps one is held out
 _PATIENCE = 2  # passes of scales without a gain; trits gain most when their rate has fallen
-_BESIDE_TRITS = 0.04  # of the rate of scales, norms and biases, while trits move too
+_BESIDE_TRITS = 0.0086  # of the rate of scales, norms and biases, while trits move too
 _WARM = 0.03  # of the steps, while trits begin to move
 _STEP = 512  # tokens, for which the rate of trits is
 _STREAMED = 2048  # tokens of a step that brings the blocks one by one, at least
@@ -172,8 +172,8 @@ class _Fit:
                 return list(blocks), kl_nats
         model = Chain(self.runner, parts)
         passes = options.trit_passes if free else options.whole_passes
-        # What is nearly right needs small steps.
-        rate = options.whole_rate * min(1.0, kl_nats) * (_BESIDE_TRITS if free else 1.0)
+        # What is nearly right needs small steps; beside trits they are small for any divergence.
+        rate = options.whole_rate * (_BESIDE_TRITS if free else min(1.0, kl_nats))
         groups: list[dict[str, Any]] = [
             {"params": [tensor for part in parts for tensor in part.trainable], "lr": rate}
         ]

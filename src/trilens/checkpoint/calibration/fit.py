@@ -46,7 +46,8 @@ class FitOptions:
         block_tokens: Tokens that blocks are coded and fitted on, at most, by a rule that fits all
             blocks together, which takes all text; None for all text.
         whole_passes: Over the text, when all blocks are fitted together; 0 for not at all.
-        whole_rate: Likewise, for a divergence of 1 nat.
+        whole_rate: Likewise, for a divergence of 1 nat; while trits move, a small share of it
+            whatever the divergence is.
         trit_passes: Over the text, when the trits of all blocks move too; 0 for not at all.
         trit_rate: The largest step of Adam for the latent weights behind the trits, in units of
             their scale, for steps of 512 tokens: it grows with their root.
